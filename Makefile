@@ -1,0 +1,46 @@
+# `make demo` and `make test` each do everything on a fresh machine; a second call installs nothing.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+
+.PHONY: help demo demo-scratch test test-slow lint lock clean-venv
+
+help:
+	@echo 'make demo          install if needed, then check, train, test and draw on synthetic data'
+	@echo 'make demo-scratch  the same schedule from random weights, to compare with'
+	@echo 'make test          install if needed, then lint and the fast tests'
+	@echo 'make test-slow     the tests that take minutes'
+	@echo 'make lock          work out requirements.lock anew (needs uv)'
+
+$(STAMP): requirements.lock requirements.txt pyproject.toml
+	@$(PYTHON) tools/check_platform.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --no-deps -r requirements.lock
+	$(PY) -m pip install --quiet --no-deps --no-build-isolation -e .
+	@touch $@
+
+demo: $(STAMP)
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py --check-weights
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py
+
+demo-scratch: $(STAMP)
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo_scratch.py
+
+test: $(STAMP)
+	$(PY) -m ruff check .
+	$(PY) -m pytest
+
+test-slow: $(STAMP)
+	$(PY) -m pytest -m slow
+
+lock:
+	grep -v '^[-.]' requirements.txt | uv pip compile --universal --fork-strategy fewest \
+	  --python-version 3.10 --override packaging/overrides.txt --extra dev --no-annotate \
+	  --no-header -c - pyproject.toml \
+	  | sed -E "s/( and)? ?platform_machine == 'x86_64' and sys_platform == 'linux'//; s/ *; *$$//" \
+	  | grep -v ">= '3.1[34]'" > requirements.lock
+
+clean-venv:
+	rm -rf $(VENV)
