@@ -1,0 +1,39 @@
+"""Fine-tune a COCO-pretrained Mask R-CNN with MMDetection."""
+
+from __future__ import annotations
+
+import importlib.abc
+import sys
+
+__version__ = '0.1.0'
+
+
+class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Offers `mmfinetune.ops` under the name `mmcv._ext`, of which mmcv takes its ops.
+
+    It is the last finder, so Python asks it only where mmcv was installed without compiled ops.
+    It sits here and not in `mmfinetune.ops`, so that every process that imports the package
+    (a spawned worker does) has the ops without importing torch before it needs them.
+    """
+
+    def find_spec(self, fullname, path=None, target=None):
+        if fullname != 'mmcv._ext':
+            return None
+        from importlib.machinery import ModuleSpec
+        return ModuleSpec(fullname, self, origin='mmfinetune.ops')
+
+    def create_module(self, spec):
+        return None
+
+    def exec_module(self, module):
+        from mmfinetune import ops
+        ops.fill(module)
+
+
+def _add_finder() -> None:
+    # By name: a reload of the package makes a new class, which `isinstance` would not match.
+    if not any(type(finder).__name__ == '_OpsFinder' for finder in sys.meta_path):
+        sys.meta_path.append(_OpsFinder())
+
+
+_add_finder()
