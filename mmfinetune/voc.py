@@ -1,0 +1,446 @@
+"""PASCAL VOC 2012 to COCO JSON with the true masks; fetching and unpacking the official archive."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_api
+from tqdm import tqdm
+
+from mmfinetune.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
+from mmfinetune.errors import UserError
+from mmfinetune.files import atomic_write_all, download, json_bytes, unpack_tar
+
+VOC_URL = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar'
+VOC_MD5 = '6cd6e144f989b92b3379bac3b3de84fd'
+VOC_SIZE = 1_999_639_040  # bytes
+VOID = 255  # border and ignored pixels in both kinds of PNG
+
+_LISTS = 'ImageSets/Segmentation'
+_FOLDERS = ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', _LISTS)
+_CHUNK = 16  # images per task of a worker
+
+
+class _AllShown(UserError):
+    # A data set is mended file by file, so the list is of no use when it is cut.
+    max_shown = sys.maxsize
+
+
+@dataclass
+class Summary:
+    """What one split came to.
+
+    Attributes:
+        path: The JSON file.
+        images: Images written.
+        objects: Annotations written.
+        per_class: Annotations of each of the 20 classes, in VOC order.
+        difficult: Annotations marked difficult.
+        truncated: Annotations marked truncated.
+        without_mask: Objects that the XML lists but no pixel shows; they are not written.
+        left_out: Ids of the images that `skip_bad` left out.
+        problems: Why, one line each.
+        seconds: Wall time of the whole conversion.
+    """
+
+    path: Path
+    images: int = 0
+    objects: int = 0
+    per_class: dict[str, int] = field(default_factory=lambda: dict.fromkeys(VOC_CLASSES, 0))
+    difficult: int = 0
+    truncated: int = 0
+    without_mask: int = 0
+    left_out: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass
+class _Read:
+    """One image as a worker read it; annotations lack their ids still."""
+
+    image_id: str
+    height: int = 0
+    width: int = 0
+    annotations: list[dict] = field(default_factory=list)
+    without_mask: int = 0
+    problems: list[str] = field(default_factory=list)
+
+
+def find_devkit(root: str | Path) -> Path:
+    """The `VOC2012` folder in or at `root`.
+
+    Args:
+        root: The folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself.
+
+    Raises:
+        UserError: There is none.
+    """
+    root = Path(root)
+    candidates = (root / 'VOCdevkit' / 'VOC2012', root / 'VOC2012', root)
+    for folder in candidates:
+        if any((folder / name).is_dir() for name in ('JPEGImages', 'SegmentationObject')):
+            return folder
+    raise UserError(
+        f'{root}: no VOC 2012 devkit here; looked for JPEGImages in',
+        [str(folder) for folder in candidates],
+        f'run with --download, or fetch {VOC_URL} and unpack it in {root}, '
+        'or name its folder by --data-root')
+
+
+def annotation_paths(out_dir: str | Path,
+                     splits: Sequence[str] = ('train', 'val')) -> dict[str, Path]:
+    """The JSON file of each split in `out_dir`."""
+    return {split: Path(out_dir) / f'instances_{split}.json' for split in splits}
+
+
+def decode(annotation: dict) -> np.ndarray:
+    """The mask of one annotation, a boolean array (height, width)."""
+    return mask_api.decode(annotation['segmentation']).astype(bool)
+
+
+def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('train', 'val'),
+            workers: int | None = None, skip_bad: bool = False,
+            progress: bool = True) -> dict[str, Summary]:
+    """Write one COCO JSON per split, each object of SegmentationObject with exactly its pixels.
+
+    Nothing is written before every image of every split is checked; the result does not depend
+    on the number of workers.
+
+    Args:
+        devkit: The `VOC2012` folder, see `find_devkit`.
+        out_dir: Where `annotation_paths` lie.
+        splits: Names of lists in ImageSets/Segmentation.
+        workers: Processes; all cores by default.
+        skip_bad: Leave images with problems out instead of stopping.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        A summary for each split.
+
+    Raises:
+        UserError: Folders, lists, images, PNGs or XMLs that are missing, unreadable or at odds,
+            all in one error; or `out_dir` cannot be written.
+    """
+    start = time.perf_counter()
+    devkit, paths = Path(devkit), annotation_paths(out_dir, splits)
+    _check_writable(Path(out_dir))
+    lists, bad_lines = _read_lists(devkit, splits)
+    ids = list(dict.fromkeys(image_id for names in lists.values() for image_id in names))
+    reads = {read.image_id: read for read in _read_all(devkit, ids, workers, progress)}
+
+    problems = [line for lines in bad_lines.values() for line in lines]
+    problems += [line for read in reads.values() for line in read.problems]
+    if problems and not skip_bad:
+        bad = sum(bool(read.problems) for read in reads.values())
+        raise _AllShown(
+            f'{devkit}: {len(problems)} problems, {bad} of {len(ids)} images unusable; '
+            'nothing was written', problems,
+            'mend these files (for a fresh copy move the folder away and run with --download), or '
+            'run again with --skip-bad, which leaves these images out and goes on with the others')
+
+    contents, summaries = {}, {}
+    for split, names in lists.items():
+        summary = summaries[split] = Summary(paths[split], problems=bad_lines[split])
+        contents[paths[split]] = json_bytes(
+            _dataset(split, [reads[name] for name in names], summary))
+    empty = [f'{split}: all {len(lists[split])} images are unusable'
+             for split, summary in summaries.items() if not summary.images]
+    if empty:
+        raise _AllShown(f'{devkit}: nothing is left to write', empty + problems,
+                        'move the folder away and run with --download for a fresh copy')
+    atomic_write_all(contents)
+    for summary in summaries.values():
+        summary.seconds = time.perf_counter() - start
+    return summaries
+
+
+def format_summaries(summaries: dict[str, Summary]) -> str:
+    """A short table for the terminal: one row per split, then one per class."""
+    rows = [f'{"split":<12}{"images":>8}{"objects":>9}{"difficult":>11}{"truncated":>11}'
+            f'{"left out":>10}{"no mask":>9}']
+    rows += [f'{split:<12}{s.images:>8}{s.objects:>9}{s.difficult:>11}{s.truncated:>11}'
+             f'{len(s.left_out):>10}{s.without_mask:>9}' for split, s in summaries.items()]
+    rows += ['', f'{"class":<12}' + ''.join(f'{split:>8}' for split in summaries)]
+    rows += [f'{name:<12}' + ''.join(f'{s.per_class[name]:>8}' for s in summaries.values())
+             for name in VOC_CLASSES]
+    seconds = max(summary.seconds for summary in summaries.values())
+    rows += ['', f'checked and converted in {seconds:.1f} s']
+    left_out = [line for summary in summaries.values() for line in summary.problems]
+    if left_out:
+        rows += ['', 'left out:', *(f'  - {line}' for line in left_out)]
+    return '\n'.join(rows)
+
+
+def _check_writable(out_dir: Path) -> None:
+    # Asked before the minute of work, not after it.
+    folder = out_dir
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'{out_dir}: cannot be written', cure='choose another folder by --out')
+
+
+def _read_lists(devkit: Path,
+                splits: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """The ids of each split, and the lines of each that are no id or come twice."""
+    fatal = [f'{name}/: missing' for name in _FOLDERS if not (devkit / name).is_dir()]
+    lists: dict[str, list[str]] = {}
+    bad_lines: dict[str, list[str]] = {}
+    for split in splits if (devkit / _LISTS).is_dir() else ():
+        name = f'{_LISTS}/{split}.txt'
+        try:
+            # utf-8-sig: Windows editors put a mark in front that would become part of an id.
+            lines = (devkit / name).read_text(encoding='utf-8-sig').splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            fatal.append(f'{name}: {getattr(error, "strerror", None) or "not UTF-8 text"}')
+            continue
+        ids, bad = {}, []
+        for number, line in enumerate(map(str.strip, lines), start=1):
+            if len(line.split()) > 1 or '/' in line or '\\' in line:
+                bad.append(f"{name}, line {number}: '{line}' is not one image id")
+            elif line in ids:
+                bad.append(f"{name}, line {number}: '{line}' is listed twice")
+            elif line:
+                ids[line] = number
+        lists[split], bad_lines[split] = list(ids), bad
+        if not ids:
+            fatal.append(f'{name}: no image id in it')
+    both = set(lists.get('train', ())) & set(lists.get('val', ()))
+    fatal += [f'{_LISTS}: {image_id} is in train and in val' for image_id in sorted(both)]
+    if fatal:
+        raise _AllShown(f'{devkit}: not a whole VOC 2012 devkit; nothing was written',
+                        fatal + [line for bad in bad_lines.values() for line in bad],
+                        f'move the folder away and run with --download, or unpack {VOC_URL} anew')
+    return lists, bad_lines
+
+
+def _read_all(devkit: Path, ids: list[str], workers: int | None,
+              progress: bool) -> Iterator[_Read]:
+    """Read all images, in the order of `ids` whatever the number of workers."""
+    workers = workers or os.cpu_count() or 1
+    chunks = [ids[k:k + _CHUNK] for k in range(0, len(ids), _CHUNK)]
+    workers = min(workers, len(chunks))
+    if workers <= 1:
+        with tqdm(total=len(ids), desc='VOC 2012', unit='img', disable=not progress) as bar:
+            for image_id in ids:
+                yield _read_image(devkit, image_id)
+                bar.update()
+        return
+    with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
+        try:
+            tasks = [pool.submit(_read_chunk, devkit, chunk) for chunk in chunks]
+            # Made after the workers: its monitor is a thread, and forking with threads is unsafe.
+            with tqdm(total=len(ids), desc='VOC 2012', unit='img', disable=not progress) as bar:
+                for task in tasks:
+                    reads = task.result()
+                    yield from reads
+                    bar.update(len(reads))
+        except BrokenProcessPool as error:
+            raise UserError('a worker process was ended from outside (out of memory?)',
+                            cure='run again with --workers 1') from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _ignore_interrupt() -> None:
+    # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _read_chunk(devkit: Path, ids: list[str]) -> list[_Read]:
+    return [_read_image(devkit, image_id) for image_id in ids]
+
+
+def _read_image(devkit: Path, image_id: str) -> _Read:
+    """Read and check the four files of one image; every fault goes into `problems`."""
+    read = _Read(image_id)
+    jpeg, object_png, class_png = (
+        f'JPEGImages/{image_id}.jpg', f'SegmentationObject/{image_id}.png',
+        f'SegmentationClass/{image_id}.png')
+    pixels = _load(devkit, jpeg, read.problems, indices=False)
+    objects = _load(devkit, object_png, read.problems)
+    classes = _load(devkit, class_png, read.problems)
+    listed = _load_xml(devkit, f'Annotations/{image_id}.xml', read.problems)
+    shapes = {name: array.shape[:2] for name, array in
+              ((jpeg, pixels), (object_png, objects), (class_png, classes)) if array is not None}
+    wanted = next(iter(shapes.values()), None)
+    for name, (height, width) in shapes.items():
+        if (height, width) != wanted:
+            read.problems.append(f'{name}: {width}x{height} pixels, but {next(iter(shapes))} '
+                                 f'has {wanted[1]}x{wanted[0]}')
+    if objects is None or classes is None or objects.shape != classes.shape:
+        return read
+
+    read.height, read.width = objects.shape
+    numbers, labels = _check_classes(objects, classes, object_png, class_png, read.problems)
+    if listed is None:
+        return read
+    _check_xml(numbers, labels, listed, image_id, read.problems)
+    read.without_mask = len(set(range(1, len(listed) + 1)) - set(numbers))
+    if not read.problems:
+        read.annotations = _annotations(objects, numbers, labels, listed)
+    return read
+
+
+def _load(devkit: Path, name: str, problems: list[str], indices: bool = True) -> np.ndarray | None:
+    """A palette PNG as indices (height, width); a JPEG as pixels; None after a problem."""
+    try:
+        with Image.open(devkit / name) as image:
+            if indices and image.mode not in ('P', 'L'):
+                problems.append(f'{name}: colours (mode {image.mode}) where a palette PNG of '
+                                'indices (mode P) belongs; saved anew by another program?')
+                return None
+            return np.asarray(image)
+    except FileNotFoundError:
+        problems.append(f'{name}: missing')
+    # Pillow's decoders raise many kinds (OSError, SyntaxError, ValueError, struct.error, …); any
+    # of them means the one thing that is reported.
+    except Exception as error:
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        problems.append(f'{name}: unreadable ({reason})')
+    return None
+
+
+def _load_xml(devkit: Path, name: str, problems: list[str]) -> list[dict] | None:
+    """The objects of an XML: name, difficult, truncated; None after a problem."""
+    try:
+        root = ElementTree.parse(devkit / name).getroot()
+    except FileNotFoundError:
+        problems.append(f'{name}: missing')
+        return None
+    except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
+        problems.append(f'{name}: unreadable ({error})')
+        return None
+    listed = []
+    # Boxes and <size> are not read: the mask and the image say both more exactly.
+    for number, entry in enumerate(root.findall('object'), start=1):
+        values = {'name': (entry.findtext('name') or '').strip()}
+        for key in ('difficult', 'truncated'):
+            text = (entry.findtext(key) or '').strip() or '0'
+            if text not in ('0', '1'):
+                problems.append(f"{name}: object {number}: <{key}> is '{text}', not 0 or 1")
+            values[key] = int(text == '1')
+        listed.append(values)
+    return listed
+
+
+def _check_classes(objects: np.ndarray, classes: np.ndarray, object_png: str, class_png: str,
+                   problems: list[str]) -> tuple[list[int], list[int]]:
+    """Object numbers of an image and the class value (1 to 20) of each."""
+    joint = np.bincount(objects.ravel().astype(np.int64) * 256 + classes.ravel(),
+                        minlength=1 << 16).reshape(256, 256)
+    # One image is made from the other in VOC, so background and void agree to the pixel.
+    stray = int(joint[np.ix_((0, VOID), range(1, VOID))].sum())
+    if stray:
+        problems.append(f'{class_png}: {stray} pixels of a class where {object_png} has no object')
+    numbers, labels = [], []
+    for number in np.flatnonzero(joint.sum(axis=1)).tolist():
+        if number in (0, VOID):
+            continue
+        counts = joint[number]
+        label = int(counts.argmax())
+        if not 1 <= label <= len(VOC_CLASSES):
+            problems.append(f'{class_png}: object {number} has the value {label}, no class')
+            continue
+        others = int(counts.sum() - counts[label])
+        if others:
+            problems.append(
+                f"{class_png}: object {number} is '{VOC_CLASSES[label - 1]}', but "
+                f'{others} of its {int(counts.sum())} pixels have another value')
+        numbers.append(number)
+        labels.append(label)
+    return numbers, labels
+
+
+def _check_xml(numbers: list[int], labels: list[int], listed: list[dict], image_id: str,
+               problems: list[str]) -> None:
+    """Object k of the PNG is the k-th of the XML, and both name one class."""
+    for number, label in zip(numbers, labels, strict=True):
+        name = VOC_CLASSES[label - 1]
+        if number > len(listed):
+            problems.append(f"SegmentationObject/{image_id}.png: object {number} ('{name}') is not "
+                            f'in Annotations/{image_id}.xml, which lists {len(listed)}')
+        elif listed[number - 1]['name'] != name:
+            problems.append(f"Annotations/{image_id}.xml: object {number} is "
+                            f"'{listed[number - 1]['name']}', but '{name}' in SegmentationClass")
+
+
+def _annotations(objects: np.ndarray, numbers: list[int], labels: list[int],
+                 listed: list[dict]) -> list[dict]:
+    if not numbers:
+        return []
+    # (N, W, H) in C order is (H, W, N) in the Fortran order that pycocotools wants, uncopied.
+    columns = np.ascontiguousarray(objects.T)
+    masks = columns[None] == np.array(numbers, dtype=objects.dtype)[:, None, None]
+    rles = mask_api.encode(masks.view(np.uint8).transpose(2, 1, 0))
+    return [
+        {'category_id': label,
+         'segmentation': {'size': list(objects.shape), 'counts': rle['counts'].decode()},
+         'area': int(area), 'bbox': [int(value) for value in box], 'iscrowd': 0,
+         'difficult': listed[number - 1]['difficult'],
+         'truncated': listed[number - 1]['truncated']}
+        for number, label, rle, area, box in zip(
+            numbers, labels, rles, mask_api.area(rles), mask_api.toBbox(rles), strict=True)]
+
+
+def _dataset(split: str, reads: list[_Read], summary: Summary) -> dict:
+    """The COCO JSON of a split without its bad images; fills `summary`."""
+    images, annotations = [], []
+    groups = {name: group for group, names in VOC_SUPERCATEGORIES.items() for name in names}
+    for read in reads:
+        if read.problems:
+            summary.left_out.append(read.image_id)
+            summary.problems += read.problems
+            continue
+        images.append({'id': len(images) + 1, 'file_name': f'JPEGImages/{read.image_id}.jpg',
+                       'width': read.width, 'height': read.height})
+        summary.without_mask += read.without_mask
+        for annotation in read.annotations:
+            annotations.append({'id': len(annotations) + 1, 'image_id': len(images), **annotation})
+    counts = Counter(annotation['category_id'] for annotation in annotations)
+    summary.images, summary.objects = len(images), len(annotations)
+    summary.per_class = {name: counts[k] for k, name in enumerate(VOC_CLASSES, start=1)}
+    summary.difficult = sum(annotation['difficult'] for annotation in annotations)
+    summary.truncated = sum(annotation['truncated'] for annotation in annotations)
+    return {
+        # No date: the same devkit gives the same bytes.
+        'info': {'description': f'PASCAL VOC 2012 segmentation, {split}',
+                 'left_out': summary.left_out},
+        'licenses': [],
+        'categories': [{'id': k, 'name': name, 'supercategory': groups[name]}
+                       for k, name in enumerate(VOC_CLASSES, start=1)],
+        'images': images,
+        'annotations': annotations,
+    }
+
+
+def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) -> Path:
+    """Fetch, verify and unpack the official archive; returns the `VOC2012` folder.
+
+    A devkit already in `root` is left alone. The archive (2.0 GB) stays in `root`, and one put
+    there by hand is used. A broken download is resumed by the next call.
+
+    Raises:
+        UserError: See `download` and `unpack_tar` in `mmfinetune.files`.
+    """
+    with contextlib.suppress(UserError):
+        return find_devkit(root)
+    target, archive = Path(root, 'VOCdevkit', 'VOC2012'), Path(root, PurePosixPath(VOC_URL).name)
+    if target.exists():
+        raise UserError(f'{target}: there already, but no devkit', cure='move it away')
+    download(url, archive, md5=VOC_MD5, size=VOC_SIZE, progress=progress)
+    return unpack_tar(archive, 'VOCdevkit/VOC2012', target, progress)
