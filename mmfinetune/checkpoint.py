@@ -1,0 +1,356 @@
+"""Find, verify, read and transfer weights. Only tensor data is ever unpickled."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmfinetune.errors import UserError
+from mmfinetune.files import download, looks_like, sha256_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+PRETRAIN_DIR = Path('pretrain')
+_HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt)$')
+
+
+def hash_in_name(name: str | Path) -> str | None:
+    """The SHA-256 prefix at the end of a file name (torch hub's and mmdet's convention)."""
+    found = _HASH.search(Path(name).name)
+    return found.group(1) if found else None
+
+
+def verify_file(path: Path) -> str:
+    """Check that a file is there, not empty, and as its name says.
+
+    Returns:
+        The verdict as a phrase.
+
+    Raises:
+        UserError: Missing, a folder, empty, a text file, or another hash than the name's.
+    """
+    cure = 'delete it and run again to fetch it anew, or pass another file with --weights'
+    if path.is_dir():
+        raise UserError(f'{path} is a folder, not a weights file',
+                        cure='pass the .pth file in it with --weights')
+    if not path.is_file():
+        raise UserError(f'There is no weights file {path}',
+                        cure='check the path, or drop --weights to use the one in the config')
+    if path.stat().st_size == 0:
+        raise UserError(f'{path} is empty', cure=cure)
+    kind = looks_like(path)
+    if kind:
+        raise UserError(f'{path} is not a weights file: it looks like {kind}', cure=cure)
+    prefix = hash_in_name(path)
+    if prefix is None:
+        return 'no hash in the file name to check against'
+    digest = sha256_of(path)
+    if not digest.startswith(prefix):
+        raise UserError(f'{path} is damaged: its SHA-256 begins with {digest[:len(prefix)]}, '
+                        f'but its name says {prefix}', cure=cure)
+    return f'SHA-256 begins with {prefix}, as its name says'
+
+
+def search_places() -> list[Path]:
+    """Folders in which downloaded weights are commonly found, best first."""
+    cache = Path(os.environ.get('XDG_CACHE_HOME', Path.home() / '.cache'))
+    torch_home = Path(os.environ.get('TORCH_HOME', cache / 'torch'))
+    return [PRETRAIN_DIR, torch_home / 'hub' / 'checkpoints', cache / 'mim', Path.cwd()]
+
+
+def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
+    """Make a weights file available in ``pretrain/``.
+
+    The path itself is tried first, then :func:`search_places` by file name, then ``url``. A copy
+    found elsewhere, or downloaded, is verified and only then put at its place.
+
+    Args:
+        checkpoint: Path as the config gives it; the file name may end in a SHA-256 prefix.
+        url: Where to download it from if it is nowhere.
+
+    Returns:
+        The path of the verified file.
+
+    Raises:
+        UserError: Not found and not to be downloaded, or damaged.
+    """
+    wanted = Path(checkpoint)
+    if wanted.exists():
+        verify_file(wanted)
+        return wanted
+    target = wanted if wanted.parent.is_dir() else PRETRAIN_DIR / wanted.name
+    damaged = []
+    for folder in search_places():
+        candidate = folder / wanted.name
+        if not candidate.is_file():
+            continue
+        try:
+            verify_file(candidate)
+        except UserError as error:
+            damaged.append(error.message)
+            continue
+        if candidate.resolve().parent == target.resolve().parent:
+            return candidate
+        print(f'Copying {candidate} to {target}')
+        target.parent.mkdir(parents=True, exist_ok=True)
+        part = target.with_name(target.name + '.copy')
+        shutil.copyfile(candidate, part)
+        part.replace(target)
+        return target
+    if url is None:
+        looked = [str(f / wanted.name) for f in search_places()]
+        raise UserError(f'There is no weights file {wanted}. Looked for:', looked + damaged,
+                        'put the file there, or pass another one with --weights')
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return download(url, target, sha256=hash_in_name(wanted))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """Load a checkpoint file without running any code of it.
+
+    Returns:
+        What the file holds; tensors are on the CPU.
+
+    Raises:
+        UserError: Truncated, no checkpoint, or a pickle that holds more than data.
+    """
+    import pickle
+
+    import torch
+    from mmengine.runner.checkpoint import get_torch_safe_globals
+    cure = 'delete it and run again to fetch it anew, or pass another file with --weights'
+    try:
+        # The list holds the data classes (history buffers, numpy scalars) of MMEngine's own files.
+        with torch.serialization.safe_globals(get_torch_safe_globals()):
+            loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        culprit = re.search(r'GLOBAL ([\w.]+)', str(error))
+        if culprit:
+            raise UserError(
+                f'{path} is refused: it is a pickle that would run {culprit.group(1)}',
+                cure='get the weights from a source you trust; a file of tensors needs no code'
+            ) from None
+        raise UserError(f'{path} is not a weights file: {_first_line(error)}', cure=cure) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f'{path} cannot be read, it is truncated or no weights file: '
+                        f'{_first_line(error)}', cure=cure) from None
+    if not isinstance(loaded, dict):
+        raise UserError(f'{path} holds a {type(loaded).__name__}, not weights', cure=cure)
+    return loaded
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def state_dict_of(loaded: Mapping, path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, without the ``module.`` of a parallel wrapper.
+
+    Raises:
+        UserError: No tensors in it.
+    """
+    import torch
+    source = loaded.get('state_dict', loaded.get('model', loaded))
+    tensors = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)} \
+        if isinstance(source, Mapping) else {}
+    if not tensors:
+        raise UserError(f'{path} holds no weights; its keys are: '
+                        f'{", ".join(map(str, list(loaded)[:8])) or "none"}',
+                        cure='pass a file with a state_dict, e.g. one from the MMDetection zoo')
+    if all(k.startswith('module.') for k in tensors):
+        tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
+    return tensors
+
+
+@dataclass
+class TransferReport:
+    """Where each tensor of the model comes from, and what becomes of each in the file.
+
+    Attributes:
+        loaded: Model keys taken from the file.
+        reinit: Model keys drawn anew.
+        kept: Model keys outside the part that the file is for; they keep the model's own start.
+        dropped: File keys whose place was re-initialised.
+        ignored: File keys that the config says to leave.
+        problems: One line for each key that fits nowhere or has another shape.
+    """
+
+    loaded: list[str] = field(default_factory=list)
+    reinit: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    ignored: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+
+    def rows(self, sizes: Mapping[str, int]) -> list[tuple[str, int, int, int, int, int]]:
+        """(module, tensors, parameters, loaded, re-initialised, kept) for each part.
+
+        Args:
+            sizes: Number of elements of each model key.
+        """
+        def module(key: str) -> str:
+            parts = key.split('.')
+            return '.'.join(parts[:3 if parts[0] == 'roi_head' else 1])
+
+        order = list(dict.fromkeys(module(k) for k in sizes))
+        rows = []
+        for name in order:
+            keys = [k for k in sizes if module(k) == name]
+            rows.append((name, len(keys), sum(sizes[k] for k in keys),
+                         *(sum(k in chosen for k in keys)
+                           for chosen in (set(self.loaded), set(self.reinit), set(self.kept)))))
+        return rows
+
+
+def _under(key: str, prefixes: Sequence[str]) -> bool:
+    return any(key == p or key.startswith(p if p.endswith('.') else p + '.') for p in prefixes)
+
+
+def plan_transfer(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor],
+                  reinit: Sequence[str] = (), into: str = '', ignore: Sequence[str] = ()
+                  ) -> TransferReport:
+    """Decide for every tensor on both sides what happens to it.
+
+    Args:
+        target: The model's state dict.
+        source: The file's tensors.
+        reinit: Module prefixes of the model to draw anew.
+        into: Module of the model that the file's keys belong under; '' for the whole model.
+        ignore: Prefixes of file keys that may be left over.
+
+    Returns:
+        The plan; training must not start while it has ``problems``.
+    """
+    report = TransferReport()
+    mapped = {(f'{into}.{k}' if into else k): k for k in source}
+    for prefix in reinit:
+        if not any(_under(k, [prefix]) for k in target):
+            report.problems.append(f'weights.reinit names {prefix}, which the model does not have')
+    for key, tensor in target.items():
+        if _under(key, reinit):
+            report.reinit.append(key)
+        elif key in mapped:
+            ours, theirs = tuple(tensor.shape), tuple(source[mapped[key]].shape)
+            if ours == theirs:
+                report.loaded.append(key)
+            else:
+                report.problems.append(f'{key}: the model has {ours}, the file {theirs}')
+        elif (into and not _under(key, [into])) or key.endswith('num_batches_tracked'):
+            # PyTorch counts batches in BN only since 0.4.1, and frozen BN never uses the count.
+            report.kept.append(key)
+        else:
+            report.problems.append(f'{key}: not in the file')
+    for key, original in mapped.items():
+        if _under(key, reinit):
+            report.dropped.append(original)
+        elif key not in target:
+            if _under(original, ignore):
+                report.ignored.append(original)
+            else:
+                report.problems.append(f'{original}: in the file, but the model has no such tensor')
+    return report
+
+
+def check_transfer(report: TransferReport, path: Path) -> None:
+    """Raise a UserError that lists all problems of a plan, if it has any."""
+    if report.problems:
+        raise UserError(
+            f'{path} does not fit the model ({len(report.loaded)} tensors fit, '
+            f'{len(report.problems)} do not):', report.problems,
+            'use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set '
+            'num_classes of bbox_head and mask_head to that of the weights, or name the heads to '
+            'draw anew in `weights.reinit`')
+
+
+def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, float]] | None = None,
+             into: str = '', ignore: Sequence[str] = (), seed: int = 0) -> TransferReport:
+    """Load a file into a model and draw the named modules anew.
+
+    Weights of a module in ``reinit`` come from N(0, std), biases are 0. The draw has its own
+    generator on the CPU, so that all ranks and devices get the same numbers.
+
+    Args:
+        model: Changed in place, and only if everything fits.
+        path: A verified file.
+        reinit: ``{module prefix: {'std': float}}``.
+        into: See :func:`plan_transfer`.
+        ignore: See :func:`plan_transfer`.
+        seed: Of the generator.
+
+    Returns:
+        What was done.
+
+    Raises:
+        UserError: A key or shape does not fit.
+    """
+    import torch
+    reinit = dict(reinit or {})
+    source = state_dict_of(read_checkpoint(path), path)
+    target = model.state_dict()
+    report = plan_transfer(target, source, list(reinit), into, ignore)
+    check_transfer(report, path)
+    strip = len(into) + 1 if into else 0
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for key in report.loaded:
+            target[key].copy_(source[key[strip:]])
+        for key in report.reinit:
+            if key.endswith('bias'):
+                target[key].zero_()
+            else:
+                std = next(v for k, v in reinit.items() if _under(key, [k]))['std']
+                drawn = torch.normal(0.0, float(std), target[key].shape, generator=generator)
+                target[key].copy_(drawn)
+    return report
+
+
+def publish(src: Path, stem: Path) -> Path:
+    """Strip a checkpoint to its weights and name it by its hash.
+
+    Args:
+        src: A checkpoint, or the work dir of a run (its best checkpoint is taken).
+        stem: Target path without hash and suffix.
+
+    Returns:
+        ``<stem>-<first 8 of SHA-256>.pth``.
+    """
+    import torch
+    src = best_checkpoint(src) if src.is_dir() else src
+    verify_file(src)
+    loaded = read_checkpoint(src)
+    meta = loaded.get('meta', {})
+    slim = {'meta': {'dataset_meta': {'classes': tuple(
+                meta.get('dataset_meta', {}).get('classes', ()))}},
+            'state_dict': {k: v.clone() for k, v in state_dict_of(loaded, src).items()}}
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    part = stem.with_name(stem.name + '.part')
+    torch.save(slim, part)
+    target = stem.with_name(f'{stem.name}-{sha256_of(part)[:8]}.pth')
+    part.replace(target)
+    return target
+
+
+def best_checkpoint(work_dir: Path) -> Path:
+    """The best checkpoint of a run, else its last.
+
+    Raises:
+        UserError: The folder holds none.
+    """
+    best = sorted(work_dir.glob('best_*.pth'), key=lambda p: p.stat().st_mtime)
+    if best:
+        return best[-1]
+    pointer = work_dir / 'last_checkpoint'
+    if pointer.is_file():
+        # The path is that of the machine that wrote it; the name is enough.
+        last = work_dir / Path(pointer.read_text().strip()).name
+        if last.is_file():
+            return last
+    raise UserError(f'There is no checkpoint in {work_dir}',
+                    cure='train first, or pass a checkpoint with --weights')
