@@ -1,0 +1,50 @@
+"""Check the weights, train and test. Without a part named: train, then test."""
+
+import sys
+
+from mmfinetune.cli import add_config_flags, make_parser, run
+
+EXAMPLES = """
+python tools/train_pretrained.py                                  # the VOC run: train, then test
+python tools/train_pretrained.py --check-weights                  # what would be loaded
+python tools/train_pretrained.py --dry-run                        # data sizes, steps, lr; no more
+python tools/train_pretrained.py configs/mask_rcnn_demo.py        # minutes on a CPU
+python tools/train_pretrained.py --data-root /data/VOCdevkit --work-dir work_dirs/try1
+python tools/train_pretrained.py --resume                         # go on with the last checkpoint
+python tools/train_pretrained.py --test                           # test the best checkpoint
+python tools/train_pretrained.py --cfg-options train_cfg.max_epochs=12 train_dataloader.batch_size=4
+torchrun --nproc_per_node 4 tools/train_pretrained.py             # 4 GPUs: lr 0.008
+"""
+
+
+def main() -> int:
+    parser = make_parser(__doc__, EXAMPLES)
+    add_config_flags(parser, default='configs/mask_rcnn_voc_pretrained.py')
+    parts = parser.add_argument_group('parts')
+    parts.add_argument('--check-weights', action='store_true',
+                       help='find and verify the weights, show where each tensor comes from')
+    parts.add_argument('--train', action='store_true', help='train only')
+    parts.add_argument('--test', action='store_true',
+                       help='test only: the best checkpoint of the work dir, or --weights')
+    parts.add_argument('--dry-run', action='store_true',
+                       help='print data sizes, steps and the lr of each group, then stop')
+    parser.add_argument('--weights', metavar='FILE',
+                        help='start from (with --test alone: test) this file')
+    parser.add_argument('--data-root', metavar='DIR',
+                        help='folder that holds VOCdevkit/, or the annotation files of the config')
+    parser.add_argument('--work-dir', metavar='DIR', help='where results go')
+    parser.add_argument('--resume', nargs='?', const=True, default=False, metavar='PATH',
+                        help='go on from this checkpoint, or from the last of the work dir')
+    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU)')
+    parser.add_argument('--lr', type=float,
+                        help='base learning rate as it is; wins over the config and the scaling')
+    parser.add_argument('--no-scale-lr', dest='scale_lr', action='store_false',
+                        help="use the config's lr whatever the number of GPUs and the batch size")
+    args = parser.parse_args()
+
+    from mmfinetune import train
+    return train.run(train.Options(**vars(args)))
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))
