@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune import checkpoint, coco, config, demo, lr, voc
+from mmfinetune import checkpoint, coco, config, demo, devkit, lr, voc
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_json
 
@@ -217,7 +217,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
     datasets = _datasets(cfg)
     if not all((root / d['ann_file']).is_file() for d in datasets.values()):
         try:
-            root = voc.find_devkit(root)
+            root = devkit.find_devkit(root)
         except UserError as error:
             raise UserError(
                 f'{root} holds no data for this config. Looked for:',
@@ -287,13 +287,13 @@ def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
             return
     try:
         # The config's data_root is the VOC2012 folder; the devkit may lie two folders up.
-        devkit = voc.find_devkit(root)
+        voc2012 = devkit.find_devkit(root)
     except UserError:
         raise UserError('There is no data yet. Looked for:',
                         [*dict.fromkeys(map(str, paths)), f'{root} (a VOC 2012 devkit)'],
                         'fetch and convert VOC 2012 with `python tools/prepare_voc.py --download`, '
                         'or pass its folder with --data-root') from None
-    voc.convert(devkit, paths[0].parent)
+    voc.convert(voc2012, paths[0].parent)
 
 
 def _classes(dataset: Any) -> Sequence[str] | None:

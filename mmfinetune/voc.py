@@ -1,8 +1,7 @@
-"""PASCAL VOC 2012 to COCO JSON with the true masks; fetching and unpacking the official archive."""
+"""PASCAL VOC 2012 to COCO JSON with the true masks."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import signal
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -21,13 +20,16 @@ from pycocotools import mask as mask_api
 from tqdm import tqdm
 
 from mmfinetune.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
+from mmfinetune.devkit import VOC_URL
 from mmfinetune.errors import UserError
-from mmfinetune.files import atomic_write_all, download, json_bytes, unpack_tar
+from mmfinetune.files import atomic_write_all, json_bytes
 
-VOC_URL = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar'
-VOC_MD5 = '6cd6e144f989b92b3379bac3b3de84fd'
-VOC_SIZE = 1_999_639_040  # bytes
 VOID = 255  # border and ignored pixels in both kinds of PNG
+
+# Images of the official archive whose masks are whole but whose XML lists fewer objects; without
+# this every user's first conversion would stop. 2010_002305: 8 masks, 5 objects
+# (https://github.com/airctic/icevision/issues/1073).
+KNOWN_DISPUTES = frozenset({'2010_002305'})
 
 _LISTS = 'ImageSets/Segmentation'
 _FOLDERS = ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', _LISTS)
@@ -53,6 +55,7 @@ class Summary:
         without_mask: Objects that the XML lists but no pixel shows; they are not written.
         left_out: Ids of the images that `skip_bad` left out.
         problems: Why, one line each.
+        notes: Disagreements that were settled by trusting the masks, one line each.
         seconds: Wall time of the whole conversion.
     """
 
@@ -65,6 +68,7 @@ class Summary:
     without_mask: int = 0
     left_out: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -78,27 +82,7 @@ class _Read:
     annotations: list[dict] = field(default_factory=list)
     without_mask: int = 0
     problems: list[str] = field(default_factory=list)
-
-
-def find_devkit(root: str | Path) -> Path:
-    """The `VOC2012` folder in or at `root`.
-
-    Args:
-        root: The folder that holds `VOCdevkit/VOC2012`, or `VOCdevkit`, or `VOC2012` itself.
-
-    Raises:
-        UserError: There is none.
-    """
-    root = Path(root)
-    candidates = (root / 'VOCdevkit' / 'VOC2012', root / 'VOC2012', root)
-    for folder in candidates:
-        if any((folder / name).is_dir() for name in ('JPEGImages', 'SegmentationObject')):
-            return folder
-    raise UserError(
-        f'{root}: no VOC 2012 devkit here; looked for JPEGImages in',
-        [str(folder) for folder in candidates],
-        f'run with --download, or fetch {VOC_URL} and unpack it in {root}, '
-        'or name its folder by --data-root')
+    disputes: list[str] = field(default_factory=list)
 
 
 def annotation_paths(out_dir: str | Path,
@@ -113,7 +97,7 @@ def decode(annotation: dict) -> np.ndarray:
 
 
 def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('train', 'val'),
-            workers: int | None = None, skip_bad: bool = False,
+            workers: int | None = None, skip_bad: bool = False, trust_masks: bool = False,
             progress: bool = True) -> dict[str, Summary]:
     """Write one COCO JSON per split, each object of SegmentationObject with exactly its pixels.
 
@@ -126,6 +110,8 @@ def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('t
         splits: Names of lists in ImageSets/Segmentation.
         workers: Processes; all cores by default.
         skip_bad: Leave images with problems out instead of stopping.
+        trust_masks: Settle what SegmentationClass or the XML dispute: masks by
+            SegmentationObject, class by most of their pixels in SegmentationClass.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -141,6 +127,10 @@ def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('t
     lists, bad_lines = _read_lists(devkit, splits)
     ids = list(dict.fromkeys(image_id for names in lists.values() for image_id in names))
     reads = {read.image_id: read for read in _read_all(devkit, ids, workers, progress)}
+    for read in reads.values():
+        if not (trust_masks or read.image_id in KNOWN_DISPUTES):
+            read.problems += read.disputes
+            read.disputes = []
 
     problems = [line for lines in bad_lines.values() for line in lines]
     problems += [line for read in reads.values() for line in read.problems]
@@ -150,7 +140,8 @@ def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('t
             f'{devkit}: {len(problems)} problems, {bad} of {len(ids)} images unusable; '
             'nothing was written', problems,
             'mend these files (for a fresh copy move the folder away and run with --download), or '
-            'run again with --skip-bad, which leaves these images out and goes on with the others')
+            'run again with --skip-bad, which leaves these images out and goes on with the others; '
+            'where only classes or the XML are at odds, --trust-masks keeps them')
 
     contents, summaries = {}, {}
     for split, names in lists.items():
@@ -182,6 +173,9 @@ def format_summaries(summaries: dict[str, Summary]) -> str:
     left_out = [line for summary in summaries.values() for line in summary.problems]
     if left_out:
         rows += ['', 'left out:', *(f'  - {line}' for line in left_out)]
+    notes = [line for summary in summaries.values() for line in summary.notes]
+    if notes:
+        rows += ['', 'kept, the masks trusted:', *(f'  - {line}' for line in notes)]
     return '\n'.join(rows)
 
 
@@ -286,10 +280,10 @@ def _read_image(devkit: Path, image_id: str) -> _Read:
         return read
 
     read.height, read.width = objects.shape
-    numbers, labels = _check_classes(objects, classes, object_png, class_png, read.problems)
+    numbers, labels = _check_classes(objects, classes, object_png, class_png, read)
     if listed is None:
         return read
-    _check_xml(numbers, labels, listed, image_id, read.problems)
+    _check_xml(numbers, labels, listed, read)
     read.without_mask = len(set(range(1, len(listed) + 1)) - set(numbers))
     if not read.problems:
         read.annotations = _annotations(objects, numbers, labels, listed)
@@ -339,14 +333,15 @@ def _load_xml(devkit: Path, name: str, problems: list[str]) -> list[dict] | None
 
 
 def _check_classes(objects: np.ndarray, classes: np.ndarray, object_png: str, class_png: str,
-                   problems: list[str]) -> tuple[list[int], list[int]]:
+                   read: _Read) -> tuple[list[int], list[int]]:
     """Object numbers of an image and the class value (1 to 20) of each."""
     joint = np.bincount(objects.ravel().astype(np.int64) * 256 + classes.ravel(),
                         minlength=1 << 16).reshape(256, 256)
     # One image is made from the other in VOC, so background and void agree to the pixel.
     stray = int(joint[np.ix_((0, VOID), range(1, VOID))].sum())
     if stray:
-        problems.append(f'{class_png}: {stray} pixels of a class where {object_png} has no object')
+        read.disputes.append(
+            f'{class_png}: {stray} pixels of a class where {object_png} has no object')
     numbers, labels = [], []
     for number in np.flatnonzero(joint.sum(axis=1)).tolist():
         if number in (0, VOID):
@@ -354,11 +349,11 @@ def _check_classes(objects: np.ndarray, classes: np.ndarray, object_png: str, cl
         counts = joint[number]
         label = int(counts.argmax())
         if not 1 <= label <= len(VOC_CLASSES):
-            problems.append(f'{class_png}: object {number} has the value {label}, no class')
+            read.problems.append(f'{class_png}: object {number} has the value {label}, no class')
             continue
         others = int(counts.sum() - counts[label])
         if others:
-            problems.append(
+            read.disputes.append(
                 f"{class_png}: object {number} is '{VOC_CLASSES[label - 1]}', but "
                 f'{others} of its {int(counts.sum())} pixels have another value')
         numbers.append(number)
@@ -366,16 +361,17 @@ def _check_classes(objects: np.ndarray, classes: np.ndarray, object_png: str, cl
     return numbers, labels
 
 
-def _check_xml(numbers: list[int], labels: list[int], listed: list[dict], image_id: str,
-               problems: list[str]) -> None:
+def _check_xml(numbers: list[int], labels: list[int], listed: list[dict], read: _Read) -> None:
     """Object k of the PNG is the k-th of the XML, and both name one class."""
+    image_id = read.image_id
     for number, label in zip(numbers, labels, strict=True):
         name = VOC_CLASSES[label - 1]
         if number > len(listed):
-            problems.append(f"SegmentationObject/{image_id}.png: object {number} ('{name}') is not "
-                            f'in Annotations/{image_id}.xml, which lists {len(listed)}')
+            read.disputes.append(
+                f"SegmentationObject/{image_id}.png: object {number} ('{name}') is not in "
+                f'Annotations/{image_id}.xml, which lists {len(listed)}')
         elif listed[number - 1]['name'] != name:
-            problems.append(f"Annotations/{image_id}.xml: object {number} is "
+            read.disputes.append(f"Annotations/{image_id}.xml: object {number} is "
                             f"'{listed[number - 1]['name']}', but '{name}' in SegmentationClass")
 
 
@@ -387,12 +383,14 @@ def _annotations(objects: np.ndarray, numbers: list[int], labels: list[int],
     columns = np.ascontiguousarray(objects.T)
     masks = columns[None] == np.array(numbers, dtype=objects.dtype)[:, None, None]
     rles = mask_api.encode(masks.view(np.uint8).transpose(2, 1, 0))
+    # An object that the XML does not list, in an image whose masks are trusted.
+    flags = {number: listed[number - 1] if number <= len(listed)
+             else {'difficult': 0, 'truncated': 0} for number in numbers}
     return [
         {'category_id': label,
          'segmentation': {'size': list(objects.shape), 'counts': rle['counts'].decode()},
          'area': int(area), 'bbox': [int(value) for value in box], 'iscrowd': 0,
-         'difficult': listed[number - 1]['difficult'],
-         'truncated': listed[number - 1]['truncated']}
+         'difficult': flags[number]['difficult'], 'truncated': flags[number]['truncated']}
         for number, label, rle, area, box in zip(
             numbers, labels, rles, mask_api.area(rles), mask_api.toBbox(rles), strict=True)]
 
@@ -409,6 +407,7 @@ def _dataset(split: str, reads: list[_Read], summary: Summary) -> dict:
         images.append({'id': len(images) + 1, 'file_name': f'JPEGImages/{read.image_id}.jpg',
                        'width': read.width, 'height': read.height})
         summary.without_mask += read.without_mask
+        summary.notes += read.disputes
         for annotation in read.annotations:
             annotations.append({'id': len(annotations) + 1, 'image_id': len(images), **annotation})
     counts = Counter(annotation['category_id'] for annotation in annotations)
@@ -426,21 +425,3 @@ def _dataset(split: str, reads: list[_Read], summary: Summary) -> dict:
         'images': images,
         'annotations': annotations,
     }
-
-
-def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) -> Path:
-    """Fetch, verify and unpack the official archive; returns the `VOC2012` folder.
-
-    A devkit already in `root` is left alone. The archive (2.0 GB) stays in `root`, and one put
-    there by hand is used. A broken download is resumed by the next call.
-
-    Raises:
-        UserError: See `download` and `unpack_tar` in `mmfinetune.files`.
-    """
-    with contextlib.suppress(UserError):
-        return find_devkit(root)
-    target, archive = Path(root, 'VOCdevkit', 'VOC2012'), Path(root, PurePosixPath(VOC_URL).name)
-    if target.exists():
-        raise UserError(f'{target}: there already, but no devkit', cure='move it away')
-    download(url, archive, md5=VOC_MD5, size=VOC_SIZE, progress=progress)
-    return unpack_tar(archive, 'VOCdevkit/VOC2012', target, progress)

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
+from mmfinetune import devkit as devkits
 from mmfinetune import voc
 from mmfinetune.classes import VOC_CLASSES
 from mmfinetune.errors import UserError
@@ -184,9 +185,9 @@ def test_result_does_not_depend_on_the_workers(devkit, tmp_path):
 
 def test_devkit_is_found_from_each_level(small, tmp_path):
     for root in (tmp_path / 'data', tmp_path / 'data' / 'VOCdevkit', small.path):
-        assert voc.find_devkit(root) == small.path
+        assert devkits.find_devkit(root) == small.path
     with pytest.raises(UserError, match='--download') as caught:
-        voc.find_devkit(tmp_path / 'elsewhere')
+        devkits.find_devkit(tmp_path / 'elsewhere')
     assert len(caught.value.problems) == 3
 
 
@@ -292,6 +293,37 @@ def test_long_lists_of_problems_are_not_cut(tmp_path):
                for i in devkit.lists['train'])
 
 
+def dispute(devkit: Devkit, image_id: str) -> None:
+    """Take the last object out of an image's XML; its masks stay."""
+    path = devkit.path / 'Annotations' / f'{image_id}.xml'
+    text = path.read_text()
+    start = text.rindex('<object>')
+    path.write_text(text[:start] + text[text.index('</object>', start) + len('</object>'):])
+
+
+def test_trusted_masks_settle_what_the_xml_disputes(small, tmp_path):
+    whole = convert(small, tmp_path / 'whole')
+    image_id = next(a for a in (small.path / 'ImageSets/Segmentation/train.txt').read_text().split()
+                    if '<object>' in (small.path / 'Annotations' / f'{a}.xml').read_text())
+    dispute(small, image_id)
+    with pytest.raises(UserError, match='--trust-masks') as caught:
+        convert(small, tmp_path / 'out')
+    assert len(caught.value.problems) == 1 and image_id in caught.value.problems[0]
+    summaries = convert(small, tmp_path / 'out', trust_masks=True)
+    assert summaries['train'].objects == whole['train'].objects
+    assert summaries['train'].notes == caught.value.problems
+    assert 'the masks trusted' in voc.format_summaries(summaries)
+    check_exact(small.path, tmp_path / 'out' / 'instances_train.json')
+
+
+def test_faults_of_the_official_archive_stop_nobody(small, tmp_path, monkeypatch):
+    image_id = next(a for a in (small.path / 'ImageSets/Segmentation/train.txt').read_text().split()
+                    if '<object>' in (small.path / 'Annotations' / f'{a}.xml').read_text())
+    dispute(small, image_id)
+    monkeypatch.setattr(voc, 'KNOWN_DISPUTES', frozenset({image_id}))
+    assert image_id in convert(small, tmp_path / 'out')['train'].notes[0]
+
+
 def test_existing_annotations_survive_a_failure(small, tmp_path):
     before = {s: x.path.read_bytes() for s, x in convert(small, tmp_path / 'out').items()}
     small.file('xml', small.lists['val'][1]).unlink()
@@ -366,13 +398,13 @@ def test_download_fetches_checks_and_unpacks(small, tmp_path, monkeypatch):
         fetched.append((url, checks['md5'], checks['size']))
         return archive.rename(dst)
 
-    monkeypatch.setattr(voc, 'download', fetch)
+    monkeypatch.setattr(devkits, 'download', fetch)
     root = tmp_path / 'new'
     root.mkdir()
-    devkit = voc.download_voc(root, progress=False)
-    assert devkit == voc.find_devkit(root) == root / 'VOCdevkit' / 'VOC2012'
-    assert fetched == [(voc.VOC_URL, '6cd6e144f989b92b3379bac3b3de84fd', 1_999_639_040)]
-    voc.download_voc(root, progress=False)
+    devkit = devkits.download_voc(root, progress=False)
+    assert devkit == devkits.find_devkit(root) == root / 'VOCdevkit' / 'VOC2012'
+    assert fetched == [(devkits.VOC_URL, '6cd6e144f989b92b3379bac3b3de84fd', 1_999_639_040)]
+    devkits.download_voc(root, progress=False)
     assert len(fetched) == 1
     assert convert(devkit, tmp_path / 'out')['train'].images == 3
 
@@ -383,10 +415,10 @@ def test_archive_put_there_by_hand_is_used(small, tmp_path, monkeypatch):
     archive = root / 'VOCtrainval_11-May-2012.tar'
     with tarfile.open(archive, 'w') as tar:
         tar.add(small.path.parent, 'VOCdevkit')
-    monkeypatch.setattr(voc, 'VOC_MD5', hashlib.md5(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(voc, 'VOC_SIZE', archive.stat().st_size)
-    voc.download_voc(root, 'http://127.0.0.1:9/nothing', progress=False)
-    assert voc.find_devkit(root).is_dir()
+    monkeypatch.setattr(devkits, 'VOC_MD5', hashlib.md5(archive.read_bytes()).hexdigest())
+    monkeypatch.setattr(devkits, 'VOC_SIZE', archive.stat().st_size)
+    devkits.download_voc(root, 'http://127.0.0.1:9/nothing', progress=False)
+    assert devkits.find_devkit(root).is_dir()
 
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess:
@@ -447,7 +479,7 @@ def real_data() -> Path:
 
 
 def test_real_images_are_exact(tmp_path):
-    devkit = voc.find_devkit(real_data() / 'voc2012_real')
+    devkit = devkits.find_devkit(real_data() / 'voc2012_real')
     summaries = convert(devkit, tmp_path, workers=2)
     assert {s: (x.images, x.objects) for s, x in summaries.items()} == {
         'train': (16, 37), 'val': (13, 30)}

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmfinetune.cli import make_parser, run
-from mmfinetune.voc import VOC_URL, convert, download_voc, find_devkit, format_summaries
+from mmfinetune.devkit import VOC_URL, download_voc, find_devkit
+from mmfinetune.voc import convert, format_summaries
 
 EXAMPLES = """\
   # fetch VOC 2012 (2.0 GB, resumed when broken off), verify, unpack to data/VOCdevkit, convert
@@ -37,6 +38,9 @@ def main() -> None:
                         help='processes (default: all cores); the result is the same')
     parser.add_argument('--skip-bad', action='store_true',
                         help='leave images with problems out, and list them, instead of stopping')
+    parser.add_argument('--trust-masks', action='store_true',
+                        help='keep images in which only classes or the XML are at odds with the '
+                             'masks; they are listed')
     parser.add_argument('--splits', nargs='+', default=['train', 'val'], metavar='NAME',
                         help='lists in ImageSets/Segmentation (default: train val)')
     args = parser.parse_args()
@@ -45,7 +49,8 @@ def main() -> None:
         download_voc(args.data_root, args.url)
     devkit = find_devkit(args.data_root)
     out = args.out or devkit / 'annotations'
-    summaries = convert(devkit, out, args.splits, args.workers, args.skip_bad)
+    summaries = convert(devkit, out, args.splits, args.workers, args.skip_bad,
+                        args.trust_masks)
 
     print(format_summaries(summaries))
     print('written: ' + ' '.join(str(summary.path) for summary in summaries.values()))
