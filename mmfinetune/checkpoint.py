@@ -138,7 +138,8 @@ def read_checkpoint(path: Path) -> dict:
                 cure='get the weights from a source you trust; a file of tensors needs no code'
             ) from None
         raise UserError(f'{path} is not a weights file: {_first_line(error)}', cure=cure) from None
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:
+        # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
         raise UserError(f'{path} cannot be read, it is truncated or no weights file: '
                         f'{_first_line(error)}', cure=cure) from None
     if not isinstance(loaded, dict):
@@ -292,6 +293,11 @@ def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, flo
     """
     import torch
     reinit = dict(reinit or {})
+    wrong = [f'weights.reinit.{k} = {v}' for k, v in reinit.items()
+             if not isinstance(v, Mapping) or set(v) != {'std'}]
+    if wrong:
+        raise UserError('These modules do not say how to be drawn anew:', wrong,
+                        "give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)")
     source = state_dict_of(read_checkpoint(path), path)
     target = model.state_dict()
     report = plan_transfer(target, source, list(reinit), into, ignore)
@@ -305,8 +311,9 @@ def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, flo
             if key.endswith('bias'):
                 target[key].zero_()
             else:
-                std = next(v for k, v in reinit.items() if _under(key, [k]))['std']
-                drawn = torch.normal(0.0, float(std), target[key].shape, generator=generator)
+                module = max((k for k in reinit if _under(key, [k])), key=len)
+                drawn = torch.normal(0.0, float(reinit[module]['std']), target[key].shape,
+                                     generator=generator)
                 target[key].copy_(drawn)
     return report
 
@@ -326,14 +333,21 @@ def publish(src: Path, stem: Path) -> Path:
     verify_file(src)
     loaded = read_checkpoint(src)
     meta = loaded.get('meta', {})
-    slim = {'meta': {'dataset_meta': {'classes': tuple(
-                meta.get('dataset_meta', {}).get('classes', ()))}},
+    # MMDetection 2.x wrote CLASSES, 3.x dataset_meta.
+    classes = meta.get('dataset_meta', {}).get('classes') or meta.get('CLASSES') or ()
+    slim = {'meta': {'dataset_meta': {'classes': tuple(classes)}},
             'state_dict': {k: v.clone() for k, v in state_dict_of(loaded, src).items()}}
     stem.parent.mkdir(parents=True, exist_ok=True)
     part = stem.with_name(stem.name + '.part')
-    torch.save(slim, part)
-    target = stem.with_name(f'{stem.name}-{sha256_of(part)[:8]}.pth')
-    part.replace(target)
+    try:
+        torch.save(slim, part)
+        target = stem.with_name(f'{stem.name}-{sha256_of(part)[:8]}.pth')
+        part.replace(target)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f'{stem} cannot be written: {_first_line(error)}',
+                        cure='choose a folder you may write to, on a disk with room') from None
+    finally:
+        part.unlink(missing_ok=True)
     return target
 
 

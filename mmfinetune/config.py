@@ -37,6 +37,14 @@ _LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_ini
                 'num_batch_per_epoch'}
 # mmcv's layer builders take keys of their own beside those of the layer.
 _LAYER_CFGS = ('norm_cfg', 'act_cfg', 'conv_cfg', 'upsample_cfg', 'dcn')
+# Dicts without a type, and all the keys that the Runner or the toolkit reads of them.
+_PLAIN_DICTS = {
+    'auto_scale_lr': {'enable', 'base_batch_size'},
+    'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
+    'env_cfg.dist_cfg': {'backend', 'init_backend', 'timeout', 'init_method', 'port'},
+    'randomness': {'seed', 'diff_rank_seed', 'deterministic'},
+    'weights': {'checkpoint', 'url', 'reinit', 'into', 'ignore'},
+}
 _FREE_FORM = ('custom_keys', 'reinit')
 
 
@@ -152,9 +160,10 @@ def merge(cfg: Config, overrides: Mapping[str, Any]) -> list[str]:
                     break
                 accepted, closed = _accepted(node, place) if depth else \
                     ({*TOP_LEVEL, *_HELPERS}, True)
-                # A dict without a type has no signature: only the keys it has are known.
-                problem = _judge('.'.join(parts[:depth + 1]), place, {*node, *accepted},
-                                 closed or 'type' not in node)
+                # A dict without a type has no signature: only the keys it has are known. Hooks may
+                # be added under any name.
+                closed = closed or 'type' not in node and place != 'default_hooks'
+                problem = _judge('.'.join(parts[:depth + 1]), place, {*node, *accepted}, closed)
                 problems += [problem] if problem else []
                 break
             node = node[part]
@@ -176,7 +185,7 @@ def check_keys(cfg: Config) -> list[str]:
         if key not in TOP_LEVEL + _HELPERS and near:
             problems.append(f'{key}: did you mean {near[0]}?')
     for place, node in _dicts(cfg._cfg_dict):
-        if 'type' not in node and not place.endswith('_dataloader') \
+        if not ('type' in node or place.endswith('_dataloader') or place in _PLAIN_DICTS) \
                 or place.endswith(_LAYER_CFGS):
             continue
         accepted, closed = _accepted(node, place)
@@ -203,6 +212,8 @@ def _accepted(node: Mapping, place: str) -> tuple[set[str], bool]:
     if place.endswith('_dataloader'):
         from torch.utils.data import DataLoader
         return {*inspect.signature(DataLoader).parameters, *_LOADER_KEYS}, True
+    if place in _PLAIN_DICTS:
+        return _PLAIN_DICTS[place] | {'_scope_', '_delete_'}, True
     cls = _find_class(node.get('type'))
     accepted = set(_BUILDER_KEYS)
     if cls is None:

@@ -1,0 +1,83 @@
+"""What several test files share: paths, loaded configs, and the slow things made once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmfinetune import config
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope='session')
+def configs_dir() -> Path:
+    return ROOT / 'configs'
+
+
+@pytest.fixture(scope='session')
+def real_data() -> Path:
+    """Real images, which the repository must not hold."""
+    folder = os.environ.get('MMFINETUNE_REAL_DATA')
+    if not folder:
+        pytest.skip('MMFINETUNE_REAL_DATA does not name a folder with real images')
+    return Path(folder)
+
+
+@pytest.fixture(scope='session')
+def loaded(configs_dir: Path) -> Callable:
+    """Loads a config of the repository by its name; do not change what it returns."""
+    cache = {}
+
+    def load(name: str):
+        if name not in cache:
+            cache[name] = config.load(configs_dir / name)
+        return cache[name]
+
+    return load
+
+
+@pytest.fixture(scope='session')
+def voc_cfg(loaded: Callable):
+    """The resolved main config; do not change it."""
+    return loaded('mask_rcnn_voc_pretrained.py')
+
+
+@pytest.fixture(scope='session')
+def build_model(voc_cfg) -> Callable:
+    """Builds the 20-class Mask R-CNN of the main config, with PyTorch's own random start."""
+    def build():
+        from mmdet.registry import MODELS
+        return MODELS.build(voc_cfg.model)
+
+    return build
+
+
+@pytest.fixture(scope='session')
+def official_like(voc_cfg, tmp_path_factory) -> Path:
+    """A file with the keys, shapes and meta of the zoo's 80-class Mask R-CNN R50-FPN.
+
+    The numbers are random, so that no tensor can be right by chance (BN starts at 0 and 1).
+    """
+    import mmdet
+    import torch
+    from mmdet.registry import MODELS
+    from mmengine.config import Config
+    base = Path(mmdet.__file__).parent / '.mim/configs/_base_/models/mask-rcnn_r50_fpn.py'
+    model_cfg = Config.fromfile(base).model
+    model_cfg.backbone.init_cfg = None
+    model_cfg['_scope_'] = 'mmdet'  # there is no Runner here to set the default scope
+    tensors = MODELS.build(model_cfg).state_dict()
+    generator = torch.Generator().manual_seed(80)
+    for tensor in tensors.values():
+        if tensor.is_floating_point():
+            tensor.normal_(generator=generator)
+        else:
+            tensor.fill_(7)
+    path = tmp_path_factory.mktemp('official') / 'mask_rcnn_r50_fpn_1x_coco.pth'
+    torch.save({'meta': {'mmdet_version': '2.0.0', 'epoch': 12, 'CLASSES': ('person', 'bicycle')},
+                'state_dict': tensors}, path)
+    return path
