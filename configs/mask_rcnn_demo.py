@@ -54,14 +54,14 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator
 
-# 240 images / 4 = 60 steps an epoch, 4 epochs = 240 steps.
-train_cfg = dict(max_epochs=4)
+# 240 images / 4 = 60 steps an epoch, 3 epochs = 180 steps.
+train_cfg = dict(max_epochs=3)
 # 0.02 for 4 images; a small, unfrozen model on easy images takes ten times the VOC rate.
 optim_wrapper = dict(optimizer=dict(lr=0.02))
 auto_scale_lr = dict(base_batch_size=4)
 param_scheduler = [
     dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=30),
-    dict(type='MultiStepLR', by_epoch=True, begin=0, end=4, milestones=[3], gamma=0.1),
+    dict(type='MultiStepLR', by_epoch=True, begin=0, end=3, milestones=[2], gamma=0.1),
 ]
 
-weights = dict(checkpoint='pretrain/mask_rcnn_demo_coco80.pth', url=None)
+weights = dict(checkpoint='pretrain/mask_rcnn_demo_coco80-72d9cfaf.pth', url=None)
