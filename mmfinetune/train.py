@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mmfinetune import checkpoint, coco, config, demo, devkit, lr, voc
+from mmfinetune import checkpoint, coco, config, data, lr
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_json
+from mmfinetune.ranks import join_group, rank0_first, say
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -58,25 +61,28 @@ def run(options: Options) -> int:
     if options.resume and options.resume is not True and not Path(options.resume).is_file():
         raise UserError(f'There is no checkpoint {options.resume} to resume from',
                         cure='pass --resume alone to take the last one of the work dir')
+    if options.resume and options.lr is not None:
+        raise UserError('--lr would have no effect: --resume goes on with the learning rate of '
+                        'the checkpoint', cure='drop --lr, or start anew from the weights')
     cfg = config.load(options.config, options.cfg_options)
     whole = not (options.check_weights or options.train or options.test or options.dry_run)
-    world = _join_group(cfg)
+    world = join_group(cfg)
     _apply(cfg, options)
-    redirect_annotations(cfg)
-    check_heads(cfg)
+    data.redirect_annotations(cfg)
+    data.check_heads(cfg)
     if options.check_weights:
         check_weights(cfg)
         if not (options.train or options.test):
             return 0
     do_train, do_test = whole or options.train, whole or options.test
     if do_train or do_test:
-        _check_writable(Path(cfg.work_dir))
+        rank0_first(lambda: _check_writable(Path(cfg.work_dir)))
     # Only rank 0 writes; the others wait until data and weights are there.
-    splits = _rank0_first(lambda: prepare_data(cfg, train=do_train or options.dry_run))
+    splits = rank0_first(lambda: data.prepare_data(cfg, train=do_train or options.dry_run))
     plan = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
-    _say(summary(cfg, splits, plan, world))
+    say(summary(cfg, splits, plan, world))
     if options.dry_run:
-        _say('Dry run: nothing was trained.')
+        say('Dry run: nothing was trained.')
         return 0
     cfg.optim_wrapper.optimizer.lr = plan.lr
     # Done here, since Runner.scale_lr leaves out the accumulation.
@@ -85,7 +91,7 @@ def run(options: Options) -> int:
         runner = _train(cfg, options)
         if do_test:
             best = checkpoint.best_checkpoint(Path(cfg.work_dir))
-            _say(f'Testing {best}')
+            say(f'Testing {best}')
             runner.load_checkpoint(str(best), map_location='cpu')
             _test(runner, best)
     else:
@@ -93,55 +99,9 @@ def run(options: Options) -> int:
             checkpoint.best_checkpoint(Path(cfg.work_dir))
         _test(_test_runner(cfg, file), file)
     work_dir = cfg.work_dir
-    _say(f'Results: {work_dir}' + (' (pictures in figures/)' if do_test else '') +
+    say(f'Results: {work_dir}' + (' (pictures in figures/)' if do_test else '') +
          f'\nCurves:  tensorboard --logdir {work_dir}/{LOG_DIR}')
     return 0
-
-
-def _say(text: str) -> None:
-    from mmengine.dist import is_main_process
-    if is_main_process():
-        print(text, flush=True)
-
-
-def _join_group(cfg: Config) -> int:
-    """Join torchrun's processes, if it started this one; the number of processes.
-
-    The group is made here and not by the Runner, which calls CUDA even for gloo.
-    """
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    if 'LOCAL_RANK' not in os.environ or world == 1:
-        return 1
-    import torch
-    from mmengine.dist import init_dist, is_distributed
-    cfg.launcher = 'pytorch'
-    if torch.cuda.is_available():
-        if not is_distributed():
-            init_dist('pytorch', backend='nccl')
-    else:
-        cfg.env_cfg.dist_cfg = dict(backend='gloo')
-        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None,
-                                     broadcast_buffers=False)
-        if not is_distributed():
-            torch.distributed.init_process_group('gloo')
-    return world
-
-
-def _rank0_first(work: Callable[[], Any]) -> Any:
-    """Run on rank 0, then on the others; an error of rank 0 stops all of them."""
-    from mmengine.dist import broadcast_object_list, get_rank, get_world_size
-    if get_world_size() == 1:
-        return work()
-    outcome: list = [None]
-    if get_rank() == 0:
-        try:
-            outcome = [work()]
-        except UserError as error:
-            outcome = [error]
-    broadcast_object_list(outcome)
-    if isinstance(outcome[0], UserError):
-        raise outcome[0]
-    return outcome[0]
 
 
 def _apply(cfg: Config, options: Options) -> None:
@@ -153,7 +113,7 @@ def _apply(cfg: Config, options: Options) -> None:
         if backend['type'] == 'TensorboardVisBackend':
             backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR)
     if options.data_root:
-        set_data_root(cfg, Path(options.data_root))
+        data.set_data_root(cfg, Path(options.data_root))
     if options.weights and (options.train or not options.test):
         if not cfg.get('weights'):
             raise UserError(f'{options.config} starts from random weights: it has no `weights`, so '
@@ -171,8 +131,7 @@ def _apply(cfg: Config, options: Options) -> None:
     if options.resume:
         cfg.resume = True
         last = Path(options.resume) if options.resume is not True else _last(Path(cfg.work_dir))
-        # MMEngine would unpickle anything if the safe way fails; this makes sure it does not.
-        checkpoint.read_checkpoint(last)
+        _check_resumable(last)
         cfg.load_from = str(last)
 
 
@@ -185,154 +144,17 @@ def _last(work_dir: Path) -> Path:
     return file
 
 
-def _datasets(cfg: Config) -> dict[str, Any]:
-    """The dataset configs by split, wrappers taken off."""
-    found = {}
-    for split in ('train', 'val', 'test'):
-        dataset = (cfg.get(f'{split}_dataloader') or {}).get('dataset')
-        while dataset is not None and 'dataset' in dataset:
-            dataset = dataset['dataset']
-        if dataset is not None and 'ann_file' in dataset:
-            found[split] = dataset
-    return found
-
-
-def _ann_file(dataset: Any) -> Path:
-    return Path(dataset.get('data_root') or '') / dataset['ann_file']
-
-
-def set_data_root(cfg: Config, root: Path) -> None:
-    """Point all data sets and evaluators of a config at another folder.
-
-    Args:
-        cfg: Changed in place.
-        root: A folder with ``VOCdevkit/VOC2012`` in it, that folder itself, or any folder with
-            the annotation files that the config names.
-
-    Raises:
-        UserError: The folder has neither.
-    """
-    if not root.is_dir():
-        raise UserError(f'There is no data folder {root}', cure='correct --data-root')
-    datasets = _datasets(cfg)
-    if not all((root / d['ann_file']).is_file() for d in datasets.values()):
-        try:
-            root = devkit.find_devkit(root)
-        except UserError as error:
-            raise UserError(
-                f'{root} holds no data for this config. Looked for:',
-                [str(root / a) for a in dict.fromkeys(d['ann_file'] for d in datasets.values())]
-                + [f'a VOC 2012 devkit ({error.message})'],
-                'pass the folder that holds VOCdevkit/, or fetch VOC 2012 with '
-                '`python tools/prepare_voc.py --download`') from None
-    for split, dataset in datasets.items():
-        dataset['data_root'] = str(root)
-        _point_evaluators(cfg, split, root / dataset['ann_file'])
-    if 'demo_data' in cfg:
-        cfg.pop('demo_data')
-
-
-def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
-    evaluators = cfg.get(f'{split}_evaluator') or []
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
-        if 'ann_file' in evaluator:
-            evaluator['ann_file'] = str(ann_file)
-
-
-def redirect_annotations(cfg: Config) -> None:
-    """Let annotation files that must be made go to the work dir if the devkit is read-only."""
-    for split, dataset in _datasets(cfg).items():
-        path, root = _ann_file(dataset), Path(dataset.get('data_root') or '')
-        if not path.is_file() and root.is_dir() and not os.access(root, os.W_OK):
-            ann_file = Path(cfg.work_dir).resolve() / 'annotations' / path.name
-            dataset['ann_file'] = str(ann_file)
-            _point_evaluators(cfg, split, ann_file)
-
-
-def prepare_data(cfg: Config, train: bool = True) -> dict[str, coco.Split]:
-    """Make missing annotation files from what is there, then check all that the run reads.
-
-    Args:
-        cfg: Resolved config.
-        train: Whether the training split is needed.
-
-    Returns:
-        What each split holds.
-
-    Raises:
-        UserError: No data, or data that does not fit the config.
-    """
-    datasets = {s: d for s, d in _datasets(cfg).items() if train or s == 'test'}
-    missing = [d for d in datasets.values() if not _ann_file(d).is_file()]
+def _check_resumable(path: Path) -> None:
+    # MMEngine would unpickle anything if the safe way fails; this makes sure it does not.
+    loaded = checkpoint.read_checkpoint(path)
+    missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
     if missing:
-        _make_annotations(cfg, [_ann_file(d) for d in missing], Path(missing[0]['data_root']))
-    splits: dict[str, coco.Split] = {}
-    done: dict[Path, coco.Split] = {}
-    for name, dataset in datasets.items():
-        path = _ann_file(dataset)
-        if path not in done:
-            root = Path(dataset.get('data_root') or '')
-            prefix = (dataset.get('data_prefix') or {}).get('img', '')
-            done[path] = coco.read_split(path, root / prefix, _classes(dataset))
-        splits[name] = done[path]
-    return splits
-
-
-def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
-    recipe = dict(cfg.get('demo_data') or {})
-    if recipe:
-        make = demo.MAKERS[recipe.pop('kind')]
-        root = make(Path(recipe.pop('root')), **recipe)
-        if all(p.is_file() for p in paths):
-            return
-    try:
-        # The config's data_root is the VOC2012 folder; the devkit may lie two folders up.
-        voc2012 = devkit.find_devkit(root)
-    except UserError:
-        raise UserError('There is no data yet. Looked for:',
-                        [*dict.fromkeys(map(str, paths)), f'{root} (a VOC 2012 devkit)'],
-                        'fetch and convert VOC 2012 with `python tools/prepare_voc.py --download`, '
-                        'or pass its folder with --data-root') from None
-    voc.convert(voc2012, paths[0].parent)
-
-
-def _classes(dataset: Any) -> Sequence[str] | None:
-    own = (dataset.get('metainfo') or {}).get('classes')
-    if own:
-        return own
-    from mmdet.registry import DATASETS
-    return (getattr(DATASETS.get(dataset['type']), 'METAINFO', None) or {}).get('classes')
-
-
-def check_heads(cfg: Config) -> None:
-    """Compare ``num_classes`` of all heads with the class list of the data.
-
-    Raises:
-        UserError: They differ.
-    """
-    dataset = next(iter(_datasets(cfg).values()), None)
-    classes = _classes(dataset) if dataset else None
-    if classes is None:
-        return
-    problems = []
-
-    def visit(node: Any, place: str) -> None:
-        if isinstance(node, dict):
-            count = node.get('num_classes')
-            # An RPN tells objects from background only.
-            if count is not None and 'rpn' not in place and count != len(classes):
-                problems.append(f'{place}.num_classes = {count}')
-            for key, value in node.items():
-                visit(value, f'{place}.{key}')
-        elif isinstance(node, (list, tuple)):
-            for i, value in enumerate(node):
-                visit(value, f'{place}.{i}')
-
-    visit(cfg.model, 'model')
-    if problems:
-        raise UserError(f'The data has {len(classes)} classes, but the model has other numbers:',
-                        problems, f'set these to {len(classes)}, or metainfo.classes to the '
-                        "model's classes")
+        raise UserError(f'{path} holds no run to resume; it lacks:', missing,
+                        'pass a checkpoint of a run (epoch_*.pth), or start from it: --weights')
+    if 'config' in loaded['meta']:
+        # Runner.resume would run this text as Python; MMEngine's own files do not have it.
+        raise UserError(f'{path} is refused: it holds a config, which is code',
+                        cure='resume from a checkpoint of your own run')
 
 
 def check_weights(cfg: Config) -> checkpoint.TransferReport:
@@ -341,20 +163,13 @@ def check_weights(cfg: Config) -> checkpoint.TransferReport:
     Raises:
         UserError: The weights should not be trained on.
     """
-    from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
     if not cfg.get('weights'):
         raise UserError('This config starts from random weights: there is nothing to check',
                         cure='use a config with `weights`')
     weights = dict(cfg.weights)
-    path = _rank0_first(lambda: checkpoint.find_weights(cfg.weights.checkpoint,
-                                                        cfg.weights.get('url')))
+    path = _find_weights(cfg)
     verdict = checkpoint.verify_file(path)
-    source = checkpoint.state_dict_of(checkpoint.read_checkpoint(path), path)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    target = MODELS.build(cfg.model).state_dict()
-    report = checkpoint.plan_transfer(target, source, list(weights.get('reinit') or {}),
-                                      weights.get('into', ''), weights.get('ignore', ()))
+    report, source, target = _compare(cfg, path, weights)
     lines = [f'{path}: {path.stat().st_size / 1e6:.1f} MB, {len(source)} tensors, {verdict}',
              f'{"module":32}{"tensors":>9}{"parameters":>13}{"loaded":>8}{"re-init":>9}{"kept":>6}']
     rows = report.rows({k: v.numel() for k, v in target.items()})
@@ -364,10 +179,29 @@ def check_weights(cfg: Config) -> checkpoint.TransferReport:
     left = report.dropped + report.ignored
     if left:
         lines.append(f'left over in the file: {", ".join(left)}')
-    _say('\n'.join(lines))
+    say('\n'.join(lines))
     checkpoint.check_transfer(report, path)
-    _say('Verdict: good to train on.')
+    say('Verdict: good to train on.')
     return report
+
+
+def _find_weights(cfg: Config) -> Path:
+    return rank0_first(lambda: checkpoint.find_weights(cfg.weights.checkpoint,
+                                                        cfg.weights.get('url')))
+
+
+def _compare(cfg: Config, path: Path, weights: Mapping
+             ) -> tuple[checkpoint.TransferReport, Mapping, Mapping]:
+    """How a file fits the config's model; the tensors of the file and of the model."""
+    from mmdet.registry import MODELS
+    from mmengine.registry import init_default_scope
+    source = checkpoint.state_dict_of(checkpoint.read_checkpoint(path), path)
+    init_default_scope(cfg.get('default_scope', 'mmdet'))
+    # A copy, since mmdet's detectors write into the config they are built from.
+    target = MODELS.build(copy.deepcopy(cfg.model)).state_dict()
+    report = checkpoint.plan_transfer(target, source, list(weights.get('reinit') or {}),
+                                      weights.get('into', ''), weights.get('ignore', ()))
+    return report, source, target
 
 
 def summary(cfg: Config, splits: dict[str, coco.Split], plan: lr.LrPlan, world: int) -> str:
@@ -388,11 +222,15 @@ def summary(cfg: Config, splits: dict[str, coco.Split], plan: lr.LrPlan, world: 
 
 
 def _check_writable(work_dir: Path) -> None:
+    """Try it; a folder made for the trial is taken away again, in case nothing comes of the run."""
+    missing = [p for p in (work_dir, *work_dir.parents) if not p.exists()]
     probe = work_dir / f'.write_test_{os.getpid()}'
     try:
         work_dir.mkdir(parents=True, exist_ok=True)
         probe.touch()
         probe.unlink()
+        for folder in missing:
+            folder.rmdir()
     except OSError as error:
         raise UserError(f'Cannot write to the work dir {work_dir}: {error.strerror}',
                         cure='pass a folder that you may write to with --work-dir') from None
@@ -400,30 +238,41 @@ def _check_writable(work_dir: Path) -> None:
 
 def _move_earlier_run(work_dir: Path) -> None:
     """Set an earlier run aside, or its curves and best checkpoint would mix with the new ones."""
-    old = [p for p in work_dir.iterdir() if p.name != EARLIER]
+    if not work_dir.is_dir():
+        return
+    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, data.ANNOTATIONS)]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
-        target = work_dir / EARLIER / time.strftime('%Y%m%d_%H%M%S')
+        stamp = time.strftime('%Y%m%d_%H%M%S')
+        target = work_dir / EARLIER / stamp
+        for count in itertools.count(2):
+            if not target.exists():
+                break
+            target = work_dir / EARLIER / f'{stamp}_{count}'
         target.mkdir(parents=True)
         for path in old:
             shutil.move(path, target / path.name)
-        _say(f'{work_dir} held an earlier run: it is now in {target}. To go on with a run '
+        say(f'{work_dir} held an earlier run: it is now in {target}. To go on with a run '
              'instead, pass --resume.')
 
 
 def _train(cfg: Config, options: Options) -> Runner:
     from mmengine.dist import barrier, is_main_process
     from mmengine.runner import Runner
-    if not cfg.resume:
-        _rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
+    # What cannot start must not leave logs, nor move an earlier run out of its way.
+    if cfg.resume:
+        path = Path(cfg.load_from)
+        checkpoint.check_transfer(_compare(cfg, path, {})[0], path)
+    else:
         if cfg.get('weights'):
-            path = _rank0_first(lambda: checkpoint.find_weights(cfg.weights.checkpoint,
-                                                                cfg.weights.get('url')))
+            path = _find_weights(cfg)
+            checkpoint.check_transfer(_compare(cfg, path, cfg.weights)[0], path)
             cfg.weights.checkpoint = str(path)
+        rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
     barrier()
     runner = Runner.from_cfg(cfg)
     runner.train()
     if is_main_process():
-        _say(f'Trained; checkpoints in {cfg.work_dir}')
+        say(f'Trained; checkpoints in {cfg.work_dir}')
     return runner
 
 
@@ -432,6 +281,8 @@ def _test_runner(cfg: Config, file: Path) -> Runner:
     from mmengine.model import is_model_wrapper
     from mmengine.runner import Runner
     checkpoint.verify_file(file)
+    # Before the Runner, which begins with a log file.
+    checkpoint.check_transfer(_compare(cfg, file, {})[0], file)
     cfg.resume, cfg.load_from = False, None
     cfg.weights = None
     for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler',
@@ -454,9 +305,9 @@ def _test(runner: Runner, file: Path) -> dict[str, float]:
         rows = [f'{name:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}'
                                       for stat in _HEADLINE)
                 for name, kind in (('boxes', 'bbox'), ('masks', 'segm'))]
-        _say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in _HEADLINE))
-        _say('\n'.join(rows))
-        _say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   '
+        say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in _HEADLINE))
+        say('\n'.join(rows))
+        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   '
              f'(all numbers: {out})')
     return metrics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,8 @@ def build_model(voc_cfg) -> Callable:
     """Builds the 20-class Mask R-CNN of the main config, with PyTorch's own random start."""
     def build():
         from mmdet.registry import MODELS
-        return MODELS.build(voc_cfg.model)
+        # A copy, since mmdet's detectors write into the config they are built from.
+        return MODELS.build(copy.deepcopy(voc_cfg.model))
 
     return build
 

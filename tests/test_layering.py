@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ('__init__', 'errors', 'files', 'ops', 'classes'),
-    ('devkit', 'voc', 'coco', 'demo', 'checkpoint', 'config', 'lr'),
+    ('__init__', 'errors', 'files', 'ops', 'classes', 'ranks'),
+    ('devkit', 'voc', 'coco', 'demo', 'data', 'checkpoint', 'config', 'lr'),
     ('hooks', 'metrics', 'optim', 'transforms', 'register'),
     ('train', 'cli'),
 )
