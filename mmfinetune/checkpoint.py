@@ -1,12 +1,11 @@
-"""Find, verify, read and transfer weights. Only tensor data is ever unpickled."""
+"""Find, verify, read and publish weights files. Only tensor data is ever unpickled."""
 
 from __future__ import annotations
 
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,10 +14,9 @@ from mmfinetune.files import download, looks_like, sha256_of
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
 PRETRAIN_DIR = Path('pretrain')
-_HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt)$')
+_HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$')
 
 
 def hash_in_name(name: str | Path) -> str | None:
@@ -124,11 +122,9 @@ def read_checkpoint(path: Path) -> dict:
     import pickle
 
     import torch
-    from mmengine.runner.checkpoint import get_torch_safe_globals
     cure = 'delete it and run again to fetch it anew, or pass another file with --weights'
     try:
-        # The list holds the data classes (history buffers, numpy scalars) of MMEngine's own files.
-        with torch.serialization.safe_globals(get_torch_safe_globals()):
+        with torch.serialization.safe_globals(_safe_globals()):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         culprit = re.search(r'GLOBAL ([\w.]+)', str(error))
@@ -145,6 +141,26 @@ def read_checkpoint(path: Path) -> dict:
     if not isinstance(loaded, dict):
         raise UserError(f'{path} holds a {type(loaded).__name__}, not weights', cure=cure)
     return loaded
+
+
+def _safe_globals() -> list:
+    """What MMEngine's own checkpoints hold beside tensors: history buffers and numpy scalars.
+
+    MMEngine's list has ``getattr`` too, for the statistics of a history buffer. As it stands a
+    crafted file could reach any module through it, so only those statistics are handed out.
+    """
+    import pickle
+
+    from mmengine.logging import HistoryBuffer
+    from mmengine.runner.checkpoint import get_torch_safe_globals
+
+    def statistic(owner: object, name: str) -> object:
+        if owner is not HistoryBuffer or name.startswith('_'):
+            raise pickle.UnpicklingError(f'GLOBAL builtins.getattr({owner!r}, {name!r})')
+        return getattr(owner, name)
+
+    return [*(g for g in get_torch_safe_globals() if g is not getattr),
+            (statistic, 'builtins.getattr')]
 
 
 def _first_line(error: Exception) -> str:
@@ -168,154 +184,6 @@ def state_dict_of(loaded: Mapping, path: Path) -> dict[str, torch.Tensor]:
     if all(k.startswith('module.') for k in tensors):
         tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
     return tensors
-
-
-@dataclass
-class TransferReport:
-    """Where each tensor of the model comes from, and what becomes of each in the file.
-
-    Attributes:
-        loaded: Model keys taken from the file.
-        reinit: Model keys drawn anew.
-        kept: Model keys outside the part that the file is for; they keep the model's own start.
-        dropped: File keys whose place was re-initialised.
-        ignored: File keys that the config says to leave.
-        problems: One line for each key that fits nowhere or has another shape.
-    """
-
-    loaded: list[str] = field(default_factory=list)
-    reinit: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
-    dropped: list[str] = field(default_factory=list)
-    ignored: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-
-    def rows(self, sizes: Mapping[str, int]) -> list[tuple[str, int, int, int, int, int]]:
-        """(module, tensors, parameters, loaded, re-initialised, kept) for each part.
-
-        Args:
-            sizes: Number of elements of each model key.
-        """
-        def module(key: str) -> str:
-            parts = key.split('.')
-            return '.'.join(parts[:3 if parts[0] == 'roi_head' else 1])
-
-        order = list(dict.fromkeys(module(k) for k in sizes))
-        rows = []
-        for name in order:
-            keys = [k for k in sizes if module(k) == name]
-            rows.append((name, len(keys), sum(sizes[k] for k in keys),
-                         *(sum(k in chosen for k in keys)
-                           for chosen in (set(self.loaded), set(self.reinit), set(self.kept)))))
-        return rows
-
-
-def _under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == p or key.startswith(p if p.endswith('.') else p + '.') for p in prefixes)
-
-
-def plan_transfer(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor],
-                  reinit: Sequence[str] = (), into: str = '', ignore: Sequence[str] = ()
-                  ) -> TransferReport:
-    """Decide for every tensor on both sides what happens to it.
-
-    Args:
-        target: The model's state dict.
-        source: The file's tensors.
-        reinit: Module prefixes of the model to draw anew.
-        into: Module of the model that the file's keys belong under; '' for the whole model.
-        ignore: Prefixes of file keys that may be left over.
-
-    Returns:
-        The plan; training must not start while it has ``problems``.
-    """
-    report = TransferReport()
-    mapped = {(f'{into}.{k}' if into else k): k for k in source}
-    for prefix in reinit:
-        if not any(_under(k, [prefix]) for k in target):
-            report.problems.append(f'weights.reinit names {prefix}, which the model does not have')
-    for key, tensor in target.items():
-        if _under(key, reinit):
-            report.reinit.append(key)
-        elif key in mapped:
-            ours, theirs = tuple(tensor.shape), tuple(source[mapped[key]].shape)
-            if ours == theirs:
-                report.loaded.append(key)
-            else:
-                report.problems.append(f'{key}: the model has {ours}, the file {theirs}')
-        elif (into and not _under(key, [into])) or key.endswith('num_batches_tracked'):
-            # PyTorch counts batches in BN only since 0.4.1, and frozen BN never uses the count.
-            report.kept.append(key)
-        else:
-            report.problems.append(f'{key}: not in the file')
-    for key, original in mapped.items():
-        if _under(key, reinit):
-            report.dropped.append(original)
-        elif key not in target:
-            if _under(original, ignore):
-                report.ignored.append(original)
-            else:
-                report.problems.append(f'{original}: in the file, but the model has no such tensor')
-    return report
-
-
-def check_transfer(report: TransferReport, path: Path) -> None:
-    """Raise a UserError that lists all problems of a plan, if it has any."""
-    if report.problems:
-        raise UserError(
-            f'{path} does not fit the model ({len(report.loaded)} tensors fit, '
-            f'{len(report.problems)} do not):', report.problems,
-            'use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set '
-            'num_classes of bbox_head and mask_head to that of the weights, or name the heads to '
-            'draw anew in `weights.reinit`')
-
-
-def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, float]] | None = None,
-             into: str = '', ignore: Sequence[str] = (), seed: int = 0) -> TransferReport:
-    """Load a file into a model and draw the named modules anew.
-
-    Weights of a module in ``reinit`` come from N(0, std), biases are 0. The draw has its own
-    generator on the CPU, so that all ranks and devices get the same numbers.
-
-    Args:
-        model: Changed in place, and only if everything fits.
-        path: A verified file.
-        reinit: ``{module prefix: {'std': float}}``.
-        into: See :func:`plan_transfer`.
-        ignore: See :func:`plan_transfer`.
-        seed: Of the generator.
-
-    Returns:
-        What was done.
-
-    Raises:
-        UserError: A key or shape does not fit.
-    """
-    import torch
-    reinit = dict(reinit or {})
-    wrong = [f'weights.reinit.{k} = {v}' for k, v in reinit.items()
-             if not isinstance(v, Mapping) or set(v) != {'std'}]
-    if wrong:
-        raise UserError('These modules do not say how to be drawn anew:', wrong,
-                        "give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)")
-    source = state_dict_of(read_checkpoint(path), path)
-    target = model.state_dict()
-    report = plan_transfer(target, source, list(reinit), into, ignore)
-    check_transfer(report, path)
-    strip = len(into) + 1 if into else 0
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key in report.loaded:
-            target[key].copy_(source[key[strip:]])
-        for key in report.reinit:
-            if key.endswith('bias'):
-                target[key].zero_()
-            else:
-                module = max((k for k in reinit if _under(key, [k])), key=len)
-                drawn = torch.normal(0.0, float(reinit[module]['std']), target[key].shape,
-                                     generator=generator)
-                target[key].copy_(drawn)
-    return report
 
 
 def publish(src: Path, stem: Path) -> Path:
