@@ -64,4 +64,4 @@ param_scheduler = [
     dict(type='MultiStepLR', by_epoch=True, begin=0, end=3, milestones=[2], gamma=0.1),
 ]
 
-weights = dict(checkpoint='pretrain/mask_rcnn_demo_coco80-72d9cfaf.pth', url=None)
+weights = dict(checkpoint='pretrain/mask_rcnn_demo_coco80-72d9cfaf.pth', url=None, fallbacks=[])

@@ -43,9 +43,10 @@ _PLAIN_DICTS = {
     'env_cfg': {'cudnn_benchmark', 'mp_cfg', 'dist_cfg', 'resource_limit'},
     'env_cfg.dist_cfg': {'backend', 'init_backend', 'timeout', 'init_method', 'port'},
     'randomness': {'seed', 'diff_rank_seed', 'deterministic'},
-    'weights': {'checkpoint', 'url', 'reinit', 'into', 'ignore'},
+    'weights': {'checkpoint', 'url', 'fallbacks', 'reinit', 'into', 'ignore', 'head_init',
+                'aliases'},
 }
-_FREE_FORM = ('custom_keys', 'reinit')
+_FREE_FORM = ('custom_keys', 'reinit', 'aliases')
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:

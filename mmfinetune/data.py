@@ -135,15 +135,20 @@ def _classes(dataset: Any) -> Sequence[str] | None:
     return (getattr(DATASETS.get(dataset['type']), 'METAINFO', None) or {}).get('classes')
 
 
+def class_names(cfg: Config) -> Sequence[str]:
+    """Classes of the data in label order; empty if the config does not tell."""
+    dataset = next(iter(_datasets(cfg).values()), None)
+    return tuple(_classes(dataset) or ()) if dataset is not None else ()
+
+
 def check_heads(cfg: Config) -> None:
     """Compare ``num_classes`` of all heads with the class list of the data.
 
     Raises:
         UserError: They differ.
     """
-    dataset = next(iter(_datasets(cfg).values()), None)
-    classes = _classes(dataset) if dataset else None
-    if classes is None:
+    classes = class_names(cfg)
+    if not classes:
         return
     problems = []
 

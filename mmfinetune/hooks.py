@@ -11,7 +11,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.model import is_model_wrapper
 
-from mmfinetune.checkpoint import find_weights, transfer
+from mmfinetune import data, weights
+from mmfinetune.transfer import transfer
 
 
 @HOOKS.register_module()
@@ -29,15 +30,17 @@ class WeightTransferHook(Hook):
         self._done = False
 
     def _transfer(self, runner) -> None:
-        weights = runner.cfg.get('weights')
-        if self._done or not weights or runner._resume or runner._load_from:
+        recipe = dict(runner.cfg.get('weights') or {})
+        if self._done or not recipe or runner._resume or runner._load_from:
             return
         model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-        weights = dict(weights)
-        path = find_weights(weights.pop('checkpoint'), weights.pop('url', None))
-        report = transfer(model, path, **weights, seed=runner.seed)
-        print_log(f'{path}: {len(report.loaded)} tensors loaded, {len(report.reinit)} '
-                  f're-initialised ({", ".join(weights.get("reinit", {})) or "none"}), '
+        path = weights.find(runner.cfg)
+        for key in ('checkpoint', 'url', 'fallbacks'):
+            recipe.pop(key, None)
+        report = transfer(model, path, **recipe, classes=data.class_names(runner.cfg),
+                          seed=runner.seed)
+        print_log(f'{path}: {len(report.loaded)} tensors loaded, {len(report.remapped)} remapped, '
+                  f'{len(report.reinit)} re-initialised ({", ".join(recipe.get("reinit") or {})}), '
                   f'{len(report.kept)} outside it, {len(report.dropped) + len(report.ignored)} '
                   'of the file left over', logger='current')
         self._done = True

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mmfinetune import checkpoint, coco, config, data, lr
+from mmfinetune import checkpoint, coco, config, data, lr, transfer, weights
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_json
 from mmfinetune.ranks import join_group, rank0_first, say
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
 
 EARLIER = 'earlier_runs'
 LOG_DIR = 'tensorboard_logs'
+ZERO_SHOT = 'zero_shot.json'
 
 
 @dataclass
@@ -33,10 +33,12 @@ class Options:
 
     config: str
     check_weights: bool = False
+    json: bool = False
     train: bool = False
     test: bool = False
     dry_run: bool = False
     weights: str | None = None
+    head_init: str | None = None
     data_root: str | None = None
     work_dir: str | None = None
     resume: str | bool = False
@@ -57,6 +59,7 @@ def run(options: Options) -> int:
     """
     if options.weights:
         # Before the imports, which take seconds.
+        options.weights = str(weights.fetch(options.weights))
         checkpoint.verify_file(Path(options.weights))
     if options.resume and options.resume is not True and not Path(options.resume).is_file():
         raise UserError(f'There is no checkpoint {options.resume} to resume from',
@@ -71,7 +74,7 @@ def run(options: Options) -> int:
     data.redirect_annotations(cfg)
     data.check_heads(cfg)
     if options.check_weights:
-        check_weights(cfg)
+        _check_weights(cfg, options.json)
         if not (options.train or options.test):
             return 0
     do_train, do_test = whole or options.train, whole or options.test
@@ -94,6 +97,8 @@ def run(options: Options) -> int:
             say(f'Testing {best}')
             runner.load_checkpoint(str(best), map_location='cpu')
             _test(runner, best)
+    elif options.head_init:
+        _test_untrained(cfg)
     else:
         file = Path(options.weights) if options.weights else \
             checkpoint.best_checkpoint(Path(cfg.work_dir))
@@ -114,14 +119,17 @@ def _apply(cfg: Config, options: Options) -> None:
             backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR)
     if options.data_root:
         data.set_data_root(cfg, Path(options.data_root))
-    if options.weights and (options.train or not options.test):
+    starts = options.train or not options.test or options.head_init
+    if (options.weights or options.head_init) and starts:
         if not cfg.get('weights'):
             raise UserError(f'{options.config} starts from random weights: it has no `weights`, so '
-                            'it cannot take --weights',
+                            'it can take neither --weights nor --head-init',
                             cure='use a config with `weights`, e.g. '
                             'configs/mask_rcnn_voc_pretrained.py')
-        cfg.weights.checkpoint = options.weights
-        cfg.weights.url = None
+        if options.head_init:
+            cfg.weights.head_init = options.head_init
+        if options.weights:
+            cfg.weights.update(checkpoint=options.weights, url=None, fallbacks=[])
     if options.amp:
         if not torch.cuda.is_available():
             raise UserError('--amp needs a CUDA GPU, and PyTorch sees none here',
@@ -155,53 +163,6 @@ def _check_resumable(path: Path) -> None:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.
         raise UserError(f'{path} is refused: it holds a config, which is code',
                         cure='resume from a checkpoint of your own run')
-
-
-def check_weights(cfg: Config) -> checkpoint.TransferReport:
-    """Find, verify and compare the weights with the model, and print where each part comes from.
-
-    Raises:
-        UserError: The weights should not be trained on.
-    """
-    if not cfg.get('weights'):
-        raise UserError('This config starts from random weights: there is nothing to check',
-                        cure='use a config with `weights`')
-    weights = dict(cfg.weights)
-    path = _find_weights(cfg)
-    verdict = checkpoint.verify_file(path)
-    report, source, target = _compare(cfg, path, weights)
-    lines = [f'{path}: {path.stat().st_size / 1e6:.1f} MB, {len(source)} tensors, {verdict}',
-             f'{"module":32}{"tensors":>9}{"parameters":>13}{"loaded":>8}{"re-init":>9}{"kept":>6}']
-    rows = report.rows({k: v.numel() for k, v in target.items()})
-    lines += [f'{r[0]:32}{r[1]:>9}{r[2]:>13,}{r[3]:>8}{r[4]:>9}{r[5]:>6}' for r in rows]
-    lines += [f'drawn anew from N(0, {v["std"]:g}), biases 0: {k}'
-              for k, v in (weights.get('reinit') or {}).items()]
-    left = report.dropped + report.ignored
-    if left:
-        lines.append(f'left over in the file: {", ".join(left)}')
-    say('\n'.join(lines))
-    checkpoint.check_transfer(report, path)
-    say('Verdict: good to train on.')
-    return report
-
-
-def _find_weights(cfg: Config) -> Path:
-    return rank0_first(lambda: checkpoint.find_weights(cfg.weights.checkpoint,
-                                                        cfg.weights.get('url')))
-
-
-def _compare(cfg: Config, path: Path, weights: Mapping
-             ) -> tuple[checkpoint.TransferReport, Mapping, Mapping]:
-    """How a file fits the config's model; the tensors of the file and of the model."""
-    from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
-    source = checkpoint.state_dict_of(checkpoint.read_checkpoint(path), path)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
-    # A copy, since mmdet's detectors write into the config they are built from.
-    target = MODELS.build(copy.deepcopy(cfg.model)).state_dict()
-    report = checkpoint.plan_transfer(target, source, list(weights.get('reinit') or {}),
-                                      weights.get('into', ''), weights.get('ignore', ()))
-    return report, source, target
 
 
 def summary(cfg: Config, splits: dict[str, coco.Split], plan: lr.LrPlan, world: int) -> str:
@@ -240,7 +201,9 @@ def _move_earlier_run(work_dir: Path) -> None:
     """Set an earlier run aside, or its curves and best checkpoint would mix with the new ones."""
     if not work_dir.is_dir():
         return
-    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, data.ANNOTATIONS)]
+    # A test of the untrained model is epoch 0 of the run to come.
+    old = [p for p in work_dir.iterdir()
+           if p.name not in (EARLIER, data.ANNOTATIONS, ZERO_SHOT)]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
         stamp = time.strftime('%Y%m%d_%H%M%S')
         target = work_dir / EARLIER / stamp
@@ -260,13 +223,12 @@ def _train(cfg: Config, options: Options) -> Runner:
     from mmengine.runner import Runner
     # What cannot start must not leave logs, nor move an earlier run out of its way.
     if cfg.resume:
-        path = Path(cfg.load_from)
-        checkpoint.check_transfer(_compare(cfg, path, {})[0], path)
+        weights.check(cfg, Path(cfg.load_from), {}).require_good()
     else:
         if cfg.get('weights'):
-            path = _find_weights(cfg)
-            checkpoint.check_transfer(_compare(cfg, path, cfg.weights)[0], path)
-            cfg.weights.checkpoint = str(path)
+            check = weights.check(cfg)
+            check.require_good()
+            cfg.weights.checkpoint = str(check.path)
         rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
     barrier()
     runner = Runner.from_cfg(cfg)
@@ -279,27 +241,57 @@ def _train(cfg: Config, options: Options) -> Runner:
 def _test_runner(cfg: Config, file: Path) -> Runner:
     """A runner for the test alone, the model loaded in full from a checkpoint."""
     from mmengine.model import is_model_wrapper
-    from mmengine.runner import Runner
-    checkpoint.verify_file(file)
     # Before the Runner, which begins with a log file.
-    checkpoint.check_transfer(_compare(cfg, file, {})[0], file)
-    cfg.resume, cfg.load_from = False, None
-    cfg.weights = None
-    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler',
-                'val_dataloader', 'val_cfg', 'val_evaluator', 'auto_scale_lr'):
-        cfg.pop(key, None)
-    runner = Runner.from_cfg(cfg)
+    weights.check(cfg, file, {}).require_good()
+    runner = _bare_runner(cfg, None)
     model = runner.model.module if is_model_wrapper(runner.model) else runner.model
-    checkpoint.transfer(model, file)
+    transfer.transfer(model, file)
     return runner
 
 
-def _test(runner: Runner, file: Path) -> dict[str, float]:
-    """Test, print the headline numbers and write all of them to ``test_results.json``."""
+def _bare_runner(cfg: Config, recipe: Any) -> Runner:
+    """A runner without training and validation."""
+    from mmengine.runner import Runner
+    cfg.resume, cfg.load_from = False, None
+    cfg.weights = recipe
+    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler',
+                'val_dataloader', 'val_cfg', 'val_evaluator', 'auto_scale_lr'):
+        cfg.pop(key, None)
+    return Runner.from_cfg(cfg)
+
+
+def _test_untrained(cfg: Config) -> None:
+    """Test the model as training would start from it; WeightTransferHook brings the weights."""
+    check = weights.check(cfg)
+    check.require_good()
+    if check.class_map is not None:
+        say('\n'.join(check.class_map.lines()))
+    cfg.weights.checkpoint = str(check.path)
+    _test(_bare_runner(cfg, cfg.weights), check.path, ZERO_SHOT)
+
+
+def _check_weights(cfg: Config, as_json: bool) -> None:
+    """Print where each part of the model comes from.
+
+    Raises:
+        UserError: The weights should not be trained on.
+    """
+    if not cfg.get('weights'):
+        raise UserError('This config starts from random weights: there is nothing to check',
+                        cure='use a config with `weights`')
+    check = weights.check(cfg)
+    say(json.dumps(check.as_dict(), indent=1) if as_json else check.text())
+    check.require_good()
+    if not as_json:
+        say('Verdict: good to train on.')
+
+
+def _test(runner: Runner, file: Path, name: str = 'test_results.json') -> dict[str, float]:
+    """Test, print the headline numbers and write all of them to a file of the work dir."""
     from mmengine.dist import is_main_process
     metrics = runner.test()
     if is_main_process():
-        out = Path(runner.work_dir) / 'test_results.json'
+        out = Path(runner.work_dir) / name
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         atomic_write_json(out, {'checkpoint': str(file), 'metrics': finite})
         rows = [f'{name:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}'

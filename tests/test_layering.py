@@ -14,7 +14,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (
     ('__init__', 'errors', 'files', 'ops', 'classes', 'ranks'),
-    ('devkit', 'voc', 'coco', 'demo', 'data', 'checkpoint', 'config', 'lr'),
+    ('devkit', 'voc', 'coco', 'demo', 'data', 'checkpoint', 'heads', 'weight_files',
+     'torchvision_weights', 'convert', 'transfer', 'weights',
+     'compare', 'config', 'lr'),
     ('hooks', 'metrics', 'optim', 'transforms', 'register'),
     ('train', 'cli'),
 )

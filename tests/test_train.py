@@ -395,13 +395,38 @@ def test_check_weights_says_where_each_part_comes_from(here):
     sizes = {k: v.numel() for k, v in random_state_dict().items()}
     backbone = [k for k in sizes if k.startswith('backbone.')]
     assert re.search(rf'^backbone +{len(backbone)} +{sum(sizes[k] for k in backbone):,} '
-                     rf'+{len(backbone)} +0 +0$', outcome.out, re.M), outcome.out
+                     rf'+{len(backbone)} +0 +0 +0 +0 ', outcome.out, re.M), outcome.out
     for head in HEADS:
-        assert re.search(rf'^{head} +2 +[\d,]+ +0 +2 +0$', outcome.out, re.M), outcome.out
+        assert re.search(rf'^{head} +2 +[\d,]+ +0 +0 +2 +0 +0 ', outcome.out, re.M), outcome.out
         assert f'{head}.weight' in outcome.out.split('left over in the file: ')[1]
     assert 'SHA-256 begins with' in outcome.out
     assert outcome.out.splitlines()[-1] == 'Verdict: good to train on.'
     assert files_in(here) == before
+
+
+def test_check_weights_for_machines(here):
+    outcome = train_tool('tiny.py', '--check-weights', '--json', '--head-init', 'remap')
+    assert outcome.code == 0, outcome.err
+    report = json.loads(outcome.out)
+    assert report['good_to_train'] and len(report['remapped']) == 6 and not report['reinit']
+    assert report['classes']['aeroplane'] == 'airplane'
+
+
+def test_untrained_model_is_tested_and_stays_epoch_zero(here, tmp_path):
+    run = tmp_path / 'run'
+    outcome = train_tool('tiny.py', '--test', '--head-init', 'remap', '--work-dir', str(run))
+    assert outcome.code == 0, outcome.err
+    assert 'aeroplane <- airplane' in outcome.out
+    zero = json.loads((run / 'zero_shot.json').read_text())
+    assert zero['metrics']['coco/segm_mAP'] >= 0 and not (run / 'test_results.json').exists()
+    assert train_tool('tiny.py', '--train', '--work-dir', str(run), '--cfg-options',
+                      'train_cfg.max_epochs=1').code == 0
+    assert json.loads((run / 'zero_shot.json').read_text()) == zero
+
+
+def test_head_init_without_weights_is_refused(here):
+    outcome = train_tool('tiny.py', '--head-init', 'remap', '--cfg-options', 'weights=None')
+    assert outcome.code == 2 and '--head-init' in outcome.err
 
 
 def test_check_weights_needs_no_data(first, tmp_path, monkeypatch):

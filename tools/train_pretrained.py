@@ -12,6 +12,7 @@ python tools/train_pretrained.py configs/mask_rcnn_demo.py        # minutes on a
 python tools/train_pretrained.py --data-root /data/VOCdevkit --work-dir work_dirs/try1
 python tools/train_pretrained.py --resume                         # go on with the last checkpoint
 python tools/train_pretrained.py --test                           # test the best checkpoint
+python tools/train_pretrained.py --test --head-init remap         # what COCO knows, untrained
 python tools/train_pretrained.py --cfg-options train_cfg.max_epochs=12 train_dataloader.batch_size=4
 torchrun --nproc_per_node 4 tools/train_pretrained.py             # 4 GPUs: lr 0.008
 """
@@ -23,13 +24,19 @@ def main() -> int:
     parts = parser.add_argument_group('parts')
     parts.add_argument('--check-weights', action='store_true',
                        help='find and verify the weights, show where each tensor comes from')
+    parser.add_argument('--json', action='store_true',
+                        help='print the report of --check-weights as JSON')
     parts.add_argument('--train', action='store_true', help='train only')
     parts.add_argument('--test', action='store_true',
                        help='test only: the best checkpoint of the work dir, or --weights')
     parts.add_argument('--dry-run', action='store_true',
                        help='print data sizes, steps and the lr of each group, then stop')
     parser.add_argument('--weights', metavar='FILE',
-                        help='start from (with --test alone: test) this file')
+                        help='start from (with --test alone: test) this file or URL: MMDetection, '
+                        'torchvision, Detectron2, safetensors, or a run of your own')
+    parser.add_argument('--head-init', choices=('reinit', 'remap'),
+                        help='draw the heads anew, or take over the rows of the classes that the '
+                        'weights know; with --test: test the model before any training')
     parser.add_argument('--data-root', metavar='DIR',
                         help='folder that holds VOCdevkit/, or the annotation files of the config')
     parser.add_argument('--work-dir', metavar='DIR', help='where results go')
