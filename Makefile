@@ -5,11 +5,12 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-scratch test test-slow lint lock clean-venv
+.PHONY: help demo demo-scratch demo-compare test test-slow lint lock clean-venv
 
 help:
 	@echo 'make demo          install if needed, then check, train, test and draw on synthetic data'
 	@echo 'make demo-scratch  the same schedule from random weights, to compare with'
+	@echo 'make demo-compare  remapped heads, re-initialised heads and random weights side by side'
 	@echo 'make test          install if needed, then lint and the fast tests'
 	@echo 'make test-slow     the tests that take minutes'
 	@echo 'make lock          work out requirements.lock anew (needs uv)'
@@ -27,6 +28,15 @@ demo: $(STAMP)
 
 demo-scratch: $(STAMP)
 	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo_scratch.py
+
+demo-compare: $(STAMP)
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo_remap.py --test --head-init remap
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo_remap.py
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py --test --head-init reinit
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo_scratch.py
+	$(PY) tools/compare_runs.py work_dirs/demo_remap work_dirs/demo work_dirs/demo_scratch \
+	  --names remap reinit scratch --out work_dirs/demo_comparison
 
 test: $(STAMP)
 	$(PY) -m ruff check .

@@ -1,0 +1,35 @@
+"""Compare runs by their validation metrics: a table, and a picture of the curves by epoch."""
+
+import sys
+from pathlib import Path
+
+from mmfinetune.cli import make_parser, run
+from mmfinetune.compare import METRIC, STEM, ZERO_SHOT, compare
+
+EXAMPLES = """
+python tools/compare_runs.py work_dirs/mask_rcnn_pretrained work_dirs/from_scratch
+python tools/compare_runs.py work_dirs/a work_dirs/b --names 'lr 0.002' 'lr 0.02'
+python tools/compare_runs.py work_dirs/try*/ --metric coco/bbox_mAP --out work_dirs/boxes
+"""
+
+
+def main() -> int:
+    parser = make_parser(__doc__, EXAMPLES)
+    parser.add_argument('dirs', nargs='+', type=Path, metavar='DIR',
+                        help='work dir of a run; resumed parts count as one run. Epoch 0 is read '
+                        f'from its {ZERO_SHOT} (form of test_results.json), if there')
+    parser.add_argument('--names', nargs='+', metavar='NAME',
+                        help='names of the runs, one per DIR (default: names of the folders)')
+    parser.add_argument('--metric', default=METRIC,
+                        help='what the table shows; more is better (default: %(default)s)')
+    parser.add_argument('--out', type=Path, default=STEM, metavar='FILE-STEM',
+                        help='the files to write, without .md, .csv and .png '
+                        '(default: %(default)s)')
+    args = parser.parse_args()
+
+    print(compare(args.dirs, args.names, args.metric, args.out))
+    return 0
+
+
+if __name__ == '__main__':
+    sys.exit(run(main))
