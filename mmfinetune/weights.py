@@ -203,16 +203,17 @@ def _input_problems(cfg: Config, source: Source) -> list[str]:
     style = cfg.model.get('backbone', {}).get('style', 'pytorch')
     if source.style and source.style != style:
         problems.append(f'the weights are {source.style}-style, model.backbone.style is {style}: '
-                        'the strides lie in other layers')
+                        f'the strides lie in other layers; set model.backbone.style={source.style}')
     ours = cfg.model.get('data_preprocessor') or {}
     if source.rgb is not None and bool(ours.get('bgr_to_rgb')) != source.rgb:
         problems.append(f'the weights want {"RGB" if source.rgb else "BGR"} images, '
-                        f'model.data_preprocessor.bgr_to_rgb is {ours.get("bgr_to_rgb")}')
+                        f'model.data_preprocessor.bgr_to_rgb is {ours.get("bgr_to_rgb")}; set it '
+                        f'to {source.rgb}')
     for name in ('mean', 'std'):
         theirs = getattr(source, name)
         if theirs is not None and not all(
                 math.isclose(a, b, abs_tol=0.02)
                 for a, b in zip(theirs, ours.get(name) or (), strict=False)):
             problems.append(f'the weights want {name} {_numbers(theirs)}, '
-                            f'model.data_preprocessor.{name} is {ours.get(name)}')
+                            f'model.data_preprocessor.{name} is {ours.get(name)}; set it to theirs')
     return problems
