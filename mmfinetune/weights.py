@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     import torch
     from mmengine.config import Config
 
-_COLUMNS = ('tensors', 'parameters', 'loaded', 'remapped', 're-init', 'kept', 'missing')
+_COLUMNS = ('tensors', 'parameters', 'loaded', 'remapped', 're-init', 'kept', 'missing',
+            'unexpected')
 
 
 @dataclass
@@ -35,6 +36,7 @@ class WeightCheck:
         class_map: Where each class comes from, if heads are remapped.
         target: The model's tensors.
         problems: Why it should not be trained on, one line each; empty if it may.
+        into: Module of the model that the file is for; '' for all of it.
     """
 
     path: Path
@@ -44,6 +46,7 @@ class WeightCheck:
     class_map: ClassMap | None
     target: Mapping[str, torch.Tensor]
     problems: list[str] = field(default_factory=list)
+    into: str = ''
 
     def rows(self) -> list[dict]:
         """One dict a module: numbers of tensors by what becomes of them, and the largest |w|."""
@@ -55,14 +58,16 @@ class WeightCheck:
                   're-init': set(self.plan.reinit), 'kept': set(self.plan.kept),
                   'missing': {*self.plan.missing, *self.plan.mismatched}}
         rows = []
-        for name in dict.fromkeys(map(module, self.target)):
+        for name in dict.fromkeys(map(module, [*self.target, *self.plan.unexpected])):
             keys = [k for k in self.target if module(k) == name]
-            values = [v for k in keys if (v := self.source.tensors.get(k)) is not None
+            strip = len(self.into) + 1 if self.into else 0
+            values = [v for k in keys if (v := self.source.tensors.get(k[strip:])) is not None
                       and v.is_floating_point()]
             rows.append({
                 'module': name, 'tensors': len(keys),
                 'parameters': sum(self.target[k].numel() for k in keys),
                 **{kind: sum(k in group for k in keys) for kind, group in chosen.items()},
+                'unexpected': sum(module(k) == name for k in self.plan.unexpected),
                 'max_abs': max((float(v.abs().max()) for v in values if v.numel()),
                                default=math.nan)})
         return rows
@@ -75,10 +80,10 @@ class WeightCheck:
                  f'origin: {source.kind}; style: {source.style or "not told"}; '
                  f'normalisation: {_statistics(source)}']
         lines += [f'note: {note}' for note in source.notes]
-        lines.append(f'{"module":32}' + ''.join(f'{c:>12}' for c in _COLUMNS) + f'{"max |w|":>12}')
+        lines.append(f'{"module":32}' + ''.join(f'{c:>11}' for c in _COLUMNS) + f'{"max |w|":>11}')
         for row in self.rows():
-            lines.append(f'{row["module"]:32}' + ''.join(f'{row[c]:>12,}' for c in _COLUMNS)
-                         + f'{row["max_abs"]:>12.4g}')
+            lines.append(f'{row["module"]:32}' + ''.join(f'{row[c]:>11,}' for c in _COLUMNS)
+                         + f'{row["max_abs"]:>11.4g}')
         if self.class_map is not None:
             lines += ['classes:', *(f'  {line}' for line in self.class_map.lines())]
         for label, keys in (('drawn anew', self.plan.reinit),
@@ -194,7 +199,8 @@ def check(cfg: Config, path: Path | None = None, recipe: Mapping | None = None) 
     if plan.problems and source.kind == 'other':
         # What the file seems to be explains all the others.
         problems.insert(0, source.notes[0])
-    return WeightCheck(path, verdict, source, plan, class_map, target, problems)
+    return WeightCheck(path, verdict, source, plan, class_map, target, problems,
+                       recipe.get('into') or '')
 
 
 def _input_problems(cfg: Config, source: Source) -> list[str]:

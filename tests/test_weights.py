@@ -127,6 +127,19 @@ def test_style_and_normalisation_are_compared(cfg, official_like, tmp_path):
     assert 'bgr_to_rgb' in str(caught.value)
 
 
+def test_a_backbone_file_is_reported(voc_cfg, tmp_path):
+    from torchvision.models import resnet50
+    torch.save(resnet50(weights=None).state_dict(), tmp_path / 'r50.pth')
+    cfg = copy.deepcopy(voc_cfg)
+    recipe = {'into': 'backbone', 'ignore': ['fc.']}
+    check = weights.check(cfg, tmp_path / 'r50.pth', recipe)
+    assert not check.problems and check.plan.ignored == ['fc.weight', 'fc.bias']
+    rows = {row['module']: row for row in check.rows()}
+    assert rows['backbone']['loaded'] == rows['backbone']['tensors'] == 318
+    assert rows['backbone']['max_abs'] > 0
+    assert rows['neck']['kept'] == 16
+
+
 def test_what_does_not_fit_is_listed(cfg, official_like, tmp_path):
     file = torch.load(official_like, weights_only=True)
     del file['state_dict']['neck.fpn_convs.0.conv.bias']
@@ -135,4 +148,6 @@ def test_what_does_not_fit_is_listed(cfg, official_like, tmp_path):
     check = weights.check(cfg, tmp_path / 'a.pth')
     assert check.plan.missing == ['neck.fpn_convs.0.conv.bias']
     assert check.plan.unexpected == ['neck.extra.weight']
+    neck = next(row for row in check.rows() if row['module'] == 'neck')
+    assert (neck['missing'], neck['unexpected']) == (1, 1)
     assert not check.as_dict()['good_to_train']
