@@ -185,6 +185,11 @@ def check_keys(cfg: Config) -> list[str]:
         near = difflib.get_close_matches(key, TOP_LEVEL, 1, 0.85)
         if key not in TOP_LEVEL + _HELPERS and near:
             problems.append(f'{key}: did you mean {near[0]}?')
+    if cfg.get('weights') and not any(hook.get('type') == 'WeightTransferHook'
+                                      for hook in cfg.get('custom_hooks') or []):
+        # A list in a config replaces that of its base.
+        problems.append('weights: nothing loads them, since custom_hooks lacks '
+                        "dict(type='WeightTransferHook')")
     for place, node in _dicts(cfg._cfg_dict):
         if not ('type' in node or place.endswith('_dataloader') or place in _PLAIN_DICTS) \
                 or place.endswith(_LAYER_CFGS):
@@ -258,6 +263,12 @@ def _find_class(kind: Any) -> Any:
             if found is not None:
                 return found
     return None
+
+
+def evaluators(cfg: Config, split: str) -> list:
+    """The evaluator configs of a split, whether the config gives none, one or a list."""
+    found = cfg.get(f'{split}_evaluator') or []
+    return found if isinstance(found, list) else [found]
 
 
 def plain(value: Any, keep_tuples: bool = False) -> Any:
