@@ -219,6 +219,14 @@ def publish(src: Path, stem: Path) -> Path:
     return target
 
 
+def last_checkpoint(work_dir: Path) -> Path | None:
+    """The checkpoint that a run wrote last; None if there is none."""
+    pointer = work_dir / 'last_checkpoint'
+    # The path in it is that of the machine that wrote it; the name is enough.
+    file = work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
+    return file if file is not None and file.is_file() else None
+
+
 def best_checkpoint(work_dir: Path) -> Path:
     """The best checkpoint of a run, else its last.
 
@@ -228,11 +236,8 @@ def best_checkpoint(work_dir: Path) -> Path:
     best = sorted(work_dir.glob('best_*.pth'), key=lambda p: p.stat().st_mtime)
     if best:
         return best[-1]
-    pointer = work_dir / 'last_checkpoint'
-    if pointer.is_file():
-        # The path is that of the machine that wrote it; the name is enough.
-        last = work_dir / Path(pointer.read_text().strip()).name
-        if last.is_file():
-            return last
+    last = last_checkpoint(work_dir)
+    if last is not None:
+        return last
     raise UserError(f'There is no checkpoint in {work_dir}',
                     cure='train first, or pass a checkpoint with --weights')

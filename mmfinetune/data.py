@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune import coco, demo, devkit, voc
+from mmfinetune import coco, config, demo, devkit, voc
 from mmfinetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,8 +64,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
 
 
 def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
-    evaluators = cfg.get(f'{split}_evaluator') or []
-    for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+    for evaluator in config.evaluators(cfg, split):
         if 'ann_file' in evaluator:
             evaluator['ann_file'] = str(ann_file)
 

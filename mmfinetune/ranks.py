@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from mmfinetune import config
 from mmfinetune.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,8 +41,7 @@ def join_group(cfg: Config) -> int:
         if not is_distributed():
             torch.distributed.init_process_group('gloo')
     for split in ('val', 'test'):
-        evaluators = cfg.get(f'{split}_evaluator') or []
-        for evaluator in evaluators if isinstance(evaluators, list) else [evaluators]:
+        for evaluator in config.evaluators(cfg, split):
             # By messages; the other way leaves a folder .dist_test where the user works.
             evaluator.setdefault('collect_device', 'gpu')
     return world

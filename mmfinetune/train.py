@@ -57,9 +57,8 @@ def run(options: Options) -> int:
     Raises:
         UserError: Anything the user can mend, found before training where possible.
     """
-    if options.weights:
+    if options.weights and not weights.is_url(options.weights):
         # Before the imports, which take seconds.
-        options.weights = str(weights.fetch(options.weights))
         checkpoint.verify_file(Path(options.weights))
     if options.resume and options.resume is not True and not Path(options.resume).is_file():
         raise UserError(f'There is no checkpoint {options.resume} to resume from',
@@ -70,6 +69,9 @@ def run(options: Options) -> int:
     cfg = config.load(options.config, options.cfg_options)
     whole = not (options.check_weights or options.train or options.test or options.dry_run)
     world = join_group(cfg)
+    if options.weights and weights.is_url(options.weights):
+        # Once, and not by every process into the same file.
+        options.weights = str(rank0_first(lambda: weights.fetch(options.weights)))
     _apply(cfg, options)
     data.redirect_annotations(cfg)
     data.check_heads(cfg)
@@ -91,7 +93,7 @@ def run(options: Options) -> int:
     # Done here, since Runner.scale_lr leaves out the accumulation.
     cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=False)
     if do_train:
-        runner = _train(cfg, options)
+        runner = _train(cfg)
         if do_test:
             best = checkpoint.best_checkpoint(Path(cfg.work_dir))
             say(f'Testing {best}')
@@ -144,9 +146,8 @@ def _apply(cfg: Config, options: Options) -> None:
 
 
 def _last(work_dir: Path) -> Path:
-    pointer = work_dir / 'last_checkpoint'
-    file = work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
-    if file is None or not file.is_file():
+    file = checkpoint.last_checkpoint(work_dir)
+    if file is None:
         raise UserError(f'There is nothing to resume in {work_dir}',
                         cure='drop --resume, or pass the checkpoint: --resume PATH')
     return file
@@ -218,8 +219,8 @@ def _move_earlier_run(work_dir: Path) -> None:
              'instead, pass --resume.')
 
 
-def _train(cfg: Config, options: Options) -> Runner:
-    from mmengine.dist import barrier, is_main_process
+def _train(cfg: Config) -> Runner:
+    from mmengine.dist import barrier
     from mmengine.runner import Runner
     # What cannot start must not leave logs, nor move an earlier run out of its way.
     if cfg.resume:
@@ -233,8 +234,7 @@ def _train(cfg: Config, options: Options) -> Runner:
     barrier()
     runner = Runner.from_cfg(cfg)
     runner.train()
-    if is_main_process():
-        say(f'Trained; checkpoints in {cfg.work_dir}')
+    say(f'Trained; checkpoints in {cfg.work_dir}')
     return runner
 
 

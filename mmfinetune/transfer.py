@@ -126,12 +126,20 @@ CURE = ('use weights of the same architecture (for these configs mask_rcnn_r50_f
         'anew in `weights.reinit`')
 
 
-def check_transfer(report: TransferReport, path: Path) -> None:
-    """Raise a UserError that lists all problems of a plan, if it has any."""
-    if report.problems:
+def check_transfer(report: TransferReport, path: Path,
+                   problems: Sequence[str] | None = None) -> None:
+    """Raise a UserError that lists all problems, if there are any.
+
+    Args:
+        report: A plan.
+        path: The file it is for.
+        problems: More than the plan knows of; by default the plan's own.
+    """
+    problems = report.problems if problems is None else problems
+    if problems:
         raise UserError(
             f'{path} does not fit the model ({len(report.loaded)} tensors fit, '
-            f'{len(report.problems)} problems):', report.problems, CURE)
+            f'{len(problems)} problems):', problems, CURE)
 
 
 def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, float]] | None = None,
@@ -173,7 +181,9 @@ def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, flo
     with torch.no_grad():
         for key in report.loaded:
             target[key].copy_(source.tensors[key[strip:]])
-        for key in [k for k in target if k in {*report.reinit, *report.remapped}]:
+        # In the model's order, so that remapping draws the same numbers as re-initialising.
+        drawn = {*report.reinit, *report.remapped}
+        for key in filter(drawn.__contains__, target):
             if key.endswith('bias'):
                 target[key].zero_()
             else:

@@ -112,10 +112,7 @@ class WeightCheck:
 
     def require_good(self) -> None:
         """Raise a UserError that lists why the weights should not be used, if anything does."""
-        if self.problems:
-            raise UserError(
-                f'{self.path} does not fit the model ({len(self.plan.loaded)} tensors fit, '
-                f'{len(self.problems)} problems):', self.problems, transfer.CURE)
+        transfer.check_transfer(self.plan, self.path, self.problems)
 
 
 def _statistics(source: Source) -> str:
@@ -160,17 +157,24 @@ def find(cfg: Config) -> Path:
     return rank0_first(search)
 
 
+def is_url(address: str) -> bool:
+    """Whether weights given by hand are to be downloaded."""
+    return address.startswith(('http://', 'https://'))
+
+
 def fetch(address: str) -> Path:
-    """A file or URL given by hand; a URL is downloaded to ``pretrain/``.
+    """A file or URL given by hand; a URL is downloaded to ``pretrain/`` and verified.
 
     Raises:
         UserError: It cannot be had.
     """
-    if not address.startswith(('http://', 'https://')):
+    if not is_url(address):
         return Path(address)
     name = address.split('?')[0].rstrip('/').rpartition('/')[2]
     target = checkpoint.PRETRAIN_DIR / name
-    return download(address, target, sha256=checkpoint.hash_in_name(name))
+    path = download(address, target, sha256=checkpoint.hash_in_name(name))
+    checkpoint.verify_file(path)
+    return path
 
 
 def check(cfg: Config, path: Path | None = None, recipe: Mapping | None = None) -> WeightCheck:

@@ -13,10 +13,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ('__init__', 'errors', 'files', 'ops', 'classes', 'ranks'),
+    ('__init__', 'errors', 'files', 'ops', 'classes'),
     ('devkit', 'voc', 'coco', 'demo', 'data', 'checkpoint', 'heads', 'weight_files',
      'torchvision_weights', 'convert', 'transfer', 'weights',
-     'compare', 'config', 'lr'),
+     'compare', 'config', 'lr', 'ranks'),
     ('hooks', 'metrics', 'optim', 'transforms', 'register'),
     ('train', 'cli'),
 )
