@@ -1,4 +1,4 @@
-"""Validation metrics of several runs side by side: a table, a CSV file and a picture of the curves.
+"""Validation metrics of several runs side by side: tables, a CSV file and a picture of the curves.
 
 A run's curve is read from what MMEngine logs, ``<work_dir>/<timestamp>/vis_data/scalars.json``.
 """
@@ -8,14 +8,18 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import itertools
 import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mmfinetune import plots
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_all
+from mmfinetune.plots import title_of
+from mmfinetune.results import RESULTS, History, best_of, cell, duration, markdown_table
 
 METRIC = 'coco/segm_mAP'
 STEM = Path('work_dirs/comparison')
@@ -24,11 +28,9 @@ ZERO_SHOT = 'zero_shot.json'
 SCALARS = 'vis_data/scalars.json'
 # Logged with each validation, but not measured by it.
 _NO_METRICS = ('step', 'time', 'data_time')
-_KINDS = {'coco/segm': 'mask', 'coco/bbox': 'box'}
-# Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too faint on white.
-_COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
-# Another number than of the colours, so that runs that share a colour differ in the marker.
-_MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
+VAL_LOSS = 'val/loss'
+_TITLES = {VAL_LOSS: 'validation loss'}
+_MAIN = ('coco/segm_mAP', 'coco/bbox_mAP')
 
 
 @dataclass
@@ -39,11 +41,13 @@ class Run:
         name: What the run is called in the table and the legend.
         folder: Its work dir.
         epochs: The metrics after each validated epoch; 0 stands for the weights before training.
+        seconds: Spent in training steps; None if not known.
     """
 
     name: str
     folder: Path
     epochs: dict[int, dict[str, float]]
+    seconds: float | None = None
 
     def curve(self, metric: str) -> dict[int, float]:
         """A metric by epoch, epochs ascending; NaN where it was undefined."""
@@ -51,33 +55,33 @@ class Run:
                 if metric in self.epochs[epoch]}
 
     def best(self, metric: str) -> tuple[int, float] | None:
-        """The first epoch with the highest value, and the value; None if there is none."""
-        finite = {e: v for e, v in self.curve(metric).items() if math.isfinite(v)}
-        return max(finite.items(), key=lambda item: item[1]) if finite else None
+        """The first epoch with the best value, and the value; None if there is none."""
+        return best_of(self.curve(metric), less='loss' in metric)
 
 
-def compare(folders: Sequence[Path], names: Sequence[str] | None = None, metric: str = METRIC,
-            stem: Path = STEM) -> str:
-    """Compare runs; write the table as ``.md`` and ``.csv`` and the curves as ``.png``.
+def compare(folders: Sequence[Path], names: Sequence[str] | None = None,
+            metrics: Sequence[str] = (METRIC,), stem: Path = STEM) -> str:
+    """Compare runs; write tables as ``.md`` and ``.csv`` and the curves as ``.png``.
 
     Args:
         folders: Work dirs, one per run.
         names: Of the runs, in the order of the folders; taken from the folders by default.
-        metric: As logged, of the kind where more is better.
+        metrics: As logged; more is better, except of those with ``loss`` in their name.
         stem: Path of the files without suffix, or a folder for files of the usual name.
 
     Returns:
-        The table in Markdown, and in its last line where the files are.
+        The tables in Markdown, and in its last line where the files are.
 
     Raises:
         UserError: No run in a folder, a broken file, or a metric that no run has.
     """
     runs = read_runs(folders, names)
-    check_metric(runs, metric)
-    text = table(runs, metric)
+    metrics = list(dict.fromkeys(metrics))
+    check_metrics(runs, metrics)
+    text = '\n'.join([*(table(runs, metric) for metric in metrics), overview(runs)])
     if stem.is_dir():
         stem /= STEM.name
-    contents = (text.encode(), csv_text(runs, metric).encode(), picture(runs, metric))
+    contents = (text.encode(), csv_text(runs, metrics).encode(), picture(runs, metrics))
     # Not with_suffix, which would cut `lr_0.02` short.
     paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
     atomic_write_all(dict(zip(paths, contents, strict=True)))
@@ -99,8 +103,9 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> li
 def read_run(folder: Path, name: str) -> Run:
     """Read all that a work dir holds of its current run, the parts before a resumption included.
 
-    Where an epoch was validated twice, as after ``--resume`` from an earlier checkpoint, the later
-    result wins. Epoch 0 comes from ``zero_shot.json``, of the form of ``test_results.json``.
+    What was validated after the checkpoint that a later part was resumed from is left out, since
+    training did not go on from it. Epoch 0 comes from ``zero_shot.json``, of the form of
+    ``test_results.json``; validation losses and training time from ``results.csv``, if there.
 
     Raises:
         UserError: There is no run, or a file is broken.
@@ -113,27 +118,40 @@ def read_run(folder: Path, name: str) -> Run:
                         f'{folder}: no such folder', _nearby(folder),
                         f'pass a work dir, which holds <timestamp>/{SCALARS}')
     epochs: dict[int, dict[str, float]] = {}
+    for log in logs:
+        first, validated = _read_scalars(log)
+        epochs = {epoch: metrics for epoch, metrics in epochs.items() if epoch < first}
+        epochs.update(validated)
     if zero_shot.is_file():
         epochs[0] = _read_zero_shot(zero_shot)
-    for log in logs:
-        epochs.update(_read_scalars(log))
-    return Run(name, folder, epochs)
+    history = _history(folder)
+    for row in history.rows:
+        if row.get('epoch') in epochs:
+            # Logged losses are smoothed over several validations, these are not.
+            epochs[row['epoch']].update((k, v) for k, v in row.items() if k.startswith('val/'))
+    seconds = history.curve('train_seconds')
+    return Run(name, folder, epochs, math.fsum(seconds.values()) if seconds else None)
 
 
-def check_metric(runs: Sequence[Run], metric: str) -> None:
-    """Raise a UserError that names similar metrics unless a run has this one."""
-    known = sorted({key for run in runs for metrics in run.epochs.values() for key in metrics})
-    if metric in known:
+def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
+    """Raise a UserError that names similar metrics unless a run has each of these."""
+    known = sorted({key for run in runs for values in run.epochs.values() for key in values})
+    wrong = [metric for metric in metrics if metric not in known]
+    if not wrong:
         return
     if not known:
         raise UserError('No epoch of these runs has been validated yet:',
                         [str(run.folder) for run in runs],
                         'wait for the end of the first epoch')
-    # Without its prefix too, since that is what one leaves out.
-    near = [key for key in known if key.rpartition('/')[2] == metric]
-    near += [key for key in difflib.get_close_matches(metric, known, 5) if key not in near]
-    raise UserError(f'No run has the metric {metric}; {"similar" if near else "there"} are:',
-                    near or known, '--metric takes one of the names in the logs')
+    near = []
+    for metric in wrong:
+        # Without its prefix too, since that is what one leaves out.
+        near += [key for key in known if key.rpartition('/')[2] == metric]
+        near += difflib.get_close_matches(metric, known, 5)
+    near = list(dict.fromkeys(near))
+    raise UserError(f'No run has the metric {" nor ".join(wrong)}; '
+                    f'{"similar" if near else "there"} are:',
+                    near or known, '--metric takes the names in the logs')
 
 
 def table(runs: Sequence[Run], metric: str) -> str:
@@ -144,65 +162,65 @@ def table(runs: Sequence[Run], metric: str) -> str:
     columns = _columns(runs, metric)
     rows = [[f'{metric} after epoch', *map(str, columns), 'best (epoch)']]
     for run in runs:
-        curve, best = run.curve(metric), run.best(metric)
-        rows.append([_cell(run.name)]
+        curve = run.curve(metric)
+        rows.append([cell(run.name)]
                     + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
-                    + [f'{best[1]:.3f} ({best[0]})' if best else '-'])
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ['-' * widths[0]] + ['-' * (width - 1) + ':' for width in widths[1:]]
-    lines = [[row[0].ljust(widths[0])]
-             + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-             for row in rows]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in (lines[0], rule, *lines[1:]))
+                    + [_best(run, metric)])
+    return markdown_table(rows)
 
 
-def csv_text(runs: Sequence[Run], metric: str) -> str:
-    """The same table with all digits; empty where the Markdown one has ``-``."""
-    columns = _columns(runs, metric)
+def overview(runs: Sequence[Run]) -> str:
+    """A Markdown table: best mask and box AP, number of epochs and training time of each run."""
+    rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs',
+             'training time']]
+    rows += [[cell(run.name), *(_best(run, metric) for metric in _MAIN),
+              str(max(run.epochs, default=0)),
+              '-' if run.seconds is None else duration(run.seconds)] for run in runs]
+    return markdown_table(rows)
+
+
+def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:
+    """The tables of all metrics with all digits; empty where the Markdown ones have ``-``."""
+    columns = sorted({epoch for metric in metrics for epoch in _columns(runs, metric)})
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
     writer.writerow(['run', 'metric', *(f'epoch_{epoch}' for epoch in columns), 'best',
                      'best_epoch'])
-    for run in runs:
+    for metric, run in itertools.product(metrics, runs):
         curve, best = run.curve(metric), run.best(metric)
         writer.writerow([run.name, metric, *(curve.get(epoch, '') for epoch in columns),
                          *((best[1], best[0]) if best else ('', ''))])
     return out.getvalue()
 
 
-def picture(runs: Sequence[Run], metric: str) -> bytes:
-    """The curves of all runs as PNG: the metric and, where it is an AP, AP50 beside it."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import MaxNLocator
-    panels = [metric]
-    if any(run.curve(f'{metric}_50') for run in runs):
-        panels.append(f'{metric}_50')
-    # Figure and canvas by hand: pyplot would choose a backend and keep global state.
-    figure = Figure(figsize=(6 * len(panels), 5), dpi=150, layout='constrained')
-    FigureCanvasAgg(figure)
-    for axes, key in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        handles = []
-        for index, run in enumerate(runs):
-            curve = run.curve(key)
-            handles += axes.plot(list(curve), list(curve.values()), linewidth=1.8, markersize=6,
-                                 color=_COLOURS[index % len(_COLOURS)],
-                                 marker=_MARKERS[index % len(_MARKERS)])
-        axes.set(xlabel='epoch', ylabel=_title(key), title=_title(key))
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-        axes.grid(alpha=0.3)
-        axes.spines[['top', 'right']].set_visible(False)
-    # An invisible mark in front, since matplotlib leaves out names that begin with `_`.
-    labels = [f'\u200b{run.name}' if run.name.startswith('_') else run.name for run in runs]
+def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
+    """The curves of all runs as PNG.
+
+    A panel for each metric and, where it is an AP, for AP50 beside it; one for the validation
+    loss if all runs have it.
+    """
+    panels = []
+    for metric in metrics:
+        panels += [name for name in (metric, f'{metric}_50')
+                   if name == metric or any(run.curve(name) for run in runs)]
+    if all(run.curve(VAL_LOSS) for run in runs):
+        panels.append(VAL_LOSS)
+    panels = list(dict.fromkeys(panels))
+    columns = min(3, len(panels))
+    figure, places = plots.new_figure(6 * columns, 5 * math.ceil(len(panels) / columns),
+                                      math.ceil(len(panels) / columns), columns, dpi=150)
+    for axes, key in zip(places, panels, strict=False):
+        # By number, since two runs may be called the same.
+        handles = plots.lines(axes, {i: run.curve(key) for i, run in enumerate(runs)},
+                              _TITLES.get(key) or title_of(key), 'epoch')
+    for axes in places[len(panels):]:
+        axes.set_axis_off()
+    labels = plots.legible([run.name for run in runs])
     # As many columns as fit, at about 11 characters per inch and 8 for a line's sample.
-    columns = max(1, 66 * len(panels) // (max(map(len, labels)) + 8))
-    legend = figure.legend(handles, labels, loc='outside lower center', frameon=False,
-                           ncols=min(len(runs), columns))
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a `$` in a name is no formula
-    out = io.BytesIO()
-    figure.savefig(out, format='png')
-    return out.getvalue()
+    fitting = max(1, 66 * columns // (max(map(len, labels)) + 8))
+    plots.legend(figure, handles, labels, loc='outside lower center',
+                 ncols=min(len(runs), fitting))
+    return plots.png(figure)
 
 
 def _default_names(folders: Sequence[Path]) -> list[str]:
@@ -218,9 +236,16 @@ def _nearby(folder: Path) -> list[str]:
     return [f'did you mean {path}?' for path in (*above, *sorted(below))]
 
 
-def _read_scalars(path: Path) -> dict[int, dict[str, float]]:
-    """The metrics of each validation in a log, by epoch."""
-    epochs = {}
+def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
+    """The first epoch of a log, and the metrics of each validation in it by epoch.
+
+    Args:
+        path: Of the log.
+
+    Returns:
+        Infinity and an empty dict if it has neither training nor validation.
+    """
+    first, epochs = math.inf, {}
     lines = _read(path).split(b'\n')
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -236,10 +261,22 @@ def _read_scalars(path: Path) -> dict[int, dict[str, float]]:
             raise _broken(path, error, number) from error
         # A record of training steps counts them, that of a validation has the epoch as its step.
         # Step 0 is a validation outside of training, of weights that the log does not name.
-        epoch = record.get('step')
-        if 'iter' not in record and isinstance(epoch, int) and epoch > 0:
-            epochs[epoch] = _numbers(record)
-    return epochs
+        training = 'iter' in record
+        # Where training is not counted in epochs, steps stand for them in validations too.
+        epoch = record.get('epoch', record.get('step')) if training else record.get('step')
+        if isinstance(epoch, int) and epoch > 0:
+            first = min(first, epoch)
+            if not training:
+                epochs[epoch] = _numbers(record)
+    return first, epochs
+
+
+def _history(folder: Path) -> History:
+    """What ``results.csv`` holds; nothing where it is not there or damaged."""
+    try:
+        return History.from_csv((folder / RESULTS).read_bytes())
+    except (OSError, ValueError):
+        return History()
 
 
 def _read_zero_shot(path: Path) -> dict[str, float]:
@@ -265,8 +302,11 @@ def _broken(path: Path, error: object, line: int = 0) -> UserError:
 
 
 def _numbers(record: dict) -> dict[str, float]:
-    return {key: float(value) for key, value in record.items() if key not in _NO_METRICS
-            and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    """The metrics of a record; NaN where there was no ground truth, for which COCO has -1."""
+    numbers = {key: float(value) for key, value in record.items() if key not in _NO_METRICS
+               and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {key: math.nan if value == -1 and key.startswith('coco/') else value
+            for key, value in numbers.items()}
 
 
 def _columns(runs: Sequence[Run], metric: str) -> list[int]:
@@ -274,13 +314,6 @@ def _columns(runs: Sequence[Run], metric: str) -> list[int]:
     return sorted({0}.union(*(run.curve(metric) for run in runs)))
 
 
-def _cell(text: str) -> str:
-    return ' '.join(text.split()).replace('|', '\\|')
-
-
-def _title(metric: str) -> str:
-    """``mask AP50`` for ``coco/segm_mAP_50``; other metrics keep their name."""
-    kind, mark, rest = metric.partition('_mAP')
-    if not mark or kind not in _KINDS:
-        return metric
-    return f'{_KINDS[kind]} AP{rest.replace("_", "")}'
+def _best(run: Run, metric: str) -> str:
+    best = run.best(metric)
+    return f'{best[1]:.3f} ({best[0]})' if best else '-'

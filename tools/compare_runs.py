@@ -1,4 +1,4 @@
-"""Compare runs by their validation metrics: a table, and a picture of the curves by epoch."""
+"""Compare runs by their validation metrics: tables, and a picture of the curves by epoch."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ from mmfinetune.compare import METRIC, STEM, ZERO_SHOT, compare
 EXAMPLES = """
 python tools/compare_runs.py work_dirs/mask_rcnn_pretrained work_dirs/from_scratch
 python tools/compare_runs.py work_dirs/a work_dirs/b --names 'lr 0.002' 'lr 0.02'
-python tools/compare_runs.py work_dirs/try*/ --metric coco/bbox_mAP --out work_dirs/boxes
+python tools/compare_runs.py work_dirs/try*/ --metric coco/bbox_mAP val/loss --out work_dirs/boxes
 """
 
 
@@ -20,8 +20,9 @@ def main() -> int:
                         f'from its {ZERO_SHOT} (form of test_results.json), if there')
     parser.add_argument('--names', nargs='+', metavar='NAME',
                         help='names of the runs, one per DIR (default: names of the folders)')
-    parser.add_argument('--metric', default=METRIC,
-                        help='what the table shows; more is better (default: %(default)s)')
+    parser.add_argument('--metric', nargs='+', default=[METRIC], metavar='METRIC',
+                        help='what to compare, each in a table and a panel of the picture; more '
+                        f'is better, except of losses (default: {METRIC})')
     parser.add_argument('--out', type=Path, default=STEM, metavar='FILE-STEM',
                         help='the files to write, without .md, .csv and .png '
                         '(default: %(default)s)')
