@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,18 +10,8 @@ from mmdet.registry import METRICS
 from mmengine.logging import MMLogger
 from terminaltables import AsciiTable
 
-ENGINES = ('hotcoco', 'pycocotools')
-STATS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l',
-         'AR@1', 'AR@10', 'AR@100', 'AR_s@100', 'AR_m@100', 'AR_l@100')
-
-
-def _engine(name: str):
-    if name == 'hotcoco':
-        import hotcoco
-        return hotcoco.COCO, hotcoco.COCOeval
-    from pycocotools.coco import COCO
-    from pycocotools.cocoeval import COCOeval
-    return COCO, COCOeval
+from mmfinetune import analysis
+from mmfinetune.analysis import ENGINES
 
 
 @METRICS.register_module()
@@ -41,6 +29,11 @@ class InstanceCocoMetric(CocoMetric):
     Args:
         engine: ``'hotcoco'`` (Rust) or ``'pycocotools'``: the same numbers.
         **kwargs: See mmdet's ``CocoMetric``; ``metric`` takes ``bbox`` and ``segm``.
+
+    Attributes:
+        per_class: Of the last evaluation, on the main process: ``<bbox|segm>_AP`` and
+            ``<bbox|segm>_AP50`` by class name, whether or not ``classwise``. A class without
+            instances has no numbers.
     """
 
     def __init__(self, *args, engine: str = 'hotcoco', **kwargs) -> None:
@@ -51,6 +44,7 @@ class InstanceCocoMetric(CocoMetric):
         if wrong:
             raise ValueError(f'metric must be bbox or segm, got {wrong}')
         self.engine = engine
+        self.per_class: dict[str, dict[str, float]] = {}
 
     def _detections(self, preds: Sequence[dict], iou_type: str) -> list[dict]:
         """COCO result rows; masks without a box, so that areas are those of the masks."""
@@ -74,29 +68,16 @@ class InstanceCocoMetric(CocoMetric):
                 rows.append(row)
         return rows
 
-    def evaluate_rows(self, rows: list[dict], iou_type: str) -> tuple[np.ndarray, np.ndarray]:
-        """Run the engine.
+    def evaluate_rows(self, rows: list[dict], iou_type: str) -> analysis.Scores:
+        """Run the engine on COCO result rows of one kind."""
+        return analysis.evaluate(self._coco_api.dataset, rows, iou_type, self.engine,
+                                 self.cat_ids, self.img_ids, self.iou_thrs)
 
-        Args:
-            rows: COCO result rows.
-            iou_type: ``'bbox'`` or ``'segm'``.
-
-        Returns:
-            The 12 stats, and ``precision`` (IoU, recall, class, area, maxDets).
-        """
-        coco, coco_eval = _engine(self.engine)
-        with contextlib.redirect_stdout(io.StringIO()):
-            truth = coco()
-            truth.dataset = self._coco_api.dataset
-            truth.createIndex()
-            evaluator = coco_eval(truth, truth.loadRes(rows), iou_type)
-            evaluator.params.catIds = list(self.cat_ids)
-            evaluator.params.imgIds = list(self.img_ids)
-            evaluator.params.iouThrs = np.asarray(self.iou_thrs)
-            evaluator.evaluate()
-            evaluator.accumulate()
-            evaluator.summarize()
-        return np.asarray(evaluator.stats, float), np.asarray(evaluator.eval['precision'])
+    def _read_ids(self) -> None:
+        if self.cat_ids is None:
+            self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta['classes'])
+        if self.img_ids is None:
+            self.img_ids = self._coco_api.get_img_ids()
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """COCO numbers of all ``(gt, pred)`` pairs that ``process`` gathered."""
@@ -104,35 +85,51 @@ class InstanceCocoMetric(CocoMetric):
         _, preds = zip(*results, strict=True)
         if self._coco_api is None:
             return super().compute_metrics(results)
-        if self.cat_ids is None:
-            self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta['classes'])
-        if self.img_ids is None:
-            self.img_ids = self._coco_api.get_img_ids()
+        self._read_ids()
         if self.outfile_prefix is not None:
             self.results2json(preds, self.outfile_prefix)
             if self.format_only:
                 return {}
-        names = [c['name'] for c in self._coco_api.loadCats(self.cat_ids)]
         metrics: dict[str, float] = {}
-        per_class: dict[str, list[str]] = {n: [n] for n in names}
+        self.per_class = {c['name']: {} for c in self._coco_api.loadCats(self.cat_ids)}
         for iou_type in self.metrics:
             rows = self._detections(preds, iou_type)
             if not rows:
                 logger.warning(f'No {iou_type} detection on {len(preds)} images: all APs are 0.')
-                metrics.update({f'{iou_type}_{s}': 0.0 for s in STATS})
-                continue
-            stats, precision = self.evaluate_rows(rows, iou_type)
-            metrics.update({f'{iou_type}_{s}': float(v)
-                            for s, v in zip(STATS, stats, strict=True)})
-            for k, name in enumerate(names):
-                for which, values in (('AP', precision[:, :, k, 0, -1]),
-                                      ('AP50', precision[0, :, k, 0, -1])):
-                    values = values[values > -1]
-                    per_class[name].append(f'{values.mean():.3f}' if values.size else '-')
-                    if values.size and self.classwise and which == 'AP':
-                        metrics[f'{iou_type}_AP/{name}'] = float(values.mean())
-        if self.classwise and all(len(row) == 1 + 2 * len(self.metrics)
-                                  for row in per_class.values()):
-            header = ['class', *(f'{t} {w}' for t in self.metrics for w in ('AP', 'AP50'))]
-            logger.info('\n' + AsciiTable([header, *per_class.values()]).table)
+            scores = self.evaluate_rows(rows, iou_type)
+            metrics.update(scores.metrics())
+            for name, numbers in self.per_class.items():
+                for key, iou in (('AP', None), ('AP50', 0.5)):
+                    value = scores.ap(name, iou)
+                    if value is not None:
+                        numbers[f'{iou_type}_{key}'] = value
+                if self.classwise and f'{iou_type}_AP' in numbers:
+                    metrics[f'{iou_type}_AP/{name}'] = numbers[f'{iou_type}_AP']
+        if self.classwise:
+            logger.info('\n' + self._table())
         return metrics
+
+    def _table(self) -> str:
+        columns = [f'{t}_{key}' for t in self.metrics for key in ('AP', 'AP50')]
+        rows = [[name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)]
+                for name, numbers in self.per_class.items()]
+        return AsciiTable([['class', *(c.replace('_', ' ') for c in columns)], *rows]).table
+
+
+@METRICS.register_module()
+class DetectionRows(InstanceCocoMetric):
+    """Gathers what a model finds and evaluates nothing.
+
+    Attributes:
+        rows: COCO result rows by kind, after the evaluation, on the main process.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows: dict[str, list[dict]] = {}
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Turn all ``(gt, pred)`` pairs into rows; there are no metrics."""
+        self._read_ids()
+        self.rows = {t: self._detections([pred for _, pred in results], t) for t in self.metrics}
+        return {}

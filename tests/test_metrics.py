@@ -11,7 +11,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmfinetune.metrics import ENGINES, STATS, InstanceCocoMetric
+from mmfinetune.analysis import ENGINES, STATS
+from mmfinetune.metrics import DetectionRows, InstanceCocoMetric
 
 HEIGHT, WIDTH = 240, 320
 # Ids with gaps, as COCO has them; no annotation has class `none`.
@@ -213,7 +214,8 @@ def test_no_detections_score_zero(data, engine):
     path, predictions = data
     empty = [sample(p['img_id'], p['ori_shape'], [], [], [], []) for p in predictions]
     found = evaluate(path, empty, engine=engine)
-    assert found == {f'coco/{kind}_{name}': 0.0 for kind in TYPES for name in STATS}
+    assert found == {f'coco/{kind}_{name}': 0.0 for kind in TYPES
+                     for name in (*STATS, *(f'AP/{n}' for n in NAMES if n != 'none'))}
 
 
 @pytest.mark.parametrize('engine', ENGINES)
@@ -241,6 +243,85 @@ def test_one_kind_alone(data, metric):
     kind = metric if isinstance(metric, str) else metric[0]
     found = evaluate(*data, metric=metric)
     assert found == {k: v for k, v in both.items() if k.startswith(f'coco/{kind}_')}
+
+
+def gathered(metric: InstanceCocoMetric, predictions: list[dict]) -> dict[str, float]:
+    for prediction in predictions:
+        metric.process({}, [prediction])
+    return metric.evaluate(len(predictions))
+
+
+@pytest.mark.parametrize('classwise', [True, False])
+@pytest.mark.parametrize('engine', ENGINES)
+def test_numbers_of_each_class(data, engine, classwise):
+    path, predictions = data
+    expected = by_pycocotools(path, predictions)
+    metric = make_metric(path, engine=engine, classwise=classwise)
+    assert metric.per_class == {}
+    found = gathered(metric, predictions)
+    assert list(metric.per_class) == NAMES  # in the order of the labels
+    assert metric.per_class['none'] == {}
+    for name in ('cat', 'dog', 'cow'):
+        numbers = metric.per_class[name]
+        assert set(numbers) == {f'{kind}_{key}' for kind in TYPES for key in ('AP', 'AP50')}
+        assert all(type(v) is float for v in numbers.values())
+        for kind in TYPES:
+            assert numbers[f'{kind}_AP'] == pytest.approx(expected[f'coco/{kind}_AP/{name}'])
+    for kind in TYPES:
+        mean = np.mean([metric.per_class[n][f'{kind}_AP50'] for n in ('cat', 'dog', 'cow')])
+        assert mean == pytest.approx(found[f'coco/{kind}_mAP_50'])
+
+
+def test_numbers_of_each_class_are_those_of_the_last_evaluation(data):
+    path, predictions = data
+    metric = make_metric(path, metric='segm')
+    gathered(metric, predictions)
+    first = metric.per_class
+    gathered(metric, [sample(p['img_id'], p['ori_shape'], [], [], [], []) for p in predictions])
+    assert first['cat']['segm_AP'] > 0.1
+    assert metric.per_class['cat'] == {'segm_AP': 0.0, 'segm_AP50': 0.0}
+
+
+@pytest.mark.parametrize('engine', ENGINES)
+def test_ids_of_classes_in_no_order(data, tmp_path, engine):
+    path, predictions = data
+    expected = evaluate(path, predictions)
+    content = json.loads(path.read_text())
+    new = {old['id']: 20 - old['id'] for old in content['categories']}
+    for category in content['categories']:
+        category['id'] = new[category['id']]
+    for annotation in content['annotations']:
+        annotation['category_id'] = new[annotation['category_id']]
+    other = tmp_path / 'other.json'
+    other.write_text(json.dumps(content))
+    assert evaluate(other, predictions, engine=engine) == pytest.approx(expected, rel=0, abs=1e-9)
+
+
+def test_ap50_of_a_class_needs_the_threshold(data):
+    path, predictions = data
+    metric = make_metric(path, metric='segm', iou_thrs=[0.6, 0.7])
+    gathered(metric, predictions)
+    assert set(metric.per_class['cat']) == {'segm_AP'}
+
+
+def test_rows_are_gathered_and_not_evaluated(data, monkeypatch):
+    path, predictions = data
+    monkeypatch.setattr(DetectionRows, 'evaluate_rows', None)
+    metric = DetectionRows(ann_file=str(path), metric=['segm', 'bbox'])
+    metric.dataset_meta = {'classes': tuple(NAMES)}
+    assert gathered(metric, predictions) == {}
+    assert list(metric.rows) == ['segm', 'bbox']
+    count = sum(len(p['pred_instances']['labels']) for p in predictions)
+    for kind, key in (('segm', 'segmentation'), ('bbox', 'bbox')):
+        assert len(metric.rows[kind]) == count
+        assert set(metric.rows[kind][0]) == {'image_id', 'category_id', 'score', key}
+    json.dumps(metric.rows)
+    # They are what the other metric evaluates.
+    whole = make_metric(path)
+    expected = gathered(whole, predictions)
+    assert whole.evaluate_rows(metric.rows['segm'], 'segm').metrics() == {
+        k.removeprefix('coco/'): v for k, v in expected.items()
+        if k.startswith('coco/segm_') and 'AP/' not in k}
 
 
 def test_without_classwise(data):
