@@ -124,7 +124,7 @@ def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('t
     start = time.perf_counter()
     devkit, paths = Path(devkit), annotation_paths(out_dir, splits)
     _check_writable(Path(out_dir))
-    lists, bad_lines = _read_lists(devkit, splits)
+    lists, bad_lines = read_lists(devkit, splits)
     ids = list(dict.fromkeys(image_id for names in lists.values() for image_id in names))
     reads = {read.image_id: read for read in _read_all(devkit, ids, workers, progress)}
     for read in reads.values():
@@ -188,7 +188,7 @@ def _check_writable(out_dir: Path) -> None:
         raise UserError(f'{out_dir}: cannot be written', cure='choose another folder by --out')
 
 
-def _read_lists(devkit: Path,
+def read_lists(devkit: Path,
                 splits: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The ids of each split, and the lines of each that are no id or come twice."""
     fatal = [f'{name}/: missing' for name in _FOLDERS if not (devkit / name).is_dir()]
@@ -231,7 +231,7 @@ def _read_all(devkit: Path, ids: list[str], workers: int | None,
     if workers <= 1:
         with tqdm(total=len(ids), desc='VOC 2012', unit='img', disable=not progress) as bar:
             for image_id in ids:
-                yield _read_image(devkit, image_id)
+                yield read_image(devkit, image_id)
                 bar.update()
         return
     with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
@@ -256,10 +256,10 @@ def _ignore_interrupt() -> None:
 
 
 def _read_chunk(devkit: Path, ids: list[str]) -> list[_Read]:
-    return [_read_image(devkit, image_id) for image_id in ids]
+    return [read_image(devkit, image_id) for image_id in ids]
 
 
-def _read_image(devkit: Path, image_id: str) -> _Read:
+def read_image(devkit: Path, image_id: str) -> _Read:
     """Read and check the four files of one image; every fault goes into `problems`."""
     read = _Read(image_id)
     jpeg, object_png, class_png = (

@@ -492,6 +492,6 @@ def test_official_lists(small, tmp_path):
     for split, count in (('train', 1464), ('val', 1449)):
         text = (real_data() / 'voc2012_official_lists' / f'{split}.txt').read_bytes()
         small.list_file(split).write_bytes(text)
-        ids = voc._read_lists(small.path, [split])[0][split]
+        ids = voc.read_lists(small.path, [split])[0][split]
         assert len(ids) == count
-    assert not any(voc._read_lists(small.path, ['train', 'val'])[1].values())
+    assert not any(voc.read_lists(small.path, ['train', 'val'])[1].values())
