@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
+from mmfinetune.check_table import load, name_problem
 from mmfinetune.errors import UserError
+from mmfinetune.finding_kinds import KINDS
 
 
 @dataclass(frozen=True)
@@ -43,17 +44,22 @@ def read_split(path: Path, image_root: Path, classes: Sequence[str] | None = Non
         UserError: All problems of the first kind found: unreadable file, missing parts, id 0,
             other classes than the config's, missing or unreadable images.
     """
-    cure = 'make it again with `python tools/prepare_voc.py`, or correct data_root in the config'
+    cure = 'make it again with `python tools/prepare_voc.py`, or correct data_root in the ' \
+        'config; `python tools/check_dataset.py` says more'
     if not path.is_file():
         raise UserError(f'There is no annotation file {path}', cure=cure)
+    data, problem = load(path)
+    if problem:
+        code, detail = problem
+        raise UserError(f'{path} is no COCO annotation file: {detail or KINDS[code].title}',
+                        cure=KINDS[code].cure if data else cure)
     try:
-        data = json.loads(path.read_bytes())
         images, annotations, categories = (data[k] for k in ('images', 'annotations', 'categories'))
         names = tuple(c['name'] for c in categories)
         with_objects = {a['image_id'] for a in annotations if not a.get('iscrowd', 0)}
         ids_of_zero = [a['image_id'] for a in annotations if a['id'] == 0]
         image_files = {i['id']: (i['file_name'], (i['width'], i['height'])) for i in images}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f'key {error} is missing' if isinstance(error, KeyError) else str(error)
         raise UserError(f'{path} is no COCO annotation file: {what}', cure=cure) from None
     if not images:
@@ -69,7 +75,7 @@ def read_split(path: Path, image_root: Path, classes: Sequence[str] | None = Non
             'number')
     problems = []
     for file_name, size in image_files.values():
-        problem = _image_problem(image_root / file_name, size)
+        problem = name_problem(file_name) or _image_problem(image_root / file_name, size)
         if problem:
             problems.append(problem)
     if problems:
@@ -89,7 +95,8 @@ def _image_problem(path: Path, size: tuple[int, int]) -> str | None:
             tail = file.read()
     except FileNotFoundError:
         return f'{path}: missing'
-    except (UnidentifiedImageError, OSError, ValueError) as error:
+    # Pillow's header readers raise many kinds (OSError, SyntaxError, struct.error, …).
+    except Exception as error:
         reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
         return f'{path}: {reason}'
     # Cameras write (height, width) before the EXIF rotation is undone; mmcv undoes it.

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 ANNOTATIONS = 'annotations'
 
 
-def _datasets(cfg: Config) -> dict[str, Any]:
+def dataset_configs(cfg: Config) -> dict[str, Any]:
     """The dataset configs by split, wrappers taken off."""
     found = {}
     for split in ('train', 'val', 'test'):
@@ -28,7 +28,7 @@ def _datasets(cfg: Config) -> dict[str, Any]:
     return found
 
 
-def _ann_file(dataset: Any) -> Path:
+def annotation_file(dataset: Any) -> Path:
     return Path(dataset.get('data_root') or '') / dataset['ann_file']
 
 
@@ -45,7 +45,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
     """
     if not root.is_dir():
         raise UserError(f'There is no data folder {root}', cure='correct --data-root')
-    datasets = _datasets(cfg)
+    datasets = dataset_configs(cfg)
     if not all((root / d['ann_file']).is_file() for d in datasets.values()):
         try:
             root = devkit.find_devkit(root)
@@ -71,8 +71,8 @@ def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
 
 def redirect_annotations(cfg: Config) -> None:
     """Let annotation files that must be made go to the work dir if the devkit is read-only."""
-    for split, dataset in _datasets(cfg).items():
-        path, root = _ann_file(dataset), Path(dataset.get('data_root') or '')
+    for split, dataset in dataset_configs(cfg).items():
+        path, root = annotation_file(dataset), Path(dataset.get('data_root') or '')
         if not path.is_file() and root.is_dir() and not os.access(root, os.W_OK):
             ann_file = Path(cfg.work_dir).resolve() / ANNOTATIONS / path.name
             dataset['ann_file'] = str(ann_file)
@@ -92,14 +92,14 @@ def prepare_data(cfg: Config, train: bool = True) -> dict[str, coco.Split]:
     Raises:
         UserError: No data, or data that does not fit the config.
     """
-    datasets = {s: d for s, d in _datasets(cfg).items() if train or s == 'test'}
-    missing = [d for d in datasets.values() if not _ann_file(d).is_file()]
+    datasets = {s: d for s, d in dataset_configs(cfg).items() if train or s == 'test'}
+    missing = [d for d in datasets.values() if not annotation_file(d).is_file()]
     if missing:
-        _make_annotations(cfg, [_ann_file(d) for d in missing], Path(missing[0]['data_root']))
+        _make_annotations(cfg, [annotation_file(d) for d in missing], Path(missing[0]['data_root']))
     splits: dict[str, coco.Split] = {}
     done: dict[Path, coco.Split] = {}
     for name, dataset in datasets.items():
-        path = _ann_file(dataset)
+        path = annotation_file(dataset)
         if path not in done:
             root = Path(dataset.get('data_root') or '')
             prefix = (dataset.get('data_prefix') or {}).get('img', '')
@@ -136,7 +136,7 @@ def _classes(dataset: Any) -> Sequence[str] | None:
 
 def class_names(cfg: Config) -> Sequence[str]:
     """Classes of the data in label order; empty if the config does not tell."""
-    dataset = next(iter(_datasets(cfg).values()), None)
+    dataset = next(iter(dataset_configs(cfg).values()), None)
     return tuple(_classes(dataset) or ()) if dataset is not None else ()
 
 
