@@ -227,6 +227,14 @@ def last_checkpoint(work_dir: Path) -> Path | None:
     return file if file is not None and file.is_file() else None
 
 
+def candidates(work_dir: Path) -> list[Path]:
+    """Checkpoints that a run could be resumed from, the last written first."""
+    found = [*work_dir.glob('epoch_*.pth'), *work_dir.glob('iter_*.pth')]
+    found.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
+    last = last_checkpoint(work_dir)
+    return [last, *(p for p in found if p != last)] if last else found
+
+
 def best_checkpoint(work_dir: Path) -> Path:
     """The best checkpoint of a run, else its last.
 

@@ -1,8 +1,10 @@
-"""The one exception type for problems a user can mend."""
+"""The exception types that tools show as one message."""
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -27,3 +29,19 @@ class UserError(Exception):
         if cure:
             lines.append(f'How to mend it: {cure}')
         super().__init__('\n'.join(lines))
+
+
+class Stopped(Exception):
+    """A run that was asked to stop, and has.
+
+    Args:
+        number: The signal that asked.
+        checkpoint: What was saved last; None if nothing was.
+    """
+
+    def __init__(self, number: int, checkpoint: Path | None) -> None:
+        self.number = number
+        self.checkpoint = checkpoint
+        where = f'saved in {checkpoint}; go on with --resume' if checkpoint \
+            else 'before the first checkpoint: nothing is saved'
+        super().__init__(f'Stopped by {signal.Signals(number).name}, {where}')

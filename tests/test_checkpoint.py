@@ -18,6 +18,7 @@ from torch import nn
 from mmfinetune import checkpoint
 from mmfinetune.checkpoint import (
     best_checkpoint,
+    candidates,
     find_weights,
     hash_in_name,
     publish,
@@ -627,3 +628,32 @@ def test_no_checkpoint(tmp_path, pointer):
     with pytest.raises(UserError, match='There is no checkpoint in') as caught:
         best_checkpoint(tmp_path)
     assert '--weights' in caught.value.cure
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A work dir: epochs 1 and 2, then 30 steps; the best is none to resume from."""
+    for age, name in ((30, 'epoch_1.pth'), (20, 'epoch_2.pth'), (10, 'iter_30.pth'),
+                      (0, 'best_coco_segm_mAP_epoch_2.pth')):
+        put(tmp_path / name)
+        now = (tmp_path / name).stat().st_mtime
+        os.utime(tmp_path / name, (now - age, now - age))
+    return tmp_path
+
+
+# Empty: killed as it was written; gone: killed before the file came, or the file was removed.
+@pytest.mark.parametrize(('pointer', 'expected'), [
+    (None, ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+    ('', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+    ('runs/iter_40.pth', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+    ('/other/machine/iter_30.pth\n', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+    # As in a copy that did not keep the times.
+    ('epoch_2.pth', ['epoch_2.pth', 'iter_30.pth', 'epoch_1.pth'])])
+def test_candidates_to_resume_from(saved, pointer, expected):
+    if pointer is not None:
+        (saved / 'last_checkpoint').write_text(pointer)
+    assert [path.name for path in candidates(saved)] == expected
+
+
+def test_no_candidates(tmp_path):
+    assert candidates(tmp_path / 'nowhere') == candidates(tmp_path) == []
