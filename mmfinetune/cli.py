@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
-from mmfinetune.errors import UserError
+from mmfinetune import launch
+from mmfinetune.errors import Stopped, UserError
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
@@ -41,13 +43,25 @@ def _own_message(error: UserError) -> str:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's ``main`` and exit: 0 or its code, 2 on a UserError, 130 on Ctrl-C."""
+    """Run a tool's ``main`` and exit.
+
+    The code is 0 or what ``main`` returns, 2 on a UserError, 130 on Ctrl-C, and 128 + the signal
+    where a run was asked to stop. Of several processes one shows the error.
+    """
+    launch.follow_launcher()
     try:
         code = main() or 0
+        launch.leave_group()
         sys.stdout.flush()
     except UserError as error:
-        print(f'error: {_own_message(error)}', file=sys.stderr, flush=True)
+        text = f'error: {_own_message(error)}'
+        if not launch.report(text, error):
+            print(text, file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
+    except Stopped as stop:
+        if os.environ.get('RANK', '0') == '0':
+            print(stop, file=sys.stderr, flush=True)
+        code = 128 + stop.number
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr, flush=True)
         code = EXIT_INTERRUPTED
@@ -55,4 +69,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # `tool | head`: the reader has left, and flushing stdout at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 0
+    except Exception as error:
+        if not launch.report(traceback.format_exc(), error):
+            raise
+        code = 1
     sys.exit(code)

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
+
 import pytest
 
 from mmfinetune.errors import UserError
-from mmfinetune.lr import plan_lr, scaled_lr
+from mmfinetune.lr import adapt_schedule, plan_lr, scaled_lr
 
 GROUPS = {'backbone': 0.1, 'neck': 0.5, 'rpn_head': 1.0, 'roi_head': 1.0}
 
@@ -102,3 +104,141 @@ def test_main_config(voc_cfg, gpus, expected):
     plan = plan_lr(voc_cfg, gpus)
     assert plan.lr == expected
     assert plan.groups == pytest.approx({k: expected * m for k, m in GROUPS.items()})
+
+
+# The table before training
+
+
+def test_the_table_says_what_each_learning_rate_comes_from():
+    assert plan_lr(make_cfg(accumulation=4), 2).lines() == [
+        'Batch: 16 images an update (2 GPU x 2 x 4 accumulation); the config is for 2',
+        'lr:    0.016 = 0.002 x (2 GPU x 2 images x 4 accumulation) / 2',
+        '         lr/backbone   0.0016   = 0.1 x lr',
+        '         lr/neck       0.008    = 0.5 x lr',
+        '         lr/rpn_head   0.016    = 1 x lr',
+        '         lr/roi_head   0.016    = 1 x lr']
+
+
+def test_less_memory_by_accumulation_is_the_same_recipe_and_says_so():
+    plan = plan_lr(make_cfg(batch_size=1, accumulation=2), 1)
+    assert plan.lr == 0.002
+    assert plan.lines()[0] == \
+        'Batch: 2 images an update (1 GPU x 1 x 2 accumulation), as many as the config is for'
+
+
+def test_no_word_on_the_config_where_nothing_is_scaled():
+    assert plan_lr(make_cfg(auto={'enable': False}), 2).lines()[0] == \
+        'Batch: 4 images an update (2 GPU x 2 x 1 accumulation)'
+
+
+# Schedules
+
+
+def with_schedule(*schedulers: dict, loop: dict | None = None, **options) -> dict:
+    return {**make_cfg(**options), 'param_scheduler': [dict(s) for s in schedulers],
+            'train_cfg': dict(loop or {'max_epochs': 40})}
+
+
+WARMUP = {'type': 'LinearLR', 'start_factor': 0.001, 'by_epoch': False, 'begin': 0, 'end': 500}
+STEPS = {'type': 'MultiStepLR', 'by_epoch': False, 'begin': 0, 'end': 12000, 'gamma': 0.1,
+         'milestones': [8000, 11000]}
+EPOCHS = {'type': 'MultiStepLR', 'by_epoch': True, 'begin': 0, 'end': 40, 'milestones': [25, 35]}
+
+
+@pytest.mark.parametrize('accumulation', [1, 4])
+@pytest.mark.parametrize(('gpus', 'warmup', 'milestones', 'iters'), [
+    (1, 500, [8000, 11000], 12000), (2, 250, [4000, 5500], 6000), (4, 125, [2000, 2750], 3000),
+    (8, 63, [1000, 1375], 1500)])
+def test_as_many_images_in_fewer_steps(gpus, accumulation, warmup, milestones, iters):
+    # Schedulers go on with every step, updating or not, so that accumulation changes nothing.
+    cfg = with_schedule(WARMUP, STEPS, accumulation=accumulation,
+                        loop={'max_iters': 12000, 'val_interval': 3000})
+    lines = adapt_schedule(cfg, gpus)
+    first, second = cfg['param_scheduler']
+    assert (first['begin'], first['end'], first['start_factor']) == (0, warmup, 0.001)
+    assert (second['milestones'], second['end'], second['gamma']) == (milestones, iters, 0.1)
+    assert cfg['train_cfg'] == {'max_iters': iters, 'val_interval': 3000 // gpus}
+    assert (lines == []) is (gpus == 1)
+    if gpus == 4:
+        assert lines == ['LinearLR.end: 500 -> 125 steps (/ 4)',
+                         'MultiStepLR.end: 12000 -> 3000 steps (/ 4)',
+                         'MultiStepLR.milestones: [8000, 11000] -> [2000, 2750] steps (/ 4)',
+                         'train_cfg.max_iters: 12000 -> 3000 steps (/ 4)',
+                         'train_cfg.val_interval: 3000 -> 750 steps (/ 4)']
+
+
+def test_a_smaller_batch_takes_more_steps():
+    cfg = with_schedule(WARMUP, batch_size=1)
+    assert adapt_schedule(cfg, 1) == ['LinearLR.end: 500 -> 1000 steps (/ 0.5)']
+
+
+def test_what_counts_epochs_stays():
+    cfg = with_schedule(EPOCHS, {k: v for k, v in EPOCHS.items() if k != 'by_epoch'})
+    assert adapt_schedule(cfg, 8) == []
+    assert cfg['param_scheduler'][0] == EPOCHS and cfg['train_cfg'] == {'max_epochs': 40}
+
+
+@pytest.mark.parametrize('end', [10**9, float('inf')])
+def test_an_open_end_stays_open(end):
+    cfg = with_schedule({**STEPS, 'end': end})
+    adapt_schedule(cfg, 8)
+    assert cfg['param_scheduler'][0]['end'] == end
+
+
+def test_a_single_scheduler():
+    cfg = {**with_schedule(), 'param_scheduler': dict(WARMUP)}
+    adapt_schedule(cfg, 2)
+    assert cfg['param_scheduler']['end'] == 250
+
+
+@pytest.mark.parametrize('end', [2, 3, 8, 500])
+def test_a_short_warmup_still_ends_at_the_whole_learning_rate(end):
+    from mmengine.optim import LinearLR
+    from torch import nn, optim
+    cfg = with_schedule({**WARMUP, 'end': end})
+    adapt_schedule(cfg, 8)
+    options = {k: v for k, v in cfg['param_scheduler'][0].items() if k != 'type'}
+    optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+    scheduler = LinearLR(optimizer, **options)
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(0.001)
+    for _ in range(options['end']):
+        optimizer.step()
+        scheduler.step()
+    assert optimizer.param_groups[0]['lr'] == pytest.approx(1.0)
+
+
+def test_a_decay_of_each_step_is_as_fast_per_image():
+    from torch import nn, optim
+
+    def after(images: int, gpus: int) -> float:
+        from mmengine.optim import ExponentialLR
+        cfg = with_schedule({'type': 'ExponentialLR', 'by_epoch': False, 'gamma': 0.99})
+        adapt_schedule(cfg, gpus)
+        options = {k: v for k, v in cfg['param_scheduler'][0].items() if k != 'type'}
+        optimizer = optim.SGD(nn.Linear(1, 1).parameters(), lr=1.0)
+        scheduler = ExponentialLR(optimizer, **options)
+        for _ in range(images // (2 * gpus)):
+            optimizer.step()
+            scheduler.step()
+        return optimizer.param_groups[0]['lr']
+
+    assert after(160, gpus=4) == pytest.approx(after(160, gpus=1), rel=1e-12)
+
+
+def test_the_schedule_follows_the_rule_alone():
+    for cfg, scale in ((with_schedule(WARMUP), False),
+                       (with_schedule(WARMUP, auto={'enable': False}), True)):
+        assert adapt_schedule(cfg, 8, scale) == [] and cfg['param_scheduler'] == [WARMUP]
+
+
+def test_a_schedule_without_a_base_batch_size():
+    with pytest.raises(UserError, match='base_batch_size must be a positive'):
+        adapt_schedule(with_schedule(WARMUP, auto={'enable': True, 'base_batch_size': 0}), 2)
+
+
+@pytest.mark.parametrize(('gpus', 'warmup'), [(1, 500), (2, 250), (4, 125), (8, 63)])
+def test_warmup_of_the_main_config(voc_cfg, gpus, warmup):
+    cfg = copy.deepcopy(voc_cfg)
+    adapt_schedule(cfg, gpus)
+    assert [s.end for s in cfg.param_scheduler] == [warmup, 40]
+    assert cfg.param_scheduler[1].milestones == [25, 35]
