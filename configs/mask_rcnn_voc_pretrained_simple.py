@@ -221,9 +221,9 @@ test_evaluator = val_evaluator
 
 # ---- Schedule -----------------------------------------------------------------------------------
 # 1464 images / 2 per step = 732 steps an epoch; x 40 epochs = 29,280 steps on one GPU.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=40, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
+train_cfg = dict(type='ExactTrainLoop', max_epochs=40, val_interval=1)
+val_cfg = dict(type='ValLossLoop')    # validation loss too; loss=False leaves it out
+test_cfg = dict(type='TestLossLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
@@ -253,14 +253,22 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20),
     param_scheduler=dict(type='ParamSchedulerHook'),
     # Every epoch, the last three kept, and the best by mask mAP.
-    checkpoint=dict(type='CheckpointHook', interval=1, max_keep_ckpts=3,
+    checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=3,
                     save_best='coco/segm_mAP', rule='greater'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
+    # A loss or gradient that is NaN stops the run; nan_policy='skip' leaves such steps out.
+    bad_numbers=dict(type='BadNumbersHook', nan_policy='stop'),
     # Ground truth beside prediction for the first images of the test split.
     visualization=dict(type='TestPicturesHook', num_images=8))
 custom_hooks = [
-    dict(type='WeightTransferHook'),  # carries out `weights` above
+    dict(type='WeightTransferHook'),  # carries out `weights` below
     dict(type='GroupLrHook'),         # lr/<group> in the log and in TensorBoard
+    dict(type='GradNormHook'),        # grad_norm
+    dict(type='BoardHook'),           # TensorBoard: resumed curves, hyperparameters, hours left
+    dict(type='BoardPicturesHook'),   # TensorBoard: validation images, the first training batch
+    dict(type='ResultsHook'),         # results.csv, summary.md, curves.png and their like
+    dict(type='SaveValidatedHook'),   # the epoch's checkpoint again, once it is validated
+    dict(type='StopHook'),            # SIGTERM and Ctrl-C save the run before it ends
 ]
 
 env_cfg = dict(
@@ -270,10 +278,13 @@ env_cfg = dict(
 
 vis_backends = [
     dict(type='LocalVisBackend'),
-    dict(type='TensorboardVisBackend', save_dir=work_dir + '/tensorboard_logs'),
+    dict(type='BoardBackend', save_dir=work_dir + '/tensorboard_logs'),
 ]
 visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
-log_processor = dict(type='LogProcessor', window_size=20, by_epoch=True)
+log_processor = dict(
+    type='LogProcessor', window_size=20, by_epoch=True,
+    # Means over the window; but a validation is logged as it is, not averaged with earlier epochs.
+    mean_pattern=r'^(?!val/|test/).*(loss|time|grad_norm)')
 log_level = 'INFO'
 
 randomness = dict(seed=0)

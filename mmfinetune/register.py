@@ -5,4 +5,16 @@ from mmfinetune import ops
 # Before anything imports mmcv.ops.
 ops.install()
 
-from mmfinetune import hooks, metrics, optim, transforms  # noqa: E402, F401
+from mmfinetune import (  # noqa: E402, F401
+    backends,
+    guards,
+    hooks,
+    loops,
+    metrics,
+    optim,
+    picture_hooks,
+    result_hooks,
+    saving,
+    train_loop,
+    transforms,
+)

@@ -7,15 +7,28 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune import checkpoint, coco, config, data, lr, transfer, weights
+from mmfinetune import (
+    batch_size,
+    checkpoint,
+    coco,
+    config,
+    data,
+    dataset_check,
+    launch,
+    lr,
+    results,
+    transfer,
+    weights,
+)
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_json
+from mmfinetune.options import LOG_DIR, Options, apply, check_early
 from mmfinetune.ranks import join_group, rank0_first, say
 
 if TYPE_CHECKING:
@@ -23,29 +36,8 @@ if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 EARLIER = 'earlier_runs'
-LOG_DIR = 'tensorboard_logs'
 ZERO_SHOT = 'zero_shot.json'
-
-
-@dataclass
-class Options:
-    """What the command line says; see ``tools/train_pretrained.py --help``."""
-
-    config: str
-    check_weights: bool = False
-    json: bool = False
-    train: bool = False
-    test: bool = False
-    dry_run: bool = False
-    weights: str | None = None
-    head_init: str | None = None
-    data_root: str | None = None
-    work_dir: str | None = None
-    resume: str | bool = False
-    amp: bool = False
-    lr: float | None = None
-    scale_lr: bool = True
-    cfg_options: Sequence[str] = field(default_factory=list)
+TEST_RESULTS = 'test_results.json'
 
 
 def run(options: Options) -> int:
@@ -57,35 +49,35 @@ def run(options: Options) -> int:
     Raises:
         UserError: Anything the user can mend, found before training where possible.
     """
-    if options.weights and not weights.is_url(options.weights):
-        # Before the imports, which take seconds.
-        checkpoint.verify_file(Path(options.weights))
-    if options.resume and options.resume is not True and not Path(options.resume).is_file():
-        raise UserError(f'There is no checkpoint {options.resume} to resume from',
-                        cure='pass --resume alone to take the last one of the work dir')
-    if options.resume and options.lr is not None:
-        raise UserError('--lr would have no effect: --resume goes on with the learning rate of '
-                        'the checkpoint', cure='drop --lr, or start anew from the weights')
+    check_early(options)
+    do_train, do_test = options.whole or options.train, options.whole or options.test
+    gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
     cfg = config.load(options.config, options.cfg_options)
-    whole = not (options.check_weights or options.train or options.test or options.dry_run)
-    world = join_group(cfg)
+    if gpus > 1 and (do_train or do_test):
+        print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
+        return launch.launch(gpus, sys.argv)
+    world = max(gpus, join_group(cfg))
     if options.weights and weights.is_url(options.weights):
         # Once, and not by every process into the same file.
         options.weights = str(rank0_first(lambda: weights.fetch(options.weights)))
-    _apply(cfg, options)
+    apply(cfg, options, world)
     data.redirect_annotations(cfg)
     data.check_heads(cfg)
     if options.check_weights:
         _check_weights(cfg, options.json)
         if not (options.train or options.test):
             return 0
-    do_train, do_test = whole or options.train, whole or options.test
     if do_train or do_test:
         rank0_first(lambda: _check_writable(Path(cfg.work_dir)))
     # Only rank 0 writes; the others wait until data and weights are there.
     splits = rank0_first(lambda: data.prepare_data(cfg, train=do_train or options.dry_run))
+    if options.check and (do_train or do_test):
+        rank0_first(lambda: _check_data(cfg, splits))
+    if options.batch_size == 'auto':
+        cfg.train_dataloader.batch_size = rank0_first(lambda: batch_size.find(cfg))
     plan = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
-    say(summary(cfg, splits, plan, world))
+    adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
+    say(summary(cfg, splits, plan, world, adapted))
     if options.dry_run:
         say('Dry run: nothing was trained.')
         return 0
@@ -104,82 +96,40 @@ def run(options: Options) -> int:
     else:
         file = Path(options.weights) if options.weights else \
             checkpoint.best_checkpoint(Path(cfg.work_dir))
-        _test(_test_runner(cfg, file), file)
+        _test(test_runner(cfg, file), file)
     work_dir = cfg.work_dir
     say(f'Results: {work_dir}' + (' (pictures in figures/)' if do_test else '') +
          f'\nCurves:  tensorboard --logdir {work_dir}/{LOG_DIR}')
     return 0
 
 
-def _apply(cfg: Config, options: Options) -> None:
-    """Put command-line settings into the config; they win over it."""
-    import torch
-    if options.work_dir:
-        cfg.work_dir = options.work_dir
-    for backend in cfg.get('visualizer', {}).get('vis_backends', []):
-        if backend['type'] == 'TensorboardVisBackend':
-            backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR)
-    if options.data_root:
-        data.set_data_root(cfg, Path(options.data_root))
-    starts = options.train or not options.test or options.head_init
-    if (options.weights or options.head_init) and starts:
-        if not cfg.get('weights'):
-            raise UserError(f'{options.config} starts from random weights: it has no `weights`, so '
-                            'it can take neither --weights nor --head-init',
-                            cure='use a config with `weights`, e.g. '
-                            'configs/mask_rcnn_voc_pretrained.py')
-        if options.head_init:
-            cfg.weights.head_init = options.head_init
-        if options.weights:
-            cfg.weights.update(checkpoint=options.weights, url=None, fallbacks=[])
-    if options.amp:
-        if not torch.cuda.is_available():
-            raise UserError('--amp needs a CUDA GPU, and PyTorch sees none here',
-                            cure='drop --amp')
-        cfg.optim_wrapper.type = 'AmpOptimWrapper'
-        cfg.optim_wrapper.setdefault('loss_scale', 'dynamic')
-    if options.resume:
-        cfg.resume = True
-        last = Path(options.resume) if options.resume is not True else _last(Path(cfg.work_dir))
-        _check_resumable(last)
-        cfg.load_from = str(last)
+def _check_data(cfg: Config, splits: Mapping[str, coco.Split]) -> None:
+    """Look for faults in the data that training would only show by bad results."""
+    places, classes = dataset_check.splits_of_config(cfg)
+    report = dataset_check.check({name: places[name] for name in splits}, classes)
+    if lines := report.lines(5):
+        say('\n'.join(lines))
+    report.require_good()
 
 
-def _last(work_dir: Path) -> Path:
-    file = checkpoint.last_checkpoint(work_dir)
-    if file is None:
-        raise UserError(f'There is nothing to resume in {work_dir}',
-                        cure='drop --resume, or pass the checkpoint: --resume PATH')
-    return file
-
-
-def _check_resumable(path: Path) -> None:
-    # MMEngine would unpickle anything if the safe way fails; this makes sure it does not.
-    loaded = checkpoint.read_checkpoint(path)
-    missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
-    if missing:
-        raise UserError(f'{path} holds no run to resume; it lacks:', missing,
-                        'pass a checkpoint of a run (epoch_*.pth), or start from it: --weights')
-    if 'config' in loaded['meta']:
-        # Runner.resume would run this text as Python; MMEngine's own files do not have it.
-        raise UserError(f'{path} is refused: it holds a config, which is code',
-                        cure='resume from a checkpoint of your own run')
-
-
-def summary(cfg: Config, splits: dict[str, coco.Split], plan: lr.LrPlan, world: int) -> str:
+def summary(cfg: Config, splits: dict[str, coco.Split], plan: lr.LrPlan, world: int,
+            adapted: Sequence[str] = ()) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
     lines = [f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, '
              f'{len(s.classes)} classes ({s.path})' for name, s in splits.items()]
     if 'train' in splits:
         batch = cfg.train_dataloader.batch_size
-        usable, epochs = splits['train'].usable, cfg.train_cfg.get('max_epochs')
+        filters = data.dataset_configs(cfg)['train'].get('filter_cfg') or {}
+        kept, kind = (splits['train'].usable, 'images with objects') \
+            if filters.get('filter_empty_gt') else (splits['train'].images, 'images')
+        epochs = cfg.train_cfg.get('max_epochs')
         if epochs:
             # Each process gets the same number of images, rounded up, as its sampler does it.
-            steps = math.ceil(math.ceil(usable / world) / batch)
-            lines.append(f'Steps: {usable:,} images with objects / ({world} GPU x {batch}) = '
+            steps = math.ceil(math.ceil(kept / world) / batch)
+            lines.append(f'Steps: {kept:,} {kind} / ({world} GPU x {batch}) = '
                          f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}')
-        lines.append(f'lr:    {plan.lr:g} = {plan.source}')
-        lines += [f'         lr/{name:10} {value:g}' for name, value in plan.groups.items()]
+        lines += plan.lines()
+        lines += [f'Schedule for this batch: {line}' for line in adapted]
     return '\n'.join(lines)
 
 
@@ -233,12 +183,49 @@ def _train(cfg: Config) -> Runner:
         rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
     barrier()
     runner = Runner.from_cfg(cfg)
-    runner.train()
+    try:
+        runner.train()
+    except Exception as error:
+        explained = _explained(error, cfg)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        for hook in runner.hooks:
+            if hasattr(hook, 'release'):
+                hook.release()
     say(f'Trained; checkpoints in {cfg.work_dir}')
     return runner
 
 
-def _test_runner(cfg: Config, file: Path) -> Runner:
+def _explained(error: Exception, cfg: Config) -> Exception:
+    """The error itself, but of memory that ran out what would help, in numbers."""
+    import torch
+    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
+        return error
+    batch = cfg.train_dataloader.batch_size
+    accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
+    half = max(1, batch // 2)
+    cures = [f'--batch-size {half} --accumulate {math.ceil(batch * accumulation / half)}: the same '
+             f'recipe at {half / batch:.0%} of the activations'] if batch > 1 else []
+    if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
+        cures.append('--amp bf16 (or fp16): activations of half the size')
+    scale = next((t['scale'] for t in cfg.train_dataloader.dataset.get('pipeline', ())
+                  if t['type'] == 'Resize' and 'scale' in t), None)
+    if scale:
+        smaller = tuple(round(side * 0.7) for side in scale)
+        cures.append(f'Resize to scale={smaller} instead of {tuple(scale)} in the pipelines: half '
+                     'the pixels')
+    if not cfg.model.get('backbone', {}).get('with_cp'):
+        cures.append('--cfg-options model.backbone.with_cp=True: the backbone computes its '
+                     'activations again instead of keeping them; slower, the same result')
+    return UserError(f'Out of memory with {batch} images at a time '
+                     f'({str(error).strip().splitlines()[0]}). What helps:', cures,
+                     'try them from the top; `--batch-size auto` finds the largest that fits a GPU')
+
+
+def test_runner(cfg: Config, file: Path) -> Runner:
     """A runner for the test alone, the model loaded in full from a checkpoint."""
     from mmengine.model import is_model_wrapper
     # Before the Runner, which begins with a log file.
@@ -286,14 +273,20 @@ def _check_weights(cfg: Config, as_json: bool) -> None:
         say('Verdict: good to train on.')
 
 
-def _test(runner: Runner, file: Path, name: str = 'test_results.json') -> dict[str, float]:
+def _test(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, float]:
     """Test, print the headline numbers and write all of them to a file of the work dir."""
     from mmengine.dist import is_main_process
-    metrics = runner.test()
+
+    from mmfinetune.train_loop import machine_trouble
+    with machine_trouble():
+        metrics = runner.test()
     if is_main_process():
         out = Path(runner.work_dir) / name
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         atomic_write_json(out, {'checkpoint': str(file), 'metrics': finite})
+        if name == TEST_RESULTS:
+            results.report_test(Path(runner.work_dir), file, metrics,
+                                results.per_class_of(runner.test_evaluator, metrics))
         rows = [f'{name:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}'
                                       for stat in _HEADLINE)
                 for name, kind in (('boxes', 'bbox'), ('masks', 'segm'))]

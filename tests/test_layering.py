@@ -16,9 +16,20 @@ LAYERS = (
     ('__init__', 'errors', 'files', 'ops', 'classes'),
     ('devkit', 'voc', 'coco', 'demo', 'data', 'checkpoint', 'heads', 'weight_files',
      'torchvision_weights', 'convert', 'transfer', 'weights',
-     'compare', 'config', 'lr', 'ranks'),
-    ('hooks', 'metrics', 'optim', 'transforms', 'register'),
-    ('train', 'cli'),
+     'compare', 'config', 'lr', 'ranks', 'options', 'launch', 'batch_size', 'runs',
+     # what a run writes
+     'results', 'plots', 'board', 'drawing', 'media',
+     # evaluation
+     'analysis', 'confusion', 'detections', 'error_plots', 'report',
+     # data of one's own
+     'records', 'layouts', 'prepare', 'prepare_read', 'dataset_writer', 'source_coco',
+     'source_voc', 'source_cityscapes', 'source_labelme', 'source_yolo', 'source_masks',
+     'json_index', 'coco_index', 'dataset_check', 'findings', 'finding_kinds', 'check_cache',
+     'check_fix', 'check_images', 'check_masks', 'check_repair', 'check_report', 'check_rle',
+     'check_table', 'split', 'stratify', 'new_config', 'sizing'),
+    ('hooks', 'picture_hooks', 'result_hooks', 'guards', 'backends', 'datasets', 'loops',
+     'train_loop', 'saving', 'metrics', 'optim', 'transforms', 'register'),
+    ('train', 'inference', 'predictions', 'evaluation', 'cli'),
 )
 LAYER_OF = {name: layer for layer, names in enumerate(LAYERS) for name in names}
 # Loading a config registers the parts that the config names.

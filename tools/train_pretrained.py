@@ -14,7 +14,8 @@ python tools/train_pretrained.py --resume                         # go on with t
 python tools/train_pretrained.py --test                           # test the best checkpoint
 python tools/train_pretrained.py --test --head-init remap         # what COCO knows, untrained
 python tools/train_pretrained.py --cfg-options train_cfg.max_epochs=12 train_dataloader.batch_size=4
-torchrun --nproc_per_node 4 tools/train_pretrained.py             # 4 GPUs: lr 0.008
+python tools/train_pretrained.py --gpus 4                         # of 8; all is the default
+python tools/train_pretrained.py --batch-size 1 --accumulate 2    # the same recipe, less memory
 """
 
 
@@ -41,8 +42,20 @@ def main() -> int:
                         help='folder that holds VOCdevkit/, or the annotation files of the config')
     parser.add_argument('--work-dir', metavar='DIR', help='where results go')
     parser.add_argument('--resume', nargs='?', const=True, default=False, metavar='PATH',
-                        help='go on from this checkpoint, or from the last of the work dir')
-    parser.add_argument('--amp', action='store_true', help='mixed precision (GPU)')
+                        help='go on from this checkpoint, or from the last of the work dir; '
+                        '`auto`: begin where there is none')
+    parser.add_argument('--save-every', type=int, metavar='N',
+                        help='save each N steps too, not only each epoch')
+    parser.add_argument('--no-check', dest='check', action='store_false',
+                        help='leave out the check of the data set')
+    parser.add_argument('--gpus', metavar='N',
+                        help='GPUs of this machine, or `all` (default); without a GPU: processes')
+    parser.add_argument('--batch-size', metavar='N',
+                        help='images per GPU, the lr scaled by the rule; `auto`: as many as fit')
+    parser.add_argument('--accumulate', type=int, metavar='N',
+                        help='update the weights every N steps; the lr is scaled by the rule')
+    parser.add_argument('--amp', nargs='?', const='fp16', choices=('fp16', 'bf16'),
+                        help='mixed precision on a GPU (default: fp16)')
     parser.add_argument('--lr', type=float,
                         help='base learning rate as it is; wins over the config and the scaling')
     parser.add_argument('--no-scale-lr', dest='scale_lr', action='store_false',

@@ -1,8 +1,8 @@
 # 40 epochs of SGD with one learning rate for each part of the model.
 # VOC 2012: 1464 images / 2 per step = 732 steps an epoch, 29,280 steps in all on one GPU.
-train_cfg = dict(type='EpochBasedTrainLoop', max_epochs=40, val_interval=1)
-val_cfg = dict(type='ValLoop')
-test_cfg = dict(type='TestLoop')
+train_cfg = dict(type='ExactTrainLoop', max_epochs=40, val_interval=1)
+val_cfg = dict(type='ValLossLoop')    # validation loss too; loss=False leaves it out
+test_cfg = dict(type='TestLossLoop')
 
 optim_wrapper = dict(
     type='OptimWrapper',
