@@ -22,6 +22,16 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def own_environment() -> Iterator[None]:
+    """Take back what a test's code sets: a rank or a port would make the next one join a group."""
+    before = dict(os.environ)
+    yield
+    for name in set(os.environ) - set(before):
+        del os.environ[name]
+    os.environ.update(before)
+
+
 @pytest.fixture(scope='session')
 def configs_dir() -> Path:
     return ROOT / 'configs'
