@@ -7,6 +7,8 @@ from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from mmfinetune.errors import UserError
 from mmfinetune.records import (
     IMAGE_SUFFIXES,
@@ -146,6 +148,16 @@ class Layout:
         """The classes that folders or names of masks tell."""
         names = {name for masks in self.masks.values() for name, _ in masks if name is not None}
         return sorted(names, key=natural_key)
+
+
+def require_size(pixels: np.ndarray, record: Record, root: Path) -> None:
+    """Raise a ValueError unless a mask, (h, w), has the size of its image."""
+    height, width = pixels.shape
+    if (width, height) != (record.width, record.height):
+        turned = ' (turned by its EXIF orientation?)' \
+            if (height, width) == (record.width, record.height) else ''
+        raise ValueError(f'{width}x{height} pixels, but {shown(record.image, root)} has '
+                         f'{record.width}x{record.height}{turned}')
 
 
 def numbered_layout(root: Path) -> Layout:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from mmfinetune.errors import UserError
-from mmfinetune.layouts import start_record
+from mmfinetune.layouts import require_size, start_record
 from mmfinetune.records import Instance, Item, Record, masks_to_rles, natural_key, shown
 
 # Label ids and names of the classes with instances that are evaluated (cityscapesScripts,
@@ -74,10 +74,8 @@ class CityscapesSource:
         name = shown(item.label, self.root)
         try:
             values = _read_values(item.label)
-            height, width = values.shape
-            if not record.problems and (width, height) != (record.width, record.height):
-                raise ValueError(f'{width}x{height} pixels, but {shown(item.image, self.root)} has '
-                                 f'{record.width}x{record.height}')
+            if not record.problems:
+                require_size(values, record, self.root)
         except ValueError as error:
             record.problems.append(f'{name}: {error}')
         if record.problems:

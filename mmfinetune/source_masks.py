@@ -18,6 +18,7 @@ from mmfinetune.layouts import (
     classed_layout,
     find_class_list,
     numbered_layout,
+    require_size,
     split_of,
     start_record,
 )
@@ -81,13 +82,6 @@ class _MaskSource:
                     class_mask: Path | None) -> None:
         raise NotImplementedError
 
-    def _check_size(self, pixels: np.ndarray, record: Record) -> None:
-        height, width = pixels.shape
-        if (width, height) != (record.width, record.height):
-            turned = ' (turned by its EXIF orientation?)' \
-                if (height, width) == (record.width, record.height) else ''
-            raise ValueError(f'{width}x{height} pixels, but {shown(record.image, self.root)} has '
-                             f'{record.width}x{record.height}{turned}')
 
 
 class MaskPngSource(_MaskSource):
@@ -178,7 +172,7 @@ class MaskPngSource(_MaskSource):
     def _numbers(self, path: Path, name: str, record: Record) -> np.ndarray:
         """Object numbers (height, width), void taken out."""
         numbers, mode = _load(path)
-        self._check_size(numbers, record)
+        require_size(numbers, record, self.root)
         void, given = self._void, self._void is not None
         if not given and mode == 'P':
             void = VOID
@@ -201,7 +195,7 @@ class MaskPngSource(_MaskSource):
             labels, mode = _load(class_mask)
             if mode in ('RGB', 'RGBA'):
                 raise ValueError('colours where class numbers belong')
-            self._check_size(labels, record)
+            require_size(labels, record, self.root)
         except ValueError as error:
             record.problems.append(f'{name}: {error}')
             return [''] * len(values)
@@ -303,7 +297,7 @@ class BinaryMasksSource(_MaskSource):
             name = shown(path, self.root)
             try:
                 bright, is_exact = _load_bright(path)
-                self._check_size(bright, record)
+                require_size(bright, record, self.root)
                 peak = int(bright.max())
                 if is_exact and 0 < peak < self._threshold:
                     raise ValueError(f'its brightest pixel is {peak}, so none reaches the '

@@ -11,7 +11,7 @@ from mmfinetune import voc
 from mmfinetune.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
 from mmfinetune.devkit import VOC_URL, find_devkit
 from mmfinetune.errors import UserError
-from mmfinetune.layouts import start_record
+from mmfinetune.layouts import require_size, start_record
 from mmfinetune.records import Instance, Item, Record, masks_to_rles, read_text, shown
 
 SBD_URL = ('https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
@@ -155,10 +155,8 @@ class SbdSource:
         name = shown(item.label, self.root)
         try:
             objects, labels = _read_mat(item.label)
-            height, width = objects.shape
-            if not record.problems and (width, height) != (record.width, record.height):
-                raise ValueError(f'{width}x{height} pixels, but {shown(item.image, self.root)} has '
-                                 f'{record.width}x{record.height}')
+            if not record.problems:
+                require_size(objects, record, self.root)
         except ValueError as error:
             record.problems.append(f'{name}: {error}')
         if record.problems:
