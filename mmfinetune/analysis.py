@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from mmfinetune import results
+
 ENGINES = ('hotcoco', 'pycocotools')
-STATS = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l',
-         'AR@1', 'AR@10', 'AR@100', 'AR_s@100', 'AR_m@100', 'AR_l@100')
+STATS = tuple(name for name, *_ in results.STATS)
 # As COCO calls the kinds of result, and as people do.
 KINDS = {'segm': 'mask', 'bbox': 'box'}
 # Bolya et al., TIDE (ECCV 2020), section 2.2; IoU_max is the largest IoU with any object.

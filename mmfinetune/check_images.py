@@ -5,20 +5,16 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import signal
 import warnings
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
-from tqdm import tqdm
 
 from mmfinetune.check_table import Table
-from mmfinetune.errors import UserError
+from mmfinetune.pool import in_order
 
 # OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
 _MOST_PIXELS = 1 << 30
@@ -139,15 +135,6 @@ def _dhash(image: Image.Image) -> int | None:
     return int.from_bytes(bits.tobytes(), 'big')
 
 
-def _look_at_all(paths: list[Path]) -> list[ImageFacts]:
-    return [look_at(path) for path in paths]
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
 def read_images(paths: Sequence[Path], workers: int | None = None,
                 progress: bool = True) -> dict[Path, ImageFacts]:
     """Look at image files in several processes.
@@ -156,29 +143,9 @@ def read_images(paths: Sequence[Path], workers: int | None = None,
         UserError: A worker was killed.
     """
     paths = list(dict.fromkeys(paths))
-    workers = workers or os.cpu_count() or 1
-    chunks = [paths[k:k + _CHUNK] for k in range(0, len(paths), _CHUNK)]
-    facts: dict[Path, ImageFacts] = {}
-    quiet = None if progress else True
-    if min(workers, len(chunks)) <= 1:
-        for path in tqdm(paths, desc='images', unit='img', disable=quiet, leave=False):
-            facts[path] = look_at(path)
-        return facts
-    with ProcessPoolExecutor(min(workers, len(chunks)), initializer=_ignore_interrupt) as pool:
-        try:
-            tasks = [pool.submit(_look_at_all, chunk) for chunk in chunks]
-            # Made after the workers: its monitor is a thread, and forking with threads is unsafe.
-            with tqdm(total=len(paths), desc='images', unit='img', disable=quiet,
-                      leave=False) as bar:
-                for chunk, task in zip(chunks, tasks, strict=True):
-                    facts.update(zip(chunk, task.result(), strict=True))
-                    bar.update(len(chunk))
-        except BrokenProcessPool as error:
-            raise UserError('a worker process was ended from outside (out of memory?)',
-                            cure='run again with --workers 1') from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-    return facts
+    facts = in_order(look_at, paths, workers or os.cpu_count() or 1, _CHUNK, desc='images',
+                     disable=None if progress else True, leave=False)
+    return dict(zip(paths, facts, strict=True))
 
 
 def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:

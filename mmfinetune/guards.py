@@ -16,11 +16,11 @@ from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_rank, is_main_process
 from mmengine.hooks import EarlyStoppingHook, Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_json
+from mmfinetune.ranks import bare_model
 
 BAD_BATCH = 'bad_batch.json'
 # A gradient scaler begins at 2^16: if 2^-4 overflows too, no scale will help.
@@ -68,7 +68,7 @@ class BadNumbersHook(Hook):
         self._handles: list[Any] = []
 
     def before_train(self, runner) -> None:
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner)
         self._runner = runner
         self._handles = [
             model.register_forward_hook(self._check_losses),

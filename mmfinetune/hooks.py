@@ -9,12 +9,12 @@ from mmdet.registry import HOOKS
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.runner import EpochBasedTrainLoop
 
 from mmfinetune import board, checkpoint, data, weights
 from mmfinetune.backends import board_of, validation_step
 from mmfinetune.convert import read_source
+from mmfinetune.ranks import bare_model
 from mmfinetune.transfer import plan, transfer
 
 
@@ -38,7 +38,7 @@ class WeightTransferHook(Hook):
         recipe = dict(runner.cfg.get('weights') or {})
         if self._done or not recipe or runner._resume or runner._load_from:
             return None
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner)
         path = weights.find(runner.cfg)
         for key in ('checkpoint', 'url', 'fallbacks'):
             recipe.pop(key, None)
@@ -66,7 +66,7 @@ class WeightTransferHook(Hook):
 def _weight_report(runner, path: Path) -> str:
     """What ``--check-weights`` prints, of the model that is there."""
     recipe = runner.cfg['weights']
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = bare_model(runner)
     target = model.state_dict()
     source = read_source(path, any_model=True)
     planned, class_map = plan(target, source, recipe, data.class_names(runner.cfg))

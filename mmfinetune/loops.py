@@ -12,10 +12,11 @@ import torch
 from mmdet.structures import DetDataSample
 from mmengine.dist import broadcast_object_list, collect_results, is_main_process
 from mmengine.logging import print_log
-from mmengine.model import is_model_wrapper
 from mmengine.registry import LOOPS
 from mmengine.runner import TestLoop, ValLoop
 from mmengine.runner.amp import autocast
+
+from mmfinetune.ranks import bare_model
 
 
 def resized_truth(sample: DetDataSample) -> DetDataSample | None:
@@ -99,11 +100,6 @@ class _LossLoop:
         self.loss = loss
         self._rows: list[dict[str, float]] = []
 
-    @property
-    def _model(self) -> torch.nn.Module:
-        model = self.runner.model
-        return model.module if is_model_wrapper(model) else model
-
     def run(self) -> dict[str, float]:
         """Go through the data set.
 
@@ -134,7 +130,7 @@ class _LossLoop:
         call(f'after_{stage}_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
 
     def _predict(self, data_batch: Sequence[dict]) -> list[DetDataSample]:
-        model = self._model
+        model = bare_model(self.runner)
         data = model.data_preprocessor(data_batch, False)
         inputs, samples = data['inputs'], data['data_samples']
         if not self.loss:

@@ -140,31 +140,30 @@ def _set_amp(cfg: Config, kind: str) -> None:
 def _set_resume(cfg: Config, options: Options, world: int) -> None:
     if options.resume not in (True, AUTO):
         path = Path(options.resume)
-        check_resumable(path, checkpoint.read_checkpoint(path))
+        meta = _meta_of_run(path)
     else:
         # One choice for all, made before any process writes there again.
-        path = rank0_first(lambda: _last_whole(Path(cfg.work_dir), options.resume == AUTO))
+        path, meta = rank0_first(lambda: _last_whole(Path(cfg.work_dir), options.resume == AUTO))
     if path is None:
         say(f'There is nothing to resume in {cfg.work_dir}: the run begins')
         return
     cfg.resume = True
     cfg.load_from = str(path)
-    meta = checkpoint.read_checkpoint(path)['meta']
     _check_recipe(path, meta.get('recipe'), recipe(cfg, world))
     if meta.get('seed') is not None:
         # What is drawn in each step follows from it.
         cfg.randomness = dict(cfg.get('randomness') or {}, seed=meta['seed'])
 
 
-def _last_whole(work_dir: Path, may_lack: bool = False) -> Path | None:
-    """The newest checkpoint that can be resumed; says which newer ones are damaged.
+def _last_whole(work_dir: Path, may_lack: bool = False) -> tuple[Path | None, dict]:
+    """The newest checkpoint that can be resumed, and its ``meta``; tells of damaged newer ones.
 
     None where there is no checkpoint and ``may_lack``.
     """
     damaged = []
     for path in checkpoint.candidates(work_dir):
         try:
-            check_resumable(path, checkpoint.read_checkpoint(path))
+            meta = _meta_of_run(path)
         except UserError as error:
             damaged.append(error)
             continue
@@ -172,22 +171,19 @@ def _last_whole(work_dir: Path, may_lack: bool = False) -> Path | None:
             say('\n'.join(['Damaged, so an older checkpoint is taken:',
                            *(f'  - {error.message}' for error in damaged)]))
         say(f'Resuming {path}')
-        return path
+        return path, meta
     if may_lack and not damaged:
-        return None
+        return None, {}
     if len(damaged) == 1:
         raise damaged[0]
     raise UserError(f'There is nothing to resume in {work_dir}', [e.message for e in damaged],
                     'drop --resume, or pass the checkpoint: --resume PATH')
 
 
-def check_resumable(path: Path, loaded: dict) -> None:
-    """Raise a UserError unless a checkpoint holds a run.
-
-    Args:
-        path: Of the file.
-        loaded: What it holds, read the safe way: MMEngine would unpickle anything if that fails.
-    """
+def _meta_of_run(path: Path) -> dict:
+    """The ``meta`` of a checkpoint; raises a UserError unless it holds a run."""
+    # The safe way; MMEngine would unpickle anything if that fails.
+    loaded = checkpoint.read_checkpoint(path)
     missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
     if missing:
         raise UserError(f'{path} holds no run to resume; it lacks:', missing,
@@ -196,6 +192,7 @@ def check_resumable(path: Path, loaded: dict) -> None:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.
         raise UserError(f'{path} is refused: it holds a config, which is code',
                         cure='resume from a checkpoint of your own run')
+    return loaded['meta']
 
 
 def recipe(cfg: Config, world: int) -> dict[str, int]:

@@ -15,13 +15,13 @@ from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook
-from mmengine.model import is_model_wrapper
 from mmengine.structures import InstanceData
 
 from mmfinetune import board
 from mmfinetune.backends import board_of, validation_step
 from mmfinetune.drawing import contact_sheet, draw_instances, side_by_side
 from mmfinetune.files import atomic_write_bytes
+from mmfinetune.ranks import bare_model
 
 # Long sides in pixels: what a screen shows of two pictures beside each other, or of a grid.
 _PAIR, _CELL = 800, 480
@@ -192,7 +192,7 @@ class BoardPicturesHook(_Pictures):
         if not self._wanted:
             return
         self._wanted = False
-        model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+        model = bare_model(runner)
         # To preprocess the batch once more could draw random numbers, and changes the samples.
         self._handle = model.data_preprocessor.register_forward_hook(
             partial(self._show_batch, runner))

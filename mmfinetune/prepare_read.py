@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
-from itertools import islice
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from pycocotools import mask as mask_api
-from tqdm import tqdm
 
-from mmfinetune.errors import UserError
+from mmfinetune.pool import in_order
 from mmfinetune.records import Instance, Item, Record, Source, polygon_problem, rle_problem
 
 _GIVEN_LATER = frozenset({'id', 'image_id'})
@@ -79,20 +75,6 @@ def relative_name(image: Path, base: str) -> str:
     return absolute(image).relative_to(base).as_posix()
 
 
-_worker_task: Task | None = None
-
-
-def _start_worker(task: Task) -> None:
-    global _worker_task
-    _worker_task = task
-    # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _read_chunk(items: Sequence[Item]) -> list[Done]:
-    return [_read(_worker_task, item) for item in items]
-
-
 def read_all(task: Task, items: Sequence[Item], workers: int, title: str,
              progress: bool) -> Iterator[Done]:
     """Read all images, in the order of `items` whatever the number of workers.
@@ -107,35 +89,9 @@ def read_all(task: Task, items: Sequence[Item], workers: int, title: str,
     Raises:
         UserError: A worker process was killed.
     """
-    show = dict(total=len(items), desc=title, unit='img', disable=None if progress else True)
-    size = max(1, min(64, len(items) // (8 * workers)))
-    chunks = (items[k:k + size] for k in range(0, len(items), size))
-    workers = min(workers, -(-len(items) // size))
-    if workers <= 1:
-        with tqdm(**show) as bar:
-            for item in items:
-                yield _read(task, item)
-                bar.update()
-        return
-    # A thread of an earlier progress bar; forking with threads is unsafe.
-    if tqdm.monitor:
-        tqdm.monitor.exit()
-    with ProcessPoolExecutor(workers, initializer=_start_worker, initargs=(task,)) as pool:
-        try:
-            # So many that no worker waits, so few that the results of a large set fit in memory.
-            waiting = [pool.submit(_read_chunk, chunk) for chunk in islice(chunks, 4 * workers)]
-            # Made after the workers, since it starts that thread again.
-            with tqdm(**show) as bar:
-                while waiting:
-                    done = waiting.pop(0).result()
-                    waiting += [pool.submit(_read_chunk, chunk) for chunk in islice(chunks, 1)]
-                    yield from done
-                    bar.update(len(done))
-        except BrokenProcessPool as error:
-            raise UserError('a worker process was ended from outside (out of memory?)',
-                            cure='run again with --workers 1') from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    chunk = max(1, min(64, len(items) // (8 * workers)))
+    return in_order(partial(_read, task), items, workers, chunk, desc=title,
+                    disable=None if progress else True)
 
 
 def _read(task: Task, item: Item) -> Done:

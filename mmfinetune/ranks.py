@@ -13,11 +13,19 @@ from mmfinetune.errors import UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+    from mmengine.runner import Runner
+    from torch import nn
 
 
 # Others wait while rank 0 prepares data, fetches weights or computes AP: longer than the 10 minutes
 # after which NCCL takes a process for dead. `env_cfg.dist_cfg.timeout` sets another.
 SECONDS_TO_WAIT = 3600
+
+
+def bare_model(runner: Runner) -> nn.Module:
+    """The model of a runner, without the wrapper that several processes put around it."""
+    from mmengine.model import is_model_wrapper
+    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def say(text: str) -> None:

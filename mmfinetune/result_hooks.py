@@ -28,8 +28,7 @@ from mmfinetune import plots, results
 from mmfinetune.checkpoint import hash_in_name
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_all, atomic_write_bytes, atomic_write_text, sha256_of
-
-_EPOCH_START = 'results_epoch_start'
+from mmfinetune.train_loop import EPOCH_START
 
 
 @HOOKS.register_module()
@@ -67,9 +66,9 @@ class ResultsHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         # Kept in checkpoints, since a run may be resumed in the middle of the epoch.
-        start = runner.message_hub.runtime_info.get(_EPOCH_START) or {}
+        start = runner.message_hub.runtime_info.get(EPOCH_START) or {}
         if start.get('epoch') != runner.epoch:
-            runner.message_hub.update_info(_EPOCH_START,
+            runner.message_hub.update_info(EPOCH_START,
                                            {'epoch': runner.epoch, 'iter': runner.iter})
 
     def before_val(self, runner) -> None:
@@ -162,7 +161,7 @@ class ResultsHook(Hook):
         hub = runner.message_hub
         steps = row['iter'] - self._last_iter()
         if 'epoch' in row:
-            known = hub.runtime_info.get(_EPOCH_START) or {}
+            known = hub.runtime_info.get(EPOCH_START) or {}
             steps = row['iter'] - known['iter'] if known.get('epoch') == row['epoch'] - 1 \
                 else _batches(runner)
         recent = {key.removeprefix('train/'): buffer.data[0][-steps:]

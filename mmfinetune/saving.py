@@ -18,11 +18,11 @@ from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, barrier, get_world_size, is_main_process
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
-from mmengine.model import is_model_wrapper
 
 from mmfinetune.errors import Stopped, UserError
 from mmfinetune.files import atomic_write_bytes, atomic_write_text
 from mmfinetune.options import recipe
+from mmfinetune.ranks import bare_model
 
 BACKEND = 'atomic'
 WITHIN_EPOCH = 'iter_{}.pth'
@@ -202,7 +202,7 @@ class SafeCheckpointHook(CheckpointHook):
         if not runner._resume:
             return
         self._outdated = checkpoint.get(OUTDATED, [])
-        parameters = dict(_module(runner).named_parameters())
+        parameters = dict(bare_model(runner).named_parameters())
         for name, gradient in checkpoint.get(GRADIENTS, {}).items():
             parameters[name].grad = gradient.to(parameters[name])
 
@@ -225,10 +225,6 @@ class SafeCheckpointHook(CheckpointHook):
 
 def _recipe(runner) -> dict[str, int]:
     return recipe(runner.cfg, get_world_size())
-
-
-def _module(runner) -> torch.nn.Module:
-    return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def _remove_leftovers(work_dir: Path) -> None:
@@ -257,7 +253,7 @@ def checkpoint_bytes(runner) -> tuple[int, int]:
     def size(tensors) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
-    weights = size(_module(runner).state_dict().values())
+    weights = size(bare_model(runner).state_dict().values())
     optimizer = runner.optim_wrapper.optimizer
     state = size(t for of in optimizer.state.values() for t in of.values()
                  if isinstance(t, torch.Tensor))
@@ -272,7 +268,7 @@ def _waiting_gradients(runner) -> dict[str, torch.Tensor]:
     """Gradients of an unfinished accumulation by parameter, the mean over all processes."""
     if runner.optim_wrapper.should_update():
         return {}
-    found = {name: p.grad.detach().clone() for name, p in _module(runner).named_parameters()
+    found = {name: p.grad.detach().clone() for name, p in bare_model(runner).named_parameters()
              if p.grad is not None}
     if get_world_size() > 1:
         for gradient in found.values():

@@ -26,17 +26,17 @@ from mmfinetune import (
     transfer,
     weights,
 )
+from mmfinetune.compare import ZERO_SHOT
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_json
 from mmfinetune.options import LOG_DIR, Options, apply, check_early
-from mmfinetune.ranks import join_group, rank0_first, say
+from mmfinetune.ranks import bare_model, join_group, rank0_first, say
 
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
 
 EARLIER = 'earlier_runs'
-ZERO_SHOT = 'zero_shot.json'
 TEST_RESULTS = 'test_results.json'
 
 
@@ -227,11 +227,10 @@ def _explained(error: Exception, cfg: Config) -> Exception:
 
 def test_runner(cfg: Config, file: Path) -> Runner:
     """A runner for the test alone, the model loaded in full from a checkpoint."""
-    from mmengine.model import is_model_wrapper
     # Before the Runner, which begins with a log file.
     weights.check(cfg, file, {}).require_good()
     runner = _bare_runner(cfg, None)
-    model = runner.model.module if is_model_wrapper(runner.model) else runner.model
+    model = bare_model(runner)
     transfer.transfer(model, file)
     return runner
 
@@ -302,4 +301,4 @@ _HEADLINE = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
 
 def read_results(work_dir: Path) -> dict:
     """What ``_test`` wrote."""
-    return json.loads((Path(work_dir) / 'test_results.json').read_text())
+    return json.loads((Path(work_dir) / TEST_RESULTS).read_text())

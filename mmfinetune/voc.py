@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
-from tqdm import tqdm
 
 from mmfinetune.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
 from mmfinetune.devkit import VOC_URL
 from mmfinetune.errors import UserError
 from mmfinetune.files import atomic_write_all, json_bytes
+from mmfinetune.pool import in_order
 
 VOID = 255  # border and ignored pixels in both kinds of PNG
 
@@ -225,38 +223,8 @@ def read_lists(devkit: Path,
 def _read_all(devkit: Path, ids: list[str], workers: int | None,
               progress: bool) -> Iterator[_Read]:
     """Read all images, in the order of `ids` whatever the number of workers."""
-    workers = workers or os.cpu_count() or 1
-    chunks = [ids[k:k + _CHUNK] for k in range(0, len(ids), _CHUNK)]
-    workers = min(workers, len(chunks))
-    if workers <= 1:
-        with tqdm(total=len(ids), desc='VOC 2012', unit='img', disable=not progress) as bar:
-            for image_id in ids:
-                yield read_image(devkit, image_id)
-                bar.update()
-        return
-    with ProcessPoolExecutor(workers, initializer=_ignore_interrupt) as pool:
-        try:
-            tasks = [pool.submit(_read_chunk, devkit, chunk) for chunk in chunks]
-            # Made after the workers: its monitor is a thread, and forking with threads is unsafe.
-            with tqdm(total=len(ids), desc='VOC 2012', unit='img', disable=not progress) as bar:
-                for task in tasks:
-                    reads = task.result()
-                    yield from reads
-                    bar.update(len(reads))
-        except BrokenProcessPool as error:
-            raise UserError('a worker process was ended from outside (out of memory?)',
-                            cure='run again with --workers 1') from error
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def _read_chunk(devkit: Path, ids: list[str]) -> list[_Read]:
-    return [read_image(devkit, image_id) for image_id in ids]
+    return in_order(partial(read_image, devkit), ids, workers or os.cpu_count() or 1, _CHUNK,
+                    desc='VOC 2012', disable=not progress)
 
 
 def read_image(devkit: Path, image_id: str) -> _Read:

@@ -16,7 +16,7 @@ LAYERS = (
     ('__init__', 'errors', 'files', 'ops', 'classes'),
     ('devkit', 'voc', 'coco', 'demo', 'data', 'checkpoint', 'heads', 'weight_files',
      'torchvision_weights', 'convert', 'transfer', 'weights',
-     'compare', 'config', 'lr', 'ranks', 'options', 'launch', 'batch_size', 'runs',
+     'compare', 'config', 'lr', 'ranks', 'options', 'launch', 'batch_size', 'runs', 'pool',
      # what a run writes
      'results', 'plots', 'board', 'drawing', 'media',
      # evaluation
