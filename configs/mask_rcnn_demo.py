@@ -5,7 +5,7 @@ _base_ = './mask_rcnn_voc_pretrained.py'
 
 work_dir = 'work_dirs/demo'
 data_root = 'data/demo/VOCdevkit/VOC2012/'
-# Made by mmfinetune.demo.make_voc when the annotation files are missing.
+# Made by mmfinetune.data.demo.make_voc when the annotation files are missing.
 demo_data = dict(kind='voc', root='data/demo', num_train=240, num_val=100, seed=0)
 
 model = dict(

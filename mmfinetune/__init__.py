@@ -9,10 +9,10 @@ __version__ = '0.1.0'
 
 
 class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Offers `mmfinetune.ops` under the name `mmcv._ext`, of which mmcv takes its ops.
+    """Offers `mmfinetune.models.ops` under the name `mmcv._ext`, of which mmcv takes its ops.
 
     It is the last finder, so Python asks it only where mmcv was installed without compiled ops.
-    It sits here and not in `mmfinetune.ops`, so that every process that imports the package
+    It sits here and not in `mmfinetune.models.ops`, so that every process that imports the package
     (a spawned worker does) has the ops without importing torch before it needs them.
     """
 
@@ -20,13 +20,13 @@ class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if fullname != 'mmcv._ext':
             return None
         from importlib.machinery import ModuleSpec
-        return ModuleSpec(fullname, self, origin='mmfinetune.ops')
+        return ModuleSpec(fullname, self, origin='mmfinetune.models.ops')
 
     def create_module(self, spec):
         return None
 
     def exec_module(self, module):
-        from mmfinetune import ops
+        from mmfinetune.models import ops
         ops.fill(module)
 
 

@@ -1,20 +1,26 @@
 """Import this (``custom_imports``) and the toolkit's parts are in mmdet's registries."""
 
-from mmfinetune import ops
+from mmfinetune.models import ops
 
 # Before anything imports mmcv.ops.
 ops.install()
 
-from mmfinetune import (  # noqa: E402, F401
-    backends,
-    guards,
-    hooks,
-    loops,
+from mmfinetune.engine import (  # noqa: E402, F401
+    loss_loops,
     metrics,
     optim,
-    picture_hooks,
-    result_hooks,
-    saving,
     train_loop,
     transforms,
+    vis_backends,
+)
+from mmfinetune.engine.hooks import (  # noqa: E402, F401
+    checkpoint,
+    early_stop,
+    learning_rate,
+    nonfinite,
+    pictures,
+    results,
+    stop,
+    tensorboard,
+    weights,
 )

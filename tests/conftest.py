@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mmfinetune import config
+from mmfinetune.config import load as config_load
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def loaded(configs_dir: Path) -> Callable:
 
     def load(name: str):
         if name not in cache:
-            cache[name] = config.load(configs_dir / name)
+            cache[name] = config_load.load(configs_dir / name)
         return cache[name]
 
     return load

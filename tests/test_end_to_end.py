@@ -9,7 +9,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from builders import (
+
+from mmfinetune.apis import train
+from tests.builders.runs import (
     CONFIGS,
     DEVKIT,
     REPO,
@@ -21,8 +23,6 @@ from builders import (
     save_hashed,
     spawn,
 )
-
-from mmfinetune import train
 
 pytestmark = pytest.mark.slow
 
@@ -55,8 +55,8 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='module')
 def pretrained_ap50(demo_folder: Path) -> float:
-    from mmfinetune import config
-    checkpoint = Path(config.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint)
+    from mmfinetune.config import load
+    checkpoint = Path(load.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint)
     if not (REPO / checkpoint).is_file():
         pytest.skip(f'{checkpoint} is not there; the config says how to make it')
     with pytest.MonkeyPatch.context() as patch:

@@ -4,8 +4,8 @@ import json
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
-from mmfinetune.errors import UserError
+from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.utils.errors import UserError
 
 EXAMPLES = """
 python tools/check_dataset.py data/my_set
@@ -49,27 +49,32 @@ def main() -> int:
     if args.max_examples < 0 or args.workers is not None and args.workers < 1:
         parser.error('--max-examples takes 0 or more, --workers 1 or more')
 
-    from mmfinetune import check_fix, check_report, config, dataset_check
+    from mmfinetune.apis import run_data
+    from mmfinetune.config import load
+    from mmfinetune.data import layout
+    from mmfinetune.data.check import repair
+    from mmfinetune.data.check import report as data_check_report
+    from mmfinetune.data.check import run as data_check_run
     classes = None
     if args.config:
-        splits, classes = dataset_check.splits_of_config(config.load(args.config))
+        splits, classes = run_data.splits_of_config(load.load(args.config))
     else:
-        splits = dataset_check.find_splits(args.targets, args.images)
-    options = dataset_check.Options(images=not args.no_images, workers=args.workers,
+        splits = layout.find_splits(args.targets, args.images)
+    options = data_check_run.Options(images=not args.no_images, workers=args.workers,
                                     max_examples=args.max_examples, cache=not args.no_cache)
     if args.fix and args.no_images:
         raise UserError('--fix needs to see the images', cure='leave --no-images out')
     if args.fix:
-        fixed = check_fix.fix(splits, args.fix, classes, options)
+        fixed = repair.fix(splits, args.fix, classes, options)
         report = fixed.report
     else:
-        report = dataset_check.check(splits, classes, options)
+        report = data_check_run.check(splits, classes, options)
     if args.html:
-        check_report.write_html(report, args.html)
+        data_check_report.write_html(report, args.html)
     if args.json:
         print(json.dumps(report.as_dict(), indent=1))
     else:
-        print(check_report.as_text(report, args.max_examples))
+        print(data_check_report.as_text(report, args.max_examples))
         if args.fix:
             print(fixed.text())
         if args.html:

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
-from mmfinetune.compare import METRIC, STEM, ZERO_SHOT, compare
+from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.evaluation.compare import METRIC, STEM, ZERO_SHOT, compare
 
 EXAMPLES = """
 python tools/compare_runs.py work_dirs/mask_rcnn_pretrained work_dirs/from_scratch

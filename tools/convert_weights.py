@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
+from mmfinetune.apis.cli import make_parser, run
 
 EXAMPLES = """
 python tools/convert_weights.py maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth pretrain/tv_coco.pth
@@ -24,7 +24,7 @@ def main() -> int:
                         'models fine-tuned from that file)')
     args = parser.parse_args()
 
-    from mmfinetune.convert import convert_file
+    from mmfinetune.weights.publish import convert_file
     source = convert_file(args.src, args.dst, args.to, args.bn_eps)
     print('\n'.join(source.lines()))
     print(f'Written: {args.dst}')

@@ -7,7 +7,7 @@ kinds of error, the confusion matrix of masks, and the worst images as pictures.
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
+from mmfinetune.apis.cli import make_parser, run
 
 EXAMPLES = """
 python tools/evaluate.py work_dirs/mask_rcnn_pretrained              # best checkpoint, test split
@@ -51,8 +51,8 @@ def main() -> int:
                         help='print everything as JSON instead of the tables')
     args = parser.parse_args()
 
-    from mmfinetune import evaluation
-    return evaluation.run(evaluation.Options(**vars(args)))
+    from mmfinetune.apis import evaluate
+    return evaluate.run(evaluate.Options(**vars(args)))
 
 
 if __name__ == '__main__':

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
+from mmfinetune.apis.cli import make_parser, run
 
 EXAMPLES = """
 python tools/flatten_config.py configs/mask_rcnn_voc_pretrained.py                  # print
@@ -21,16 +21,16 @@ def main() -> int:
                         'exit code 1 if they differ')
     args = parser.parse_args()
 
-    from mmfinetune import config
+    from mmfinetune.config import flatten
     if args.check:
-        lines = config.compare(args.config, args.check)
+        lines = flatten.compare(args.config, args.check)
         print('\n'.join(lines) or f'{args.config} and {args.check} are the same run.')
         return int(bool(lines))
-    text = config.flatten(args.config)
+    text = flatten.flatten(args.config)
     if args.out is None:
         print(text)
     else:
-        config.write_new(args.out, text)
+        flatten.write_new(args.out, text)
         print(f'Written: {args.out}')
     return 0
 

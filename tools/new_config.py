@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
-from mmfinetune.new_config import FLIPS, write
+from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.config.new import FLIPS, write
 
 BASE = Path('configs/mask_rcnn_voc_pretrained.py')
 EXAMPLES = """

@@ -11,7 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
+from mmfinetune.apis.cli import make_parser, run
 
 EXAMPLES = """
 python tools/predict.py photos/ --run work_dirs/mask_rcnn_pretrained
@@ -74,8 +74,8 @@ def main() -> int:
                       help='the objects as COCO JSON (default: yes)')
     args = parser.parse_args()
 
-    from mmfinetune import predictions
-    return predictions.run(predictions.Options(**vars(args)))
+    from mmfinetune.apis import predict
+    return predict.run(predict.Options(**vars(args)))
 
 
 if __name__ == '__main__':

@@ -6,8 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
-from mmfinetune.prepare import SOURCES, format_summary, prepare
+from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.data.prepare import SOURCES, format_summary, prepare
 
 EXAMPLES = """
 python tools/prepare_data.py /datasets/my_labelme data/mine

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
-from mmfinetune.devkit import VOC_URL, download_voc, find_devkit
-from mmfinetune.voc import convert, format_summaries
+from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.data.formats.voc import convert, format_summaries
+from mmfinetune.data.formats.voc_devkit import VOC_URL, download_voc, find_devkit
 
 EXAMPLES = """\
   # fetch VOC 2012 (2.0 GB, resumed when broken off), verify, unpack to data/VOCdevkit, convert

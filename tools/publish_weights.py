@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
+from mmfinetune.apis.cli import make_parser, run
 
 EXAMPLES = """
 python tools/publish_weights.py work_dirs/mask_rcnn_pretrained pretrain/my_voc_model
@@ -17,7 +17,7 @@ def main() -> int:
     parser.add_argument('stem', type=Path, help='target without hash and suffix')
     args = parser.parse_args()
 
-    from mmfinetune.checkpoint import publish
+    from mmfinetune.weights.publish import publish
     print(f'Written: {publish(args.src, args.stem)}')
     return 0
 

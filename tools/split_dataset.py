@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.cli import make_parser, run
-from mmfinetune.split import split_file
+from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.data.split import split_file
 
 EXAMPLES = r"""
 python tools/split_dataset.py data/tiles                 # annotations/instances_all.json, 70/15/15

@@ -2,7 +2,7 @@
 
 import sys
 
-from mmfinetune.cli import add_config_flags, make_parser, run
+from mmfinetune.apis.cli import add_config_flags, make_parser, run
 
 EXAMPLES = """
 python tools/train_pretrained.py                                  # the VOC run: train, then test
@@ -62,7 +62,7 @@ def main() -> int:
                         help="use the config's lr whatever the number of GPUs and the batch size")
     args = parser.parse_args()
 
-    from mmfinetune import train
+    from mmfinetune.apis import train
     return train.run(train.Options(**vars(args)))
 
 

@@ -1,0 +1,310 @@
+"""A trained model on any image: instances, and the proposals that they were chosen from."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mmfinetune.config import load, paths, views
+from mmfinetune.utils.errors import UserError
+from mmfinetune.weights import check as weights_check
+from mmfinetune.weights import class_map
+from mmfinetune.weights.transfer import transfer
+
+if TYPE_CHECKING:
+    import torch
+    from mmdet.structures import DetDataSample
+    from mmengine.config import Config
+
+
+
+
+
+
+@dataclass
+class Prediction:
+    """What a model finds in one image, best first.
+
+    Attributes:
+        boxes: (N, 4) float32 left, top, right, bottom in pixels of the image.
+        scores: (N,) float32.
+        labels: (N,) int64, places in the list of classes.
+        masks: (N, H, W) bool; None if the model has no masks.
+        proposals: (P, 4) float32, the RPN's boxes, best first; None unless asked for.
+        objectness: (P,) float32, their scores.
+    """
+
+    boxes: np.ndarray
+    scores: np.ndarray
+    labels: np.ndarray
+    masks: np.ndarray | None = None
+    proposals: np.ndarray | None = None
+    objectness: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def chosen(self, indices: np.ndarray) -> Prediction:
+        """Some of the instances."""
+        return dataclasses.replace(
+            self, boxes=self.boxes[indices], scores=self.scores[indices],
+            labels=self.labels[indices],
+            masks=None if self.masks is None else self.masks[indices])
+
+
+class Predictor:
+    """A model ready to predict, with the config's own test pipeline.
+
+    ``Predictor(config, checkpoint)(images)`` gives one :class:`Prediction` for each image; the
+    same numbers as the Runner's test where no limit is given.
+
+    Args:
+        config: A config, or its file.
+        checkpoint: Weights of that architecture, in any of the forms that ``--weights`` takes.
+        device: ``'cpu'``, ``'cuda'``, ``'cuda:1'``, or ``'auto'``: a GPU if there is one.
+        score_thr: Least score; that of the config's ``test_cfg`` by default.
+        max_per_image: The most instances of an image; as many as the config says by default.
+        classes: Names of the only classes to keep; all by default.
+        proposals: How many of the RPN's proposals to return.
+
+    Attributes:
+        classes: Names in the order of the labels.
+        category_ids: For each label that of the run's annotation file, if that is there and has
+            these classes, else from 1 on.
+        image_ids: Those of the images of that file by their real paths; empty if it is not there.
+
+    Raises:
+        UserError: The weights or their classes do not fit the config, an unknown class, a device
+            that is not there, or no RPN to take proposals from.
+    """
+
+    def __init__(self, config: Config | str | Path, checkpoint: str | Path, device: str = 'auto',
+                 *, score_thr: float | None = None, max_per_image: int | None = None,
+                 classes: Sequence[str] = (), proposals: int = 0) -> None:
+        from mmcv.transforms import Compose
+        from mmdet.registry import MODELS, TRANSFORMS
+        from mmengine.model import revert_sync_batchnorm
+        cfg = load.load(config) if isinstance(config, (str, Path)) else config
+        self.device = choose_device(device)
+        # A copy, since limits are set in it and mmdet's detectors write into it.
+        cfg = copy.deepcopy(cfg)
+        self.score_thr, self.max_per_image, self.proposals = score_thr, max_per_image, proposals
+        paths.check_heads(cfg)
+        # Before the model is built for good, for a message that tells all that does not fit.
+        check = weights_check.check(cfg, Path(checkpoint), {})
+        check.require_good()
+        self.classes = _common_classes(views.class_names(cfg), check.source.classes, check.path)
+        self._kept = _labels_of(classes, self.classes)
+        self.category_ids, self.image_ids = _known_ids(cfg, self.classes)
+        _set_limits(cfg.model, score_thr, max_per_image)
+        model = MODELS.build(cfg.model)
+        if proposals and not hasattr(model, 'rpn_head'):
+            raise UserError(f'{cfg.model.type} has no RPN, so there are no proposals to show',
+                            cure='leave out --proposals')
+        transfer(model, check.path)
+        self.model = revert_sync_batchnorm(model).to(self.device).eval()
+        loader, steps = _pipeline(cfg)
+        self._loader, self._steps = TRANSFORMS.build(loader), Compose(steps)
+
+    def read(self, path: Path) -> np.ndarray:
+        """An image as training reads it.
+
+        Returns:
+            (H, W, 3) RGB uint8.
+
+        Raises:
+            ValueError: With a short reason.
+        """
+        try:
+            image = self._loader({'img_path': str(path)})['img']
+        except Exception as error:
+            # Decoders and file backends raise whatever they like; the loader puts the path first.
+            message = error.message if isinstance(error, UserError) else str(error)
+            reason = message.rpartition(f'{path}: ')[2].removesuffix(f': {path}').strip()
+            raise ValueError(reason or type(error).__name__) from None
+        return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
+
+    def prepare(self, image: np.ndarray) -> dict:
+        """The input of the model that the test pipeline makes of an RGB uint8 image.
+
+        Raises:
+            ValueError: It has another form, or one that the pipeline cannot deal with.
+        """
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+            raise ValueError(f'not an RGB uint8 image: {image.shape} {image.dtype}')
+        try:
+            return self._steps({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0})
+        except Exception as error:
+            # An image of one row, say, has none left when its long side is made smaller.
+            raise ValueError(f'the test pipeline fails on {image.shape[1]} x {image.shape[0]} '
+                             f'pixels: {str(error).strip() or type(error).__name__}') from None
+
+    def forward(self, prepared: Sequence[dict]) -> list[Prediction]:
+        """Run the model on a batch of what :meth:`prepare` returns."""
+        import torch
+        from mmengine.dataset import pseudo_collate
+        with torch.no_grad(), self._recorded() as proposed:
+            samples = self.model.test_step(pseudo_collate(prepared))
+        return [self._prediction(sample, proposed[i] if proposed else None)
+                for i, sample in enumerate(samples)]
+
+    def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
+        """Predict on RGB uint8 images, as one batch."""
+        return self.forward([self.prepare(image) for image in images]) if len(images) else []
+
+    @contextlib.contextmanager
+    def _recorded(self) -> Iterator[list]:
+        """Keep what the RPN hands to the heads in the same forward pass."""
+        kept: list = []
+        if not self.proposals:
+            yield kept
+            return
+        predict = self.model.rpn_head.predict
+
+        def keeping(*args: Any, **kwargs: Any) -> list:
+            results = predict(*args, **kwargs)
+            # Copies: the heads may rescale boxes in place.
+            kept.extend((r.bboxes.clone(), r.scores.clone()) for r in results)
+            return results
+
+        self.model.rpn_head.predict = keeping
+        try:
+            yield kept
+        finally:
+            del self.model.rpn_head.predict
+
+    def _prediction(self, sample: DetDataSample,
+                    proposed: tuple[torch.Tensor, torch.Tensor] | None) -> Prediction:
+        import torch
+        found = sample.pred_instances
+        keep = torch.ones_like(found.scores, dtype=torch.bool)
+        if self.score_thr is not None:
+            keep &= found.scores >= self.score_thr
+        if self._kept is not None:
+            keep &= torch.isin(found.labels, found.labels.new_tensor(self._kept))
+        order = torch.argsort(found.scores, descending=True, stable=True)
+        found = found[order[keep[order]][:self.max_per_image]]
+        masks = _array(found.masks).astype(bool, copy=False) if 'masks' in found else None
+        prediction = Prediction(_array(found.bboxes), _array(found.scores), _array(found.labels),
+                                masks)
+        if proposed is not None:
+            height, width = sample.ori_shape[:2]
+            boxes = proposed[0][:self.proposals].cpu().numpy()
+            scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)
+            # The padding of a batch is no part of the image.
+            prediction.proposals = (boxes / scale).clip(
+                0, (width, height, width, height)).astype(np.float32)
+            prediction.objectness = _array(proposed[1][:self.proposals])
+        return prediction
+
+
+def choose_device(name: str) -> str:
+    """A device by its name; ``'auto'`` is a GPU if there is one.
+
+    Raises:
+        UserError: There is no such device.
+    """
+    import torch
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == 'auto':
+        return 'cuda' if count else 'cpu'
+    there = ['cpu', *(['cuda'] if count else []), *(f'cuda:{i}' for i in range(count))]
+    if name not in there:
+        raise UserError(f'There is no device {name} for PyTorch here',
+                        cure=f'use one of: {", ".join(there)}')
+    return name
+
+
+def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None,
+                    path: Path) -> tuple[str, ...]:
+    """The class names of the config, or of the weights where it has none."""
+    if not ours or not theirs:
+        return tuple(ours or theirs or ())
+    same = class_map.match_classes(ours, theirs).indices
+    if list(same) != list(range(len(ours))):
+        raise UserError(f'{path} was trained on other classes than those of the config:',
+                        [f'label {i}: config {a}, weights {b}' for i, (a, b, k) in
+                         enumerate(zip(ours, theirs, same, strict=False)) if k != i],
+                        'pass the config that it was trained with')
+    return tuple(ours)
+
+
+def _labels_of(wanted: Sequence[str], classes: Sequence[str]) -> list[int] | None:
+    import difflib
+    unknown = [name for name in wanted if name not in classes]
+    if unknown:
+        near = {name: difflib.get_close_matches(name, classes, 1, 0.5) for name in unknown}
+        raise UserError('The model does not know these classes:',
+                        [name + (f': did you mean {near[name][0]}?' if near[name] else '')
+                         for name in unknown],
+                        'its classes are ' + ', '.join(classes))
+    return sorted({classes.index(name) for name in wanted}) if wanted else None
+
+
+def _test_dataset(cfg: Config) -> Any:
+    """The config of the test data set, wrappers taken off."""
+    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset')
+    while dataset is not None and 'dataset' in dataset:
+        dataset = dataset['dataset']
+    if dataset is None or not dataset.get('pipeline'):
+        raise UserError('The config has no test pipeline: it lacks test_dataloader',
+                        cure='pass the config of a run')
+    return dataset
+
+
+def _known_ids(cfg: Config, classes: Sequence[str]) -> tuple[list[int], dict[str, int]]:
+    """Ids of the classes, and of images by path, in the annotation file of the test data."""
+    dataset = _test_dataset(cfg)
+    root = Path(dataset.get('data_root') or '')
+    # The data need not be there any longer, and must not stand in the way of a prediction.
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        known = json.loads((root / (dataset.get('ann_file') or '')).read_bytes())
+        ids = {c['name']: int(c['id']) for c in known['categories']}
+        folder = root / (dataset.get('data_prefix') or {}).get('img', '')
+        return [ids[name] for name in classes], {
+            os.path.realpath(folder / i['file_name']): int(i['id']) for i in known['images']}
+    return list(range(1, len(classes) + 1)), {}
+
+
+def _set_limits(model: Any, score_thr: float | None, max_per_image: int | None) -> None:
+    """Let the second stage drop what would be dropped later, before it makes masks of it."""
+    stage = (model.get('test_cfg') or {}).get('rcnn')
+    if stage is None:
+        return
+    if score_thr is not None:
+        # The stage takes what is above its threshold, here the threshold itself counts too.
+        stage.score_thr = float(np.nextafter(np.float32(score_thr), np.float32(-1)))
+    if max_per_image is not None:
+        stage.max_per_img = max(max_per_image, stage.get('max_per_img', 0))
+
+
+def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
+    """The step of the test pipeline that reads a file, and all steps for an image in memory."""
+    steps = copy.deepcopy(list(_test_dataset(cfg).pipeline))
+    names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2]
+             for step in steps]
+    reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
+    if len(reading) != 1 or steps[reading[0]].get('color_type', 'color').split('_')[0] != 'color':
+        raise UserError('The test pipeline does not read colour images in one step; its steps are '
+                        + ', '.join(names),
+                        cure="let it begin with dict(type='LoadImage')")
+    loader = steps[reading[0]]
+    steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray',
+                             to_float32=loader.get('to_float32', False))
+    return loader, [step for step, name in zip(steps, names, strict=True)
+                    if not (name.startswith('Load') and 'Annotation' in name)]
+
+
+def _array(values: Any) -> np.ndarray:
+    import torch
+    values = getattr(values, 'tensor', values)
+    return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -1,0 +1,219 @@
+"""Images and videos to predict on: which there are, and frames in and out of videos."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import cv2
+import numpy as np
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import find_files, natural_key
+from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size
+
+# Containers that the FFmpeg inside OpenCV reads.
+VIDEO_SUFFIXES = frozenset({'.mp4', '.m4v', '.avi', '.mov', '.mkv', '.webm'})
+_SUFFIXES = IMAGE_SUFFIXES | VIDEO_SUFFIXES
+# The share of the frames promised that must come; the count in the file is an estimate.
+_ENOUGH = 0.9
+
+
+@dataclass(frozen=True)
+class Input:
+    """One file to predict on.
+
+    Attributes:
+        path: The file.
+        name: Its path below the folder that all inputs share, with slashes; no two are the same.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def is_video(self) -> bool:
+        return self.path.suffix.lower() in VIDEO_SUFFIXES
+
+
+def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Input], Path]:
+    """The images and videos that files, folders and patterns stand for.
+
+    Folders are searched to the bottom, in natural order. A file is taken once, whichever way it
+    is reached. A file that is named itself is taken whatever its suffix.
+
+    Args:
+        given: Paths, or patterns such as ``'photos/**/*.jpg'``.
+        results: Folders of results, what lies in these is no input.
+
+    Returns:
+        The files, and the folder that they share.
+
+    Raises:
+        UserError: Names that stand for nothing; all of them.
+    """
+    found: dict[str, Path] = {}
+    anchors, problems = [], []
+    own = tuple(os.path.realpath(folder) + os.sep for folder in results)
+    for text in given:
+        path, anchor = Path(text), Path(text)
+        if path.is_dir():
+            files, what = find_files(path, _SUFFIXES), 'no image or video in this folder'
+        elif path.is_file():
+            files, what, anchor = [path], 'lies in the output folder', path.parent
+        elif glob.has_magic(text):
+            # The folder above the first wildcard; the stand-in ends a bare folder.
+            anchor = Path(glob.escape(text).partition('[')[0] + '_').parent
+            files, what = _matching(anchor, path), 'no image or video has such a name'
+        else:
+            problems.append(f'{text}: no such file or folder')
+            continue
+        chosen = [p for p in files if not os.path.realpath(p).startswith(own)]
+        if not chosen:
+            problems.append(f'{text}: {what}')
+        for p in chosen:
+            found.setdefault(_absolute(p), p)
+        anchors.append(_absolute(anchor))
+    if problems:
+        raise UserError('There is nothing to predict on:', problems,
+                        'pass images, videos, folders, or patterns in quotes; results that lie '
+                        'in the output folder are left out, so choose another with --out')
+    root = os.path.commonpath(anchors)
+    # Names that are not UTF-8 could not be written as JSON.
+    names = [os.fsencode(os.path.relpath(place, root)).decode(errors='replace').replace(os.sep, '/')
+             for place in found]
+    return [Input(path, name) for path, name in zip(found.values(), names, strict=True)], Path(root)
+
+
+def _absolute(path: Path) -> str:
+    """Without links followed, so that a file keeps the name by which it is known."""
+    return os.path.normpath(path.absolute())
+
+
+def _matching(folder: Path, pattern: Path) -> list[Path]:
+    """Files that a pattern below a folder stands for; as for a shell, none that are hidden."""
+    found = folder.glob(str(pattern.relative_to(folder)))
+    return sorted((p for p in found if p.suffix.lower() in _SUFFIXES and p.is_file() and not any(
+        part.startswith('.') for part in p.relative_to(folder).parts)), key=natural_key)
+
+
+def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
+    """Paths for what is made of files, each its own also where upper and lower case are one.
+
+    Args:
+        names: Relative paths with slashes.
+        suffixes: Of what is made of each.
+    """
+    taken, chosen = set(), []
+    for name, suffix in zip(names, suffixes, strict=True):
+        stem = str(PurePosixPath(name).with_suffix(''))
+        candidate, count = stem + suffix, 1
+        while candidate.casefold() in taken:
+            count += 1
+            candidate = f'{stem}_{count}{suffix}'
+        taken.add(candidate.casefold())
+        chosen.append(candidate)
+    return chosen
+
+
+def check_image(path: Path) -> None:
+    """Look for damage that decoders pass over, such as a missing end.
+
+    Raises:
+        ValueError: With a short reason.
+    """
+    # Pillow may not know a kind that OpenCV does.
+    if path.suffix.lower() in IMAGE_SUFFIXES:
+        image_size(path)
+
+
+class Video:
+    """A video file to read.
+
+    Attributes:
+        fps: Frames a second, as the file says.
+        frames: How many the file promises; 0 if it does not tell.
+
+    Raises:
+        ValueError: With a short reason: it cannot be opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        # FFmpeg would write its own lines between ours; what matters is in the errors below.
+        os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
+        self._capture = cv2.VideoCapture(str(path))
+        if not self._capture.isOpened():
+            raise ValueError('not a video that can be read')
+        fps = self._capture.get(cv2.CAP_PROP_FPS)
+        self.fps = fps if 0 < fps <= 1000 else 25.0
+        self.frames = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
+
+    def read(self, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
+        """Every so many-th frame, the first one included, with its number from 0.
+
+        Yields:
+            The number and an (H, W, 3) RGB uint8 array.
+
+        Raises:
+            ValueError: With a short reason, after the last frame that could be read.
+        """
+        number = 0
+        try:
+            while self._capture.grab():
+                if number % every == 0:
+                    good, frame = self._capture.retrieve()
+                    if not good:
+                        break
+                    yield number, cv2.cvtColor(frame, cv2.COLOR_BGR2RGB)
+                number += 1
+        finally:
+            self._capture.release()
+        if not number:
+            raise ValueError('no frame in it can be read')
+        if number < _ENOUGH * self.frames:
+            raise ValueError(f'only {number} of {self.frames} frames can be read')
+
+
+class VideoWriter:
+    """An MP4 file that appears when it is whole. The first frame sets the size.
+
+    Args:
+        path: The file to make.
+        fps: Frames a second.
+    """
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self.path, self.fps = path, fps
+        self._part = path.with_name(f'.{path.stem}.{os.getpid()}.tmp.mp4')
+        self._writer: cv2.VideoWriter | None = None
+
+    def write(self, frame: np.ndarray) -> None:
+        """Add an RGB frame.
+
+        Raises:
+            UserError: The file cannot be written.
+        """
+        # Colours are stored for blocks of 2 x 2 pixels.
+        odd = [n % 2 for n in frame.shape[:2]]
+        frame = np.pad(frame, ((0, odd[0]), (0, odd[1]), (0, 0)), mode='edge')
+        if self._writer is None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._writer = cv2.VideoWriter(str(self._part), cv2.VideoWriter.fourcc(*'mp4v'),
+                                           self.fps, frame.shape[1::-1])
+            if not self._writer.isOpened():
+                raise UserError(f'{self.path}: cannot be written as a video',
+                                cure='choose a folder you may write to, or pass --no-pictures')
+        self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
+
+    def close(self, keep: bool = True) -> None:
+        """Put the file at its place, or throw it away; nothing where there was no frame."""
+        if self._writer is None:
+            return
+        self._writer.release()
+        if keep:
+            self._part.replace(self.path)
+        else:
+            self._part.unlink(missing_ok=True)

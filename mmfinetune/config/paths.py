@@ -1,0 +1,132 @@
+"""From a config to checked data: where it lies, what is made of it, whether it fits the model."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mmfinetune.config import views
+from mmfinetune.config.views import annotation_file, class_names, dataset_configs, innermost
+from mmfinetune.data.formats import voc_devkit
+from mmfinetune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+ANNOTATIONS = 'annotations'
+SPLITS = ('test', 'val', 'train')
+
+
+def set_data_root(cfg: Config, root: Path) -> None:
+    """Point all data sets and evaluators of a config at another folder.
+
+    Args:
+        cfg: Changed in place.
+        root: A folder with ``VOCdevkit/VOC2012`` in it, that folder itself, or any folder with
+            the annotation files that the config names.
+
+    Raises:
+        UserError: The folder has neither.
+    """
+    if not root.is_dir():
+        raise UserError(f'There is no data folder {root}', cure='correct --data-root')
+    datasets = dataset_configs(cfg)
+    if not all((root / d['ann_file']).is_file() for d in datasets.values()):
+        try:
+            root = voc_devkit.find_devkit(root)
+        except UserError as error:
+            raise UserError(
+                f'{root} holds no data for this config. Looked for:',
+                [str(root / a) for a in dict.fromkeys(d['ann_file'] for d in datasets.values())]
+                + [f'a VOC 2012 devkit ({error.message})'],
+                'pass the folder that holds VOCdevkit/, or fetch VOC 2012 with '
+                '`python tools/prepare_voc.py --download`') from None
+    for split, dataset in datasets.items():
+        dataset['data_root'] = str(root)
+        _point_evaluators(cfg, split, root / dataset['ann_file'])
+    if 'demo_data' in cfg:
+        cfg.pop('demo_data')
+
+
+def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
+    for evaluator in views.evaluators(cfg, split):
+        if 'ann_file' in evaluator:
+            evaluator['ann_file'] = str(ann_file)
+
+
+def redirect_annotations(cfg: Config) -> None:
+    """Let annotation files that must be made go to the work dir if the devkit is read-only."""
+    for split, dataset in dataset_configs(cfg).items():
+        path, root = annotation_file(dataset), Path(dataset.get('data_root') or '')
+        if not path.is_file() and root.is_dir() and not os.access(root, os.W_OK):
+            ann_file = Path(cfg.work_dir).resolve() / ANNOTATIONS / path.name
+            dataset['ann_file'] = str(ann_file)
+            _point_evaluators(cfg, split, ann_file)
+
+
+def check_heads(cfg: Config) -> None:
+    """Compare ``num_classes`` of all heads with the class list of the data.
+
+    Raises:
+        UserError: They differ.
+    """
+    classes = class_names(cfg)
+    if not classes:
+        return
+    problems = []
+
+    def visit(node: Any, place: str) -> None:
+        if isinstance(node, dict):
+            count = node.get('num_classes')
+            # An RPN tells objects from background only.
+            if count is not None and 'rpn' not in place and count != len(classes):
+                problems.append(f'{place}.num_classes = {count}')
+            for key, value in node.items():
+                visit(value, f'{place}.{key}')
+        elif isinstance(node, (list, tuple)):
+            for i, value in enumerate(node):
+                visit(value, f'{place}.{i}')
+
+    visit(cfg.model, 'model')
+    if problems:
+        raise UserError(f'The data has {len(classes)} classes, but the model has other numbers:',
+                        problems, f'set these to {len(classes)}, or metainfo.classes to the '
+                        "model's classes")
+
+
+
+def select_split(cfg: Config, split: str) -> None:
+    """Make a split the one that is tested: the test pipeline, all images, in their order.
+
+    Args:
+        cfg: Changed in place.
+        split: One of `SPLITS`.
+
+    Raises:
+        UserError: The config does not have it, or not as one annotation file.
+    """
+    loaders = {s: cfg.get(f'{s}_dataloader') for s in SPLITS}
+    chosen = innermost((loaders[split] or {}).get('dataset'))
+    if chosen is None or 'ann_file' not in chosen:
+        raise UserError(f'The config has no {split} split that is one annotation file',
+                        cure='choose another with --split: ' + ', '.join(
+                            s for s in SPLITS if s != split and loaders[s]))
+    if split == 'train':
+        loader = copy.deepcopy(loaders['test'] or loaders['val'])
+        if loader is None:
+            raise UserError('The config has neither test_dataloader nor val_dataloader, of which '
+                            'the training split would take the pipeline')
+        dataset = innermost(loader.dataset)
+        for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'):
+            dataset.pop(key, None)
+            if key in chosen:
+                dataset[key] = copy.deepcopy(chosen[key])
+        dataset.test_mode = True  # or images without objects would be left out
+        loader.dataset = dataset
+    else:
+        loader = loaders[split]
+    cfg.test_dataloader = loader
+    evaluators = views.evaluators(cfg, 'val' if split == 'train' else split)
+    cfg.test_evaluator = copy.deepcopy(evaluators)

@@ -1,0 +1,247 @@
+"""What a check of a data set has found."""
+
+from __future__ import annotations
+
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.data.check.kinds import KINDS, SEVERITIES, Kind
+
+
+
+
+
+
+def printable(text: str) -> str:
+    """Text of a file, for a terminal: control characters and lone surrogates replaced."""
+    return text if text.isprintable() else ''.join(
+        c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
+
+
+@dataclass
+class Example:
+    """One place of a finding.
+
+    Attributes:
+        file: Image by the name in the annotation file; empty if the place is no image.
+        annotation: Annotation id as it stands in the file, if it is about one.
+        detail: What is wrong there.
+        path: The image file, for pictures.
+        other: The image file that it is held against.
+        shape: Segmentation of the annotation, for pictures.
+        box: Its box, for pictures.
+    """
+
+    file: str = ''
+    annotation: object = None
+    detail: str = ''
+    path: str = ''
+    other: str = ''
+    shape: object = None
+    box: object = None
+
+    def __str__(self) -> str:
+        place = self.file + (f' #{self.annotation}' if self.annotation is not None else '')
+        return printable(': '.join(part for part in (place.strip(), self.detail) if part))
+
+    def as_dict(self) -> dict:
+        return {'image': self.file or None, 'annotation': self.annotation, 'detail': self.detail}
+
+
+@dataclass
+class Finding:
+    """All places of one kind in one split (or between two: ``train/val``)."""
+
+    code: str
+    split: str
+    count: int
+    examples: list[Example] = field(default_factory=list)
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.code]
+
+    @property
+    def severity(self) -> str:
+        return self.kind.severity
+
+    def line(self, examples: int = 3) -> str:
+        unit = self.kind.unit
+        if self.count == 1:
+            unit = {'categories': 'category', 'classes': 'class', 'entries': 'entry'}.get(
+                unit, unit[:-1])
+        shown = '; '.join(str(e) for e in self.examples[:examples])
+        more = ', …' if self.count > min(examples, len(self.examples)) else ''
+        return f'{self.split}: {self.count:,} {unit} {self.kind.title} [{self.code}]' + (
+            f': {shown}{more}' if shown else '')
+
+    def as_dict(self) -> dict:
+        return {'code': self.code, 'severity': self.severity, 'split': self.split,
+                'count': self.count, 'unit': self.kind.unit, 'title': self.kind.title,
+                'cure': self.kind.cure, 'examples': [e.as_dict() for e in self.examples]}
+
+
+@dataclass
+class SplitStats:
+    """Numbers of one split for the report.
+
+    Attributes:
+        per_class: Objects that are no crowd region, by class, in the order of the file.
+        per_image: Images by their number of objects: label of the bin and count, like the others.
+        mask_sides: Masks by the square root of their area.
+        sizes: The most frequent image sizes.
+        aspects: Images by width / height.
+    """
+
+    name: str
+    path: str
+    image_root: str
+    images: int = 0
+    annotations: int = 0
+    crowd: int = 0
+    per_class: dict[str, int] = field(default_factory=dict)
+    per_image: dict[str, int] = field(default_factory=dict)
+    mask_sides: dict[str, int] = field(default_factory=dict)
+    sizes: dict[str, int] = field(default_factory=dict)
+    aspects: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass
+class Report:
+    """The result of `dataset_check.check`."""
+
+    splits: list[SplitStats]
+    findings: list[Finding]
+    images_read: bool = True
+    seconds: float = 0.0
+    cached: bool = False
+
+    def of(self, severity: str) -> list[Finding]:
+        return [f for f in self.findings if f.severity == severity]
+
+    @property
+    def good(self) -> bool:
+        return not self.of('error')
+
+    def codes(self) -> set[str]:
+        return {f.code for f in self.findings}
+
+    def require_good(self) -> None:
+        """Stop at errors.
+
+        Raises:
+            UserError: All errors, one line each.
+        """
+        errors = self.of('error')
+        if errors:
+            paths = list(dict.fromkeys(s.path for s in self.splits))
+            raise UserError(f'The data set has {len(errors)} kinds of errors '
+                            f'({", ".join(paths)}):',
+                            [f'{f.line()}. Cure: {f.kind.cure}' for f in errors],
+                            f'`python tools/check_dataset.py {" ".join(paths)}` shows all of '
+                            'them, its --fix OUT writes a repaired copy')
+
+    def lines(self, limit: int = 10) -> list[str]:
+        """Errors, then warnings, one line each, at most `limit`; notes are only counted."""
+        listed = self.of('error') + self.of('warning')
+        lines = [f'{f.severity}: {f.line(2)}' for f in listed[:limit]]
+        if len(listed) > limit:
+            lines.append(f'… and {len(listed) - limit} more kinds of errors and warnings')
+        return lines
+
+    def as_dict(self) -> dict:
+        return {'good': self.good, 'seconds': round(self.seconds, 2), 'cached': self.cached,
+                'images_read': self.images_read,
+                'counts': {s: len(self.of(s)) for s in SEVERITIES},
+                'splits': [dataclasses.asdict(s) for s in self.splits],
+                'findings': [f.as_dict() for f in self.findings]}
+
+    def to_cache(self) -> dict:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_cache(cls, data: dict) -> Report:
+        """The inverse of `to_cache`; KeyError or TypeError if the data is no report."""
+        findings = [Finding(**{**f, 'examples': [Example(**e) for e in f['examples']]})
+                    for f in data['findings']]
+        if any(f.code not in KINDS for f in findings):
+            raise KeyError('a finding of another version')
+        return cls([SplitStats(**s) for s in data['splits']], findings,
+                   bool(data['images_read']), float(data['seconds']), cached=True)
+
+
+def in_order(findings: Sequence[Finding]) -> list[Finding]:
+    """Errors first, then as the kinds are listed."""
+    codes = list(KINDS)
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code),
+                                           f.split))
+
+
+class Marks:
+    """Entries of one annotation file by what is wrong with them.
+
+    `rows` holds, for each code, the positions in the file's list that the kind's unit names: all
+    of them, since a repair needs all. Details are worded for the few that are shown.
+    """
+
+    def __init__(self) -> None:
+        self.rows: dict[str, np.ndarray] = {}
+        self._scores: dict[str, dict[int, float]] = {}
+        self._details: dict[str, dict[int, str] | Callable[[int], str] | str] = {}
+
+    def add(self, code: str, rows: Sequence[int] | np.ndarray,
+            detail: dict[int, str] | Callable[[int], str] | str = '',
+            scores: Mapping[int, float] | np.ndarray | None = None) -> None:
+        """Add entries.
+
+        Args:
+            code: One of `KINDS`.
+            rows: Positions in the list.
+            detail: Words for a row, if any.
+            scores: How bad a row is; the worst are shown.
+        """
+        assert code in KINDS, code
+        rows = np.asarray(rows, np.int64)
+        if not len(rows):
+            return
+        if scores is not None:
+            self._scores.setdefault(code, {}).update((int(r), float(scores[r])) for r in rows)
+        if code in self.rows:
+            old = self._details[code]
+            rows = np.union1d(self.rows[code], rows)
+            if isinstance(old, dict) and isinstance(detail, dict):
+                detail = {**detail, **old}
+            elif isinstance(old, dict) or isinstance(detail, dict):
+                detail = _either(old, detail)
+            else:
+                detail = old
+        self.rows[code], self._details[code] = rows, detail
+
+    def worst(self, code: str, count: int) -> list[int]:
+        """The rows to show: the worst, or the first if all are alike."""
+        scores, rows = self._scores.get(code), self.rows[code]
+        if scores:
+            return sorted(rows.tolist(), key=lambda r: -scores.get(r, 0))[:count]
+        return rows[:count].tolist()
+
+    def detail(self, code: str, row: int) -> str:
+        detail = self._details[code]
+        if callable(detail):
+            return detail(row)
+        return detail.get(row, '') if isinstance(detail, dict) else detail
+
+    def marked(self, *codes: str) -> set[int]:
+        return {int(r) for code in codes for r in self.rows.get(code, ())}
+
+
+def _either(first: object, second: object) -> Callable[[int], str]:
+    def word(detail: object, row: int) -> str:
+        if isinstance(detail, dict):
+            return detail.get(row, '')
+        return detail(row) if callable(detail) else str(detail)
+    return lambda row: word(first, row) or word(second, row)

@@ -1,0 +1,235 @@
+"""Whether the image files are there, whole, of the size that is written, and different."""
+
+from __future__ import annotations
+
+
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFile, UnidentifiedImageError
+
+from mmfinetune.data.check.table import Table
+from mmfinetune.utils.workers import in_order
+
+
+
+
+
+# OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
+_MOST_PIXELS = 1 << 30
+_CHUNK = 32  # images per task of a worker
+_EXIF_ORIENTATION = 0x0112
+# Upper-case suffixes that name each of Pillow's formats.
+_SUFFIXES = {'JPEG': ('.JPG', '.JPEG', '.JPE', '.JFIF'), 'PNG': ('.PNG',), 'BMP': ('.BMP', '.DIB'),
+             'TIFF': ('.TIF', '.TIFF'), 'WEBP': ('.WEBP',), 'GIF': ('.GIF',),
+             'MPO': ('.JPG', '.JPEG', '.MPO')}
+# dHash: 64 comparisons of neighbours in a row of a 9x8 thumbnail (N. Krawetz, 2013).
+_HASH_BITS = 3  # that two hashes may differ in
+_HASH_SIDE = (9, 8)
+_LEAST_CONTRAST = 8.0  # standard deviation of the thumbnail, grey levels
+_LOOK_SIDE, _LOOK_DIFFERENCE, _LOOK_CORRELATION = 64, 8.0, 0.97
+
+
+@dataclass
+class ImageFacts:
+    """What one image file is.
+
+    Attributes:
+        problem: Code of what is wrong with it; the rest is not filled in then.
+        detail: In words.
+        width, height: As stored.
+        turned: EXIF orientation, 1 to 8.
+        mode: Pillow's.
+        format: Pillow's.
+        digest: Of the content.
+        dhash: 64 bits, or None for an image without contrast.
+    """
+
+    problem: str = ''
+    detail: str = ''
+    width: int = 0
+    height: int = 0
+    turned: int = 1
+    mode: str = ''
+    format: str = ''
+    digest: bytes = b''
+    dhash: int | None = None
+
+    @property
+    def upright(self) -> tuple[int, int]:
+        """Width and height as mmcv reads it, EXIF orientation applied."""
+        size = (self.width, self.height)
+        return size[::-1] if self.turned >= 5 else size
+
+
+def look_at(path: Path) -> ImageFacts:
+    """Read and decode an image; never raises."""
+    try:
+        if path.is_dir():
+            return ImageFacts('image-unreadable', 'a folder')
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return ImageFacts('image-missing')
+    except (OSError, ValueError, RuntimeError) as error:
+        # A loop of links, no right to read, a name too long.
+        return ImageFacts('image-unreadable', getattr(error, 'strerror', None) or str(error))
+    if not content:
+        return ImageFacts('image-unreadable', 'an empty file')
+    facts = ImageFacts(digest=hashlib.blake2b(content, digest_size=16).digest())
+    before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
+    Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(content)) as image:
+            warnings.simplefilter('ignore')
+            facts.width, facts.height = image.size
+            facts.mode, facts.format = image.mode, image.format or ''
+            if facts.width * facts.height > _MOST_PIXELS:
+                return ImageFacts('image-unreadable', f'{facts.width}x{facts.height}: more than '
+                                  '2^30 pixels, which OpenCV refuses')
+            facts.turned = _orientation(image)
+            # All bytes are still decoded, but a JPEG to an eighth of its size at once.
+            image.draft('L', (9 * 8, 8 * 8))
+            facts.dhash = _dhash(image)
+    except UnidentifiedImageError:
+        return ImageFacts('image-unreadable', _not_an_image(content))
+    # Pillow's decoders raise many kinds (OSError, SyntaxError, ValueError, struct.error, …).
+    except Exception as error:
+        text = str(error) or type(error).__name__
+        short = any(word in text.lower() for word in ('truncated', 'incomplete', 'end of file'))
+        return ImageFacts('image-truncated' if short else 'image-unreadable', text)
+    finally:
+        Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
+    if facts.format == 'JPEG' and b'\xff\xd9' not in content[-2048:] or \
+            facts.format == 'PNG' and b'IEND' not in content[-2048:]:
+        # Pillow forgives a JPEG of which only the end mark is gone.
+        return ImageFacts('image-truncated', 'the end mark is missing')
+    return facts
+
+
+def _orientation(image: Image.Image) -> int:
+    if not image.info.get('exif') and image.format not in ('TIFF', 'PNG', 'WEBP'):
+        return 1
+    try:
+        value = image.getexif().get(_EXIF_ORIENTATION, 1)
+    # EXIF is written by cameras and phones in many damaged ways.
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _not_an_image(content: bytes) -> str:
+    start = content[:64].lstrip().lower()
+    if start.startswith((b'<!doctype', b'<html')):
+        return 'a web page, no image'
+    if start.startswith(b'version https://git-lfs'):
+        return 'a Git LFS pointer (run `git lfs pull`)'
+    return 'no image'
+
+
+def _dhash(image: Image.Image) -> int | None:
+    small = np.asarray(image.convert('L').resize(_HASH_SIDE, Image.Resampling.BOX), np.int16)
+    if small.std() < _LEAST_CONTRAST:
+        return None
+    bits = np.packbits(small[:, 1:] > small[:, :-1])
+    return int.from_bytes(bits.tobytes(), 'big')
+
+
+def read_images(paths: Sequence[Path], workers: int | None = None,
+                progress: bool = True) -> dict[Path, ImageFacts]:
+    """Look at image files in several processes.
+
+    Raises:
+        UserError: A worker was killed.
+    """
+    paths = list(dict.fromkeys(paths))
+    facts = in_order(look_at, paths, workers or os.cpu_count() or 1, _CHUNK, desc='images',
+                     disable=None if progress else True, leave=False)
+    return dict(zip(paths, facts, strict=True))
+
+
+def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
+    """Mark the images of a table whose files are wrong."""
+    found: dict[str, dict[int, str]] = {}
+    first_of: dict[bytes, int] = {}
+    for row, name in enumerate(table.files):
+        if name is None:
+            continue
+        fact = facts[table.root / name]
+        if fact.problem:
+            found.setdefault(fact.problem, {})[row] = fact.detail
+            continue
+        for code, detail in _judge(fact, name, int(table.widths[row]), int(table.heights[row])):
+            found.setdefault(code, {})[row] = detail
+        other = first_of.setdefault(fact.digest, row)
+        if table.files[other] != name:
+            found.setdefault('image-duplicate', {})[row] = f'the same as {table.files[other]}'
+    for code, details in found.items():
+        table.marks.add(code, list(details), details)
+
+
+def _judge(fact: ImageFacts, name: str, width: int, height: int) -> list[tuple[str, str]]:
+    found = []
+    upright, stored = fact.upright, (fact.width, fact.height)
+    if width and (width, height) != upright:
+        if (width, height) == stored:
+            found.append(('image-exif', f'{width}x{height} becomes {upright[0]}x{upright[1]} '
+                          f'(orientation {fact.turned})'))
+        else:
+            found.append(('image-size', f'is {upright[0]}x{upright[1]}, the file says '
+                          f'{width}x{height}'))
+    elif fact.turned > 1 and (fact.turned < 5 or fact.width == fact.height):
+        found.append(('image-exif-same-size', f'orientation {fact.turned}'))
+    if fact.mode.startswith(('I', 'F')):
+        found.append(('image-depth', f'mode {fact.mode}'))
+    elif fact.mode in ('RGBA', 'LA', 'PA', 'CMYK', 'YCCK'):
+        found.append(('image-channels', fact.mode))
+    known = _SUFFIXES.get(fact.format)
+    suffix = Path(name).suffix.upper()
+    if known and suffix not in known and any(suffix in s for s in _SUFFIXES.values()):
+        found.append(('image-extension', f'{fact.format} inside'))
+    return found
+
+
+def similar(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]
+            ) -> list[tuple[Path, Path]]:
+    """Pairs of images, one of each, that show the same picture; verified by looking at both."""
+    pairs = _near(first, second)
+    return [pair for pair in pairs if first[pair[0]].digest != second[pair[1]].digest
+            and _same_picture(*pair)]
+
+
+def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]
+          ) -> list[tuple[Path, Path]]:
+    """Pairs whose hashes differ in at most `_HASH_BITS` bits."""
+    ours = [(p, f.dhash) for p, f in first.items() if f.dhash is not None]
+    theirs = [(p, f.dhash) for p, f in second.items() if f.dhash is not None]
+    found = set()
+    # One of 4 parts is the same in both if no more than 3 bits differ.
+    for shift in range(0, 64, 16):
+        bins: dict[int, list[int]] = {}
+        for i, (_, value) in enumerate(ours):
+            bins.setdefault(value >> shift & 0xFFFF, []).append(i)
+        for k, (_, value) in enumerate(theirs):
+            found.update((i, k) for i in bins.get(value >> shift & 0xFFFF, ())
+                         if (ours[i][1] ^ value).bit_count() <= _HASH_BITS)
+    return [(ours[i][0], theirs[k][0]) for i, k in sorted(found)]
+
+
+def _same_picture(one: Path, two: Path) -> bool:
+    try:
+        with Image.open(one) as a, Image.open(two) as b:
+            if abs(a.width * b.height - b.width * a.height) > 0.05 * a.width * b.height:
+                return False
+            pixels = [np.asarray(image.convert('RGB').resize((_LOOK_SIDE,) * 2), np.float32)
+                      for image in (a, b)]
+    except (OSError, ValueError):
+        return False
+    correlation = np.corrcoef(pixels[0].ravel(), pixels[1].ravel())[0, 1]
+    return bool(np.abs(pixels[0] - pixels[1]).mean() <= _LOOK_DIFFERENCE
+                and correlation >= _LOOK_CORRELATION)

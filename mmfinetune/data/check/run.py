@@ -1,0 +1,294 @@
+"""Checks of whole data sets: annotation files, masks, image files, and one split against another.
+
+The result is kept in a cache, so that a check before every training costs next to nothing.
+"""
+
+from __future__ import annotations
+import contextlib
+import itertools
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+import numpy as np
+from mmfinetune.data.check.cache import Cache
+from mmfinetune.data.check.images import ImageFacts, check_images, read_images, similar
+from mmfinetune.data.check.masks import Masks, check_masks
+from mmfinetune.data.check.table import Table, read_table
+from mmfinetune.utils.errors import UserError
+from mmfinetune.data.check.kinds import IMBALANCE, RARE
+from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats, in_order
+from mmfinetune.data.layout import guess_root
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+
+
+Splits = Mapping[str, tuple[Path, Path | None]]
+
+_SIDES = (0, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+_ASPECTS = (0, 0.5, 0.7, 0.9, 1.1, 1.4, 2)
+_PER_IMAGE = (0, 1, 2, 3, 4, 5, 6, 8, 11, 16, 31)
+_SIZES_SHOWN = 8
+_LARGEST_SHAPE = 20_000  # numbers of a polygon that is kept for its picture
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to check.
+
+    Attributes:
+        images: Whether to read the image files too.
+        workers: Processes for them; all cores by default.
+        max_examples: Places kept of each finding.
+        cache: Whether to take the result of an earlier check of the same files.
+        progress: Whether to show progress bars on a terminal.
+    """
+
+    images: bool = True
+    workers: int | None = None
+    max_examples: int = 5
+    cache: bool = True
+    progress: bool = True
+
+
+def check(splits: Splits, classes: Sequence[str] | None = None,
+          options: Options = Options()) -> Report:  # noqa: B008 (frozen)
+    """Check the splits of a data set by themselves and against each other.
+
+    Args:
+        splits: Annotation file and image folder of each split. Without a folder the usual ones
+            near the file are tried.
+        classes: Class names of the config in label order; those of the first split by default.
+        options: How.
+
+    Returns:
+        All that was found. Bad data never raises; see `Report.require_good`.
+    """
+    start = time.perf_counter()
+    cache = Cache(splits, classes, (options.images, options.max_examples)) if options.cache \
+        else None
+    report = cache.find() if cache else None
+    if report is None:
+        report, tables = examine(splits, classes, options)
+        if cache:
+            cache.keep(report, [t.image_path(i) for t in tables for i in range(len(t.files))]
+                       if options.images else [])
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def examine(splits: Splits, classes: Sequence[str] | None = None,
+            options: Options = Options(),  # noqa: B008 (frozen)
+            keep: bool = False) -> tuple[Report, list[Table]]:
+    """`check` without the cache, and the tables that it read.
+
+    Args:
+        keep: Whether the tables keep their annotations, which take most of the memory.
+    """
+    names: dict[tuple[Path, Path | None], list[str]] = {}
+    for name, (path, root) in splits.items():
+        # Most configs test on the validation split.
+        names.setdefault((Path(path), root and Path(root)), []).append(name)
+    tables, stats, findings = [], [], []
+    facts: list[dict[Path, ImageFacts]] = []
+    for (path, root), sharing in names.items():
+        table = read_table(', '.join(sharing), path, root or Path())
+        if root is None:
+            table.root = guess_root(path, table.files)
+        masks = check_masks(table, options.progress)
+        facts.append({})
+        if options.images:
+            facts[-1] = read_images([table.root / f for f in table.files if f is not None],
+                                    options.workers, options.progress)
+            check_images(table, facts[-1])
+        counts = _count(table)
+        findings += _of_table(table, options.max_examples)
+        findings += _of_classes(table, counts, classes or tables and tables[0].classes,
+                                options.max_examples)
+        stats.append(_statistics(table, masks, counts))
+        if not keep:
+            table.annotations = []
+        tables.append(table)
+    for one, two in itertools.combinations(range(len(tables)), 2):
+        findings += _between(tables[one], tables[two], facts[one], facts[two],
+                             options.max_examples)
+    return Report(stats, in_order(findings), options.images), tables
+
+
+def _is_training(name: str) -> bool:
+    return not any(word in name.lower() for word in ('val', 'test')) or 'train' in name.lower()
+
+
+def _usable(table: Table) -> np.ndarray:
+    """(A,) bool: the objects that training learns from (mmdet's CocoDataset.parse_data_info)."""
+    with np.errstate(invalid='ignore'):
+        usable = (table.image_rows >= 0) & (table.category_rows >= 0) & ~table.crowd & \
+            (table.areas > 0) & (table.boxes[:, 2:] >= 1).all(1)
+    for code in ('box-outside', 'mask-missing', 'mask-type', 'mask-empty'):
+        usable[list(table.marks.marked(code))] = False
+    return usable
+
+
+def _count(table: Table) -> Counter[str]:
+    """Usable objects by class name."""
+    rows, numbers = np.unique(table.category_rows[_usable(table)], return_counts=True)
+    counts: Counter[str] = Counter()
+    for row, number in zip(rows.tolist(), numbers.tolist(), strict=True):
+        name = table.categories[row].get('name')
+        counts[name if isinstance(name, str) else repr(name)] += number
+    return counts
+
+
+def _of_table(table: Table, most: int) -> list[Finding]:
+    """Findings from what is marked in a table."""
+    fatal: dict[str, list[str]] = {}
+    for code, detail in table.fatal:
+        fatal.setdefault(code, []).append(detail)
+    findings = [Finding(code, table.name, len(details),
+                        [Example(detail=f'{table.path}{f": {d}" if d else ""}') for d in details])
+                for code, details in fatal.items()]
+    if any(code.startswith(('section', 'top')) for code in fatal) or not table.images:
+        return findings
+    marks = table.marks
+    empty = np.ones(len(table.images), bool)
+    empty[table.image_rows[table.image_rows >= 0]] = False
+    # All of them are no note but the error below.
+    if not empty.all():
+        marks.add('image-empty', np.flatnonzero(empty))
+    if table.images and not _usable(table).any():
+        findings.append(Finding('no-objects', table.name, 1, [Example(
+            detail=f'{table.path}: {len(table.annotations)} annotations')]))
+    for code, rows in marks.rows.items():
+        finding = Finding(code, table.name, len(rows))
+        make = {'images': _image_example, 'annotations': _annotation_example}.get(
+            finding.kind.unit, lambda _table, _row: Example())
+        for row in marks.worst(code, most):
+            example = make(table, row)
+            example.detail = marks.detail(code, row)
+            finding.examples.append(example)
+        findings.append(finding)
+    return findings
+
+
+def _image_example(table: Table, row: int) -> Example:
+    name = table.files[row]
+    return Example(name or f'image {table.images[row].get("id", f"at position {row}")!r}',
+                   path=str(table.root / name) if name else '')
+
+
+def _annotation_example(table: Table, row: int) -> Example:
+    entry = table.annotations[row]
+    image = table.image_rows[row]
+    example = _image_example(table, image) if image >= 0 else Example()
+    key = entry.get('id', f'at position {row}')
+    example.annotation = key if isinstance(key, (int, float, str)) else repr(key)
+    shape = entry.get('segmentation')
+    if isinstance(shape, list) and all(hasattr(p, 'tolist') for p in shape):
+        shape = [p.tolist() for p in shape]
+        small = sum(map(len, shape)) <= _LARGEST_SHAPE
+    else:
+        small = isinstance(shape, dict) and len(str(shape)) <= 8 * _LARGEST_SHAPE
+    example.shape = shape if small else None
+    example.box = None if np.isnan(table.boxes[row]).any() else table.boxes[row].tolist()
+    return example
+
+
+def _of_classes(table: Table, counts: Mapping[str, int], expected: Sequence[str] | None,
+                most: int) -> list[Finding]:
+    """Findings about class order, and classes with too few objects."""
+    findings = []
+    if expected and table.classes and list(expected) != table.classes:
+        findings.append(Finding('class-order', table.name, 1, [Example(
+            detail=f'{table.path}: {_difference(table.classes, list(expected))}')]))
+    if not counts:
+        return findings
+
+    def add(code: str, chosen: Sequence[str]) -> None:
+        if chosen:
+            findings.append(Finding(code, table.name, len(chosen), [
+                Example(detail=f'{name} ({counts[name]:,})' if counts[name] else name)
+                for name in chosen[:most]]))
+    largest = max(counts.values())
+    few = sorted(table.classes, key=lambda name: counts[name])
+    absent = [name for name in few if not counts[name]]
+    if not _is_training(table.name):
+        add('class-unmeasured', absent)
+        return findings
+    add('class-absent', absent)
+    add('class-rare', [name for name in few if 0 < counts[name] < RARE])
+    add('class-imbalance', [name for name in few
+                            if RARE <= counts[name] <= largest / IMBALANCE])
+    return findings
+
+
+def _difference(found: list[str], expected: list[str]) -> str:
+    """How two class lists differ: the first place, then names that only one has."""
+    place = next((k for k, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
+    words = [] if place is None else [
+        f'class {place + 1} is {found[place]!r}, expected is {expected[place]!r}']
+    for verb, names in (('has not', [n for n in expected if n not in found]),
+                        ('has beyond', [n for n in found if n not in expected])):
+        if names:
+            more = f', … ({len(names)})' if len(names) > 5 else ''
+            words.append(f'{verb} {", ".join(map(repr, names[:5]))}{more}')
+    return '; '.join(words)
+
+
+def _between(one: Table, two: Table, ours: dict[Path, ImageFacts], theirs: dict[Path, ImageFacts],
+             most: int) -> list[Finding]:
+    """Findings about images that are in two splits."""
+    if one.path.resolve() == two.path.resolve():
+        return []
+    name = f'{one.name} / {two.name}'
+    if not (ours and theirs):
+        both = {one.root / f for f in one.files if f} & {two.root / f for f in two.files if f}
+        return [Finding('leak-content', name, len(both), [
+            Example(p.name, detail='the same file', path=str(p)) for p in sorted(both)[:most]])
+        ] if both else []
+    by_digest = {fact.digest: path for path, fact in ours.items() if not fact.problem}
+    same = [(by_digest[fact.digest], path) for path, fact in theirs.items()
+            if not fact.problem and fact.digest in by_digest]
+    found = []
+    for code, pairs, word in (('leak-content', same, 'is'),
+                              ('leak-similar', similar(ours, theirs), 'looks like')):
+        if pairs:
+            found.append(Finding(code, name, len({second for _, second in pairs}), [
+                Example(_inside(second, two.root), detail=f'{word} {_inside(first, one.root)}',
+                        path=str(second), other=str(first))
+                for first, second in pairs[:most]]))
+    return found
+
+
+def _inside(path: Path, folder: Path) -> str:
+    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
+
+
+def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitStats:
+    known = table.image_rows[(table.image_rows >= 0) & ~table.crowd]
+    per_image = np.bincount(known, minlength=len(table.images)) if table.images else []
+    sized = table.widths > 0
+    widths, heights = table.widths[sized], table.heights[sized]
+    sizes = Counter(zip(widths.tolist(), heights.tolist(), strict=True))
+    shown = {f'{w}x{h}': n for (w, h), n in sizes.most_common(_SIZES_SHOWN)}
+    if len(sizes) > _SIZES_SHOWN:
+        shown[f'{len(sizes) - _SIZES_SHOWN} others'] = int(sized.sum()) - sum(shown.values())
+    areas = masks.areas[np.isfinite(masks.areas) & ~table.crowd]
+    return SplitStats(
+        table.name, str(table.path), str(table.root), len(table.images), len(table.annotations),
+        int(table.crowd.sum()), {name: counts[name] for name in table.classes},
+        _histogram(per_image, _PER_IMAGE, whole=True), _histogram(np.sqrt(areas), _SIDES),
+        shown, _histogram(widths / np.maximum(heights, 1), _ASPECTS))
+
+
+def _histogram(values: Sequence[float] | np.ndarray, edges: Sequence[float],
+               whole: bool = False) -> dict[str, int]:
+    """Counts by bin; the last bin is open."""
+    counts, _ = np.histogram(values, [*edges, np.inf])
+    ends = [*edges[1:], None]
+    labels = [f'{a:g}+' if b is None else f'{a:g}' if whole and b == a + 1
+              else f'{a:g}-{b - 1 if whole else b:g}' for a, b in zip(edges, ends, strict=True)]
+    return dict(zip(labels, counts.tolist(), strict=True))

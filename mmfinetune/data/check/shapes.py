@@ -1,0 +1,98 @@
+"""Repairs of one segmentation: clip, turn, measure. Polygons stay polygons."""
+
+from __future__ import annotations
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+import numpy as np
+from pycocotools import mask as mask_api
+
+if TYPE_CHECKING:
+    from shapely import Polygon
+
+
+
+
+
+Segmentation = list[list[float]] | dict
+
+
+def usable_polygons(shape: object) -> list[list[float]] | None:
+    """The usable polygons of a segmentation, a flat single one wrapped; None if it is no list."""
+    if not isinstance(shape, list):
+        return None
+    if shape and all(type(value) in (int, float) for value in shape):
+        shape = [shape]
+    return [part for part in shape if isinstance(part, list) and len(part) >= 6
+            and len(part) % 2 == 0 and all(type(v) in (int, float) and abs(v) < 1e9 for v in part)]
+
+
+def clip(polygons: Iterable[list[float]], width: int, height: int) -> list[list[float]]:
+    """The parts of polygons within the image, rounded to 1/100 px."""
+    import shapely
+    clipped: list[list[float]] = []
+    for part in polygons:
+        shape = shapely.make_valid(shapely.Polygon(np.reshape(part, (-1, 2))))
+        inside = shapely.clip_by_rect(shape, 0, 0, width, height)
+        for piece in shapely.get_parts(shapely.get_parts(inside)):
+            if piece.geom_type == 'Polygon' and piece.area > 0:
+                clipped.append(_one_ring(shapely.geometry.polygon.orient(piece)))
+    return clipped
+
+
+def _one_ring(polygon: Polygon) -> list[float]:
+    """A polygon as a single ring: COCO knows no holes, so a slit leads to each and back."""
+    outline = np.asarray(polygon.exterior.coords)
+    rings = [outline]
+    for hole in polygon.interiors:
+        rings += [np.asarray(hole.coords), outline[:1]]
+    return np.concatenate(rings).round(2).ravel().tolist()
+
+
+def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int,
+                  height: int) -> list[list[float]]:
+    """Polygons of a stored image, as they are once its EXIF orientation is applied.
+
+    Args:
+        polygons: In the stored image.
+        orientation: 5 to 8 (EXIF 2.32, tag 0x0112).
+        width: Of the stored image.
+        height: Of the stored image.
+    """
+    turned = []
+    for part in polygons:
+        x, y = np.reshape(part, (-1, 2)).T
+        points = {5: (y, x), 6: (height - y, x), 7: (height - y, width - x),
+                  8: (y, width - x)}[orientation]
+        turned.append(np.stack(points, 1).ravel().round(2).tolist())
+    return turned
+
+
+def turn_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
+    """A mask (H, W) of a stored image as (W, H), its EXIF orientation of 5 to 8 applied."""
+    return {5: lambda: mask.T, 6: lambda: np.rot90(mask, -1), 7: lambda: np.rot90(mask, 2).T,
+            8: lambda: np.rot90(mask)}[orientation]()
+
+
+def to_rle(shape: Segmentation, width: int, height: int) -> dict:
+    """The compressed RLE, counts in bytes, of a segmentation that was found to be valid."""
+    if isinstance(shape, list):
+        return mask_api.merge(mask_api.frPyObjects(shape, height, width))
+    if isinstance(shape['counts'], list):
+        return mask_api.frPyObjects(shape, *shape['size'])
+    return {'size': shape['size'], 'counts': shape['counts'].encode()}
+
+
+def as_json(rle: dict) -> dict:
+    return {'size': [int(v) for v in rle['size']], 'counts': rle['counts'].decode()}
+
+
+def measure(shape: Segmentation, width: int, height: int) -> tuple[list[float], float]:
+    """Box (x, y, width, height) and area in pixels of a mask, within the image."""
+    rle = to_rle(shape, width, height)
+    area = float(mask_api.area(rle))
+    if isinstance(shape, list):
+        points = np.concatenate([np.reshape(part, (-1, 2)) for part in shape])
+        low, high = (np.clip(corner, 0, [width, height]) for corner in (points.min(0),
+                                                                       points.max(0)))
+        return np.concatenate([low, high - low]).round(2).tolist(), area
+    return [float(v) for v in mask_api.toBbox(rle)], area

@@ -1,0 +1,309 @@
+"""An annotation file as columns: what is read of it, and which entries are wrong by themselves."""
+
+from __future__ import annotations
+
+
+import contextlib
+import gc
+import itertools
+import json
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PureWindowsPath
+
+import numpy as np
+
+from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
+from mmfinetune.data.check.findings import Marks
+
+from mmfinetune.data.coco_json import is_text
+from mmfinetune.data.coco_json import json_kind
+from mmfinetune.data.coco_json import shown_value
+from mmfinetune.data.coco_json import load
+from mmfinetune.data.coco_json import name_problem
+
+
+
+SECTIONS = ('images', 'annotations', 'categories')
+BACKGROUND = ('background', '_background_', '__background__', '__ignore__')
+_LARGEST_ID = 2 ** 63 - 1
+_MISSING = object()
+
+
+@dataclass
+class Table:
+    """One annotation file.
+
+    Rows are positions in the lists of the file. What cannot be used has a value that says so:
+    -1 for rows and ids, 0 for sizes, NaN for boxes and areas, None for names.
+
+    Attributes:
+        name: Of the split.
+        path: The JSON file.
+        root: Folder that the image names are relative to.
+        images, annotations, categories: The lists; entries that are no object are empty dicts.
+        classes: Category names in the file's order, without repeated ones.
+        files: (I,) image names or None.
+        widths, heights: (I,) int64.
+        category_rows: (A,) int64, positions in `categories` (the first of a repeated id).
+        image_rows: (A,) int64, positions in `images`.
+        boxes: (A, 4) float64, x, y, width, height.
+        areas: (A,) float64.
+        crowd: (A,) bool.
+        marks: What is wrong with entries of the three lists.
+        fatal: Code and detail of what is wrong with the file as a whole.
+    """
+
+    name: str
+    path: Path
+    root: Path
+    images: list[dict] = field(default_factory=list)
+    annotations: list[dict] = field(default_factory=list)
+    categories: list[dict] = field(default_factory=list)
+    classes: list[str] = field(default_factory=list)
+    files: list[str | None] = field(default_factory=list)
+    widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    heights: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    category_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    image_rows: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    boxes: np.ndarray = field(default_factory=lambda: np.zeros((0, 4)))
+    areas: np.ndarray = field(default_factory=lambda: np.zeros(0))
+    crowd: np.ndarray = field(default_factory=lambda: np.zeros(0, bool))
+    marks: Marks = field(default_factory=Marks)
+    fatal: list[tuple[str, str]] = field(default_factory=list)
+
+    def image_path(self, row: int) -> Path | None:
+        name = self.files[row]
+        return None if name is None else self.root / name
+
+    def sizes_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Width and height of the images of some annotations; 0 where unknown."""
+        images = self.image_rows[rows]
+        known = images >= 0
+        return (np.where(known, self.widths[images], 0), np.where(known, self.heights[images], 0)) \
+            if len(self.widths) else (np.zeros(len(rows), np.int64),) * 2
+
+
+def read_table(name: str, path: Path, root: Path) -> Table:
+    """Read an annotation file and check its tables; masks and image files are not looked at.
+
+    Never raises on bad input: what is wrong is in `Table.fatal` and `Table.marks`.
+    """
+    table = Table(name, path, root)
+    data, problem = load(path, compact=True)
+    if problem:
+        table.fatal.append(problem)
+        if data is None:
+            return table
+    for section in SECTIONS:
+        entries = data.get(section, _MISSING)
+        if entries is _MISSING:
+            table.fatal.append(('section-missing', section))
+        elif not isinstance(entries, list):
+            table.fatal.append(('section-type', f'{section} is {json_kind(entries)}'))
+        else:
+            wrong = [i for i, kind in enumerate(map(type, entries)) if kind is not dict]
+            if wrong:
+                table.fatal.append(('entry-type', f'{section}: {len(wrong)} of them, the first '
+                                    f'is {json_kind(entries[wrong[0]])} at position {wrong[0]}'))
+                for i in wrong:
+                    entries[i] = {}
+            setattr(table, section, entries)
+    del data
+    if any(code.startswith('section') for code, _ in table.fatal):
+        table.images, table.annotations, table.categories = [], [], []
+        return table
+    if not table.images:
+        table.fatal.append(('no-images', ''))
+    if not table.categories:
+        table.fatal.append(('no-categories', ''))
+    categories = _check_categories(table)
+    images = _check_images(table)
+    _check_annotations(table, images, categories)
+    return table
+
+
+def _check_ids(table: Table, section: str) -> dict[object, int]:
+    """Mark wrong ids; the rows by id, the first of repeated ones."""
+    entries, marks = getattr(table, section), table.marks
+    name = {'images': 'image', 'annotations': 'annotation', 'categories': 'category'}[section]
+    values = [entry.get('id', _MISSING) for entry in entries]
+    rows: dict[object, int] = {}
+    try:
+        rows = dict(zip(reversed(values), range(len(values) - 1, -1, -1), strict=True))
+    except TypeError:
+        for i in range(len(values) - 1, -1, -1):
+            if not isinstance(values[i], (list, dict)):
+                rows[values[i]] = i
+    rows.pop(_MISSING, None)
+    if set(map(type, values)) <= {int} and len(rows) == len(values):
+        low, high = (min(rows), max(rows)) if rows else (0, 0)
+        if low >= 0 and high <= _LARGEST_ID:
+            return rows
+    by_code: dict[str, list[int]] = {'missing': [], 'type': [], 'range': [], 'duplicate': []}
+    for i, value in enumerate(values):
+        # An entry that is no object is told of already.
+        if value is _MISSING:
+            if entries[i]:
+                by_code['missing'].append(i)
+        elif type(value) is not int:
+            by_code['type'].append(i)
+        elif not 0 <= value <= _LARGEST_ID:
+            by_code['range'].append(i)
+        if value is not _MISSING and not isinstance(value, (list, dict)) and rows[value] != i:
+            by_code['duplicate'].append(i)
+    for code, found in by_code.items():
+        marks.add(f'{name}-id-{code}', found, lambda i: f'id {shown_value(values[i])}'
+                  if values[i] is not _MISSING else f'position {i}')
+    return rows
+
+
+def _check_categories(table: Table) -> dict[object, int]:
+    marks, rows = table.marks, _check_ids(table, 'categories')
+    seen: dict[str, int] = {}
+    for i, entry in enumerate(table.categories):
+        name = entry.get('name')
+        if not isinstance(name, str) or not name.strip() or not is_text(name):
+            if entry:
+                marks.add('category-name', [i], {i: f'id {shown_value(entry.get("id"))}'})
+        elif name in seen:
+            marks.add('category-name-duplicate', [i], {i: f'{name!r}'})
+        else:
+            seen[name] = i
+        if entry.get('id') == 0 and type(entry['id']) is int:
+            marks.add('category-id-zero', [i], {i: f'{name!r}'})
+        if isinstance(name, str) and name.strip().lower() in BACKGROUND:
+            marks.add('background-class', [i], {i: f'{name!r}'})
+    table.classes = list(seen)
+    return rows
+
+
+def _check_images(table: Table) -> dict[object, int]:
+    marks, rows = table.marks, _check_ids(table, 'images')
+    table.files = [entry.get('file_name') for entry in table.images]
+    seen: dict[str, int] = {}
+    for i, name in enumerate(table.files):
+        reason = name_problem(name)
+        if reason:
+            if table.images[i]:
+                marks.add('file-name', [i], {i: reason})
+            table.files[i] = None
+            continue
+        if name in seen:
+            ids = (shown_value(table.images[k].get('id')) for k in (seen[name], i))
+            marks.add('image-listed-twice', [i], {i: f'ids {" and ".join(ids)}'})
+        seen.setdefault(name, i)
+        if name[0] in '/\\' or '..' in name or name[1:2] == ':':
+            path = PureWindowsPath(name)
+            if path.is_absolute() or path.root or '..' in path.parts:
+                marks.add('file-name-outside', [i], {i: name})
+    sizes = []
+    for key in ('width', 'height'):
+        values = [entry.get(key) for entry in table.images]
+        wrong = [i for i, v in enumerate(values) if type(v) is not int or not 0 < v < 1 << 31]
+        for i in wrong:
+            if table.images[i]:
+                marks.add('image-size-invalid', [i], {i: f'{key} {shown_value(values[i])}'})
+            values[i] = 0
+        sizes.append(np.array(values, np.int64))
+    usable = np.minimum(*sizes) > 0
+    table.widths, table.heights = (np.where(usable, size, 0) for size in sizes)
+    return rows
+
+
+def _check_annotations(table: Table, images: dict[object, int],
+                       categories: dict[object, int]) -> None:
+    marks, entries = table.marks, table.annotations
+    _check_ids(table, 'annotations')
+    marks.add('annotation-id-zero', [i for i, entry in enumerate(entries)
+                                     if entry.get('id', 1) == 0 and entry['id'] is not False])
+    present = np.fromiter(map(bool, entries), bool, len(entries))
+    for key, lookup, column, code in (
+            ('image_id', images, 'image_rows', 'image-id-unknown'),
+            ('category_id', categories, 'category_rows', 'category-id-unknown')):
+        values = [entry.get(key) for entry in entries]
+        try:
+            rows = np.fromiter((lookup.get(v, -1) for v in values), np.int64, len(values))
+        except TypeError:
+            rows = np.array([-1 if isinstance(v, (list, dict)) else lookup.get(v, -1)
+                             for v in values], np.int64)
+        setattr(table, column, rows)
+        marks.add(code, np.flatnonzero(present & (rows < 0)),
+                  lambda i, key=key, values=values: f'{key} {shown_value(values[i])}')
+    table.crowd = np.zeros(len(entries), bool)
+    missing, wrong = [], []
+    for i, entry in enumerate(entries):
+        value = entry.get('iscrowd', _MISSING)
+        if value is _MISSING:
+            missing.append(i)
+        elif type(value) is not int or value not in (0, 1):
+            wrong.append(i)
+        table.crowd[i] = value is not _MISSING and bool(value)
+    marks.add('iscrowd-missing', [i for i in missing if entries[i]])
+    marks.add('iscrowd-value', wrong, lambda i: f'iscrowd {shown_value(entries[i]["iscrowd"])}')
+    table.areas = _check_areas(marks, entries)
+    table.boxes = _check_boxes(table)
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e300  # False for NaN too
+
+
+def _check_areas(marks: Marks, entries: list[dict]) -> np.ndarray:
+    values = [entry.get('area') for entry in entries]
+    if not set(map(type, values)) <= {int, float}:
+        values = [v if _is_number(v) else np.nan for v in values]
+    try:
+        areas = np.array(values, np.float64).reshape(len(entries))
+    except OverflowError:
+        areas = np.array([v if _is_number(v) else np.nan for v in values], np.float64)
+    marks.add('area-invalid', [i for i in np.flatnonzero(~np.isfinite(areas)) if entries[i]],
+              lambda i: f'area {shown_value(entries[i]["area"])}' if 'area' in entries[i] else 'no area')
+    marks.add('area-zero', np.flatnonzero(areas <= 0), lambda i: f'area {areas[i]:g}')
+    return np.where(areas > 0, areas, np.nan)
+
+
+def _check_boxes(table: Table) -> np.ndarray:
+    """The boxes (A, 4); marks those that are none, without area, or not in the image."""
+    entries, marks = table.annotations, table.marks
+    values = [entry.get('bbox') for entry in entries]
+    boxes = _as_array(values)
+    marks.add('box-invalid', [i for i in np.flatnonzero(np.isnan(boxes[:, 0])) if entries[i]],
+              lambda i: f'bbox {shown_value(values[i])}' if 'bbox' in entries[i] else 'no bbox')
+    with np.errstate(invalid='ignore'):
+        x, y, w, h = boxes.T
+        degenerate = (w <= 0) | (h <= 0)
+        tiny = ~degenerate & ((w < 1) | (h < 1))
+        width, height = table.sizes_of(np.arange(len(entries)))
+        # Where the image is not known nothing can be said.
+        checked = (width > 0) & ~degenerate
+        outside = checked & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+        over = checked & ~outside & (
+            np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
+
+    def detail(i: int) -> str:
+        return f'bbox {shown_value([round(float(v), 2) for v in boxes[i]])}' + (
+            f' in {width[i]}x{height[i]}' if width[i] else '')
+    marks.add('box-degenerate', np.flatnonzero(degenerate), detail)
+    marks.add('box-tiny', np.flatnonzero(tiny), detail)
+    marks.add('box-outside', np.flatnonzero(outside), detail)
+    marks.add('box-over-edge', np.flatnonzero(over), detail)
+    return boxes
+
+
+def _as_array(values: Sequence[object]) -> np.ndarray:
+    if set(map(type, values)) <= {list} and set(map(len, values)) <= {4} \
+            and set(map(type, itertools.chain.from_iterable(values))) <= {int, float}:
+        try:
+            boxes = np.fromiter(itertools.chain.from_iterable(values), np.float64,
+                                4 * len(values)).reshape(-1, 4)
+            if np.isfinite(boxes).all() and (np.abs(boxes) < 1e300).all():
+                return boxes
+        except OverflowError:
+            pass
+    boxes = np.full((len(values), 4), np.nan)
+    for i, value in enumerate(values):
+        if isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)):
+            boxes[i] = value
+    return boxes

@@ -1,0 +1,250 @@
+"""The seeded synthetic data of the demo: coloured shapes on noise, in PASCAL VOC's own layout.
+
+A class is one of 10 shapes in one of 8 colours, so 80 in all: one for each COCO class. A VOC class
+looks like its COCO twin (``aeroplane`` like ``airplane``), as it does in the real data sets.
+"""
+
+from __future__ import annotations
+
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_utils
+from tqdm import tqdm
+
+from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, coco_name
+from mmfinetune.utils.files import atomic_write_json, atomic_write_text
+
+
+
+
+
+SIZE = 224
+VOID = 255
+COLOURS = np.array([(214, 45, 45), (240, 140, 30), (230, 225, 60), (60, 180, 70),
+                    (70, 215, 220), (55, 85, 220), (205, 65, 205), (245, 245, 245)], np.float32)
+
+
+def _circle(radius: float, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    return np.stack([np.cos(t) * radius + centre[0], np.sin(t) * radius + centre[1]], 1)
+
+
+def _star() -> np.ndarray:
+    t = np.arange(10) * np.pi / 5
+    return np.stack([np.cos(t), np.sin(t)], 1) * np.where(np.arange(10) % 2, 0.42, 1.0)[:, None]
+
+
+def _heart() -> np.ndarray:
+    t = np.linspace(0, 2 * np.pi, 40, endpoint=False)
+    x = 16 * np.sin(t) ** 3
+    y = 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return np.stack([x, -y], 1) / 17
+
+
+def _poly(*xy: tuple[float, float]) -> np.ndarray:
+    return np.array(xy, float)
+
+
+# Each shape: (outline, hole or None) in a unit circle.
+SHAPES: tuple[tuple[np.ndarray, np.ndarray | None], ...] = (
+    (_circle(0.85), None),
+    (_poly((-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75)), None),
+    (_poly((0, -1), (.87, .5), (-.87, .5)), None),
+    (_star(), None),
+    (_poly((-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1),
+           (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)), None),
+    (_circle(0.95), _circle(0.5)),
+    (_circle(0.95), _circle(0.8, (0.55, 0.0))),
+    (_heart(), None),
+    (_poly((1, 0), (.1, .75), (.1, .28), (-1, .28), (-1, -.28), (.1, -.28), (.1, -.75)), None),
+    (_poly((-1, -.3), (1, -.3), (1, .3), (-1, .3)), None),
+)
+
+
+def look(coco_index: int) -> tuple[int, int]:
+    """Shape and colour index of a COCO class; no two of the 80 share both."""
+    shape, turn = coco_index % len(SHAPES), coco_index // len(SHAPES)
+    return shape, (3 * turn + shape) % len(COLOURS)
+
+
+def render_scene(rng: np.random.Generator, coco_indices: Sequence[int], size: int = SIZE
+                 ) -> tuple[np.ndarray, np.ndarray]:
+    """Draw objects of the given classes on a noise background.
+
+    Args:
+        rng: Source of all randomness.
+        coco_indices: Class of each object, back to front.
+        size: Side of the square image in pixels.
+
+    Returns:
+        The RGB image, uint8 (size, size, 3), and the object index of each pixel, uint8
+        (size, size): 0 is background, k the k-th object.
+    """
+    coarse = rng.uniform(40, 190, (5, 5, 3)).astype(np.float32)
+    coarse = 0.35 * coarse + 0.65 * coarse.mean(2, keepdims=True)
+    image = cv2.resize(coarse, (size, size), interpolation=cv2.INTER_CUBIC)
+    image += rng.normal(0, 14, (size, size, 1)).astype(np.float32)
+    objects = np.zeros((size, size), np.uint8)
+    centres: list[tuple[float, float, float]] = []
+    for k, index in enumerate(coco_indices, 1):
+        shape, colour = look(index)
+        radius = rng.uniform(22, 48) * size / SIZE
+        for _ in range(30):
+            cx, cy = rng.uniform(0.7 * radius, size - 0.7 * radius, 2)
+            if all(np.hypot(cx - x, cy - y) > 0.8 * (radius + r) for x, y, r in centres):
+                break
+        centres.append((cx, cy, radius))
+        angle = rng.uniform(0, 2 * np.pi)
+        turn = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
+        scale = radius * np.array([1.0, rng.uniform(0.85, 1.0)])
+        mask = np.zeros((size, size), np.uint8)
+        for outline, value in zip(SHAPES[shape], (1, 0), strict=True):
+            if outline is not None:
+                points = (outline * scale) @ turn.T + (cx, cy)
+                cv2.fillPoly(mask, [np.round(points * 16).astype(np.int32)], value, shift=4)
+        mask = mask.astype(bool)
+        paint = COLOURS[colour] * rng.uniform(0.82, 1.05) + rng.normal(0, 8, 3)
+        texture = rng.normal(0, 10, (int(mask.sum()), 1))
+        image[mask] = paint + texture
+        objects[mask] = k
+    return np.clip(image, 0, 255).astype(np.uint8), objects
+
+
+def _scene(seed: Sequence[int], pool: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
+    """A scene of 2 to 4 objects; an object that others hide almost wholly is drawn anew."""
+    rng = np.random.default_rng(list(seed))
+    while True:
+        picks = [int(i) for i in rng.choice(len(pool), int(rng.integers(2, 5)))]
+        image, objects = render_scene(rng, [pool[i] for i in picks])
+        if all((objects == k).sum() >= 200 for k in range(1, len(picks) + 1)):
+            return image, objects, picks
+
+
+def _borders(objects: np.ndarray) -> np.ndarray:
+    """Pixels of either side of an object's outline, which VOC marks as void."""
+    edge = np.zeros(objects.shape, bool)
+    for axis in (0, 1):
+        differs = np.diff(objects.astype(np.int16), axis=axis) != 0
+        low = [slice(None), slice(None)]
+        low[axis] = slice(0, -1)
+        edge[tuple(low)] |= differs
+    return edge
+
+
+def _palette() -> list[int]:
+    """VOC's colour map: three bits of the index at a time go to R, G and B, high bits first."""
+    return [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+            for index in range(256) for channel in range(3)]
+
+
+def _xml(name: str, size: int, objects: np.ndarray, names: Sequence[str]) -> str:
+    rows = [f'<annotation><folder>VOC2012</folder><filename>{name}.jpg</filename>',
+            f'<size><width>{size}</width><height>{size}</height><depth>3</depth></size>',
+            '<segmented>1</segmented>']
+    for k, label in enumerate(names, 1):
+        ys, xs = np.nonzero(objects == k)
+        x1, y1, x2, y2 = xs.min(), ys.min(), xs.max(), ys.max()
+        cut = int(x1 == 0 or y1 == 0 or x2 == size - 1 or y2 == size - 1)
+        # VOC counts pixels from 1.
+        rows.append(f'<object><name>{label}</name><truncated>{cut}</truncated>'
+                    f'<difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>'
+                    f'<xmax>{x2 + 1}</xmax><ymax>{y2 + 1}</ymax></bndbox></object>')
+    return '\n'.join(rows) + '\n</annotation>\n'
+
+
+def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0,
+             progress: bool = True) -> Path:
+    """Write the demo set in VOC devkit layout with the 20 VOC class names.
+
+    Args:
+        root: Folder that gets ``VOCdevkit/VOC2012``.
+        num_train: Training images.
+        num_val: Held-out images.
+        seed: Same seed, same files.
+        progress: Show a progress bar.
+
+    Returns:
+        The ``VOC2012`` folder.
+    """
+    devkit = Path(root) / 'VOCdevkit' / 'VOC2012'
+    folders = {f: devkit / f for f in ('JPEGImages', 'SegmentationObject', 'SegmentationClass',
+                                       'Annotations', 'ImageSets/Segmentation')}
+    for folder in folders.values():
+        folder.mkdir(parents=True, exist_ok=True)
+    pool = [COCO_CLASSES.index(coco_name(c)) for c in VOC_CLASSES]
+    palette = _palette()
+    splits = {'train': num_train, 'val': num_val}
+    with tqdm(total=num_train + num_val, desc='Drawing the demo images', unit='img',
+              disable=not progress) as bar:
+        for split_index, (split, count) in enumerate(splits.items()):
+            names = []
+            for i in range(count):
+                name = f'demo_{split}_{i:04d}'
+                image, objects, picks = _scene((seed, 20, split_index, i), pool)
+                void = _borders(objects)
+                classes = np.zeros_like(objects)
+                for k, pick in enumerate(picks, 1):
+                    classes[objects == k] = pick + 1
+                Image.fromarray(image).save(folders['JPEGImages'] / f'{name}.jpg', quality=92)
+                for folder, labels in (('SegmentationObject', objects),
+                                       ('SegmentationClass', classes)):
+                    png = Image.fromarray(np.where(void, VOID, labels).astype(np.uint8), 'P')
+                    png.putpalette(palette)
+                    png.save(folders[folder] / f'{name}.png')
+                (folders['Annotations'] / f'{name}.xml').write_text(
+                    _xml(name, SIZE, objects, [VOC_CLASSES[p] for p in picks]))
+                names.append(name)
+                bar.update()
+            atomic_write_text(folders['ImageSets/Segmentation'] / f'{split}.txt',
+                              '\n'.join(names) + '\n')
+    return devkit
+
+
+def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int = 0,
+              progress: bool = True) -> Path:
+    """Write the 80-class set on which the bundled demo weights were trained.
+
+    Args:
+        root: Folder that gets ``images/`` and ``annotations/instances_{train,val}.json``.
+        num_train: Training images.
+        num_val: Validation images.
+        seed: Same seed, same files; never the scenes of :func:`make_voc`.
+        progress: Show a progress bar.
+
+    Returns:
+        ``root``.
+    """
+    root = Path(root)
+    (root / 'images').mkdir(parents=True, exist_ok=True)
+    (root / 'annotations').mkdir(exist_ok=True)
+    categories = [{'id': i, 'name': c} for i, c in enumerate(COCO_CLASSES, 1)]
+    pool = list(range(len(COCO_CLASSES)))
+    with tqdm(total=num_train + num_val, desc='Drawing the 80-class images', unit='img',
+              disable=not progress) as bar:
+        for split_index, (split, count) in enumerate({'train': num_train, 'val': num_val}.items()):
+            images, annotations = [], []
+            for i in range(count):
+                image, objects, picks = _scene((seed, 80, split_index, i), pool)
+                file_name = f'{split}_{i:05d}.jpg'
+                Image.fromarray(image).save(root / 'images' / file_name, quality=92)
+                images.append({'id': i + 1, 'file_name': file_name, 'width': SIZE, 'height': SIZE})
+                for k, pick in enumerate(picks, 1):
+                    rle = mask_utils.encode(np.asfortranarray(objects == k, np.uint8))
+                    annotations.append({
+                        'id': len(annotations) + 1, 'image_id': i + 1, 'category_id': pick + 1,
+                        'iscrowd': 0, 'area': int(mask_utils.area(rle)),
+                        'bbox': mask_utils.toBbox(rle).tolist(),
+                        'segmentation': {**rle, 'counts': rle['counts'].decode()}})
+                bar.update()
+            atomic_write_json(root / 'annotations' / f'instances_{split}.json',
+                              {'images': images, 'annotations': annotations,
+                               'categories': categories})
+    return root
+
+
+MAKERS: dict[str, Callable[..., Path]] = {'voc': make_voc, 'coco': make_coco}

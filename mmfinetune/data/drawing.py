@@ -1,0 +1,434 @@
+"""Instances drawn onto images, and pictures put together. RGB uint8 arrays in and out."""
+
+from __future__ import annotations
+
+
+import functools
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+import cv2
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+
+
+
+
+Colour = tuple[int, int, int]
+
+# Smaller pictures are enlarged to this long side, since text on them would cover the objects.
+_SMALLEST = 480
+_BACKGROUND: Colour = (255, 255, 255)
+_INK: Colour = (32, 32, 32)
+# Fonts with Chinese, Japanese and Korean that systems bring along, found by Pillow by their names.
+_WIDE_FONTS = ('NotoSansCJK-Regular.ttc', 'NotoSansCJKsc-Regular.otf', 'NotoSansSC-Regular.otf',
+               'SourceHanSansSC-Regular.otf', 'wqy-microhei.ttc', 'wqy-zenhei.ttc',
+               'DroidSansFallbackFull.ttf', 'DroidSansFallback.ttf', 'uming.ttc', 'msyh.ttc',
+               'simhei.ttf', 'PingFang.ttc', 'Arial Unicode.ttf')
+
+
+def palette(count: int) -> list[Colour]:
+    """Colours that are told apart easily; the first ones do not depend on `count`.
+
+    Each is the one farthest in CIELAB from all before it, as Glasbey et al. choose them (Colour
+    displays for categorical images, Color Research & Application 32, 2007).
+    """
+    order = _colour_order()
+    return [order[i % len(order)] for i in range(count)]
+
+
+@functools.cache
+def _colour_order() -> list[Colour]:
+    steps = np.linspace(0, 1, 12, dtype=np.float32)
+    grid = np.stack(np.meshgrid(steps, steps, steps, indexing='ij'), -1).reshape(-1, 1, 3)
+    lab = cv2.cvtColor(grid, cv2.COLOR_RGB2LAB)[:, 0]
+    chroma = np.hypot(lab[:, 1], lab[:, 2])
+    # Not pale or dark, to show on photographs and carry black or white text; nor glaring.
+    usable = (lab[:, 0] > 45) & (lab[:, 0] < 84) & (chroma > 42) & (chroma < 92)
+    rgb, lab = (grid[usable, 0] * 255).round().astype(int), lab[usable]
+    first = int(np.argmin(np.abs(rgb - (0, 116, 232)).sum(1)))
+    order, nearest = [], np.full(len(lab), np.inf)
+    chosen = first
+    for _ in range(len(lab)):
+        order.append(tuple(int(v) for v in rgb[chosen]))
+        nearest = np.minimum(nearest, np.linalg.norm(lab - lab[chosen], axis=1))
+        nearest[chosen] = -1
+        chosen = int(np.argmax(nearest))
+    return order
+
+
+def draw_instances(image: np.ndarray, *, boxes: np.ndarray | None = None,
+                   masks: np.ndarray | None = None, labels: Sequence[int] | None = None,
+                   scores: Sequence[float] | None = None, names: Sequence[str] = (),
+                   alpha: float = 0.45) -> np.ndarray:
+    """Draw masks, boxes and a chip ``class 0.93`` for each instance.
+
+    Args:
+        image: (H, W, 3) RGB uint8; stays as it is.
+        boxes: (N, 4) left, top, right, bottom in pixels of the image.
+        masks: (N, H, W) bool.
+        labels: N class numbers, which choose the colours; by default each instance has its own.
+        scores: N numbers for the chips.
+        names: Class names; a class without one is written as its number.
+        alpha: Opacity of the masks.
+
+    Returns:
+        (H', W', 3); larger than the image where its long side is under 480 px.
+    """
+    canvas, scale = _enlarged(image)
+    boxes = None if boxes is None else np.asarray(boxes, float).reshape(-1, 4) * scale
+    count = next((len(v) for v in (boxes, masks, labels, scores) if v is not None), 0)
+    if not count:
+        return canvas
+    colours = palette(max(int(max(labels)) + 1, 1) if labels is not None else count)
+    chosen = [colours[int(k)] for k in (labels if labels is not None else range(count))]
+    size = _font_size(canvas)
+    places = np.zeros((count, 4)) if boxes is None else boxes.copy()
+    contours: list = [()] * count
+    if masks is not None:
+        extents = [_extent(mask) for mask in masks]
+        # The largest first, so that what lies within it stays in sight.
+        for i in sorted(range(count), key=lambda i: -_area(extents[i])):
+            contours[i] = _fill(canvas, masks[i], extents[i], scale, chosen[i], alpha)
+            if boxes is None:
+                places[i] = np.multiply(extents[i], scale)
+    for i in np.argsort(-_areas(places), kind='stable'):
+        cv2.drawContours(canvas, contours[i], -1, chosen[i], max(2, round(size / 9)), cv2.LINE_AA)
+        if boxes is not None:
+            _rectangle(canvas, boxes[i], chosen[i], max(1, round(size / 14)))
+    texts = _texts(count, labels, scores, names)
+    if not any(texts):
+        return canvas
+    order = range(count) if scores is None else np.argsort(-np.asarray(scores), kind='stable')
+    return _with_chips(canvas, [(texts[i], places[i], chosen[i]) for i in order], size)
+
+
+def draw_proposals(image: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> np.ndarray:
+    """Draw boxes coloured by their scores, the best on top; see `with_colour_bar` for the scale.
+
+    Args:
+        image: (H, W, 3) RGB uint8.
+        boxes: (N, 4) left, top, right, bottom in pixels.
+        scores: N numbers from 0 to 1.
+    """
+    canvas, scale = _enlarged(image)
+    # Grey and fainter than the boxes, whose colours are what the picture is about.
+    grey = cv2.cvtColor(canvas, cv2.COLOR_RGB2GRAY)
+    canvas = cv2.cvtColor((grey * 0.6).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+    width = max(1, round(_font_size(canvas) / 12))
+    boxes, scores = np.asarray(boxes, float).reshape(-1, 4) * scale, np.asarray(scores, float)
+    for i in np.argsort(scores, kind='stable'):
+        _rectangle(canvas, boxes[i], _heat(scores[i]), width)
+    return canvas
+
+
+def with_colour_bar(picture: np.ndarray, label: str) -> np.ndarray:
+    """Put the colour scale of `draw_proposals`, from 0 to 1, below a picture."""
+    height, width = picture.shape[:2]
+    size = _font_size(picture)
+    strip = np.full((round(2.2 * size), width, 3), 255, np.uint8)
+    bar = min(width // 3, 16 * size)
+    parts = [f'{label}  0', '1']
+    font = _font(size, ''.join(parts))
+    lead = round(font.getlength(parts[0])) + size
+    if bar > 0 and lead + bar + 2 * size <= width:
+        colours = np.array([_heat(v) for v in np.linspace(0, 1, bar)], np.uint8)
+        strip[size // 2:-size // 2, lead:lead + bar] = colours
+        strip = _write(strip, [(parts[0], (size // 2, strip.shape[0] // 2), 'lm', _INK),
+                               (parts[1], (lead + bar + size // 2, strip.shape[0] // 2), 'lm',
+                                _INK)], font)
+    return np.concatenate([picture, strip])
+
+
+def side_by_side(*panels: np.ndarray, titles: Sequence[str] = ()) -> np.ndarray:
+    """Panels in a row, brought to one height, with a white gap and titles above.
+
+    Args:
+        *panels: (H, W, 3) RGB uint8.
+        titles: One for each panel, or none at all.
+    """
+    if titles and len(titles) != len(panels):
+        raise ValueError(f'{len(panels)} panels, but {len(titles)} titles')
+    height = max(p.shape[0] for p in panels)
+    panels = tuple(_resized(p, max(1, round(p.shape[1] * height / p.shape[0])), height)
+                   for p in panels)
+    size = _font_size(panels[0])
+    columns = []
+    for i, panel in enumerate(panels):
+        columns.append(_titled(panel, titles[i], size) if titles else panel)
+        if i + 1 < len(panels):
+            columns.append(np.full((columns[-1].shape[0], size, 3), 255, np.uint8))
+    return np.concatenate(columns, 1)
+
+
+def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, width: int = 320,
+                  titles: Sequence[str] = ()) -> np.ndarray:
+    """Pictures in a grid.
+
+    Args:
+        pictures: (H, W, 3) RGB uint8, of any sizes; at least one.
+        columns: Pictures in a row.
+        width: Of a picture; one that would be higher than 1.5 times this is made smaller.
+        titles: One above each picture, or none at all.
+    """
+    if titles and len(titles) != len(pictures):
+        raise ValueError(f'{len(pictures)} pictures, but {len(titles)} titles')
+    columns, gap, size = min(columns, len(pictures)), max(4, width // 32), max(11, width // 26)
+    rows = []
+    for start in range(0, len(pictures), columns):
+        cells = []
+        for i in range(start, min(start + columns, len(pictures))):
+            factor = min(width / pictures[i].shape[1], 1.5 * width / pictures[i].shape[0])
+            small = _resized(pictures[i], *(max(1, round(n * factor))
+                                            for n in pictures[i].shape[1::-1]))
+            left = (width - small.shape[1]) // 2
+            small = _padded(small, left=left, right=width - small.shape[1] - left)
+            cells.append(_titled(small, titles[i], size) if titles else small)
+        height = max(c.shape[0] for c in cells)
+        cells = [_padded(c, right=gap, bottom=height - c.shape[0] + gap) for c in cells]
+        row = np.concatenate(cells, 1)
+        rows.append(_padded(row, left=gap, right=columns * (width + gap) - row.shape[1]))
+    return _padded(np.concatenate(rows), top=gap)
+
+
+def _enlarged(image: np.ndarray) -> tuple[np.ndarray, float]:
+    """A copy to draw on and how much larger it is."""
+    if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
+        raise ValueError(f'not an RGB uint8 image: {image.shape} {image.dtype}')
+    height, width = image.shape[:2]
+    scale = max(1.0, _SMALLEST / max(height, width))
+    if scale == 1:
+        return np.array(image, order='C'), scale
+    return _resized(image, max(1, round(width * scale)), max(1, round(height * scale))), scale
+
+
+def _resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
+    if image.shape[:2] == (height, width):
+        return image
+    smaller = width * height < image.shape[0] * image.shape[1]
+    return cv2.resize(np.ascontiguousarray(image), (width, height),
+                      interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
+
+
+def _padded(image: np.ndarray, left: int = 0, right: int = 0, top: int = 0,
+            bottom: int = 0) -> np.ndarray:
+    return np.pad(image, ((top, bottom), (left, right), (0, 0)), constant_values=255)
+
+
+def _font_size(image: np.ndarray) -> int:
+    """Pixels; a share of the picture, which is looked at as a whole."""
+    return max(12, round(0.018 * float(np.sqrt(image.shape[0] * image.shape[1]))))
+
+
+def _area(extent: Sequence[float]) -> float:
+    return max(0.0, extent[2] - extent[0]) * max(0.0, extent[3] - extent[1])
+
+
+def _areas(boxes: np.ndarray) -> np.ndarray:
+    return np.array([_area(box) for box in boxes])
+
+
+def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """Left, top, right, bottom of what is set, the latter two exclusive; zeros if nothing is."""
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    if not len(rows):
+        return 0, 0, 0, 0
+    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
+
+
+def _fill(canvas: np.ndarray, mask: np.ndarray, extent: tuple[int, int, int, int], scale: float,
+          colour: Colour, alpha: float) -> tuple:
+    """Tint the pixels of a mask.
+
+    Returns:
+        Its contours on the canvas.
+    """
+    left, top, right, bottom = extent
+    if right <= left:
+        return ()
+    if scale == 1:
+        inside = mask[top:bottom, left:right]
+    else:
+        # With a margin, so that the edge is interpolated against what lies around the mask.
+        left, top = max(0, left - 1), max(0, top - 1)
+        part = mask[top:bottom + 1, left:right + 1]
+        right, bottom = (round((start + size) * scale) for start, size in
+                         zip((left, top), part.shape[::-1], strict=True))
+        left, top = round(left * scale), round(top * scale)
+        size = min(right, canvas.shape[1]) - left, min(bottom, canvas.shape[0]) - top
+        inside = cv2.resize(part.astype(np.uint8) * 255, np.maximum(size, 1)) > 127
+    region = canvas[top:top + inside.shape[0], left:left + inside.shape[1]]
+    region[inside] = (region[inside] * (1 - alpha) + np.multiply(colour, alpha)).round()
+    return cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE,
+                            offset=(left, top))[0]
+
+
+def _rectangle(canvas: np.ndarray, box: np.ndarray, colour: Colour, width: int) -> None:
+    height, length = canvas.shape[:2]
+    # Within the picture, or the lines of a box that touches its edge would not be seen.
+    inset = width // 2
+    x0, x1 = np.clip(np.round(box[[0, 2]]), inset, max(inset, length - 1 - inset)).astype(int)
+    y0, y1 = np.clip(np.round(box[[1, 3]]), inset, max(inset, height - 1 - inset)).astype(int)
+    cv2.rectangle(canvas, (int(x0), int(y0)), (int(x1), int(y1)), colour, width)
+
+
+def _heat(value: float) -> Colour:
+    """The colour of a number from 0 to 1: violet, red, yellow."""
+    return _heat_colours()[round(170 * min(1.0, max(0.0, value)))]
+
+
+@functools.cache
+def _heat_colours() -> list[Colour]:
+    # The lowest third of the map is too dark to be seen on a photograph.
+    levels = np.arange(85, 256, dtype=np.uint8)[:, None]
+    colours = cv2.applyColorMap(levels, cv2.COLORMAP_PLASMA)[:, 0, ::-1]
+    return [tuple(int(v) for v in colour) for colour in colours]
+
+
+def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | None,
+           names: Sequence[str]) -> list[str]:
+    texts = []
+    for i in range(count):
+        parts = []
+        if labels is not None:
+            label = int(labels[i])
+            parts.append(names[label] if 0 <= label < len(names) else str(label))
+        if scores is not None:
+            parts.append(f'{scores[i]:.2f}')
+        texts.append(' '.join(parts))
+    return texts
+
+
+def _with_chips(canvas: np.ndarray, items: list[tuple[str, np.ndarray, Colour]],
+                size: int) -> np.ndarray:
+    """Write texts on coloured ground beside boxes, the first where it is best seen."""
+    height, width = canvas.shape[:2]
+    pad = max(2, size // 4)
+    chips, taken = [], np.zeros((0, 4))
+    for text, box, colour in items:
+        font = _font(size, text)
+        text = _shortened(_readable(text, font), font, width - 2 * pad)
+        if not text:
+            continue
+        wide, high = round(font.getlength(text)) + 2 * pad, sum(font.getmetrics()) + 2
+        place = _free_place(box, (wide, high), (width, height), taken)
+        taken = np.concatenate([taken, [place]])
+        chips.append((text, font, place, colour))
+    picture = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(picture)
+    for text, font, (x0, y0, x1, y1), colour in reversed(chips):
+        draw.rectangle((x0, y0, x1 - 1, y1 - 1), fill=colour)
+        draw.text((x0 + pad, y0 + 1), text, font=font, fill=_ink_on(colour), anchor='la')
+    return np.array(picture)
+
+
+def _free_place(box: np.ndarray, size: tuple[int, int], limits: tuple[int, int],
+                taken: np.ndarray) -> tuple[int, int, int, int]:
+    """Where a chip hides the least: at a corner of its box, outside rather than inside."""
+    (wide, high), (x0, y0, x1, y1) = size, box
+    spots = [(x, y) for y in (y0 - high, y1, y0, y1 - high) for x in (x0, x1 - wide)]
+    spots += [(x, y0 + step * high) for step in (1, -2, 2, -3, 3) for x in (x0, x1 - wide)]
+    corners = np.array([(min(max(0, round(x)), max(0, limits[0] - wide)),
+                         min(max(0, round(y)), max(0, limits[1] - high))) for x, y in spots])
+    places = np.concatenate([corners, corners + size], 1)
+    others = np.concatenate([taken, [box]])
+    sides = (np.minimum(places[:, None, 2:], others[None, :, 2:])
+             - np.maximum(places[:, None, :2], others[None, :, :2])).clip(0)
+    *hidden, own = sides.prod(2).T
+    # A corner of a large object may be hidden, but not much of a small one.
+    cost = sum(hidden) + np.where(own > _area(box) / 4, own, 0)
+    return tuple(int(v) for v in places[int(np.argmin(cost))])
+
+
+def _ink_on(colour: Colour) -> Colour:
+    """White where its contrast (WCAG 2.2) will do, since black on a strong colour looks dull."""
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
+              for v in (c / 255 for c in colour)]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return (255, 255, 255) if 1.05 / (luminance + 0.05) > 3.2 else (0, 0, 0)
+
+
+def _titled(panel: np.ndarray, title: str, size: int) -> np.ndarray:
+    head = np.full((2 * size, panel.shape[1], 3), 255, np.uint8)
+    font = _font(size, title)
+    text = _shortened(_readable(title, font), font, panel.shape[1])
+    return np.concatenate([_write(head, [(text, (panel.shape[1] // 2, size), 'mm', _INK)], font),
+                           panel])
+
+
+def _write(image: np.ndarray, texts: Sequence[tuple[str, tuple[int, int], str, Colour]],
+           font: ImageFont.FreeTypeFont) -> np.ndarray:
+    picture = Image.fromarray(image)
+    draw = ImageDraw.Draw(picture)
+    for text, place, anchor, colour in texts:
+        draw.text(place, text, font=font, fill=colour, anchor=anchor)
+    return np.array(picture)
+
+
+@functools.cache
+def _load_font(source: str, size: int) -> ImageFont.FreeTypeFont | None:
+    try:
+        return ImageFont.truetype(source, size) if source else ImageFont.load_default(size)
+    except OSError:
+        return None
+
+
+@functools.cache
+def _font_sources() -> tuple[str, ...]:
+    """Fonts to try: DejaVu as matplotlib brings it, Pillow's own, and those of the system."""
+    found = importlib.util.find_spec('matplotlib')
+    own = Path(found.origin).parent / 'mpl-data/fonts/ttf/DejaVuSans.ttf' if found else None
+    return (*([str(own)] if own and own.is_file() else []), '', *_WIDE_FONTS)
+
+
+def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
+    """The first font with all characters of a text, else the one that has most of them."""
+    # Scores make most texts differ, but only what is beyond ASCII tells fonts apart.
+    return _font_with(size, ''.join(sorted({c for c in text if not c.isascii()})))
+
+
+@functools.lru_cache(1024)
+def _font_with(size: int, text: str) -> ImageFont.FreeTypeFont:
+    best, fewest = None, 0
+    for source in _font_sources():
+        font = _load_font(source, size)
+        missing = len(_missing(text, font)) if font else 0
+        if font and (best is None or missing < fewest):
+            best, fewest = font, missing
+        if best and not fewest:
+            break
+    return best
+
+
+def _missing(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
+    """Characters that a font does not have: it draws the same sign for all of them."""
+    unknown = {c for c in text if not (c.isascii() and c.isprintable())}
+    if not unknown:
+        return set()
+    # The full layout engine adds a circle to a mark that stands alone.
+    plain = font if not isinstance(font.path, str) else \
+        ImageFont.truetype(font.path, font.size, layout_engine=ImageFont.Layout.BASIC)
+    sign = bytes(plain.getmask('\U0010fffd'))
+    return {c for c in unknown if not c.isprintable() or bytes(plain.getmask(c)) == sign}
+
+
+def _readable(text: str, font: ImageFont.FreeTypeFont) -> str:
+    """The text in one line, characters that cannot be drawn as numbers, as in ``\\u4eba``."""
+    text = ' '.join(text.split())
+    missing = _missing(text, font)
+    return ''.join(c.encode('unicode_escape').decode() if c in missing else c for c in text)
+
+
+def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
+    """The text, or its beginning with the score if that fits a width; empty if nothing does."""
+    if font.getlength(text) <= width:
+        return text
+    name, _, last = text.rpartition(' ')
+    for start, tail in ((name, f'… {last}'), (name or text, '…')):
+        for end in range(len(start), 0, -1):
+            shorter = start[:end].rstrip() + tail
+            if font.getlength(shorter) <= width:
+                return shorter
+    return ''

@@ -1,0 +1,357 @@
+"""LabelMe's JSON files: polygons, rectangles, circles and masks, one file for each image."""
+
+from __future__ import annotations
+
+
+import base64
+import binascii
+import contextlib
+import io
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from pycocotools import mask as mask_api
+from tqdm import tqdm
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.data.formats.folders import IMAGE_FOLDERS, NO_CLASS, apart, find_class_list, split_of, start_record
+from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
+from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.utils.files import find_files, read_json, shown
+from mmfinetune.utils.masks import mask_to_rle, polygon_problem
+
+
+
+
+
+# Number of points that each shape with an area may have. X-AnyLabeling, which writes the same
+# files, gives a rectangle four corners and calls a turned one 'rotation'.
+_POINTS = {'polygon': None, 'rectangle': (2, 4), 'oriented_rectangle': (4,), 'rotation': (4,),
+           'circle': (2,), 'mask': (2,)}
+_NO_AREA = frozenset({'point', 'points', 'line', 'linestrip'})
+_LABEL_FOLDERS = frozenset({'labels', 'label', 'annotations', 'annotation', 'json', 'jsons'})
+_SAMPLES = 5  # JSON files that are looked into to recognise the kind
+_MOST_BYTES = 64 << 20  # of these; a large photograph may be embedded
+
+
+@dataclass
+class _Head:
+    """What the listing needs of a JSON file; only `problem` if the file is damaged."""
+
+    image_path: str = ''
+    labels: set[str] = field(default_factory=set)
+    problem: str = ''
+
+
+class LabelmeSource:
+    """LabelMe JSON files of any version beside their images, or in a folder of their own.
+
+    Shapes of one label and one `group_id` are one object of several parts. Polygons stay as they
+    are, so their pixels are those of pycocotools' rasteriser: a pixel belongs to a polygon when
+    its centre does. LabelMe's own exporters draw with Pillow, which adds the pixels on the
+    outline: there an object is about half a pixel larger on each side. Circles follow the first
+    rule, as RLE, because no polygon gives the exact pixels of a small one. Masks are kept to the
+    pixel.
+
+    Lines and points have no area; they, and the labels `__ignore__` and `_background_`, are left
+    out.
+    """
+
+    kind = 'labelme'
+    cure = ('correct these files in LabelMe or a text editor; an image that is only embedded in '
+            'its JSON file comes out with `labelme_export_json FILE.json`')
+
+    def __init__(self, root: Path, classes: list[str], class_list: Path | None,
+                 items: list[Item], notes: list[str]) -> None:
+        self.root, self.classes, self.notes = root, classes, notes
+        self._class_list, self._items = class_list, items
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """See `Source.recognise`."""
+        try:
+            paths = find_files(root, {'.json'})
+            sample = paths[::max(1, len(paths) // _SAMPLES)][:_SAMPLES]
+            ours = [path for path in sample if _is_labelme(path)]
+        except OSError:
+            return None
+        if 2 * len(ours) <= len(sample):
+            return None
+        return f"{len(paths)} *.json, with 'shapes' as LabelMe writes them ({shown(ours[0], root)})"
+
+    @classmethod
+    def open(cls, root: Path, options: dict[str, Any]) -> LabelmeSource:
+        """See `Source.open`; looks into every JSON file once, for its image and its labels."""
+        root = Path(os.path.normpath(root))  # as the paths of images are
+        paths = find_files(root, {'.json'})
+        heads, notes = {}, []
+        for path in tqdm(paths, desc='labels', unit='file',
+                         disable=None if options.get('progress') else True):
+            head = _head(path)
+            if head is None:
+                notes.append(f"{shown(path, root)}: no LabelMe file (it has no 'shapes')")
+            else:
+                heads[path] = head
+        if not heads:
+            raise UserError(f'{root}: no LabelMe files here', [
+                f'{len(paths)} *.json were found, none with the key shapes'],
+                'name the folder that holds the JSON files')
+        found = sorted(set().union(*(head.labels for head in heads.values())))
+        listed = find_class_list(root)
+        classes = listed[1] if listed else found
+        if not classes:
+            raise UserError(f'{root}: no labelled shape in its {len(heads)} LabelMe files',
+                            [f'{shown(path, root)}: {head.problem}'
+                             for path, head in heads.items() if head.problem],
+                            'mend these files, or annotate some images first')
+        images = find_images(root)
+        items = _items(root, heads, images)
+        left = set(images) - {item.image for item in items}
+        if left:
+            # LabelMe writes a file for an image without objects too, once somebody saves it.
+            notes.append(f'{len(left)} of {len(images)} images have no JSON file, so nobody has '
+                         'looked at them yet; left out')
+        return cls(root, classes, listed and listed[0], items, notes)
+
+    def items(self) -> list[Item]:
+        """See `Source.items`."""
+        return self._items
+
+    def read(self, item: Item) -> Record:
+        """See `Source.read`."""
+        record = start_record(item, self.root)
+        name = shown(item.label, self.root)
+        try:
+            data = read_json(item.label)
+        except ValueError as error:
+            # Without the JSON nobody knows the name of the image.
+            record.problems = [f'{name}: {error}']
+            return record
+        if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
+            record.problems = [f"{name}: no list 'shapes'"]
+            return record
+        if record.problems:
+            if not item.image.exists():
+                record.problems = [_missing_image(name, data)]
+            return record
+        _check_size(record, data, name)
+        self._read_shapes(record, data['shapes'], name)
+        return record
+
+    def _read_shapes(self, record: Record, shapes: list[Any], name: str) -> None:
+        objects: dict[tuple, list[tuple[int, list[float] | dict]]] = {}
+        for number, shape in enumerate(shapes, start=1):
+            place = f'{name}: shape {number}'
+            try:
+                label = _label(shape)
+                place += f" ('{label}')"
+                if label in NO_CLASS:
+                    continue
+                kind = _kind(shape)
+                if kind in _NO_AREA:
+                    record.notes.append(f'{place}: a {kind} has no area; left out')
+                    continue
+                if self._class_list and label not in self.classes:
+                    raise ValueError(f'its label is not in {shown(self._class_list, self.root)}')
+                group = shape.get('group_id')
+                if not isinstance(group, (int, str, type(None))):
+                    raise ValueError("its 'group_id' is no number")
+                part = _part(shape, kind, record.width, record.height)
+            except ValueError as error:
+                record.problems.append(f'{place}: {error}')
+                continue
+            alone = number if group is None else None
+            objects.setdefault((label, group, alone), []).append((number, part))
+        record.instances = [
+            Instance(label, _join([part for _, part in parts], record.width, record.height),
+                     place='shape ' + ', '.join(str(number) for number, _ in parts))
+            for (label, _, _), parts in objects.items()]
+
+
+def _is_labelme(path: Path) -> bool:
+    # COCO's own JSON files have hundreds of MB, which takes long to parse.
+    if path.stat().st_size > _MOST_BYTES or b'"shapes"' not in path.read_bytes():
+        return False
+    try:
+        data = read_json(path)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and isinstance(data.get('shapes'), list)
+
+
+def _head(path: Path) -> _Head | None:
+    """None if the file is sound and another kind of JSON."""
+    try:
+        data = read_json(path)
+    except ValueError as error:
+        return _Head(problem=str(error))
+    if not isinstance(data, dict) or 'shapes' not in data:
+        return None
+    head, image_path = _Head(), data.get('imagePath')
+    if isinstance(image_path, str):
+        head.image_path = image_path
+    shapes = data['shapes'] if isinstance(data['shapes'], list) else []
+    for shape in shapes:
+        try:
+            label = _label(shape)
+        except ValueError:
+            continue
+        if label not in NO_CLASS and _kind(shape) not in _NO_AREA:
+            head.labels.add(label)
+    return head
+
+
+def _items(root: Path, heads: dict[Path, _Head], images: list[Path]) -> list[Item]:
+    by_stem: dict[str, list[Path]] = {}
+    for image in images:
+        by_stem.setdefault(image.stem, []).append(image)
+    return [Item(shown(path, root), _find_image(path, head.image_path, by_stem), path,
+                 split_of(path.relative_to(root).parts[:-1])) for path, head in heads.items()]
+
+
+def _candidates(path: Path, image_path: str) -> Iterator[Path]:
+    # Written on Windows it has backslashes, which are no separators elsewhere.
+    given = PurePosixPath(PureWindowsPath(image_path).as_posix()) if image_path else None
+    if given:
+        yield path.parent / given
+        yield path.parent / given.name
+    suffixes = sorted(IMAGE_SUFFIXES)
+    suffixes += [suffix.upper() for suffix in suffixes]
+    yield from (path.with_suffix(suffix) for suffix in suffixes)
+    halves = apart(path.parts[:-1], _LABEL_FOLDERS)
+    for folder in sorted(IMAGE_FOLDERS) if halves else ():
+        twin = Path(*halves[0], folder, *halves[1])
+        if given:
+            yield twin / given.name
+        yield from (twin / f'{path.stem}{suffix}' for suffix in suffixes)
+
+
+def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]]) -> Path:
+    """The image of a JSON file: where it says, beside it, in the folder of images, anywhere.
+
+    The last only if one image of the whole data set has that name.
+    """
+    for candidate in _candidates(path, image_path):
+        # A name too long for a file system is an error, not just missing.
+        with contextlib.suppress(OSError):
+            if candidate.is_file():
+                return Path(os.path.normpath(candidate))
+    same = by_stem.get(path.stem, [])
+    # A missing one within the data set, whose folder the names of all others depend on.
+    return same[0] if len(same) == 1 else path.with_suffix('.jpg')
+
+
+def _missing_image(name: str, data: dict) -> str:
+    given = data.get('imagePath')
+    text = f"{name}: its image '{given}' is missing" if given else f"{name}: no 'imagePath'"
+    if data.get('imageData'):
+        text += '; it is embedded in the JSON file only (imageData)'
+    return text
+
+
+def _check_size(record: Record, data: dict, name: str) -> None:
+    said = (data.get('imageWidth'), data.get('imageHeight'))
+    size = (record.width, record.height)
+    if None in said or said == size:
+        return
+    text = f'{name}: made for an image of {said[0]}x{said[1]}, but {record.image.name} is ' \
+           f'{size[0]}x{size[1]}'
+    if said == size[::-1]:
+        text += ' (turned by its EXIF orientation?)'
+    record.problems.append(text)
+
+
+def _label(shape: Any) -> str:
+    if not isinstance(shape, dict):
+        raise ValueError('not an object with keys')
+    label = shape.get('label')
+    if not isinstance(label, str) or not label.strip():
+        raise ValueError("no 'label'")
+    return label.strip()
+
+
+def _kind(shape: dict) -> str:
+    # Old files have polygons only and do not say so.
+    return str(shape.get('shape_type') or 'polygon')
+
+
+def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict:
+    """A polygon or an RLE; raises ValueError with what is wrong."""
+    if kind not in _POINTS:
+        raise ValueError(f"unknown shape_type '{kind}'")
+    points = shape.get('points')
+    if not isinstance(points, list) or not all(
+            isinstance(point, (list, tuple)) and len(point) == 2 for point in points):
+        raise ValueError("'points' is no list of [x, y]")
+    flat = [value for point in points for value in point]
+    if problem := polygon_problem(flat, width, height):
+        raise ValueError(problem)
+    allowed = _POINTS[kind]
+    if allowed and len(points) not in allowed or len(points) < 2:
+        raise ValueError(f'a {kind} of {len(points)} points')
+    if kind == 'polygon' and len(points) < 3:
+        raise ValueError(f'a polygon of {len(points)} points')
+    if kind == 'circle':
+        return _disc(*flat, width, height)
+    if kind == 'mask':
+        return _mask(shape.get('mask'), flat, width, height)
+    if kind == 'rectangle' and len(points) == 2:
+        x1, y1, x2, y2 = flat
+        return [x1, y1, x2, y1, x2, y2, x1, y2]
+    return flat
+
+
+def _disc(x: float, y: float, rim_x: float, rim_y: float, width: int, height: int) -> dict:
+    """All pixels whose centre lies in the circle, given by its centre and a point of its rim."""
+    columns, rows = np.arange(width) + 0.5 - x, np.arange(height) + 0.5 - y
+    radius2 = (rim_x - x) ** 2 + (rim_y - y) ** 2
+    return mask_to_rle(rows[:, None] ** 2 + columns[None] ** 2 <= radius2)
+
+
+def _mask(text: Any, corners: list[float], width: int, height: int) -> dict:
+    """A mask shape: a base64 PNG, at the place that its two corners give.
+
+    Whole corners are inclusive and cut the PNG, others only place it, as in LabelMe's
+    `shapes_to_label`.
+    """
+    if not isinstance(text, str):
+        raise ValueError("a mask without 'mask' (a PNG in base64)")
+    try:
+        with Image.open(io.BytesIO(base64.b64decode(text))) as image:
+            patch = np.asarray(image)
+    except binascii.Error as error:
+        raise ValueError(f"its 'mask' is no base64 ({error})") from None
+    # Pillow's decoders raise many kinds; any of them means the one thing that is reported.
+    except Exception as error:
+        raise ValueError(f"its 'mask' is no PNG ({error})") from None
+    patch = (patch[..., :3].any(axis=2) if patch.ndim == 3 else patch) != 0
+    left, top, right, bottom = (round(value) for value in corners)
+    if all(float(value).is_integer() for value in corners):
+        rows, columns = bottom - top + 1, right - left + 1
+        if rows < 1 or columns < 1 or patch.shape[0] < rows or patch.shape[1] < columns:
+            raise ValueError(f"its 'mask' has {patch.shape[1]}x{patch.shape[0]} pixels, its points "
+                             f'make {columns}x{rows}')
+        patch = patch[:rows, :columns]
+    full = np.zeros((height, width), dtype=bool)
+    y1, x1 = max(top, 0), max(left, 0)
+    y2, x2 = min(top + patch.shape[0], height), min(left + patch.shape[1], width)
+    if y1 < y2 and x1 < x2:
+        full[y1:y2, x1:x2] = patch[y1 - top:y2 - top, x1 - left:x2 - left]
+    return mask_to_rle(full)
+
+
+def _join(parts: list[list[float] | dict], width: int, height: int) -> list[list[float]] | dict:
+    """One segmentation of all parts: polygons as they are, else the union of the pixels."""
+    if not any(isinstance(part, dict) for part in parts):
+        return parts
+    if len(parts) == 1:
+        return parts[0]
+    rles = [part if isinstance(part, dict) else mask_api.frPyObjects([part], height, width)[0]
+            for part in parts]
+    union = mask_api.merge(rles)
+    return {'size': [height, width], 'counts': union['counts'].decode()}

@@ -1,0 +1,391 @@
+"""Masks as image files: PNGs of object numbers, and black-and-white masks of one class each."""
+
+from __future__ import annotations
+
+
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.data.formats.folders import IMAGE_FOLDERS, MASK_FOLDERS, Layout, classed_layout, find_class_list, numbered_layout, require_size, split_of, start_record
+from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.utils.masks import masks_to_rles
+from mmfinetune.utils.files import shown
+
+
+
+
+
+VOID = 255  # in palette PNGs, as PASCAL VOC writes them: border and ignored pixels
+THRESHOLD = 128  # a pixel of a black-and-white mask this bright belongs to an object
+# Smoothed edges leave specks of a few pixels about an object: on the real magnetic tile masks all
+# components but five have 33 pixels or more, and these five have one or two.
+MIN_AREA = 10  # pixels
+
+_MOST_VALUES = 4096  # more are no objects but a photograph or smoothed edges
+
+class _MaskSource:
+    """What both kinds share: the list of images, and what belongs to none of them."""
+
+    kind = ''
+    cure = ('add or correct these files; to take images without a mask file as images without '
+            'objects use --background')
+
+    def __init__(self, root: Path, layout: Layout, classes: list[str],
+                 options: dict[str, Any]) -> None:
+        self.root, self.classes = root, classes
+        self._layout, self._background = layout, bool(options.get('background'))
+        self.problems = [f'{shown(path, root)}: a mask without an image'
+                         for path in layout.orphans]
+        self.problems += [f'{shown(mask, root)}: a mask of several images: '
+                          + ', '.join(shown(image, root) for image in images)
+                          for mask, images in layout.images_of_masks().items() if len(images) > 1]
+        self.notes: list[str] = []
+        without = sum(image not in layout.masks for image in layout.images)
+        if without and self._background:
+            self.notes.append(f'{without} of {len(layout.images)} images have no mask: they count '
+                              'as images without objects')
+
+    def items(self) -> list[Item]:
+        """See `Source.items`."""
+        layout = self._layout
+        return [Item(shown(image, self.root), image,
+                     (layout.masks.get(image, []), layout.classes.get(image)),
+                     split_of(image.relative_to(self.root).parts[:-1]))
+                for image in layout.images]
+
+    def read(self, item: Item) -> Record:
+        """See `Source.read`."""
+        record = start_record(item, self.root)
+        masks, class_mask = item.label
+        if not masks and not self._background:
+            record.problems.append(f'{item.key}: no mask')
+        if not record.problems:
+            self._read_masks(record, masks, class_mask)
+        return record
+
+    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]],
+                    class_mask: Path | None) -> None:
+        raise NotImplementedError
+
+
+
+class MaskPngSource(_MaskSource):
+    """`images/`, and `masks/` with one PNG for each image: a value above 0 is an object.
+
+    The PNGs hold palette indices, grey values of 8 or 16 bits, or colours; of colours each is an
+    object and black is none. In palette PNGs 255 is void, as in VOC, unless `void` says otherwise.
+    `classes/` may hold a PNG of class numbers for each image: the class of an object is that of
+    most of its pixels, number k being the k-th name of classes.txt. Without it all are of one
+    class.
+    """
+
+    kind = 'mask-png'
+
+    def __init__(self, root: Path, layout: Layout, classes: list[str],
+                 options: dict[str, Any]) -> None:
+        super().__init__(root, layout, classes, options)
+        self._void = options.get('void')
+        if self._void is None and any(map(_is_palette, layout.sample())):
+            self.notes.append(f'value {VOID} of palette PNGs is taken as void, as in VOC; '
+                              '--void -1 makes it an object')
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """See `Source.recognise`."""
+        try:
+            layout = numbered_layout(root)
+            if not layout.fits() or _binary(layout.sample())[0]:
+                return None
+        except (OSError, ValueError):
+            return None
+        return (f'images/ and masks/ with a mask of object numbers for {len(layout.masks)} of '
+                f'{len(layout.images)} images')
+
+    @classmethod
+    def open(cls, root: Path, options: dict[str, Any]) -> MaskPngSource:
+        """See `Source.open`.
+
+        Options: `classes` (the one class, or the meaning of the class numbers, if there is no
+        classes.txt), `void` (value that is no object; -1 for none), `background`.
+        """
+        layout = numbered_layout(root)
+        if not layout.masks:
+            raise UserError(f'{root}: no image with a mask', [
+                f'images/ (or {", ".join(sorted(IMAGE_FOLDERS - {"images"}))}): '
+                f'{len(layout.images)} images',
+                f'masks/ (or {", ".join(sorted(MASK_FOLDERS - {"masks"}))}): '
+                f'{len(layout.orphans)} files'],
+                'a mask is called as its image, or with _mask behind')
+        listed, wanted = find_class_list(root), list(options.get('classes') or ())
+        classes = listed[1] if listed else wanted
+        if not layout.classes and len(wanted) == 1:
+            classes = wanted
+        if not classes or len(classes) > 1 and not layout.classes:
+            raise UserError(
+                f'{root}: no PNG tells the classes of the objects'
+                if classes else f'{root}: no class names',
+                [f'{len(classes)} names: {", ".join(classes)}'] if classes else (),
+                'name one class for all by --classes NAME, or put PNGs of class numbers into '
+                'classes/ and their names into classes.txt, one a line, number 1 first')
+        return cls(root, layout, classes, options)
+
+    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]],
+                    class_mask: Path | None) -> None:
+        if len(masks) > 1:
+            names = ', '.join(shown(path, self.root) for _, path in masks)
+            record.problems.append(f'{shown(record.image, self.root)}: several masks: {names}')
+            return
+        if self._layout.classes and class_mask is None and masks:
+            record.problems.append(f'{shown(record.image, self.root)}: no class mask')
+            return
+        for _, path in masks:
+            name = shown(path, self.root)
+            try:
+                numbers = self._numbers(path, name, record)
+                values = np.unique(numbers[numbers != 0]).tolist()
+                if len(values) > _MOST_VALUES:
+                    raise ValueError(f'{len(values)} different values are no numbers of objects '
+                                     '(a photograph, or a mask with smoothed edges?)')
+            except ValueError as error:
+                record.problems.append(f'{name}: {error}')
+                continue
+            names = self._classes_of(numbers, values, class_mask, record)
+            record.instances = [
+                Instance(label, rle, place=f'object {value}') for value, label, rle
+                in zip(values, names, masks_to_rles(numbers, values), strict=True)]
+
+    def _numbers(self, path: Path, name: str, record: Record) -> np.ndarray:
+        """Object numbers (height, width), void taken out."""
+        numbers, mode = _load(path)
+        require_size(numbers, record, self.root)
+        void, given = self._void, self._void is not None
+        if not given and mode == 'P':
+            void = VOID
+        elif given and mode in ('RGB', 'RGBA') and void >= 0:
+            void *= 0x10101
+        is_void = numbers == void if void is not None else np.zeros(numbers.shape, bool)
+        if not given and mode == 'L' and (numbers == VOID).any() \
+                and not (numbers == VOID - 1).any() and ((numbers > 0) & (numbers < VOID)).any():
+            record.notes.append(f'{name}: value {VOID} taken as an object; if it is void, use '
+                                f'--void {VOID}')
+        return np.where(is_void, 0, numbers)
+
+    def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None,
+                    record: Record) -> list[str]:
+        """The class of each object; empty names after a problem."""
+        if class_mask is None:
+            return self.classes[:1] * len(values)
+        name = shown(class_mask, self.root)
+        try:
+            labels, mode = _load(class_mask)
+            if mode in ('RGB', 'RGBA'):
+                raise ValueError('colours where class numbers belong')
+            require_size(labels, record, self.root)
+        except ValueError as error:
+            record.problems.append(f'{name}: {error}')
+            return [''] * len(values)
+        names = []
+        for value in values:
+            found, counts = np.unique(labels[numbers == value], return_counts=True)
+            known = (found > 0) & (found <= len(self.classes))
+            label = int(found[counts.argmax()])
+            if not 1 <= label <= len(self.classes):
+                record.problems.append(f'{name}: object {value} has the class number {label}, '
+                                       f'but there are {len(self.classes)} classes')
+                label = 0
+            elif known.sum() > 1:
+                record.notes.append(
+                    f"{name}: object {value} taken as '{self.classes[label - 1]}', the class of "
+                    f'{counts.max()} of its {counts.sum()} pixels')
+            names.append(self.classes[label - 1] if label else '')
+        return names
+
+
+class BinaryMasksSource(_MaskSource):
+    """Images and one black-and-white mask for each image and class.
+
+    The class is told by a folder (`CLASS/.../name.jpg` beside `name.png`; `images/name.jpg` and
+    `masks/CLASS/name.png`) or by the name (`name_CLASS.png`); without either there must be one
+    class only. Objects are the connected parts of a mask, pixels that touch at a corner included.
+    A pixel counts if it is `threshold` or brighter, of colours the brightest channel. An empty
+    mask makes an image without objects.
+    """
+
+    kind = 'binary-masks'
+
+    def __init__(self, root: Path, layout: Layout, classes: list[str],
+                 options: dict[str, Any]) -> None:
+        super().__init__(root, layout, classes, options)
+        threshold, min_area = options.get('threshold'), options.get('min_area')
+        self._threshold = THRESHOLD if threshold is None else threshold
+        self._min_area = MIN_AREA if min_area is None else min_area
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """See `Source.recognise`."""
+        try:
+            layout = classed_layout(root)
+            if not layout.fits() or not _binary(layout.sample())[1]:
+                return None
+        except (OSError, ValueError):
+            return None
+        found = layout.class_names()
+        return (f'black-and-white masks for {len(layout.masks)} of {len(layout.images)} images, '
+                + (f'classes told by folders or names: {", ".join(found[:5])}'
+                   + (', …' if len(found) > 5 else '') if found else 'of one class'))
+
+    @classmethod
+    def open(cls, root: Path, options: dict[str, Any]) -> BinaryMasksSource:
+        """See `Source.open`.
+
+        Options: `classes` (the one class, if neither folder nor name tells), `threshold` (1 to
+        255), `min_area` (pixels; smaller parts are left out), `background`.
+        """
+        layout = classed_layout(root)
+        if not layout.masks:
+            raise UserError(f'{root}: no image with a mask', [
+                f'{len(layout.images)} images, {len(layout.orphans)} masks without an image'],
+                'put name.png beside name.jpg in a folder called as the class, or masks/CLASS/'
+                'name.png beside images/name.jpg')
+        found, listed = layout.class_names(), find_class_list(root)
+        unknown = [name for name in found if listed and name not in listed[1]]
+        if unknown:
+            raise UserError(f'{listed[0]}: it lacks classes that folders or names of masks tell',
+                            unknown, 'add them, or rename the folders or files')
+        classes = listed[1] if listed else found
+        if any(name is None for masks in layout.masks.values() for name, _ in masks):
+            alone = list(options.get('classes') or classes)
+            if len(alone) != 1 or found and found != alone:
+                raise UserError(
+                    f'{root}: neither folder nor name tells the class of some masks', [
+                        shown(path, root) for masks in layout.masks.values()
+                        for name, path in masks if name is None],
+                    'name one class for all by --classes NAME, or put the masks into '
+                    'masks/CLASS/')
+            classes = alone
+            for masks in layout.masks.values():
+                masks[:] = [(alone[0], path) for _, path in masks]
+        return cls(root, layout, classes, options)
+
+    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]],
+                    class_mask: Path | None) -> None:
+        from scipy import ndimage
+        twice = [label for label, count in Counter(label for label, _ in masks).items()
+                 if count > 1]
+        if twice:
+            record.problems += [
+                f"{shown(record.image, self.root)}: several masks of '{label}': "
+                + ', '.join(shown(path, self.root) for name, path in masks if name == label)
+                for label in twice]
+            return
+        for label, path in masks:
+            name = shown(path, self.root)
+            try:
+                bright, is_exact = _load_bright(path)
+                require_size(bright, record, self.root)
+                peak = int(bright.max())
+                if is_exact and 0 < peak < self._threshold:
+                    raise ValueError(f'its brightest pixel is {peak}, so none reaches the '
+                                     f'threshold {self._threshold}; lower it by --threshold')
+            except ValueError as error:
+                record.problems.append(f'{name}: {error}')
+                continue
+            parts, count = ndimage.label(bright >= self._threshold, np.ones((3, 3)))
+            areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+            kept = (np.flatnonzero(areas >= self._min_area) + 1).tolist()
+            if len(kept) < count:
+                small = areas[areas < self._min_area]
+                record.notes.append(f'{name}: {len(small)} of {count} parts left out, smaller than '
+                                    f'{self._min_area} pixels (the largest has {small.max()})')
+            record.instances += [Instance(label, rle, place=f'{name}, part {part}')
+                                 for part, rle in zip(kept, masks_to_rles(parts, kept),
+                                                      strict=True)]
+
+
+def _is_palette(path: Path) -> bool:
+    try:
+        return _decode(path)[1] == 'P'
+    except ValueError:
+        return False
+
+
+def _load(path: Path) -> tuple[np.ndarray, str]:
+    """The values of a mask, int32 (height, width), and Pillow's mode; of colours R + 256 G + …
+
+    Raises:
+        ValueError: With a short reason.
+    """
+    pixels, mode, is_exact = _decode(path)
+    if not is_exact:
+        raise ValueError('a JPEG or WebP file, whose values are not exact; save masks as PNG')
+    if mode == 'F':
+        raise ValueError('fractions where whole numbers belong')
+    if mode in ('LA', 'PA'):
+        return np.where(pixels[..., 1] > 0, pixels[..., 0], 0).astype(np.int32), mode[0]
+    if pixels.ndim == 2:
+        if pixels.dtype.kind in 'iu' and pixels.min() < 0:
+            raise ValueError('negative values')
+        return pixels.astype(np.int32), mode
+    channels = pixels.astype(np.int32)
+    values = channels[..., 0]
+    # A grey mask that was saved as a colour image keeps its values.
+    if (channels[..., 1] == values).all() and (channels[..., 2] == values).all():
+        mode = 'L'
+    else:
+        values = values + (channels[..., 1] << 8) + (channels[..., 2] << 16)
+    return (np.where(channels[..., 3] > 0, values, 0) if channels.shape[2] == 4 else values), mode
+
+
+def _load_bright(path: Path) -> tuple[np.ndarray, bool]:
+    """How bright each pixel is (height, width), and whether the file keeps values exactly."""
+    pixels, mode, is_exact = _decode(path, colours=True)
+    if mode == '1':
+        return pixels.astype(np.uint8) * 255, True
+    if pixels.ndim == 2:
+        return pixels, is_exact
+    bright = pixels[..., :3 if pixels.shape[2] >= 3 else 1].max(axis=2)
+    return np.where(pixels[..., -1] > 0, bright, 0) if mode.endswith('A') else bright, is_exact
+
+
+def _decode(path: Path, colours: bool = False) -> tuple[np.ndarray, str, bool]:
+    """Pixels, mode, and whether the format keeps values exactly; `colours` resolves palettes."""
+    try:
+        if not path.stat().st_size:
+            raise ValueError('empty file (0 bytes)')
+        with Image.open(path) as image:
+            if colours and image.mode in ('P', 'PA'):
+                image = image.convert('RGBA' if image.mode == 'PA' else 'RGB')
+            pixels, mode = np.asarray(image), image.mode
+            is_exact = image.format not in ('JPEG', 'WEBP')
+    except ValueError:
+        raise
+    # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, …); any of them means
+    # the one thing that is reported.
+    except Exception as error:
+        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
+        raise ValueError(f'unreadable ({reason})') from None
+    if mode not in ('1', 'L', 'P', 'LA', 'PA', 'RGB', 'RGBA', 'F', 'I', 'I;16', 'I;16B'):
+        raise ValueError(f'mode {mode}, which no mask has; save it as PNG')
+    return pixels, mode, is_exact
+
+
+def _binary(paths: Iterable[Path]) -> tuple[bool, bool]:
+    """Whether masks are certainly black and white, and whether they could be; raises ValueError."""
+    certainly = possibly = True
+    for path in paths:
+        bright, _ = _load_bright(path)
+        objects = bright[bright > 0]
+        if not objects.size:
+            continue
+        values = np.unique(objects)
+        # Smoothed edges have many values, but most pixels are nearly white.
+        smooth = len(values) > 8 and (objects >= 250).mean() > 0.3
+        possibly &= len(values) == 1 or bool(smooth)
+        certainly &= possibly and values[-1] >= 250
+    return certainly, possibly

@@ -1,0 +1,382 @@
+"""YOLO segmentation labels: a data.yaml or class list, and one text file of polygons an image."""
+
+from __future__ import annotations
+
+
+import math
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.data.formats.folders import CLASS_LISTS, find_class_list, split_of, start_record
+from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.utils.files import find_files, natural_key, read_text, shown
+from mmfinetune.utils.images import find_images
+
+
+
+
+
+_SPLIT_KEYS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val',
+               'test': 'test'}
+# How far out of 0..1 a coordinate may be: what Ultralytics itself lets pass (verify_image_label).
+_SLACK = 0.01
+_NOT_LABELS = frozenset({*CLASS_LISTS, 'train.txt', 'val.txt', 'test.txt', 'readme.txt'})
+_CURE = 'see https://docs.ultralytics.com/datasets/segment for the format'
+
+
+class YoloSource:
+    """Images, and beside `images/` a folder `labels/` with a text file of the same name for each.
+
+    A line is a class number and a polygon `x1 y1 x2 y2 ...` in parts of the image's size. An
+    image with no or an empty file has no objects. Ultralytics joins the parts of an object to one
+    polygon by bridges of no width; it stays as it is, since a bridge covers no pixel.
+    """
+
+    kind = 'yolo'
+    cure = ('correct these label files; for boxes that shall count as rectangular masks use '
+            '--boxes-as-masks')
+
+    def __init__(self, root: Path, classes: list[str], splits: dict[str | None, list[Path]],
+                 boxes_as_masks: bool, notes: list[str]) -> None:
+        self.root, self.classes, self.boxes_as_masks = root, classes, boxes_as_masks
+        self._splits = splits
+        self.problems: list[str] = []
+        self.notes = notes
+
+    @classmethod
+    def recognise(cls, root: Path) -> str | None:
+        """See `Source.recognise`."""
+        try:
+            for path in _yaml_files(root):
+                try:
+                    data = _load_yaml(path)
+                except UserError:
+                    continue
+                if data.keys() & {'names', 'nc'} and data.keys() & _SPLIT_KEYS.keys():
+                    return f'{shown(path, root)} with class names and image folders'
+            folders = [folder for folder in (root / 'labels', *sorted(root.glob('*/labels')))
+                       if folder.is_dir() and (folder.parent / 'images').is_dir()]
+            for folder in folders:
+                path = next((path for path in find_files(folder, {'.txt'})
+                             if path.name not in _NOT_LABELS and _is_label_file(path)), None)
+                if path:
+                    return f'images/ and labels/ with lines of numbers ({shown(path, root)})'
+        except OSError:
+            pass
+        return None
+
+    @classmethod
+    def open(cls, root: Path, options: dict[str, Any]) -> YoloSource:
+        """See `Source.open`. Options: `boxes_as_masks`, `classes` if the data set names none."""
+        notes: list[str] = []
+        root = Path(os.path.normpath(root))  # as the paths of images are
+        path = root if root.is_file() else _only_yaml(root)
+        if path:
+            root = path.parent
+            data = _load_yaml(path)
+            classes, splits = _names(data, path), _images_of_splits(data, path)
+            # Ultralytics' own VOC.yaml is such a one.
+            if 'test' in splits and set(splits['test']) == set(splits.get('val', ())):
+                notes.append('test has the same images as val; left out')
+                del splits['test']
+        else:
+            classes, splits = _listed_classes(root, options), {}
+            for image in find_images(root):
+                split = split_of(image.relative_to(root).parts[:-1])
+                splits.setdefault(split, []).append(image)
+        if not any(splits.values()):
+            raise UserError(f'{path or root}: no images', cure=_CURE)
+        source = cls(root, classes, splits, bool(options.get('boxes_as_masks')), notes)
+        source._check_labels()
+        return source
+
+    def _check_labels(self) -> None:
+        """Note what belongs to no single image: images without labels, labels without an image."""
+        images = [image for images in self._splits.values() for image in images]
+        labels = {image: _label_path(image, self.root) for image in images}
+        there = {label for label in labels.values() if label.is_file()}
+        if not there:
+            raise UserError(f'{self.root}: no label file for any of its {len(images)} images', [
+                f'{shown(images[0], self.root)} should have '
+                f'{shown(labels[images[0]], self.root)}'], _CURE)
+        background = sum(label not in there for label in labels.values())
+        if background:
+            self.notes.append(f'{background} of {len(images)} images have no label file: they '
+                              'count as images without objects')
+        # Only folders called labels: elsewhere a text file may be anything.
+        folders = {label.parent for image, label in labels.items() if label.parent != image.parent}
+        spare = {path for folder in folders for path in find_files(folder, {'.txt'})
+                 if path.name not in _NOT_LABELS} - there
+        if spare:
+            # An image may be there that no split names.
+            spare -= {_label_path(image, self.root) for image in find_images(self.root)}
+        self.problems += [f'{shown(path, self.root)}: a label file without an image'
+                          for path in sorted(spare, key=natural_key)]
+
+    def items(self) -> list[Item]:
+        """See `Source.items`."""
+        return [Item(shown(image, self.root), image, _label_path(image, self.root), split)
+                for split, images in self._splits.items() for image in images]
+
+    def read(self, item: Item) -> Record:
+        """See `Source.read`."""
+        record = start_record(item, self.root)
+        if record.problems or not item.label.is_file():
+            return record
+        name = shown(item.label, self.root)
+        try:
+            lines = read_text(item.label).splitlines()
+        except ValueError as error:
+            record.problems.append(f'{name}: {error}')
+            return record
+        first_of: dict[tuple[str, ...], int] = {}
+        for number, line in enumerate(lines, start=1):
+            words = tuple(line.split())
+            if not words:
+                continue
+            place = f'{name}, line {number}'
+            if (first := first_of.setdefault(words, number)) != number:
+                record.notes.append(f'{place}: repeats line {first}; left out')
+                continue
+            try:
+                label, polygon, outside = self._object(words, record.width, record.height)
+            except ValueError as error:
+                record.problems.append(f'{place}: {error}')
+                continue
+            if outside > 1:
+                record.notes.append(f'{place}: reaches {outside:.1f} pixels out of the image; cut')
+            record.instances.append(Instance(label, [polygon], place=f'line {number}'))
+        return record
+
+    def _object(self, words: tuple[str, ...], width: int,
+                height: int) -> tuple[str, list[float], float]:
+        """Class, polygon in pixels, and how far it was out; raises ValueError."""
+        try:
+            number, *values = (float(word) for word in words)
+        except ValueError:
+            word = next(word for word in words if not _is_number(word))
+            raise ValueError(f"'{word[:20]}' is not a number") from None
+        if not all(map(math.isfinite, (number, *values))):
+            raise ValueError('NaN or infinity')
+        if number != int(number) or not 0 <= number < len(self.classes):
+            raise ValueError(f'class {words[0]}, but the classes are 0 to {len(self.classes) - 1}')
+        if len(values) == 4:
+            if not self.boxes_as_masks:
+                raise ValueError('4 coordinates: a box, not a polygon')
+            values = _corners(*values)
+        elif len(values) % 2:
+            raise ValueError(f'{len(values)} coordinates, an odd number'
+                             ' (a keypoint or a score behind it?)')
+        elif len(values) < 6:
+            raise ValueError(f'a polygon of {len(values) // 2} points')
+        wrong = [value for value in values if not -_SLACK <= value <= 1 + _SLACK]
+        if wrong:
+            raise ValueError(f'coordinate {wrong[0]:g} is outside 0 to 1'
+                             + (' (pixels instead of parts?)' if max(wrong) > 2 else ''))
+        cut = [min(max(value, 0.0), 1.0) for value in values]
+        sides = (width, height)
+        outside = max(abs(value - inside) * sides[place % 2]
+                      for place, (value, inside) in enumerate(zip(values, cut, strict=True)))
+        polygon = [value * sides[place % 2] for place, value in enumerate(cut)]
+        return self.classes[int(number)], polygon, outside
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
+
+
+def _corners(x: float, y: float, width: float, height: float) -> list[float]:
+    left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
+    return [left, top, right, top, right, bottom, left, bottom]
+
+
+def _is_label_file(path: Path) -> bool:
+    try:
+        lines = read_text(path).split('\n', 1)
+    except ValueError:
+        return False
+    words = lines[0].split()
+    return len(words) >= 5 and all(map(_is_number, words)) and float(words[0]).is_integer()
+
+
+def _label_path(image: Path, root: Path) -> Path:
+    """Where the labels of an image are: its last folder `images` becomes `labels`."""
+    parts = list(image.parts[:-1])
+    # Folders above the data set have no say, unless the image lies outside it.
+    above = len(root.parts) if image.is_relative_to(root) else 0
+    for place in reversed(range(above, len(parts))):
+        if parts[place] == 'images':
+            parts[place] = 'labels'
+            break
+    return Path(*parts, image.name).with_suffix('.txt')
+
+
+def _yaml_files(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return [root] if root.suffix in ('.yaml', '.yml') else []
+    return sorted(path for path in root.iterdir()
+                  if path.suffix in ('.yaml', '.yml') and path.is_file())
+
+
+def _only_yaml(root: Path) -> Path | None:
+    """The YAML file of a data set; None if there is none.
+
+    Raises:
+        UserError: Several could be it.
+    """
+    files = _yaml_files(root)
+    by_name = {path.name: path for path in files}
+    for name in ('data.yaml', 'data.yml', 'dataset.yaml', 'dataset.yml', f'{root.name}.yaml'):
+        if name in by_name:
+            return by_name[name]
+    if len(files) > 1:
+        raise UserError(f'{root}: several YAML files could describe the data set',
+                        [path.name for path in files], 'call the right one data.yaml')
+    return files[0] if files else None
+
+
+def _load_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+    try:
+        data = yaml.safe_load(read_text(path))
+    except ValueError as error:
+        raise UserError(f'{path}: {error}', cure=_CURE) from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        place = f', line {mark.line + 1}' if mark else ''
+        raise UserError(f'{path}{place}: not YAML ({getattr(error, "problem", None) or error})',
+                        cure=_CURE) from None
+    if not isinstance(data, dict):
+        raise UserError(f'{path}: holds no keys', cure=_CURE)
+    return data
+
+
+def _names(data: dict[str, Any], path: Path) -> list[str]:
+    """The classes of a data.yaml in label order; raises UserError."""
+    names, count = data.get('names'), data.get('nc')
+    if names is None and isinstance(count, int) and count > 0:
+        return [f'class_{number}' for number in range(count)]
+    problems = []
+    if isinstance(names, dict):
+        wanted = list(range(len(names)))
+        try:
+            names = {int(key): name for key, name in names.items()}
+        except (TypeError, ValueError):
+            names = {}
+        if sorted(names) != wanted:
+            problems.append(f'the keys of names are not 0 to {len(wanted) - 1}')
+        names = [names[key] for key in sorted(names)]
+    if not isinstance(names, list) or not names:
+        problems.append('names is no list of classes')
+        names = []
+    for name in names:
+        # YAML reads no, yes, on, off as truth values.
+        if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == '':
+            problems.append(f"names: {name!r} is no name; put it in quotes")
+    names = [str(name).strip() for name in names]
+    problems += [f"names: '{name}' is there {names.count(name)} times"
+                 for name in dict.fromkeys(names) if names.count(name) > 1]
+    if count is not None and names and count != len(names):
+        problems.append(f'nc is {count}, but names has {len(names)}')
+    if problems:
+        raise UserError(f'{path}: its class names cannot be used', problems, _CURE)
+    return names
+
+
+def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
+    listed = find_class_list(root) or find_class_list(root / 'labels')
+    if listed:
+        return listed[1]
+    if options.get('classes'):
+        return list(options['classes'])
+    raise UserError(f'{root}: no class names', ['neither a data.yaml nor classes.txt is there'],
+                    'name them in label order by --classes, or in classes.txt, one a line')
+
+
+def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list[Path]]:
+    """The images of each split of a data.yaml.
+
+    Raises:
+        UserError: Folders, lists or listed images that are missing.
+    """
+    splits: dict[str | None, list[Path]] = {}
+    problems: list[str] = []
+    bases = _bases(data.get('path'), path)
+    for key, split in _SPLIT_KEYS.items():
+        entries = data.get(key)
+        if not entries or split in splits:
+            continue
+        found: dict[Path, None] = {}
+        for entry in entries if isinstance(entries, list) else [entries]:
+            place = _resolve(bases, entry) if isinstance(entry, str) else None
+            if place is None:
+                problems.append(f'{key}: {entry} is missing')
+            elif place.is_dir():
+                found |= dict.fromkeys(find_images(place))
+            else:
+                found |= dict.fromkeys(_listed_images(place, bases, problems))
+        splits[split] = list(found)
+        if not found and not problems:
+            problems.append(f'{key}: no images in {entries}')
+    if not splits:
+        problems.append('none of the keys train, val, test names images')
+    if problems:
+        raise UserError(f'{path}: its images cannot be used', problems,
+                        f'correct path, train, val and test in it; looked in '
+                        f'{", ".join(map(str, bases))}')
+    return splits
+
+
+def _bases(given: Any, path: Path) -> list[Path]:
+    """Folders that the entries of a data.yaml may be relative to, the likeliest first.
+
+    `path` in it is often that of another machine, or relative to a folder of Ultralytics' own.
+    """
+    bases = [path.parent / str(given)] if given else []
+    if given:
+        bases.append(path.parent.parent / str(given))
+    return [base for base in dict.fromkeys([*bases, path.parent]) if base.is_dir()]
+
+
+def _resolve(bases: Iterable[Path], entry: str) -> Path | None:
+    entry = entry.strip().replace('\\', '/')
+    # Roboflow writes ../train/images for a folder beside the data.yaml; Ultralytics mends it too.
+    for name in (entry, entry.removeprefix('../')):
+        for base in bases:
+            place = Path(base, name)
+            if place.exists():
+                # Not resolve(): a linked data set keeps its own name.
+                return Path(os.path.normpath(place))
+    return None
+
+
+def _listed_images(path: Path, bases: list[Path], problems: list[str]) -> list[Path]:
+    """The images that a text file names, relative to it, to the data set, or by a stale path."""
+    try:
+        lines = read_text(path).splitlines()
+    except ValueError as error:
+        problems.append(f'{path}: {error}')
+        return []
+    images = []
+    for number, line in enumerate(map(str.strip, lines), start=1):
+        if not line:
+            continue
+        name = line.replace('\\', '/')
+        parts = Path(name).parts
+        # A list written elsewhere has other folders in front; a bare name is too little to go by.
+        tails = ['/'.join(parts[start:]) for start in range(1, len(parts) - 1)]
+        places = [path.parent, *bases]
+        image = next((place for tail in (name, *tails)
+                      if (place := _resolve(places, tail)) and place.is_file()), None)
+        if image is None:
+            problems.append(f'{path}, line {number}: {line} is missing')
+        else:
+            images.append(image)
+    return images

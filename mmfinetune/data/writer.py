@@ -1,0 +1,235 @@
+"""COCO JSON and images in a folder that is complete or untouched, whatever the size."""
+
+from __future__ import annotations
+
+
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import IO, Any, Literal
+
+from tqdm import tqdm
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import json_bytes
+
+
+
+
+
+ANNOTATIONS, IMAGES, REPORT = 'annotations', 'images', 'prepare_report.json'
+Placing = Literal['link', 'copy', 'reference']
+
+_PARTIAL, _REPLACED = '.partial', '.replaced'
+_COPY_CHUNK = 1 << 24  # bytes
+
+
+class Target:
+    """The output folder: all is made in a hidden folder within it and moved out at the end.
+
+    Args:
+        out: The folder. Missing or empty, or, to overwrite, made by this class before.
+        source: What is read; must lie apart from `out`.
+        overwrite: Whether to replace what an earlier call made.
+
+    Raises:
+        UserError: The folder may not be written to, is not empty, or overlaps with the source.
+    """
+
+    def __init__(self, out: Path, source: Path, overwrite: bool) -> None:
+        self.out, self.staging = out, out / _PARTIAL
+        real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
+        if real_out == real_source or real_source in real_out.parents:
+            raise UserError(f'{out}: lies in the source {source}, which is never changed',
+                            cure='choose a folder beside it')
+        if real_out in real_source.parents:
+            raise UserError(f'{out}: holds the source {source}', cure='choose a folder beside it')
+        if out.exists() and not out.is_dir():
+            raise UserError(f'{out}: is a file', cure='choose a folder')
+        # A run that was killed leaves nothing but its hidden folder.
+        present = sorted({p.name for p in out.iterdir()} - {_PARTIAL}) if out.is_dir() else []
+        if present and not overwrite:
+            raise UserError(f'{out}: not empty ({_listed(present)})',
+                            cure='choose another folder, or replace it with --overwrite')
+        if present and not (out / REPORT).is_file():
+            raise UserError(f'{out}: holds files, but no {REPORT}; only what this tool made is '
+                            'overwritten', cure='choose another folder, or empty it by hand')
+        _check_writable(out)
+        self.made: Path | None = None
+
+    def __enter__(self) -> Target:
+        try:
+            missing = [p for p in (self.out, *self.out.parents) if not p.exists()]
+            self.made = missing[-1] if missing else None
+            self.out.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.staging, ignore_errors=True)
+            (self.staging / ANNOTATIONS).mkdir(parents=True)
+        except OSError as error:
+            raise _unwritable(self.out, error) from error
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        shutil.rmtree(self.staging, ignore_errors=True)
+        if kind and self.made:
+            # Only the folders that this call made, and only while they are empty.
+            folder = self.out
+            while folder != self.made.parent:
+                try:
+                    folder.rmdir()
+                except OSError:
+                    break
+                folder = folder.parent
+
+    def commit(self, report: dict[str, Any]) -> None:
+        """Move all into place; the report, by which a complete folder is known, last."""
+        replaced = self.staging / _REPLACED
+        try:
+            (self.staging / REPORT).write_bytes(json_bytes(report, indent=1))
+            replaced.mkdir()
+            for name in (REPORT, ANNOTATIONS, IMAGES):
+                if os.path.lexists(self.out / name):
+                    (self.out / name).rename(replaced / name)
+            for name in (IMAGES, ANNOTATIONS, REPORT):
+                (self.staging / name).rename(self.out / name)
+        except OSError as error:
+            for old in replaced.iterdir():
+                if os.path.lexists(self.out / old.name):
+                    (self.out / old.name).rename(self.staging / old.name)
+                old.rename(self.out / old.name)
+            raise _unwritable(self.out, error) from error
+
+
+class SplitWriter:
+    """An annotation file written while its images are read; holds nothing in memory.
+
+    Args:
+        path: The file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.images, self.annotations = path, 0, 0
+        try:
+            self._parts: tuple[IO[bytes], ...] = tuple(
+                path.with_suffix(suffix).open('w+b') for suffix in ('.images', '.annotations'))
+        except OSError as error:
+            raise _unwritable(path, error) from error
+
+    def add(self, image_id: int | None, image: str, annotations: Sequence[str]) -> None:
+        """Write one image and its annotations; their ids are numbered from 1.
+
+        Args:
+            image_id: Its id if it has one already.
+            image: Members of the image's JSON object but for its id, without braces.
+            annotations: The same of its annotations, but for `id` and `image_id`.
+        """
+        self.images += 1
+        image_id = self.images if image_id is None else image_id
+        try:
+            self._write(0, self.images, f'{{"id":{image_id},{image}}}')
+            for annotation in annotations:
+                self.annotations += 1
+                self._write(1, self.annotations, f'{{"id":{self.annotations},'
+                                                 f'"image_id":{image_id},{annotation}}}')
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def _write(self, part: int, number: int, text: str) -> None:
+        self._parts[part].write((b',' if number > 1 else b'') + text.encode())
+
+    def finish(self, header: dict[str, Any]) -> None:
+        """Put the file together.
+
+        Args:
+            header: Its other members: info, licenses, categories.
+        """
+        try:
+            with self.path.open('wb') as file:
+                file.write(json_bytes(header).rstrip()[:-1])
+                for name, part in zip(('images', 'annotations'), self._parts, strict=True):
+                    file.write(f',"{name}":['.encode())
+                    part.seek(0)
+                    shutil.copyfileobj(part, file, _COPY_CHUNK)
+                    file.write(b']')
+                file.write(b'}\n')
+                file.flush()
+                os.fsync(file.fileno())
+            for part in self._parts:
+                part.close()
+                Path(part.name).unlink()
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+
+def place_images(names: Sequence[str], folder: Path, target: Path, placing: Placing,
+                 workers: int, progress: bool = True) -> dict[str, int]:
+    """Put images into the output folder.
+
+    Args:
+        names: Paths of the images relative to `folder`, with slashes.
+        folder: Where they lie.
+        target: Folder to make.
+        placing: 'link' makes hard links, and copies where the file system has none; 'reference'
+            makes one symbolic link to `folder`.
+        workers: Threads.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        How many were linked, copied or referred to.
+
+    Raises:
+        UserError: An image cannot be read or the target not be written.
+    """
+    if placing == 'reference':
+        try:
+            target.symlink_to(folder.resolve(), target_is_directory=True)
+        except OSError as error:
+            raise UserError(f'{target}: a symbolic link cannot be made here '
+                            f'({error.strerror or error})', cure='use --images copy') from error
+        return {'referred to': len(names)}
+    def place(name: str) -> str:
+        # The file itself, also where the source has a symbolic link to it.
+        source, made = os.path.realpath(folder / name), target / name
+        if placing == 'link':
+            try:
+                os.link(source, made)
+                return 'linked'
+            except FileNotFoundError:
+                raise
+            except OSError:
+                pass  # another file system, or one without hard links
+        shutil.copyfile(source, made)
+        return 'copied'
+
+    counts: dict[str, int] = {}
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            for parent in sorted({(target / name).parent for name in names}):
+                parent.mkdir(parents=True, exist_ok=True)
+            for how in tqdm(pool.map(place, names), total=len(names), desc='images', unit='img',
+                            disable=None if progress else True):
+                counts[how] = counts.get(how, 0) + 1
+        except OSError as error:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise UserError(f'{error.filename or target}: an image cannot be '
+                            f'{"linked" if placing == "link" else "copied"} '
+                            f'({error.strerror or error})',
+                            cure='make room on the disk, or use --images reference') from error
+    return counts
+
+
+def _listed(names: list[str]) -> str:
+    return ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
+
+
+def _check_writable(out: Path) -> None:
+    # Asked before the work, not after it.
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f'{out}: cannot be written', cure='choose another folder')
+
+
+def _unwritable(path: Path, error: OSError) -> UserError:
+    return UserError(f'{path}: cannot be written: {error.strerror or error}',
+                     cure='choose a folder you may write to, on a disk with room')

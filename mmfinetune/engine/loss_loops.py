@@ -1,0 +1,192 @@
+"""Validation and test loops that compute the loss beside the metrics."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import zlib
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from mmdet.structures import DetDataSample
+from mmengine.dist import broadcast_object_list, collect_results, is_main_process
+from mmengine.logging import print_log
+from mmengine.registry import LOOPS
+from mmengine.runner import TestLoop, ValLoop
+from mmengine.runner.amp import autocast
+
+from mmfinetune.utils.dist import bare_model
+
+
+def resized_truth(sample: DetDataSample) -> DetDataSample | None:
+    """The ground truth of a test pipeline as the training pipeline would give it.
+
+    A test pipeline loads annotations after ``Resize``, so that they stay in the coordinates of the
+    original image; losses want those of the network's input. Masks tell which of the two they are.
+
+    Args:
+        sample: With ``gt_instances`` (boxes in px, masks) and the metainfo ``ori_shape``,
+            ``img_shape``, ``scale_factor``, ``batch_input_shape``.
+
+    Returns:
+        A new sample without predictions; None if there is no ground truth.
+    """
+    if 'gt_instances' not in sample or 'bboxes' not in sample.gt_instances:
+        return None
+    height, width = sample.img_shape[:2]
+    truth = DetDataSample(metainfo=sample.metainfo)
+    for name in ('gt_instances', 'ignored_instances'):
+        if name not in sample:
+            continue
+        objects = sample.get(name).clone()
+        original = tuple(sample.ori_shape[:2])
+        if 'masks' in objects:
+            masks = objects.masks
+            original = (masks.height, masks.width)
+            if original != (height, width):
+                masks = masks.resize((height, width))
+            objects.masks = masks.pad(sample.batch_input_shape)
+        if original != (height, width):
+            boxes = objects.bboxes * objects.bboxes.new_tensor(sample.scale_factor).repeat(2)
+            boxes[:, 0::2].clamp_(0, width)
+            boxes[:, 1::2].clamp_(0, height)
+            objects.bboxes = boxes
+        truth.set_field(objects, name)
+    return truth
+
+
+@contextlib.contextmanager
+def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed what RoI samplers draw from, and put everything back afterwards."""
+    state = np.random.get_state()
+    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
+        torch.manual_seed(seed)
+        np.random.seed(seed)
+        try:
+            yield
+        finally:
+            np.random.set_state(state)
+
+
+@contextlib.contextmanager
+def _features(model: torch.nn.Module, replacement) -> Iterator[None]:
+    """Let ``model.extract_feat`` be another function for a while."""
+    model.extract_feat = replacement
+    try:
+        yield
+    finally:
+        del model.extract_feat
+
+
+class _LossLoop:
+    """What both loops do: predict, and take the loss from the same features.
+
+    The loss is that of training (the model's ``loss``, with its assigners and samplers), in eval
+    mode and without gradient, of each image by itself. Samplers are seeded by the image id, so that
+    neither batch size nor the number of processes nor the order changes what is drawn, and the
+    random state of training stays as it is.
+
+    Args:
+        loss: Whether to compute it.
+        *args: See the base class.
+        **kwargs: See the base class.
+    """
+
+    stage: str
+
+    def __init__(self, *args, loss: bool = True, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss = loss
+        self._rows: list[dict[str, float]] = []
+
+    def run(self) -> dict[str, float]:
+        """Go through the data set.
+
+        Returns:
+            Metrics of the evaluator, ``<stage>/loss`` and ``<stage>/<term>`` averaged over images.
+        """
+        call, stage = self.runner.call_hook, self.stage
+        call(f'before_{stage}')
+        call(f'before_{stage}_epoch')
+        self.runner.model.eval()
+        self._rows.clear()
+        for idx, data_batch in enumerate(self.dataloader):
+            self.run_iter(idx, data_batch)
+        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
+        metrics.update(self._mean_losses())
+        call(f'after_{stage}_epoch', metrics=metrics)
+        call(f'after_{stage}')
+        return metrics
+
+    @torch.no_grad()
+    def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
+        """Predict a batch, evaluate it and take its losses."""
+        call, stage = self.runner.call_hook, self.stage
+        call(f'before_{stage}_iter', batch_idx=idx, data_batch=data_batch)
+        with autocast(enabled=self.fp16):
+            outputs = self._predict(data_batch)
+        self.evaluator.process(data_samples=outputs, data_batch=data_batch)
+        call(f'after_{stage}_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
+
+    def _predict(self, data_batch: Sequence[dict]) -> list[DetDataSample]:
+        model = bare_model(self.runner)
+        data = model.data_preprocessor(data_batch, False)
+        inputs, samples = data['inputs'], data['data_samples']
+        if not self.loss:
+            return model(inputs, samples, mode='predict')
+        truths = [resized_truth(sample) for sample in samples]
+        if None in truths:
+            print_log(f'No {self.stage}/loss: the pipeline of the data set loads no annotations',
+                      logger='current', level=logging.WARNING)
+            self.loss = False
+            return model(inputs, samples, mode='predict')
+        seen = []
+        extract = model.extract_feat
+
+        def keep(batch_inputs: torch.Tensor):
+            seen.append(extract(batch_inputs))
+            return seen[-1]
+
+        with _features(model, keep):
+            outputs = model(inputs, samples, mode='predict')
+        for i, truth in enumerate(truths):
+            with _features(model, lambda _, i=i: _image(seen[0], i)), \
+                    _own_randomness(zlib.crc32(str(truth.img_id).encode()), inputs.device):
+                losses = model(inputs[i:i + 1], [truth], mode='loss')
+            self._rows.append({k: float(v) for k, v in model.parse_losses(losses)[1].items()})
+        return outputs
+
+    def _mean_losses(self) -> dict[str, float]:
+        """Over all images of all processes; every process gets the result."""
+        if not self.loss:
+            return {}
+        # Drops what the sampler repeats to give each process the same number, as metrics do. By
+        # messages, on whatever device; 'cpu' would leave a folder where the user works.
+        rows = collect_results(self._rows, len(self.dataloader.dataset), 'gpu')
+        means = [{}]
+        if is_main_process():
+            # Summed in the order of the data set, so that the last digits agree too.
+            means = [{f'{self.stage}/{key}': float(np.mean([row[key] for row in rows]))
+                      for key in rows[0]}]
+        broadcast_object_list(means)
+        return means[0]
+
+
+def _image(features, index: int):
+    """The feature maps of one image of the batch."""
+    return tuple(level[index:index + 1] for level in features)
+
+
+@LOOPS.register_module()
+class ValLossLoop(_LossLoop, ValLoop):
+    """Validation with losses: ``val/loss`` and ``val/<term>`` among the metrics."""
+
+    stage = 'val'
+
+
+@LOOPS.register_module()
+class TestLossLoop(_LossLoop, TestLoop):
+    """Test with losses: ``test/loss`` and ``test/<term>`` among the metrics."""
+
+    stage = 'test'

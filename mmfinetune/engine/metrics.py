@@ -1,0 +1,135 @@
+"""COCO box and mask metrics with a choice of engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from mmdet.evaluation.metrics import CocoMetric
+from mmdet.registry import METRICS
+from mmengine.logging import MMLogger
+from terminaltables import AsciiTable
+
+from mmfinetune.evaluation import coco_eval
+from mmfinetune.evaluation.coco_eval import ENGINES
+
+
+@METRICS.register_module()
+class InstanceCocoMetric(CocoMetric):
+    """COCO's 12 numbers for boxes and masks, and AP of each class for both.
+
+    Unlike mmdet's metric the numbers are those of COCO (``maxDets`` 1, 10, 100), unrounded; box
+    and mask AP of a class do not overwrite each other; nothing is written to disk unless
+    ``outfile_prefix`` asks for it.
+
+    Keys: ``coco/<bbox|segm>_<mAP|mAP_50|…|AR_l@100>`` and, with ``classwise``,
+    ``coco/<bbox|segm>_AP/<class>``. A number for which the ground truth has no instance is -1 as
+    in pycocotools; a class without instances has no key.
+
+    Args:
+        engine: ``'hotcoco'`` (Rust) or ``'pycocotools'``: the same numbers.
+        **kwargs: See mmdet's ``CocoMetric``; ``metric`` takes ``bbox`` and ``segm``.
+
+    Attributes:
+        per_class: Of the last evaluation, on the main process: ``<bbox|segm>_AP`` and
+            ``<bbox|segm>_AP50`` by class name, whether or not ``classwise``. A class without
+            instances has no numbers.
+    """
+
+    def __init__(self, *args, engine: str = 'hotcoco', **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        if engine not in ENGINES:
+            raise ValueError(f'engine must be one of {ENGINES}, got {engine!r}')
+        wrong = sorted(set(self.metrics) - {'bbox', 'segm'})
+        if wrong:
+            raise ValueError(f'metric must be bbox or segm, got {wrong}')
+        self.engine = engine
+        self.per_class: dict[str, dict[str, float]] = {}
+
+    def _detections(self, preds: Sequence[dict], iou_type: str) -> list[dict]:
+        """COCO result rows; masks without a box, so that areas are those of the masks."""
+        rows = []
+        for pred in preds:
+            boxes = pred['bboxes']
+            xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
+            scores = pred.get('mask_scores', pred['scores']) if iou_type == 'segm' \
+                else pred['scores']
+            for i, (label, score) in enumerate(zip(pred['labels'], scores, strict=True)):
+                row = {'image_id': pred['img_id'], 'category_id': self.cat_ids[label],
+                       'score': float(score)}
+                if iou_type == 'segm':
+                    rle = pred['masks'][i]
+                    counts = rle['counts']
+                    row['segmentation'] = {
+                        'size': [int(n) for n in rle['size']],
+                        'counts': counts.decode() if isinstance(counts, bytes) else counts}
+                else:
+                    row['bbox'] = [float(v) for v in xywh[i]]
+                rows.append(row)
+        return rows
+
+    def evaluate_rows(self, rows: list[dict], iou_type: str) -> coco_eval.Scores:
+        """Run the engine on COCO result rows of one kind."""
+        return coco_eval.evaluate(self._coco_api.dataset, rows, iou_type, self.engine,
+                                 self.cat_ids, self.img_ids, self.iou_thrs)
+
+    def _read_ids(self) -> None:
+        if self.cat_ids is None:
+            self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta['classes'])
+        if self.img_ids is None:
+            self.img_ids = self._coco_api.get_img_ids()
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """COCO numbers of all ``(gt, pred)`` pairs that ``process`` gathered."""
+        logger = MMLogger.get_current_instance()
+        _, preds = zip(*results, strict=True)
+        if self._coco_api is None:
+            return super().compute_metrics(results)
+        self._read_ids()
+        if self.outfile_prefix is not None:
+            self.results2json(preds, self.outfile_prefix)
+            if self.format_only:
+                return {}
+        metrics: dict[str, float] = {}
+        self.per_class = {c['name']: {} for c in self._coco_api.loadCats(self.cat_ids)}
+        for iou_type in self.metrics:
+            rows = self._detections(preds, iou_type)
+            if not rows:
+                logger.warning(f'No {iou_type} detection on {len(preds)} images: all APs are 0.')
+            scores = self.evaluate_rows(rows, iou_type)
+            metrics.update(scores.metrics())
+            for name, numbers in self.per_class.items():
+                for key, iou in (('AP', None), ('AP50', 0.5)):
+                    value = scores.ap(name, iou)
+                    if value is not None:
+                        numbers[f'{iou_type}_{key}'] = value
+                if self.classwise and f'{iou_type}_AP' in numbers:
+                    metrics[f'{iou_type}_AP/{name}'] = numbers[f'{iou_type}_AP']
+        if self.classwise:
+            logger.info('\n' + self._table())
+        return metrics
+
+    def _table(self) -> str:
+        columns = [f'{t}_{key}' for t in self.metrics for key in ('AP', 'AP50')]
+        rows = [[name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)]
+                for name, numbers in self.per_class.items()]
+        return AsciiTable([['class', *(c.replace('_', ' ') for c in columns)], *rows]).table
+
+
+@METRICS.register_module()
+class DetectionRows(InstanceCocoMetric):
+    """Gathers what a model finds and evaluates nothing.
+
+    Attributes:
+        rows: COCO result rows by kind, after the evaluation, on the main process.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.rows: dict[str, list[dict]] = {}
+
+    def compute_metrics(self, results: list) -> dict[str, float]:
+        """Turn all ``(gt, pred)`` pairs into rows; there are no metrics."""
+        self._read_ids()
+        self.rows = {t: self._detections([pred for _, pred in results], t) for t in self.metrics}
+        return {}

@@ -1,0 +1,143 @@
+"""The data set that training reads: randomness of its own per sample, faulty images replaced."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.dist import get_rank
+from torch.utils.data import Dataset, get_worker_info
+
+from mmfinetune.utils.errors import UserError
+
+FAULTS = 'faulty_images_rank{rank}.jsonl'
+_SAMPLE, _STEP = 1, 2
+
+
+def seed_everything(*key: int) -> None:
+    """Seed ``random``, NumPy and PyTorch (GPUs too) from several numbers."""
+    # Not a sum, or sample 1 of epoch 2 would get the numbers of sample 2 of epoch 1.
+    state = np.random.SeedSequence(key).generate_state(2)
+    random.seed(int(state[0]))
+    np.random.seed(int(state[0]))
+    torch.manual_seed(int(state[1]))
+
+
+def seed_step(seed: int, step: int) -> None:
+    """Seed what a training step draws, e.g. RoI samplers; needs no state in the checkpoint."""
+    seed_everything(_STEP, seed, step)
+
+
+@contextlib.contextmanager
+def _state_kept() -> Iterator[None]:
+    """Put the random state of this process back afterwards."""
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(state[0])
+        np.random.set_state(state[1])
+        torch.set_rng_state(state[2])
+
+
+class TrainingDataset(Dataset):
+    """Wraps the data set of a config.
+
+    What augmentation draws depends on the seed, the epoch and the sample alone: not on the number
+    of workers or processes, nor on where a resumed run went on.
+
+    An image that cannot be read is noted in ``<work_dir>/faulty_images_rank<n>.jsonl`` and replaced
+    by another one, drawn the same way.
+
+    Args:
+        dataset: A built data set. Its attributes are those of this object too.
+        seed: Of the run.
+        work_dir: Where faults are noted.
+        max_faults: So many different images may be replaced in each process, counted anew when a
+            run is resumed; 0 stops at the first.
+
+    Raises:
+        UserError: From ``__getitem__``, one image more than that; it lists all of them.
+    """
+
+    def __init__(self, dataset: Any, seed: int, work_dir: str, max_faults: int) -> None:
+        self.dataset = dataset
+        self.seed = seed
+        self.max_faults = max_faults
+        self.faults = Path(work_dir) / FAULTS.format(rank=get_rank())
+        # Images may have been mended since.
+        self.faults.unlink(missing_ok=True)
+        # Shared memory, since workers that live through all epochs have a copy of this object.
+        self._epoch = multiprocessing.Value('q', 0, lock=False)
+
+    def __getattr__(self, name: str) -> Any:
+        # Unpickling asks before there is a `dataset`.
+        if name == 'dataset' or name.startswith('__'):
+            raise AttributeError(name)
+        return getattr(self.dataset, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # As mmdet's PipelineSwitchHook sets the `pipeline`.
+        inner = self.__dict__.get('dataset')
+        if name in self.__dict__ or not hasattr(inner, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(inner, name, value)
+
+    def __deepcopy__(self, memo: dict) -> TrainingDataset:
+        # The Runner copies the config of a data loader, and this object stands in it.
+        return self
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Say which epoch the samples are for; before its first is read."""
+        self._epoch.value = epoch
+
+    def __getitem__(self, index: int) -> Any:
+        with contextlib.nullcontext() if get_worker_info() else _state_kept():
+            seed_everything(_SAMPLE, self.seed, self._epoch.value, index)
+            while True:
+                try:
+                    return self.dataset[index]
+                except UserError as error:
+                    self._note(index, error)
+                index = int(np.random.randint(len(self)))
+
+    def _note(self, index: int, error: UserError) -> None:
+        """Write a fault down, once for each image; raise if it is one too many."""
+        entry = {'index': index, 'epoch': self._epoch.value, 'problem': error.message}
+        # By the message, which names the file: a repeated data set has several indices for one.
+        if error.message not in self._problems():
+            # One short line in one write: workers append to the same file.
+            with self.faults.open('a') as file:
+                file.write(json.dumps(entry) + '\n')
+        # Read again, with what other workers have written meanwhile.
+        problems = self._problems()
+        if len(problems) > min(self.max_faults, len(self) - 1):
+            raise UserError(
+                f'{len(problems)} images of the training set cannot be read, and '
+                f'{self.max_faults} may be replaced by others (train_cfg.max_faulty_images):',
+                sorted(problems),
+                'put back good copies or take them out of the annotation file, then --resume')
+
+    def _problems(self) -> set[str]:
+        return {fault['problem'] for fault in read_faults(self.faults)}
+
+
+def read_faults(path: Path) -> list[dict]:
+    """The faults noted so far; a line cut short by a kill is left out."""
+    faults = []
+    if path.is_file():
+        for line in path.read_text().splitlines():
+            with contextlib.suppress(ValueError):
+                faults.append(json.loads(line))
+    return faults

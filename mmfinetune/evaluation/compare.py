@@ -1,0 +1,321 @@
+"""Validation metrics of several runs side by side: tables, a CSV file and a picture of the curves.
+
+A run's curve is read from what MMEngine logs, ``<work_dir>/<timestamp>/vis_data/scalars.json``.
+"""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import itertools
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmfinetune.evaluation import plots
+from mmfinetune.evaluation.history import History, best_of
+from mmfinetune.evaluation.plots import title_of
+from mmfinetune.evaluation.run_results import RESULTS
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import atomic_write_all
+from mmfinetune.utils.text import cell, duration, markdown_table
+
+METRIC = 'coco/segm_mAP'
+STEM = Path('work_dirs/comparison')
+SUFFIXES = ('.md', '.csv', '.png')
+ZERO_SHOT = 'zero_shot.json'
+SCALARS = 'vis_data/scalars.json'
+# Logged with each validation, but not measured by it.
+_NO_METRICS = ('step', 'time', 'data_time')
+VAL_LOSS = 'val/loss'
+_TITLES = {VAL_LOSS: 'validation loss'}
+_MAIN = ('coco/segm_mAP', 'coco/bbox_mAP')
+
+
+@dataclass
+class Run:
+    """The validation results of one run.
+
+    Args:
+        name: What the run is called in the table and the legend.
+        folder: Its work dir.
+        epochs: The metrics after each validated epoch; 0 stands for the weights before training.
+        seconds: Spent in training steps; None if not known.
+    """
+
+    name: str
+    folder: Path
+    epochs: dict[int, dict[str, float]]
+    seconds: float | None = None
+
+    def curve(self, metric: str) -> dict[int, float]:
+        """A metric by epoch, epochs ascending; NaN where it was undefined."""
+        return {epoch: self.epochs[epoch][metric] for epoch in sorted(self.epochs)
+                if metric in self.epochs[epoch]}
+
+    def best(self, metric: str) -> tuple[int, float] | None:
+        """The first epoch with the best value, and the value; None if there is none."""
+        return best_of(self.curve(metric), less='loss' in metric)
+
+
+def compare(folders: Sequence[Path], names: Sequence[str] | None = None,
+            metrics: Sequence[str] = (METRIC,), stem: Path = STEM) -> str:
+    """Compare runs; write tables as ``.md`` and ``.csv`` and the curves as ``.png``.
+
+    Args:
+        folders: Work dirs, one per run.
+        names: Of the runs, in the order of the folders; taken from the folders by default.
+        metrics: As logged; more is better, except of those with ``loss`` in their name.
+        stem: Path of the files without suffix, or a folder for files of the usual name.
+
+    Returns:
+        The tables in Markdown, and in its last line where the files are.
+
+    Raises:
+        UserError: No run in a folder, a broken file, or a metric that no run has.
+    """
+    runs = read_runs(folders, names)
+    metrics = list(dict.fromkeys(metrics))
+    check_metrics(runs, metrics)
+    text = '\n'.join([*(table(runs, metric) for metric in metrics), overview(runs)])
+    if stem.is_dir():
+        stem /= STEM.name
+    contents = (text.encode(), csv_text(runs, metrics).encode(), picture(runs, metrics))
+    # Not with_suffix, which would cut `lr_0.02` short.
+    paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
+    atomic_write_all(dict(zip(paths, contents, strict=True)))
+    return f'{text}\nResults: {" ".join(map(str, paths))}'
+
+
+def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
+    """The runs of several work dirs; see `read_run`."""
+    if names is None:
+        names = _default_names(folders)
+    elif len(names) != len(folders):
+        raise UserError(f'{len(folders)} folders, but {len(names)} names',
+                        [f'{folder}: {name}' for folder, name in
+                         zip(folders, [*names, *['no name'] * len(folders)], strict=False)],
+                        'give one name per folder, in the same order, or none at all')
+    return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
+
+
+def read_run(folder: Path, name: str) -> Run:
+    """Read all that a work dir holds of its current run, the parts before a resumption included.
+
+    What was validated after the checkpoint that a later part was resumed from is left out, since
+    training did not go on from it. Epoch 0 comes from ``zero_shot.json``, of the form of
+    ``test_results.json``; validation losses and training time from ``results.csv``, if there.
+
+    Raises:
+        UserError: There is no run, or a file is broken.
+    """
+    # MMEngine names the folders by date and time, so that their order is that of the parts.
+    logs = sorted(folder.glob(f'*/{SCALARS}'))
+    zero_shot = folder / ZERO_SHOT
+    if not logs and not zero_shot.is_file():
+        raise UserError(f'{folder}: no run in it' if folder.is_dir() else
+                        f'{folder}: no such folder', _nearby(folder),
+                        f'pass a work dir, which holds <timestamp>/{SCALARS}')
+    epochs: dict[int, dict[str, float]] = {}
+    for log in logs:
+        first, validated = _read_scalars(log)
+        epochs = {epoch: metrics for epoch, metrics in epochs.items() if epoch < first}
+        epochs.update(validated)
+    if zero_shot.is_file():
+        epochs[0] = _read_zero_shot(zero_shot)
+    history = _history(folder)
+    for row in history.rows:
+        if row.get('epoch') in epochs:
+            # Logged losses are smoothed over several validations, these are not.
+            epochs[row['epoch']].update((k, v) for k, v in row.items() if k.startswith('val/'))
+    seconds = history.curve('train_seconds')
+    return Run(name, folder, epochs, math.fsum(seconds.values()) if seconds else None)
+
+
+def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
+    """Raise a UserError that names similar metrics unless a run has each of these."""
+    known = sorted({key for run in runs for values in run.epochs.values() for key in values})
+    wrong = [metric for metric in metrics if metric not in known]
+    if not wrong:
+        return
+    if not known:
+        raise UserError('No epoch of these runs has been validated yet:',
+                        [str(run.folder) for run in runs],
+                        'wait for the end of the first epoch')
+    near = []
+    for metric in wrong:
+        # Without its prefix too, since that is what one leaves out.
+        near += [key for key in known if key.rpartition('/')[2] == metric]
+        near += difflib.get_close_matches(metric, known, 5)
+    near = list(dict.fromkeys(near))
+    raise UserError(f'No run has the metric {" nor ".join(wrong)}; '
+                    f'{"similar" if near else "there"} are:',
+                    near or known, '--metric takes the names in the logs')
+
+
+def table(runs: Sequence[Run], metric: str) -> str:
+    """A Markdown table: one row per run, one column per validated epoch, then the best one.
+
+    ``-`` stands for an epoch that was not validated, ``nan`` for a result that is undefined.
+    """
+    columns = _columns(runs, metric)
+    rows = [[f'{metric} after epoch', *map(str, columns), 'best (epoch)']]
+    for run in runs:
+        curve = run.curve(metric)
+        rows.append([cell(run.name)]
+                    + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
+                    + [_best(run, metric)])
+    return markdown_table(rows)
+
+
+def overview(runs: Sequence[Run]) -> str:
+    """A Markdown table: best mask and box AP, number of epochs and training time of each run."""
+    rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs',
+             'training time']]
+    rows += [[cell(run.name), *(_best(run, metric) for metric in _MAIN),
+              str(max(run.epochs, default=0)),
+              '-' if run.seconds is None else duration(run.seconds)] for run in runs]
+    return markdown_table(rows)
+
+
+def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:
+    """The tables of all metrics with all digits; empty where the Markdown ones have ``-``."""
+    columns = sorted({epoch for metric in metrics for epoch in _columns(runs, metric)})
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator='\n')
+    writer.writerow(['run', 'metric', *(f'epoch_{epoch}' for epoch in columns), 'best',
+                     'best_epoch'])
+    for metric, run in itertools.product(metrics, runs):
+        curve, best = run.curve(metric), run.best(metric)
+        writer.writerow([run.name, metric, *(curve.get(epoch, '') for epoch in columns),
+                         *((best[1], best[0]) if best else ('', ''))])
+    return out.getvalue()
+
+
+def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
+    """The curves of all runs as PNG.
+
+    A panel for each metric and, where it is an AP, for AP50 beside it; one for the validation
+    loss if all runs have it.
+    """
+    panels = []
+    for metric in metrics:
+        panels += [name for name in (metric, f'{metric}_50')
+                   if name == metric or any(run.curve(name) for run in runs)]
+    if all(run.curve(VAL_LOSS) for run in runs):
+        panels.append(VAL_LOSS)
+    panels = list(dict.fromkeys(panels))
+    columns = min(3, len(panels))
+    figure, places = plots.new_figure(6 * columns, 5 * math.ceil(len(panels) / columns),
+                                      math.ceil(len(panels) / columns), columns, dpi=150)
+    for axes, key in zip(places, panels, strict=False):
+        # By number, since two runs may be called the same.
+        handles = plots.lines(axes, {i: run.curve(key) for i, run in enumerate(runs)},
+                              _TITLES.get(key) or title_of(key), 'epoch')
+    for axes in places[len(panels):]:
+        axes.set_axis_off()
+    labels = plots.legible([run.name for run in runs])
+    # As many columns as fit, at about 11 characters per inch and 8 for a line's sample.
+    fitting = max(1, 66 * columns // (max(map(len, labels)) + 8))
+    plots.legend(figure, handles, labels, loc='outside lower center',
+                 ncols=min(len(runs), fitting))
+    return plots.png(figure)
+
+
+def _default_names(folders: Sequence[Path]) -> list[str]:
+    """The folders' names; their paths if two are called the same."""
+    names = [folder.resolve().name for folder in folders]
+    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
+
+
+def _nearby(folder: Path) -> list[str]:
+    """Work dirs that were perhaps meant: just above the folder or just below it."""
+    above = [folder.parent] if (folder / SCALARS).is_file() else []
+    below = {path.parents[2] for path in folder.glob(f'*/*/{SCALARS}')}
+    return [f'did you mean {path}?' for path in (*above, *sorted(below))]
+
+
+def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
+    """The first epoch of a log, and the metrics of each validation in it by epoch.
+
+    Args:
+        path: Of the log.
+
+    Returns:
+        Infinity and an empty dict if it has neither training nor validation.
+    """
+    first, epochs = math.inf, {}
+    lines = _read(path).split(b'\n')
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise ValueError('not a JSON object')
+        except ValueError as error:
+            # A killed run leaves half a line behind: the last one, without its end of line.
+            if number == len(lines):
+                break
+            raise _broken(path, error, number) from error
+        # A record of training steps counts them, that of a validation has the epoch as its step.
+        # Step 0 is a validation outside of training, of weights that the log does not name.
+        training = 'iter' in record
+        # Where training is not counted in epochs, steps stand for them in validations too.
+        epoch = record.get('epoch', record.get('step')) if training else record.get('step')
+        if isinstance(epoch, int) and epoch > 0:
+            first = min(first, epoch)
+            if not training:
+                epochs[epoch] = _numbers(record)
+    return first, epochs
+
+
+def _history(folder: Path) -> History:
+    """What ``results.csv`` holds; nothing where it is not there or damaged."""
+    try:
+        return History.from_csv((folder / RESULTS).read_bytes())
+    except (OSError, ValueError):
+        return History()
+
+
+def _read_zero_shot(path: Path) -> dict[str, float]:
+    try:
+        return _numbers(json.loads(_read(path))['metrics'])
+    except ValueError as error:
+        raise _broken(path, error) from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _broken(path, 'no "metrics" with a number for each name') from error
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f'{path}: cannot be read: {error.strerror or error}') from error
+
+
+def _broken(path: Path, error: object, line: int = 0) -> UserError:
+    where = f'{path}, line {line}' if line else f'{path}'
+    return UserError(f'{where}: broken: {error}',
+                     cure='take the line out' if line else 'make the file anew or remove it')
+
+
+def _numbers(record: dict) -> dict[str, float]:
+    """The metrics of a record; NaN where there was no ground truth, for which COCO has -1."""
+    numbers = {key: float(value) for key, value in record.items() if key not in _NO_METRICS
+               and isinstance(value, (int, float)) and not isinstance(value, bool)}
+    return {key: math.nan if value == -1 and key.startswith('coco/') else value
+            for key, value in numbers.items()}
+
+
+def _columns(runs: Sequence[Run], metric: str) -> list[int]:
+    """Epoch 0, and each that a run has the metric for."""
+    return sorted({0}.union(*(run.curve(metric) for run in runs)))
+
+
+def _best(run: Run, metric: str) -> str:
+    best = run.best(metric)
+    return f'{best[1]:.3f} ({best[0]})' if best else '-'

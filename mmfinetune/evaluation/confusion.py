@@ -1,0 +1,231 @@
+"""Detections matched to objects whatever their classes: confusion matrix, F1, the worst images."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from tqdm import tqdm
+
+from mmfinetune.evaluation.detections import Truth
+
+IOU_THR = 0.5
+MAX_DETS = 100  # an image, as in COCO's AP
+NOTHING = 'background'
+
+
+@dataclass(frozen=True)
+class ImageErrors:
+    """What is wrong in one image; numbers are places in `Matches.rows` and `Matches.objects`.
+
+    Attributes:
+        image_id: Of the image.
+        right: Number of objects found with the right class.
+        missed: Objects without a detection.
+        false: Detections without an object.
+        confused: (object, detection) of different classes.
+    """
+
+    image_id: int
+    right: int
+    missed: tuple[int, ...]
+    false: tuple[int, ...]
+    confused: tuple[tuple[int, int], ...]
+
+    @property
+    def count(self) -> int:
+        """Number of errors; an object taken for another class is one."""
+        return len(self.missed) + len(self.false) + len(self.confused)
+
+    @property
+    def f1(self) -> float:
+        """Of objects found with the right class; 1 where there is nothing and nothing is found."""
+        wrong = len(self.missed) + len(self.false) + 2 * len(self.confused)
+        total = 2 * self.right + wrong
+        return 2 * self.right / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Each detection with the object it covers, and what became of each object.
+
+    In each image detections take objects in the order of their scores, each the one with the
+    largest IoU, at least 0.5, that is still free, whatever the classes. So what a detection gets
+    does not depend on those with lower scores, and one matching serves for all score thresholds.
+    One that gets none and lies by half in a crowd region of its class is ignored.
+
+    Attributes:
+        names: Of the classes in label order.
+        rows: The detections, at most 100 an image, as COCO result rows.
+        objects: Annotations, crowd regions left out.
+        labels: Class number of each detection.
+        scores: Of each detection.
+        found: Of each detection, the number of its object; -1 for none.
+        over: Of each detection, the number of the object it covers best; -1 for none. One that has
+            no object of its own lies there on one that a better detection has taken.
+        ignored: Whether a detection counts for nothing.
+        object_labels: Class number of each object.
+    """
+
+    names: tuple[str, ...]
+    rows: list[dict]
+    objects: list[dict]
+    labels: np.ndarray
+    scores: np.ndarray
+    found: np.ndarray
+    over: np.ndarray
+    ignored: np.ndarray
+    object_labels: np.ndarray
+
+    def confusion(self, score_thr: float) -> np.ndarray:
+        """Counts of detections from a score on.
+
+        Returns:
+            (K + 1, K + 1) int. Rows: class of the object, columns: of the detection; the last
+            row holds detections without an object, the last column objects that were not found.
+        """
+        count = len(self.names)
+        matrix = np.zeros((count + 1, count + 1), int)
+        used = (self.scores >= score_thr) & ~self.ignored
+        hit = used & (self.found >= 0)
+        np.add.at(matrix, (self.object_labels[self.found[hit]], self.labels[hit]), 1)
+        np.add.at(matrix, (count, self.labels[used & ~hit]), 1)
+        missed = np.ones(len(self.objects), bool)
+        missed[self.found[hit]] = False
+        np.add.at(matrix, (self.object_labels[missed], count), 1)
+        return matrix
+
+    def f1(self, score_thr: float) -> float:
+        """F1 of objects found with the right class, over all images and classes."""
+        used = (self.scores >= score_thr) & ~self.ignored
+        total = int(used.sum()) + len(self.objects)
+        return 2 * int((self._right() & used).sum()) / total if total else 1.0
+
+    def best_f1(self) -> tuple[float, float] | None:
+        """The highest F1 over all score thresholds, and the shortest number that gives it.
+
+        Returns:
+            F1 and threshold; None if there is no detection.
+        """
+        order = np.argsort(-self.scores[~self.ignored], kind='stable')
+        if not order.size:
+            return None
+        scores = self.scores[~self.ignored][order]
+        right = np.cumsum(self._right()[~self.ignored][order])
+        f1 = 2 * right / (np.arange(1, len(order) + 1) + len(self.objects))
+        # A threshold takes all detections of one score or none of them.
+        last = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
+        best = int(last[int(np.argmax(f1[last]))])
+        below = scores[best + 1] if best + 1 < len(scores) else -1.0
+        digits = (math.floor(scores[best] * 10 ** d) / 10 ** d for d in range(1, 17))
+        return float(f1[best]), next((float(t) for t in digits if below < t), float(scores[best]))
+
+    def errors(self, score_thr: float) -> list[ImageErrors]:
+        """Images with errors, the worst first.
+
+        The more objects missed, falsely found or taken for another class, the worse; among as many,
+        the lower F1 is worse.
+        """
+        used = (self.scores >= score_thr) & ~self.ignored
+        hit = used & (self.found >= 0)
+        taker = np.full(len(self.objects), -1)
+        taker[self.found[hit]] = np.flatnonzero(hit)
+        right: Counter = Counter()
+        missed, false, confused = defaultdict(list), defaultdict(list), defaultdict(list)
+        for i, thing in enumerate(self.objects):
+            image_id = thing['image_id']
+            if taker[i] < 0:
+                missed[image_id].append(i)
+            elif self.labels[taker[i]] == self.object_labels[i]:
+                right[image_id] += 1
+            else:
+                confused[image_id].append((i, int(taker[i])))
+        for i in np.flatnonzero(used & ~hit):
+            false[self.rows[i]['image_id']].append(int(i))
+        found = [ImageErrors(i, right[i], tuple(missed[i]), tuple(false[i]), tuple(confused[i]))
+                 for i in {**missed, **false, **confused}]
+        return sorted(found, key=lambda e: (-e.count, e.f1, e.image_id))
+
+    def describe(self, errors: ImageErrors) -> str:
+        """E.g. ``missed: 2 dog; false: cow on cat; confused: cat taken for dog``."""
+        def listed(texts: Sequence[str]) -> str:
+            return ', '.join(f'{n} {t}' if n > 1 else t for t, n in Counter(texts).items())
+
+        parts = {
+            'missed': listed([self.names[self.object_labels[i]] for i in errors.missed]),
+            'false': listed([self.false_text(i) for i in errors.false]),
+            'confused': listed([self.confused_text(*pair) for pair in errors.confused])}
+        return '; '.join(f'{what}: {text}' for what, text in parts.items() if text)
+
+    def false_text(self, detection: int) -> str:
+        """What a false detection is: ``cow`` of nothing, ``cow on cat``, or a ``second cow``."""
+        name, thing = self.names[self.labels[detection]], self.over[detection]
+        if thing < 0:
+            return name
+        under = self.names[self.object_labels[thing]]
+        return f'second {name}' if under == name else f'{name} on {under}'
+
+    def confused_text(self, thing: int, detection: int) -> str:
+        """``cat taken for dog``."""
+        return f'{self.names[self.object_labels[thing]]} taken for ' \
+               f'{self.names[self.labels[detection]]}'
+
+    def _right(self) -> np.ndarray:
+        right = self.found >= 0
+        right[right] = self.object_labels[self.found[right]] == self.labels[right]
+        return right
+
+
+def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU_THR) -> Matches:
+    """Match detections to the objects of their images; see `Matches`.
+
+    Args:
+        truth: The objects.
+        rows: COCO result rows.
+        kind: ``'segm'`` or ``'bbox'``: IoU of what.
+        iou_thr: Least IoU, and least share of a detection in a crowd region.
+    """
+    from pycocotools import mask as mask_api
+    shape_of = truth.rle if kind == 'segm' else lambda a: a['bbox']
+    key = 'segmentation' if kind == 'segm' else 'bbox'
+    label_of = {c: i for i, c in enumerate(truth.names)}
+    by_image, in_image = defaultdict(list), defaultdict(list)
+    for row in rows:
+        by_image[row['image_id']].append(row)
+    for annotation in truth.data['annotations']:
+        in_image[annotation['image_id']].append(annotation)
+    kept, objects, found, over, ignored = [], [], [], [], []
+    for image_id in tqdm(truth.images, desc='matching', unit='image', leave=False, disable=None):
+        best = sorted(by_image[image_id], key=lambda r: -r['score'])[:MAX_DETS]
+        # Crowd regions last, so that an object's column is its place.
+        things = sorted(in_image[image_id], key=lambda a: a['iscrowd'])
+        single = sum(not a['iscrowd'] for a in things)
+        taken, under, lost = [-1] * len(best), [-1] * len(best), [False] * len(best)
+        if best and things:
+            ious = np.array(mask_api.iou([r[key] for r in best], [shape_of(a) for a in things],
+                                         [a['iscrowd'] for a in things]))
+            free = np.ones(single, bool)
+            for i, row in enumerate(ious):
+                candidates = np.where(row[:single] >= iou_thr, row[:single], -1)
+                if (candidates >= 0).any():
+                    under[i] = len(objects) + int(np.argmax(candidates))
+                candidates[~free] = -1
+                place = int(np.argmax(candidates)) if single else -1
+                if single and candidates[place] >= 0:
+                    taken[i], free[place] = len(objects) + place, False
+                else:
+                    lost[i] = any(iou >= iou_thr and a['category_id'] == best[i]['category_id']
+                                  for iou, a in zip(row[single:], things[single:], strict=True))
+        kept += best
+        found += taken
+        over += under
+        ignored += lost
+        objects += things[:single]
+    return Matches(tuple(truth.names.values()), kept, objects,
+                   np.array([label_of[r['category_id']] for r in kept], int),
+                   np.array([r['score'] for r in kept], float), np.array(found, int),
+                   np.array(over, int), np.array(ignored, bool),
+                   np.array([label_of[a['category_id']] for a in objects], int))

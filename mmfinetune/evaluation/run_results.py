@@ -1,0 +1,281 @@
+"""What a run leaves to read: its history, tables in other projects' formats, and a summary."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mmfinetune.evaluation import plots
+from mmfinetune.evaluation.history import History
+from mmfinetune.utils.files import atomic_write_all, atomic_write_text
+from mmfinetune.utils.text import cell, duration, markdown_table
+
+RESULTS = 'results.csv'
+DETECTION, SEGMENTATION = 'det_results.txt', 'seg_results.txt'
+RECORD_MAP = 'record_mAP.txt'
+CURVES, CLASS_BARS = 'curves.png', 'per_class.png'
+SUMMARY = 'summary.md'
+PREFIX = 'coco/'
+KINDS = {'bbox': 'box', 'segm': 'mask'}
+# COCO's twelve numbers: our name, IoU, area, detections per image; in pycocotools' order.
+STATS = (('mAP', '0.50:0.95', 'all', 100), ('mAP_50', '0.50', 'all', 100),
+         ('mAP_75', '0.75', 'all', 100), ('mAP_s', '0.50:0.95', 'small', 100),
+         ('mAP_m', '0.50:0.95', 'medium', 100), ('mAP_l', '0.50:0.95', 'large', 100),
+         ('AR@1', '0.50:0.95', 'all', 1), ('AR@10', '0.50:0.95', 'all', 10),
+         ('AR@100', '0.50:0.95', 'all', 100), ('AR_s@100', '0.50:0.95', 'small', 100),
+         ('AR_m@100', '0.50:0.95', 'medium', 100), ('AR_l@100', '0.50:0.95', 'large', 100))
+PerClass = Mapping[str, Mapping[str, float]]
+# What else the summary points to, where it is there.
+_OTHER_FILES = {'test_results.json': 'numbers of the final test', 'figures': 'test pictures',
+                'tensorboard_logs': 'TensorBoard', 'confusion_matrix.png': 'confusion matrix'}
+
+
+def set_aside(path: Path) -> Path:
+    """Rename a file to a free ``<name>.bak``; its new path."""
+    names = (f'{path.name}.bak{count if count > 1 else ""}' for count in itertools.count(1))
+    return path.rename(next(path.with_name(n) for n in names if not path.with_name(n).exists()))
+
+
+def per_class_of(evaluator: Any, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
+    """AP and AP50 of each class, as far as they are known.
+
+    Args:
+        evaluator: MMEngine's, whose metrics may have ``per_class``.
+        metrics: What it returned; ``coco/<kind>_AP/<class>`` is taken where no metric tells more.
+
+    Returns:
+        By class, in the order of the labels where known: ``bbox_AP``, ``bbox_AP50``, ``segm_AP``,
+        ``segm_AP50``; a class without ground truth lacks them.
+    """
+    for metric in getattr(evaluator, 'metrics', ()):
+        if getattr(metric, 'per_class', None):
+            return {name: dict(values) for name, values in metric.per_class.items()}
+    found: dict[str, dict[str, float]] = {}
+    for key, value in metrics.items():
+        kind, mark, name = key.removeprefix(PREFIX).partition('_AP/')
+        if mark and kind in KINDS:
+            found.setdefault(name, {})[f'{kind}_AP'] = float(value)
+    return found
+
+
+def result_lines(history: History, kind: str) -> str:
+    """A line an epoch in the format of the torchvision-based fine-tuning projects.
+
+    ``epoch:{n}``, COCO's twelve numbers and the mean training loss with four digits, the learning
+    rate with six. That is the base one, of which the groups have their shares. Epochs count from
+    1; where training is not counted in epochs, lines begin with ``iter:``.
+
+    Args:
+        history: Of the run.
+        kind: ``'bbox'`` or ``'segm'``.
+
+    Returns:
+        The lines of those rows that have these numbers; empty if none has.
+    """
+    names = [f'{PREFIX}{kind}_{stat[0]}' for stat in STATS]
+    lines = []
+    for row in history.rows:
+        if all(name in row for name in names):
+            numbers = [f'{row[name]:.4f}' for name in names]
+            numbers += [f'{row.get("train/loss", math.nan):.4f}', f'{row.get("lr", math.nan):.6f}']
+            lines.append(f'{history.unit}:{row[history.unit]} {"  ".join(numbers)}\n')
+    return ''.join(lines)
+
+
+def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: str = '') -> str:
+    """COCO's twelve lines as pycocotools prints them, then AP50 of each class and their mean.
+
+    For boxes and for masks, as far as `metrics` has them. -1 stands for no ground truth.
+
+    Args:
+        metrics: ``coco/<bbox|segm>_<stat>``.
+        per_class: Of `per_class_of`.
+        source: What the numbers are of, for the first line.
+    """
+    blocks = []
+    for kind in KINDS:
+        if f'{PREFIX}{kind}_mAP' not in metrics:
+            continue
+        lines = [f'IoU metric: {kind}', 'COCO results:']
+        for name, iou, area, detections in STATS:
+            what = ('Average Precision', '(AP)') if name.startswith('mAP') \
+                else ('Average Recall', '(AR)')
+            lines.append(f' {what[0]:<18} {what[1]} @[ IoU={iou:<9} | area={area:>6s} | '
+                         f'maxDets={detections:>3d} ] = '
+                         f'{metrics.get(f"{PREFIX}{kind}_{name}", -1):0.3f}')
+        wide = any(f'{kind}_AP50' in values for values in per_class.values())
+        key, iou, total = (f'{kind}_AP50', '0.5', 'mAP_50') if wide \
+            else (f'{kind}_AP', '0.50:0.95', 'mAP')
+        if any(key in values for values in per_class.values()):
+            lines += ['', f'mAP(IoU={iou}) for each category:']
+            lines += [f' {name:15}: {values.get(key, -1)}' for name, values in per_class.items()]
+            lines.append(f' {"total":15}: {metrics.get(f"{PREFIX}{kind}_{total}", -1)}')
+        blocks.append('\n'.join(lines) + '\n')
+    return '\n'.join([f'{source}\n'] * bool(source) + blocks)
+
+
+def write_record_map(path: str | Path, metrics: Mapping[str, float], per_class: PerClass,
+                     source: str = '') -> None:
+    """Write `record_map_text`.
+
+    Raises:
+        UserError: The file cannot be written.
+    """
+    atomic_write_text(path, record_map_text(metrics, per_class, source))
+
+
+@dataclass
+class RunFacts:
+    """What there is to tell of a run beside its results.
+
+    Attributes:
+        name: Of the run.
+        command: How it was started.
+        total: Epochs (or iterations) it is to have.
+        unit: ``epoch`` or ``iter``.
+        best: The metrics by which the best checkpoint is chosen, and whether less is better.
+        setup: Weights, versions, device and the like.
+        data: Split, images, objects, classes, file.
+    """
+
+    name: str
+    command: str
+    total: int
+    unit: str = 'epoch'
+    best: Mapping[str, bool] = field(default_factory=dict)
+    setup: Mapping[str, str] = field(default_factory=dict)
+    data: Sequence[Sequence[str]] = ()
+
+
+def summary_text(facts: RunFacts, history: History, done: int, state: str, per_class: PerClass,
+                 work_dir: Path) -> str:
+    """A run as one Markdown page.
+
+    Args:
+        facts: Of the run.
+        history: Its results so far.
+        done: Epochs (or iterations) trained so far.
+        state: Of the run, as a phrase.
+        per_class: Of the last validation.
+        work_dir: Its folder; files that are there are linked.
+    """
+    unit = {'epoch': 'epoch', 'iter': 'iteration'}[facts.unit]
+    lines = [f'# {facts.name}', '', f'**{state}: {unit} {done} of {facts.total}** '
+             f'({time.strftime("%Y-%m-%d %H:%M:%S")})', '']
+    for metric, less in facts.best.items():
+        if best := history.best(metric, less):
+            file = f'best_{metric}_{facts.unit}_{best[0]}.pth'.replace('/', '_')
+            link = f', [{file}]({file})' if (work_dir / file).is_file() else ''
+            lines.append(f'Best {metric}: **{best[1]:.4f}** after {unit} {best[0]}{link}\n')
+    body = '\n'.join(lines)
+    if (work_dir / CURVES).is_file():
+        body += f'\n![Loss, AP and learning rates]({CURVES})\n'
+    last = history.rows[-1][history.unit] if history.rows else 0
+    setup = [['', ''], *([name, cell(text)] for name, text in facts.setup.items())]
+    data = [['split', 'images', 'objects', 'classes', 'file'], *facts.data]
+    sections = {
+        'Test': 'Not tested yet.\n',
+        f'{unit.capitalize()}s': _history_table(history),
+        'Classes': class_section(per_class, f'Validation after {unit} {last}.',
+                                 (work_dir / CLASS_BARS).is_file()),
+        'Run': f'```bash\n{facts.command}\n```\n\n{markdown_table(setup, left=2)}',
+        'Data': markdown_table(data),
+        'Files': _file_list(work_dir)}
+    return body + ''.join(f'\n## {title}\n\n{text}' for title, text in sections.items() if text)
+
+
+def class_section(per_class: PerClass, source: str, picture: bool) -> str:
+    """The table of classes, and the picture of it; empty without classes."""
+    if not per_class:
+        return ''
+    keys = [key for key in ('segm_AP', 'segm_AP50', 'bbox_AP', 'bbox_AP50')
+            if any(key in values for values in per_class.values())]
+    rows = [['class', 'label', *(f'{KINDS[k]} {which}' for k, _, which in
+                                 (key.partition('_') for key in keys))]]
+    rows += [[cell(name), str(label), *(_number(values.get(key)) for key in keys)]
+             for label, (name, values) in enumerate(per_class.items())]
+    return f'{source}\n\n{markdown_table(rows)}' + \
+        f'\n![AP and AP50 of each class]({CLASS_BARS})\n' * picture
+
+
+def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float],
+                per_class: PerClass) -> list[Path]:
+    """Write ``record_mAP.txt`` and ``per_class.png`` of a test and put it into ``summary.md``.
+
+    Args:
+        work_dir: Of the run; a summary is begun if there is none.
+        checkpoint: What was tested.
+        metrics: As the runner returned them.
+        per_class: Of `per_class_of`.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: They cannot be written.
+    """
+    source = f'Test of {checkpoint.name}'
+    path = work_dir / SUMMARY
+    try:
+        text = path.read_text(encoding='utf-8')
+    except (OSError, ValueError):
+        text = f'# {work_dir.resolve().name}\n'
+    rows = [['', 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl',
+             'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl']]
+    rows += [[word, *(_number(metrics.get(f'{PREFIX}{kind}_{name}')) for name, *_ in STATS)]
+             for kind, word in KINDS.items() if f'{PREFIX}{kind}_mAP' in metrics]
+    body = f'`{checkpoint.name}`' + (f', loss {metrics["test/loss"]:.4f}'
+                                     if 'test/loss' in metrics else '') + '\n\n'
+    text = _with_section(text, 'Test', body + markdown_table(rows))
+    contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
+    if per_class:
+        text = _with_section(text, 'Classes', class_section(per_class, f'{source}.', True))
+        contents[work_dir / CLASS_BARS] = plots.class_bars(per_class, f'test of {checkpoint.name}')
+    atomic_write_all(contents)
+    text = _with_section(text, 'Files', _file_list(work_dir))
+    atomic_write_text(path, text)
+    return [*contents, path]
+
+
+def _history_table(history: History) -> str:
+    titles = {'train/loss': 'training loss', 'val/loss': 'validation loss',
+              **{f'{PREFIX}{kind}_{stat}': plots.title_of(f'{PREFIX}{kind}_{stat}')
+                 for kind in KINDS for stat in ('mAP', 'mAP_50')},
+              'lr': 'lr', 'train_seconds': 'training', 'val_seconds': 'validation'}
+    forms = {'lr': '{:g}'.format, 'train_seconds': duration, 'val_seconds': duration}
+    there = [name for name in titles if name in history.columns()]
+    rows = [[history.unit, *(titles[name] for name in there)]]
+    rows += [[str(row[history.unit]), *(forms.get(name, _number)(row[name]) if name in row else '-'
+                                        for name in there)] for row in history.rows]
+    return markdown_table(rows, left=0)
+
+
+def _number(value: float | None) -> str:
+    """Four digits; ``-`` for none and for -1, COCO's sign of no ground truth."""
+    return '-' if value is None or value == -1 else f'{value:.4f}'
+
+
+def _file_list(work_dir: Path) -> str:
+    known = {RESULTS: 'every number of every epoch', DETECTION: 'box results, one line an epoch',
+             SEGMENTATION: 'mask results, one line an epoch',
+             RECORD_MAP: 'COCO summary and AP50 of each class', CURVES: 'curves',
+             CLASS_BARS: 'classes', **_OTHER_FILES}
+    return ''.join(f'- [{name}]({name}): {what}\n' for name, what in known.items()
+                   if (work_dir / name).exists())
+
+
+def _with_section(text: str, title: str, body: str) -> str:
+    """A page with a section replaced, or put last if it is new."""
+    head, *sections = text.split('\n## ')
+    new = f'{title}\n\n{body}'
+    places = [i for i, section in enumerate(sections) if section.partition('\n')[0] == title]
+    if places:
+        sections[places[0]] = new
+    else:
+        sections.append(new)
+    return '\n## '.join(part if part.endswith('\n') else f'{part}\n' for part in (head, *sections))

@@ -1,0 +1,265 @@
+"""Downloads that resume, are checked, and are whole or not there."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import shutil
+import tarfile
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from pathlib import Path, PurePosixPath
+
+from tqdm import tqdm
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import CHUNK, digest, looks_like
+
+
+def download(url: str, dst: str | Path, sha256: str | None = None, md5: str | None = None,
+             size: int | None = None, timeout: float = 30, progress: bool = True,
+             retries: int = 3, wait: float = 1.0) -> Path:
+    """Fetch `url` to `dst`; `dst` appears only when whole and verified.
+
+    What has come so far stays in `<dst>.part` and is resumed by the next call. A `dst` that
+    already passes the checks is not fetched again, and one that fails them is replaced only by
+    one that passes.
+
+    Args:
+        url: An http or https address.
+        dst: The file to make.
+        sha256: Expected SHA-256, whole or its first digits (as in the names of model files).
+        md5: Expected MD5.
+        size: Expected size in bytes.
+        timeout: Seconds without an answer before a try counts as failed.
+        progress: Whether to show a progress bar.
+        retries: Tries after the first that bring nothing new; one that does resets the count.
+        wait: Seconds before the first retry, doubled for each further one.
+
+    Raises:
+        UserError: No network, an HTTP error, no room on the disk or a wrong checksum.
+    """
+    dst = Path(dst)
+    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
+        raise UserError(f'{url}: not an http or https address')
+    if dst.is_file() and not _mismatch(dst, sha256, md5, size):
+        return dst
+    part = dst.with_name(dst.name + '.part')
+    try:
+        dst.parent.mkdir(parents=True, exist_ok=True)
+        if size is not None and part.is_file() and part.stat().st_size > size:
+            part.unlink()
+        checked = bool(sha256 or md5)
+        if not checked or _size(part) != size:
+            _Fetch(url, dst, part, size, checked, timeout, progress).run(retries, wait)
+        bad = _mismatch(part, sha256, md5, size)
+        if bad:
+            looks = looks_like(part)
+            _forget(part)
+            raise UserError(f'{url}: not the expected file'
+                            f'{f" but {looks}" if looks else ""}', [bad],
+                            'run again, try a mirror, or ' + _by_hand(url, dst))
+        part.replace(dst)
+        _forget(part)
+    except OSError as error:
+        raise UserError(f'{dst}: cannot be written: {error.strerror or error}',
+                        cure='choose a folder you may write to, on a disk with room') from error
+    return dst
+
+
+def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bool = True) -> Path:
+    """Unpack the folder `inner` of a tar archive as `target`, which appears only when whole.
+
+    Raises:
+        UserError: A damaged archive, one with members outside `inner` or other than files and
+            folders, too little room, or `target` is there already.
+    """
+    archive, target, inside = Path(archive), Path(target), PurePosixPath(inner).parts
+    if target.exists():
+        raise UserError(f'{target}: there already', cure='move it away to unpack anew')
+    temporary = None
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tarfile.open(archive) as tar:
+            members = tar.getmembers()
+            bad = [member.name for member in members if not _may_unpack(member, inside)]
+            if bad or not members:
+                raise UserError(f'{archive}: must hold files and folders of {inner} only, but has',
+                                bad or ['nothing'], 'fetch the archive anew from its source')
+            # A tenth more, since each small file ends in a disk block that it does not fill.
+            _check_room(target.parent, int(1.1 * sum(member.size for member in members)))
+            temporary = Path(tempfile.mkdtemp(prefix='.unpack_', dir=target.parent))
+            # Python 3.10 and 3.11 have the filter only from their later releases on.
+            safe = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
+            for member in tqdm(members, desc=f'unpack {archive.name}', unit='file',
+                               disable=not progress):
+                tar.extract(member, temporary, set_attrs=False, **safe)
+        temporary.joinpath(*inside).rename(target)
+    except (tarfile.TarError, EOFError, OSError) as error:
+        raise UserError(f'{archive}: cannot be unpacked as {target}: {error}',
+                        cure='remove the archive if it is damaged, and fetch it anew') from error
+    finally:
+        if temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return target
+
+
+class _NetworkError(Exception):
+    """A failure worth another try."""
+
+
+class _Fetch:
+    """One download into a part file, over as many connections as it takes."""
+
+    def __init__(self, url: str, dst: Path, part: Path, size: int | None, checked: bool,
+                 timeout: float, progress: bool) -> None:
+        self.url, self.dst, self.part, self.size = url, dst, part, size
+        self.checked, self.timeout, self.progress = checked, timeout, progress
+        self.tag_file = _tag_file(part)
+
+    def run(self, retries: int, wait: float) -> None:
+        """Fill the part file; raises UserError when `retries` tries in a row bring no more."""
+        most, failures = _size(self.part), 0
+        while True:
+            try:
+                self._once()
+                return
+            except _NetworkError as error:
+                have = _size(self.part)
+                failures = 1 if have > most else failures + 1
+                most = max(most, have)
+                if failures > retries:
+                    kept = f' ({have:,} bytes are kept in {self.part})' if have else ''
+                    raise UserError(f'{self.url}: download failed: {error}{kept}',
+                                    cure='check the network and run again to resume, or '
+                                    + _by_hand(self.url, self.dst)) from error
+                time.sleep(wait * 2 ** (failures - 1))
+
+    def _once(self) -> None:
+        request = urllib.request.Request(
+            self.url, headers={'User-Agent': 'mmfinetune', 'Accept-Encoding': 'identity'})
+        have = self._resumable()
+        if have:
+            request.add_header('Range', f'bytes={have}-')
+            tag = self._tag()
+            if tag and not self.checked:
+                request.add_header('If-Range', tag)
+        try:
+            response = urllib.request.urlopen(request, timeout=self.timeout)
+        except urllib.error.HTTPError as error:
+            with error:
+                self._refused(error, have)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            raise _NetworkError(getattr(error, 'reason', None) or error) from error
+        with response:
+            self._receive(response, have)
+
+    def _receive(self, response: http.client.HTTPResponse, have: int) -> None:
+        if response.status == 206 and _range_start(response) != have:
+            _forget(self.part)
+            raise _NetworkError('the server answered with another range than asked for')
+        if response.status != 206:
+            # The server ignored the range, or the file there has changed: begin anew.
+            have = 0
+        length = response.headers.get('Content-Length', '')
+        total = have + int(length) if length.isdigit() else None
+        if self.size is not None and total not in (None, self.size):
+            # Said before the part is touched: a login page must not cost what has come so far.
+            raise UserError(f'{self.url}: not the expected file',
+                            [f'size: expected {self.size:,} bytes, offered are {total:,} '
+                             f'({response.headers.get_content_type()})'],
+                            'try a mirror, or ' + _by_hand(self.url, self.dst))
+        _check_room(self.dst.parent, (total or self.size or 0) - have)
+        tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
+        self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
+        with self.part.open('ab' if have else 'wb') as file, tqdm(
+                total=total or self.size, initial=have, unit='B', unit_scale=True,
+                desc=self.dst.name, disable=not self.progress) as bar:
+            while True:
+                try:
+                    data = response.read1(CHUNK)
+                except (OSError, http.client.HTTPException) as error:
+                    raise _NetworkError(f'connection lost ({error})') from error
+                if not data:
+                    break
+                file.write(data)
+                bar.update(len(data))
+        # A server that goes away ends the stream quietly, so only the count tells.
+        if total is not None and _size(self.part) < total:
+            raise _NetworkError(f'connection closed after {_size(self.part):,} of {total:,} bytes')
+
+    def _refused(self, error: urllib.error.HTTPError, have: int) -> None:
+        if error.code == 416 and have:
+            if error.headers.get('Content-Range', '').rpartition('/')[2] == str(have):
+                return
+            _forget(self.part)
+            raise _NetworkError('the kept part does not fit the file on the server')
+        if error.code in (408, 425, 429) or error.code >= 500:
+            raise _NetworkError(f'HTTP {error.code} {error.reason}')
+        raise UserError(f'{self.url}: HTTP {error.code} {error.reason}',
+                        cure='check the address, or ' + _by_hand(self.url, self.dst)) from error
+
+    def _resumable(self) -> int:
+        """Bytes of the part file that may be kept."""
+        # Without a checksum only the server's tag can tell that the rest belongs to this part.
+        if self.checked or self._tag():
+            return _size(self.part)
+        return 0
+
+    def _tag(self) -> str:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            known = json.loads(self.tag_file.read_text(encoding='utf-8'))
+            # Weak tags are not allowed in If-Range (RFC 9110, 13.1.5).
+            if known['url'] == self.url and not known['tag'].startswith('W/'):
+                return known['tag']
+        return ''
+
+
+def _mismatch(path: Path, sha256: str | None, md5: str | None, size: int | None) -> str:
+    """What is wrong with a file's size or checksum; empty if nothing."""
+    if size is not None and _size(path) != size:
+        return f'size: expected {size:,} bytes, got {_size(path):,}'
+    for kind, expected in (('sha256', sha256), ('md5', md5)):
+        if expected and not (got := digest(path, kind)).startswith(expected.lower()):
+            return f'{kind}: expected {expected.lower()}, got {got}'
+    return ''
+
+
+def _check_room(folder: Path, wanted: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if wanted > free:
+        raise UserError(f'{folder}: {wanted / 1e9:.2f} GB wanted, {free / 1e9:.2f} GB free',
+                        cure='make room or choose another folder')
+
+
+def _may_unpack(member: tarfile.TarInfo, inside: tuple[str, ...]) -> bool:
+    parts = PurePosixPath(member.name).parts
+    within = parts[:len(inside)] == inside[:len(parts)] and '..' not in parts
+    return within and (member.isdir() or member.isreg() and len(parts) > len(inside))
+
+
+def _by_hand(url: str, dst: Path) -> str:
+    return f'fetch {url} by other means and put it at {dst}'
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
+
+
+def _range_start(response: http.client.HTTPResponse) -> int | None:
+    start = response.headers.get('Content-Range', '').removeprefix('bytes ').partition('-')[0]
+    return int(start) if start.isdigit() else None
+
+
+def _tag_file(part: Path) -> Path:
+    return part.with_name(part.name + '.json')
+
+
+def _forget(part: Path) -> None:
+    part.unlink(missing_ok=True)
+    _tag_file(part).unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""Files that are there whole or not at all: writing, checksums, download, unpacking."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mmfinetune.utils.errors import UserError
+
+CHUNK = 1 << 20  # bytes
+
+
+def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
+    """Write several files; none of them changes before all new contents lie on the disk.
+
+    Args:
+        contents: The bytes for each path. Missing folders are made; a symbolic link is followed.
+
+    Raises:
+        UserError: A file cannot be written (rights, disk full); existing files stay as they were.
+    """
+    staged: list[tuple[Path, Path]] = []
+    path = None
+    try:
+        for path, data in contents.items():
+            target = Path(os.path.realpath(path))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # In the target's folder, since a rename is atomic within one file system only; not
+            # by mkstemp, whose files only their owner may read.
+            temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+            staged.append((temporary, target))
+            with temporary.open('wb') as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        for temporary, path in staged:
+            temporary.replace(path)
+    except OSError as error:
+        raise UserError(f'{path}: cannot be written: {error.strerror or error}',
+                        cure='choose a folder you may write to, on a disk with room') from error
+    finally:
+        for temporary, _ in staged:
+            temporary.unlink(missing_ok=True)
+
+
+def atomic_write_bytes(path: str | Path, data: bytes) -> None:
+    """Write `data` to `path`, whole or not at all; see `atomic_write_all`."""
+    atomic_write_all({Path(path): data})
+
+
+def atomic_write_text(path: str | Path, text: str) -> None:
+    """Write `text` as UTF-8 to `path`, whole or not at all; see `atomic_write_all`."""
+    atomic_write_bytes(path, text.encode())
+
+
+def json_bytes(value: object, indent: int | None = None) -> bytes:
+    """`value` as UTF-8 JSON with a final newline; NaN and infinity raise ValueError."""
+    separators = (',', ':') if indent is None else None
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent,
+                      separators=separators)
+    return text.encode() + b'\n'
+
+
+def atomic_write_json(path: str | Path, value: object, indent: int | None = None) -> None:
+    """Write `value` as JSON to `path`, whole or not at all; see `atomic_write_all`."""
+    atomic_write_bytes(path, json_bytes(value, indent))
+
+
+def sha256_of(path: str | Path) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits."""
+    return digest(Path(path), 'sha256')
+
+
+def digest(path: Path, kind: str) -> str:
+    digest = hashlib.new(kind, usedforsecurity=False)
+    with path.open('rb') as file:
+        while data := file.read(CHUNK):
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def looks_like(path: Path) -> str:
+    """What a file is that often stands in for a binary one; empty if none of these.
+
+    A web page (saved instead of the download) or a Git LFS pointer.
+    """
+    with path.open('rb') as file:
+        start = file.read(512).lstrip().lower()
+    if start.startswith((b'<!doctype html', b'<html')):
+        return 'a web page (a login or an error page?)'
+    if start.startswith(b'version https://git-lfs'):
+        return 'a Git LFS pointer (run `git lfs pull`)'
+    return ''
+
+pass
+
+_NOT_DATA = frozenset({'__MACOSX', 'Thumbs.db'})
+
+
+def natural_key(text: str | Path) -> tuple:
+    """A sort key in which `img2` comes before `img10`; no two texts compare as equal."""
+    text = text.as_posix() if isinstance(text, Path) else text
+    # Digits stand at odd places, so that numbers meet numbers only.
+    parts = tuple(int(part) if place % 2 else part.casefold()
+                  for place, part in enumerate(re.split(r'([0-9]+)', text)))
+    return (parts, text)
+
+
+def find_files(root: str | Path, suffixes: Iterable[str]) -> list[Path]:
+    """All files below a folder with one of the suffixes, in natural order of their paths.
+
+    Hidden files and folders and `__MACOSX` are skipped. Linked folders are followed, each folder
+    once, so that a link to a folder above does no harm.
+
+    Args:
+        root: The folder.
+        suffixes: In lower case with the dot; the case of the files' own does not matter.
+    """
+    suffixes = frozenset(suffixes)
+    found = [path for path in _walk(Path(root)) if path.suffix.lower() in suffixes]
+    return sorted(found, key=natural_key)
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    seen: set[tuple[int, int]] = set()
+    for folder, subfolders, names in os.walk(root, followlinks=True):
+        place = Path(folder)
+        status = place.stat()
+        if (status.st_dev, status.st_ino) in seen:
+            subfolders.clear()
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        # The order decides by which of two links a folder is reached.
+        subfolders[:] = sorted(name for name in subfolders if _is_data(name))
+        yield from (place / name for name in names if _is_data(name))
+
+
+def _is_data(name: str) -> bool:
+    return not name.startswith('.') and name not in _NOT_DATA
+
+
+def shown(path: Path, root: Path) -> str:
+    """A path for messages: relative to the data set where it lies in it, with slashes."""
+    try:
+        return path.relative_to(root).as_posix()
+    except ValueError:
+        return path.as_posix()
+
+
+def read_text(path: Path) -> str:
+    """The text of a label file: UTF-8, or UTF-16 with its mark.
+
+    Raises:
+        ValueError: With a short reason: missing, unreadable, not text.
+    """
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise ValueError('missing') from None
+    except OSError as error:
+        raise ValueError(f'unreadable ({error.strerror or error})') from None
+    try:
+        # A mark in front (Windows editors write it) would become part of the first word.
+        return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
+    except UnicodeDecodeError as error:
+        raise ValueError(f'not UTF-8 text (byte {error.start})') from None
+
+
+def read_json(path: Path) -> Any:
+    """The value of a JSON file; NaN and infinity are let through, see `polygon_problem`.
+
+    Raises:
+        ValueError: With a short reason and the place.
+    """
+    text = read_text(path)
+    if not text.strip():
+        raise ValueError('empty file')
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'not JSON ({error.msg}, line {error.lineno}, '
+                         f'column {error.colno})') from None
+    except RecursionError:
+        raise ValueError('not usable JSON (nested too deeply)') from None
+
+_HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$')
+
+
+def hash_in_name(name: str | Path) -> str | None:
+    """The SHA-256 prefix at the end of a file name (torch hub's and mmdet's convention)."""
+    found = _HASH.search(Path(name).name)
+    return found.group(1) if found else None

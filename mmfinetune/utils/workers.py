@@ -1,0 +1,72 @@
+"""Work on many files in several processes, in order and with a progress bar."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
+from typing import Any, TypeVar
+
+from tqdm import tqdm
+
+from mmfinetune.utils.errors import UserError
+
+Item, Result = TypeVar('Item'), TypeVar('Result')
+_work: Callable[[Any], Any] | None = None
+
+
+def _start(work: Callable[[Any], Any]) -> None:
+    global _work
+    _work = work
+    # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _do(chunk: Sequence[Any]) -> list[Any]:
+    return [_work(item) for item in chunk]
+
+
+def in_order(work: Callable[[Item], Result], items: Sequence[Item], workers: int, chunk: int,
+             **bar: Any) -> Iterator[Result]:
+    """The results for all items, in their order whatever the number of workers.
+
+    Args:
+        work: Goes to each process once, pickled; what it holds need not be small.
+        items: What it is called with.
+        workers: Processes; 1 works in this one.
+        chunk: Items that a process takes at a time.
+        **bar: For tqdm, e.g. ``desc`` and ``disable``.
+
+    Raises:
+        UserError: A worker process was killed.
+    """
+    bar = dict(total=len(items), unit='img', **bar)
+    chunks = (items[k:k + chunk] for k in range(0, len(items), chunk))
+    workers = min(workers, -(-len(items) // chunk))
+    if workers <= 1:
+        with tqdm(**bar) as shown:
+            for item in items:
+                yield work(item)
+                shown.update()
+        return
+    # A thread of an earlier progress bar; forking with threads is unsafe.
+    if tqdm.monitor:
+        tqdm.monitor.exit()
+    with ProcessPoolExecutor(workers, initializer=_start, initargs=(work,)) as pool:
+        try:
+            # So many that no worker waits, so few that the results of a large set fit in memory.
+            waiting = [pool.submit(_do, part) for part in islice(chunks, 4 * workers)]
+            # Made after the workers, since it starts that thread again.
+            with tqdm(**bar) as shown:
+                while waiting:
+                    done = waiting.pop(0).result()
+                    waiting += [pool.submit(_do, part) for part in islice(chunks, 1)]
+                    yield from done
+                    shown.update(len(done))
+        except BrokenProcessPool as error:
+            raise UserError('a worker process was ended from outside (out of memory?)',
+                            cure='run again with --workers 1') from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)

@@ -1,0 +1,237 @@
+"""torchvision's Mask R-CNN weights under MMDetection's names, and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmfinetune.data.classes import COCO_CLASSES
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import hash_in_name, sha256_of
+from mmfinetune.weights.read import CURE
+from mmfinetune.weights.source import (
+    BN_EPS,
+    FC_CLS,
+    FC_REG,
+    MASK_LOGITS,
+    RGB_MEAN,
+    RGB_STD,
+    ROWS,
+    _rename,
+    renamed,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from mmfinetune.weights.source import Source
+
+# Released files, by SHA-256, whose frozen BN runs with another eps: torchvision calls
+# overwrite_eps(model, 0.0) after it has loaded this one (detection/mask_rcnn.py).
+RELEASED_EPS = {'bf2d0c1e': 0.0}
+
+# Category ids of COCO run to 90, and torchvision has a slot for each; these were never used.
+_HOLES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+_COCO_SLOTS = tuple(i for i in range(1, 91) if i not in _HOLES)
+
+NAMES = {
+    'backbone.body.': 'backbone.',
+    **{f'backbone.fpn.inner_blocks.{i}.0.': f'neck.lateral_convs.{i}.conv.' for i in range(4)},
+    **{f'backbone.fpn.layer_blocks.{i}.0.': f'neck.fpn_convs.{i}.conv.' for i in range(4)},
+    'rpn.head.conv.0.0.': 'rpn_head.rpn_conv.',
+    'rpn.head.cls_logits.': 'rpn_head.rpn_cls.',
+    'rpn.head.bbox_pred.': 'rpn_head.rpn_reg.',
+    'roi_heads.box_head.fc6.': 'roi_head.bbox_head.shared_fcs.0.',
+    'roi_heads.box_head.fc7.': 'roi_head.bbox_head.shared_fcs.1.',
+    'roi_heads.box_predictor.cls_score.': FC_CLS,
+    'roi_heads.box_predictor.bbox_pred.': FC_REG,
+    **{f'roi_heads.mask_head.{i}.0.': f'roi_head.mask_head.convs.{i}.conv.' for i in range(4)},
+    'roi_heads.mask_predictor.conv5_mask.': 'roi_head.mask_head.upsample.',
+    'roi_heads.mask_predictor.mask_fcn_logits.': MASK_LOGITS,
+}
+# Names before torchvision 0.13; its released files still have them.
+OLD_NAMES = {
+    **{f'backbone.fpn.{b}.{i}.': f'backbone.fpn.{b}.{i}.0.'
+       for b in ('inner_blocks', 'layer_blocks') for i in range(4)},
+    'rpn.head.conv.': 'rpn.head.conv.0.0.',
+    **{f'roi_heads.mask_head.mask_fcn{i + 1}.': f'roi_heads.mask_head.{i}.0.' for i in range(4)},
+}
+
+
+def _new_torchvision_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    renamed = {}
+    for key, tensor in tensors.items():
+        module, _, end = key.rpartition('.')
+        renamed[OLD_NAMES.get(module + '.', module + '.') + end] = tensor
+    return renamed
+
+
+def from_torchvision(source: Source, bn_eps: float | None) -> None:
+    import torch
+    source.tensors = _new_torchvision_names(source.tensors)
+    tensors = renamed(source, NAMES)
+    count = len(tensors[FC_CLS + 'weight'])
+    wrong = [f'{p}{end}: {len(tensors[p + end])}' for p, rows in ROWS.items()
+             for end in ('weight', 'bias') if len(tensors[p + end]) != rows * count]
+    if wrong or count < 2:
+        raise UserError(f'{source.path}: its heads do not agree on {count} category slots:',
+                        wrong, CURE)
+    coco = count == 91
+    slots = torch.tensor(_COCO_SLOTS if coco else range(1, count))
+    holes = torch.tensor(_HOLES if coco else [], dtype=torch.long)
+    background = torch.zeros(1, dtype=torch.long)
+    source.extra = {'slots': slots}
+    for key, name, rows in _row_tensors():
+        by_slot = tensors[key].unflatten(0, (count, rows))
+        first = key.startswith(FC_CLS)  # the only layer with a use for the background
+        kept = torch.cat([slots, background]) if first else slots
+        other = holes if first else torch.cat([background, holes])
+        tensors[key] = by_slot[kept].flatten(0, 1)
+        source.extra[name] = by_slot[other].flatten(0, 1)
+    source.tensors = tensors
+    source.style, source.rgb, source.mean, source.std = 'pytorch', True, RGB_MEAN, RGB_STD
+    source.notes += [
+        f'{count} category slots became {len(slots)} classes, the background moved from the first '
+        'to the last row',
+        'torchvision normalises RGB on 0..1 and MMDetection on 0..255 by the same statistics, so '
+        'conv1 is unchanged',
+        "torchvision's RoIAlign has sampling_ratio=2, aligned=False; MMDetection's default (0, "
+        'True) shifts features by half a pixel, which fine-tuning makes up for']
+    frozen = not any(k.endswith('num_batches_tracked') for k in tensors)
+    if bn_eps is None:
+        bn_eps = _released_eps(source.path) if coco and frozen else None
+    if bn_eps is None and frozen:
+        source.notes.append(f'BN is taken to run with eps {BN_EPS:g}; if the model was fine-tuned '
+                            "from torchvision's COCO weights it was 0: pass --bn-eps 0")
+    if bn_eps is not None and bn_eps != BN_EPS:
+        fold_all(source, bn_eps)
+
+
+def _released_eps(path: Path) -> float | None:
+    # The file may have been renamed, so a name without hash does not speak against it.
+    return RELEASED_EPS.get((hash_in_name(path) or sha256_of(path))[:8])
+
+
+def _row_tensors() -> Iterator[tuple[str, str, int]]:
+    """(MMDetection's key, torchvision's key, rows of a class) of the layers with class rows."""
+    back = {ours: theirs for theirs, ours in NAMES.items()}
+    for prefix, rows in ROWS.items():
+        for end in ('weight', 'bias'):
+            yield prefix + end, back[prefix] + end, rows
+
+
+def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float
+          ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weight and variance that give with `BN_EPS` what the given ones give with `eps`."""
+    import torch
+    variance = var.double()
+    shifted = variance + (eps - BN_EPS)
+    # Below this, adding BN_EPS again in fp32 would lose digits, or the variance were negative.
+    enough = shifted >= BN_EPS
+    gain = ((variance + BN_EPS) / (variance + eps)).sqrt()
+    # Without variance and eps the original is infinite: nothing to be equal to.
+    gain = torch.where(gain.isfinite(), gain, 1.0)
+    return (torch.where(enough, weight, (weight.double() * gain).float()),
+            torch.where(enough, shifted, variance).float())
+
+
+def _bn_layers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    return [k.removesuffix('running_var') for k in tensors if k.endswith('.running_var')]
+
+
+def fold_all(source: Source, eps: float) -> None:
+    import torch
+    source.extra['bn_eps'] = torch.tensor(eps, dtype=torch.float64)
+    layers = _bn_layers(source.tensors)
+    small = 0
+    for layer in layers:
+        names = layer + 'weight', layer + 'running_var'
+        weight, var = (source.tensors[n] for n in names)
+        source.extra |= {f'bn.{n}': source.tensors[n] for n in names}
+        source.tensors |= zip(names, _fold(weight, var, eps), strict=True)
+        small += int((source.tensors[names[0]] != weight).sum())
+    source.notes.append(
+        f'BN of the source runs with eps {eps:g}, of MMDetection with {BN_EPS:g}: the difference '
+        f'went into the variances of {len(layers)} layers'
+        + (f' and the weights of {small} channels with very little variance' if small else ''))
+
+
+def to_torchvision(tensors: Mapping[str, torch.Tensor],
+                   extra: Mapping[str, torch.Tensor] | None = None,
+                   coco_slots: bool | None = None) -> dict[str, torch.Tensor]:
+    """The state dict of a ``maskrcnn_resnet50_fpn``, with the names since torchvision 0.13.
+
+    With the `extra` of a torchvision source this is the exact inverse of :func:`read_source`. BN
+    then needs the eps of that source again (0 for torchvision's released file). Without it, BN
+    has eps 1e-5, and slots that MMDetection has no rows for get zeros and a score of -1e4: in the
+    softmax they are nothing, so the probabilities of the classes stay the same.
+
+    Args:
+        tensors: Under MMDetection's names; of a backbone in pytorch style fed with RGB.
+        extra: `Source.extra`.
+        coco_slots: Without `extra`: the 91 slots with holes instead of one for each class. None:
+            when there are 80 classes.
+
+    Raises:
+        UserError: A name without counterpart in torchvision, or heads of other shapes.
+    """
+    import torch
+    extra = extra or {}
+    back = {ours: theirs for theirs, ours in NAMES.items()}
+    renamed, left = _rename(tensors, back)
+    left += [f'{key} is not there' for key, _, _ in _row_tensors() if key not in tensors]
+    if left:
+        raise UserError('These tensors do not fit a torchvision maskrcnn_resnet50_fpn:', left,
+                        'only a Mask R-CNN with FPN, two shared FC layers and four mask '
+                        'convolutions can be converted')
+    count = len(tensors[FC_CLS + 'weight']) - 1
+    coco = count == len(COCO_CLASSES) if coco_slots is None else coco_slots
+    slots = extra.get('slots')
+    if slots is None:
+        slots = torch.tensor(_COCO_SLOTS if coco else range(1, count + 1))
+    else:
+        coco = int(slots.max()) > count
+    if len(slots) != count:
+        raise UserError(f'The model has {count} classes, the slots are for {len(slots)}',
+                        cure='leave out extra and coco_slots, which are of another model')
+    total = 91 if coco else count + 1
+    unused = torch.tensor([i for i in range(1, total) if i not in set(slots.tolist())],
+                          dtype=torch.long)
+    background = torch.zeros(1, dtype=torch.long)
+    for key, name, rows in _row_tensors():
+        ours = tensors[key]
+        first = key.startswith(FC_CLS)
+        order = torch.cat([slots, background] if first else [slots])
+        other = unused if first else torch.cat([background, unused])
+        if len(ours) != rows * len(order):
+            raise UserError(f'{key} has {len(ours)} rows, for {count} classes {rows * len(order)} '
+                            'were expected', cure='torchvision has no class-agnostic heads')
+        by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
+        by_slot[order] = ours.unflatten(0, (-1, rows))
+        if name in extra:
+            by_slot[other] = extra[name].reshape(len(other), *by_slot.shape[1:])
+        elif first and key.endswith('bias'):
+            by_slot[other] = -1e4
+        renamed[name] = by_slot.flatten(0, 1)
+    if 'bn_eps' in extra:
+        unfold_all(renamed, tensors, extra)
+    return renamed
+
+
+def unfold_all(renamed: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor],
+                extra: Mapping[str, torch.Tensor]) -> None:
+    import torch
+    eps = float(extra['bn_eps'])
+    for layer in _bn_layers(tensors):
+        names = layer + 'weight', layer + 'running_var'
+        weight, var = (tensors[n] for n in names)
+        free = weight, (var.double() + (BN_EPS - eps)).float()
+        kept = tuple(extra.get(f'bn.{n}', t) for n, t in zip(names, free, strict=True))
+        # Rounding cannot be undone by arithmetic; channels that nobody changed since get their
+        # first numbers again.
+        folded = _fold(*kept, eps)
+        same = (folded[0] == weight) & (folded[1] == var)
+        for name, first, now in zip(names, kept, free, strict=True):
+            renamed['backbone.body.' + name.removeprefix('backbone.')] = torch.where(
+                same, first, now)

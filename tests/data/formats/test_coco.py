@@ -1,0 +1,609 @@
+"""COCO JSON of all makes: what is made regular, what is refused, and that masks stay the same."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_api
+from pycocotools.coco import COCO
+
+from mmfinetune.data import prepare as data_prepare
+from mmfinetune.data.formats.coco import Coco2017Source, CocoSource
+from mmfinetune.data.prepare import prepare, recognise
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.masks import mask_to_rle
+
+W, H = 48, 32
+TRIANGLE = [4.5, 3.0, 30.25, 5.0, 12.0, 25.75]
+SQUARE = [30, 10, 40, 10, 40, 20, 30, 20]
+
+
+def ring() -> np.ndarray:
+    ys, xs = np.mgrid[:H, :W]
+    distance = np.hypot(ys - 15, xs - 20)
+    return ((distance < 12) & (distance > 6)).astype(np.uint8)
+
+
+def uncompressed(mask: np.ndarray) -> dict[str, Any]:
+    flat = mask.ravel(order='F')
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    return {'size': list(mask.shape), 'counts': ([0] if flat[0] else []) + counts}
+
+
+def dataset(images: int = 3) -> dict[str, Any]:
+    """A COCO file with polygons, RLE of both makes and a crowd region in each image."""
+    data: dict[str, Any] = {
+        'info': {'description': 'made', 'year': 2026}, 'licenses': [{'id': 1, 'name': 'CC0'}],
+        'images': [{'id': 10 + k, 'file_name': f'img{k}.jpg', 'width': W, 'height': H,
+                    'license': 1} for k in range(images)],
+        'annotations': [],
+        'categories': [{'id': 2, 'name': 'cat', 'supercategory': 'animal'},
+                       {'id': 7, 'name': 'dog'}]}
+    for image in data['images']:
+        for category, crowd, shape in ((2, 0, [TRIANGLE]), (7, 0, [TRIANGLE, SQUARE]),
+                                       (2, 0, uncompressed(ring())), (7, 0, mask_to_rle(ring())),
+                                       (2, 1, uncompressed(ring()))):
+            data['annotations'].append({
+                'id': len(data['annotations']) + 1, 'image_id': image['id'],
+                'category_id': category, 'iscrowd': crowd, 'segmentation': shape,
+                'bbox': [1, 2, 3, 4], 'area': 5.0})
+    return data
+
+
+def write_images(folder: Path, data: dict[str, Any]) -> None:
+    for image in data['images']:
+        path = folder / image['file_name']
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new('RGB', (W, H), (1, 2, 3)).save(path)
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """`src/annotations/instances_train.json` and `src/images/`."""
+    src = tmp_path / 'src'
+    (src / 'annotations').mkdir(parents=True)
+    data = dataset()
+    write_images(src / 'images', data)
+    (src / 'annotations/instances_train.json').write_text(json.dumps(data))
+    return tmp_path
+
+
+def run(site: Path, change: Callable[[dict[str, Any]], Any] | None = None, **options: Any):
+    """Prepare the site after a change of its JSON, and return what was written."""
+    path = site / 'src/annotations/instances_train.json'
+    if change:
+        data = json.loads(path.read_text())
+        path.write_text(json.dumps(change(data) or data))
+    options = {'workers': 1, 'progress': False, **options}
+    summary = prepare(site / 'src', site / 'out', options.pop('kind', 'coco'), **options)
+    return summary, json.loads((site / 'out/annotations/instances_train.json').read_text())
+
+
+def decoded(annotation: dict[str, Any]) -> np.ndarray:
+    shape = annotation['segmentation']
+    if isinstance(shape, list):
+        shape = mask_api.merge(mask_api.frPyObjects(shape, H, W))
+    elif isinstance(shape['counts'], list):
+        shape = mask_api.frPyObjects(shape, H, W)
+    return mask_api.decode(shape)
+
+
+def test_masks_stay_the_same_and_boxes_and_areas_are_theirs(site):
+    before = dataset()['annotations']
+    summary, data = run(site)
+    after = data['annotations']
+    assert [a['id'] for a in after] == list(range(1, 16))
+    assert [a['iscrowd'] for a in after] == [0, 0, 0, 0, 1] * 3
+    for old, new in zip(before, after, strict=True):
+        mask = decoded(new)
+        assert (mask == decoded(old)).all()
+        assert new['area'] == mask.sum()
+        ys, xs = np.nonzero(mask)
+        assert new['bbox'] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+        assert isinstance(new['segmentation'], list) == isinstance(old['segmentation'], list)
+    assert after[1]['segmentation'] == [TRIANGLE, SQUARE]
+    split = summary.splits['train']
+    assert (split.images, split.objects, split.crowds, split.empty) == (3, 12, 3, 0)
+    assert split.per_class == {'cat': 6, 'dog': 6}
+
+
+def test_ids_header_and_further_keys_are_kept(site):
+    def change(data):
+        data['annotations'][0] |= {'attributes': {'occluded': True}, 'score': float('nan')}
+        data['annotations'][1]['attributes'] = {'occluded': False}
+    summary, data = run(site, change)
+    assert [c['id'] for c in data['categories']] == [2, 7]
+    assert data['categories'][0]['supercategory'] == 'animal'
+    assert [i['id'] for i in data['images']] == [10, 11, 12]
+    assert data['images'][0]['license'] == 1 and data['licenses'] == [{'id': 1, 'name': 'CC0'}]
+    assert data['info']['year'] == 2026
+    assert 'attributes' not in data['annotations'][0]
+    assert data['annotations'][1]['attributes'] == {'occluded': False}
+    assert any('attributes, score' in note for note in summary.notes)
+
+
+@pytest.mark.parametrize('ids', [[0, 1], [7, 2], ['a', 'b'], [1.5, 2.5], [3, '4']],
+                         ids=['zero', 'descending', 'text', 'fractions', 'number_as_text'])
+def test_category_ids_that_would_not_serve_become_1_to_n(site, ids):
+    def change(data):
+        for entry, new in zip(data['categories'], ids, strict=True):
+            for annotation in data['annotations']:
+                if annotation['category_id'] == entry['id']:
+                    annotation['category_id'] = f'new {new}'
+            entry['id'] = new
+        for annotation in data['annotations']:
+            annotation['category_id'] = {f'new {new}': new for new in ids}[
+                annotation['category_id']]
+    if ids == [1.5, 2.5]:
+        with pytest.raises(UserError, match='a category without id or name'):
+            run(site, change)
+        return
+    _, data = run(site, change)
+    assert [c['id'] for c in data['categories']] == ([3, 4] if ids == [3, '4'] else [1, 2])
+    names = {c['id']: c['name'] for c in data['categories']}
+    assert [names[a['category_id']] for a in data['annotations'][:2]] == ['cat', 'dog']
+
+
+@pytest.mark.parametrize('new_id, kept', [
+    (lambda k: f'{k}', True), (lambda k: float(k), True), (lambda k: f'img{k}', False),
+    (lambda k: -k, False), (lambda k: 1 << 60 | k, False)])
+def test_image_ids_of_any_type_find_their_annotations(site, new_id, kept):
+    def change(data):
+        for entry in data['images']:
+            entry['id'] = new_id(entry['id'])
+        for annotation in data['annotations']:
+            annotation['image_id'] = new_id(annotation['image_id'])
+    _, data = run(site, change)
+    assert [i['id'] for i in data['images']] == ([10, 11, 12] if kept else [1, 2, 3])
+    assert [a['image_id'] for a in data['annotations']][::5] == [i['id'] for i in data['images']]
+
+
+def test_annotation_ids_are_new(site):
+    def change(data):
+        for annotation, new in zip(data['annotations'], [0, 5, 5, None, 'x'], strict=False):
+            annotation['id'] = new
+        del data['annotations'][7]['id']
+    summary, data = run(site, change)
+    assert [a['id'] for a in data['annotations']] == list(range(1, 16))
+    assert any('missing or come again' in note for note in summary.notes)
+
+
+@pytest.mark.parametrize('shape, wanted', [
+    (TRIANGLE, [TRIANGLE]),
+    ([[[4.5, 3.0], [30.25, 5.0], [12.0, 25.75]]], [TRIANGLE]),
+    ([TRIANGLE, [1, 1, 2, 2]], [TRIANGLE]),
+    ([TRIANGLE, []], [TRIANGLE]),
+])
+def test_polygons_of_other_makes(site, shape, wanted):
+    def change(data):
+        data['annotations'][0]['segmentation'] = shape
+    _, data = run(site, change)
+    assert data['annotations'][0]['segmentation'] == wanted
+
+
+@pytest.mark.parametrize('shape, reason', [
+    ([[1, 1, 5, 5]], 'without area (fewer than 3 points)'),
+    ([[-9, -9, -5, -9, -5, -5]], 'without a pixel in the image'),
+    ([[5, 5, 5, 5, 5, 5]], 'without a pixel in the image'),
+    ({'size': [H, W], 'counts': [H * W]}, 'without a pixel in the image'),
+])
+def test_objects_without_pixels_are_left_out_and_counted(site, shape, reason):
+    def change(data):
+        data['annotations'][0]['segmentation'] = shape
+    summary, data = run(site, change)
+    assert summary.dropped == {reason: 1}
+    assert len(data['annotations']) == 14
+
+
+def put(key: str, value: Any, what: str = 'annotations', place: int = 0) -> Callable:
+    def change(data):
+        data[what][place][key] = value
+    return change
+
+
+def drop(key: str, what: str = 'annotations') -> Callable:
+    def change(data):
+        del data[what][0][key]
+    return change
+
+
+# A change of one image or annotation, and what the message says of it.
+BAD_PARTS = [
+    (put('segmentation', []), 'annotation 1: no segmentation, only a box'),
+    (put('segmentation', [[]]), 'annotation 1: no segmentation, only a box'),
+    (put('segmentation', None), 'no segmentation'),
+    (drop('segmentation'), 'no segmentation'),
+    (put('segmentation', 'abc'), "segmentation 'abc' is neither"),
+    (put('segmentation', 7), 'segmentation 7 is neither'),
+    (put('segmentation', [[0, 0, 5, 0, 5]]), 'odd number'),
+    (put('segmentation', [[0, 0, math.nan, 0, 5, 5]]), 'NaN'),
+    (put('segmentation', [[0, 0, math.inf, 0, 5, 5]]), 'NaN or infinity'),
+    (put('segmentation', [[0, 0, 1e9, 0, 5, 5]]), 'far outside the 48x32 image'),
+    (put('segmentation', [[0, 0, 10**400, 0, 5, 5]]), 'far outside'),
+    (put('segmentation', [['0', 0, 5, 0, 5, 5]]), "holds '0'"),
+    (put('segmentation', {'size': [W, H], 'counts': 'abc'}), 'an RLE of size [48, 32]'),
+    (put('segmentation', {'size': [H, W], 'counts': 'zzzz'}), 'annotation 1: an RLE'),
+    (put('segmentation', {'size': [H, W], 'counts': [5]}), 'an RLE of 5 pixels for 1536'),
+    (put('segmentation', {'counts': [5]}), "an RLE without 'size'"),
+    (put('category_id', 99), 'unknown category_id 99'),
+    (put('category_id', None), 'unknown category_id None'),
+    (put('category_id', [2]), 'unknown category_id [2]'),
+    (put('category_id', True), 'unknown category_id True'),
+    (put('iscrowd', 2), 'iscrowd is 2'),
+    (put('iscrowd', '0'), "iscrowd is '0'"),
+    (put('image_id', 99), 'annotation 1: there is no image 99'),
+    (put('image_id', None), 'there is no image None'),
+    (put('width', 0, 'images'), 'its size is 0 x 32'),
+    (put('width', '48', 'images'), "its size is '48' x 32"),
+    (put('width', math.nan, 'images'), 'its size is nan'),
+    (put('width', 50, 'images'), 'images/img0.jpg: is 48x32, but the annotation file says 50x32'),
+    (put('file_name', 'none.jpg', 'images'), 'none.jpg: missing'),
+    (put('file_name', '../../../../etc/hostname', 'images'), 'missing'),
+    (put('file_name', '', 'images'), "image 10: file_name is ''"),
+    (put('file_name', None, 'images'), 'image 10: file_name is None'),
+    (put('file_name', 'a\0b.jpg', 'images'), 'file_name is'),
+    (put('file_name', 'x' * 300, 'images'), 'file_name is'),
+    (put('file_name', '\ud800.jpg', 'images'), 'file_name is'),
+    (put('file_name', '.', 'images'), 'images: unreadable'),
+    (put('file_name', 'img1.jpg', 'images'), 'its image is listed twice'),
+]
+
+
+@pytest.mark.parametrize('change, message', BAD_PARTS, ids=[m for _, m in BAD_PARTS])
+def test_a_bad_part_forbids_its_image_alone(site, change, message):
+    with pytest.raises(UserError) as caught:
+        run(site, change)
+    assert message in str(caught.value) and 'nothing was written' in str(caught.value)
+    assert len(caught.value.problems) == 1
+    assert '--skip-bad' in caught.value.cure
+    assert not (site / 'out').exists()
+    summary, data = run(site, skip_bad=True)
+    stray = 'there is no image' in message
+    assert len(data['images']) == (3 if stray else 2)
+    assert len(data['annotations']) == (14 if stray else 10)
+    assert len(summary.problems) == 1
+    json.dumps(data, allow_nan=False)
+    report = json.loads((site / 'out/prepare_report.json').read_text())
+    assert len(report['problems']) == 1
+
+
+def replaced(**members: Any) -> Callable:
+    def change(data):
+        data.update(members)
+    return change
+
+
+def without(key: str) -> Callable:
+    def change(data):
+        del data[key]
+    return change
+
+
+def double_image_id(data):
+    data['images'][1]['id'] = 10
+
+
+def double_category(data):
+    data['categories'][1]['name'] = ' cat '
+
+
+def no_masks(data):
+    for annotation in data['annotations']:
+        annotation['segmentation'] = []
+
+
+# A change of the whole file that makes it useless.
+BAD_FILES = [
+    (without('images'), "has no list 'images'"),
+    (without('annotations'), "has no list 'annotations'"),
+    (without('categories'), "has no list 'categories'"),
+    (replaced(images=None), "'images' is not a list"),
+    (replaced(annotations={'a': 1}), "'annotations' is not a list"),
+    (replaced(categories=3), "'categories' is not a list"),
+    (replaced(categories=[]), 'no categories'),
+    (replaced(categories=[{'id': 2}]), 'a category without id or name'),
+    (replaced(categories=['cat']), "a category without id or name: 'cat'"),
+    (replaced(categories=[{'id': None, 'name': 'cat'}]), 'a category without id or name'),
+    (replaced(categories=[{'id': 1, 'name': '\ud800'}]), 'is not UTF-8'),
+    (replaced(images=[3]), "'images' has an element 3"),
+    (replaced(annotations=[None]), "'annotations' has an element None"),
+    (replaced(images=[]), 'none of its images is there'),
+    (double_image_id, 'image id 10 comes 2 times'),
+    (double_category, "the category 'cat' comes twice"),
+    (put('id', 7, 'categories'), "category id 7 is 'cat' and 'dog'"),
+    (put('id', None, 'images'), "an image ('img0.jpg') has the id None"),
+    (put('id', True, 'images'), 'has the id True'),
+    (no_masks, 'none of its 15 annotations has a segmentation'),
+]
+
+
+@pytest.mark.parametrize('change, message', BAD_FILES, ids=[m for _, m in BAD_FILES])
+def test_a_useless_file_is_refused_in_one_message(site, change, message):
+    with pytest.raises(UserError) as caught:
+        run(site, change, skip_bad=True)
+    assert message in str(caught.value)
+    assert not (site / 'out').exists()
+
+
+@pytest.mark.parametrize('text, message', [
+    ('', 'empty file'), (' \n ', 'breaks off'), ('[1, 2]', 'holds a list'), ('null', 'null'),
+    ('7', 'a number'), ('"x"', 'a string'), ('{"images": [{"id": 1', 'breaks off'),
+    ('{"images": [1 2]}', "',' expected, line 1, column 15"), ('{"images": []} x', 'more behind'),
+    ('{"images": [], "images": []}', 'comes twice'), ('{1: 2}', 'a key that is no string'),
+    ('{"a": tru}', 'Expecting value'), ('{"images": [' + '[' * 200_000, 'nested too deeply'),
+    ('{"a": 1,}', 'not JSON'), ('{"a" 1}', "':' expected")])
+def test_no_json_is_told_with_the_place(site, text, message):
+    (site / 'src/annotations/instances_train.json').write_text(text)
+    with pytest.raises(UserError, match='cannot be used') as caught:
+        prepare(site / 'src/annotations/instances_train.json', site / 'out', progress=False)
+    assert message in str(caught.value)
+
+
+def test_every_cut_of_a_file_is_one_clean_message(site):
+    path = site / 'src/annotations/instances_train.json'
+    data = path.read_bytes()
+    for keep in range(0, len(data) - 1, 41):
+        path.write_bytes(data[:keep])
+        with pytest.raises(UserError, match=r'(breaks off|not JSON|empty file)'):
+            CocoSource.open(path, {'progress': False})
+
+
+@pytest.mark.parametrize('encode, wanted', [
+    (lambda text: b'\xef\xbb\xbf' + text.encode(), None),
+    (lambda text: text.encode(), None),
+    (lambda text: text.encode('utf-16'), 'UTF-16'),
+    (lambda text: text.encode('latin-1'), 'not UTF-8')])
+def test_text_beyond_ascii(site, encode, wanted):
+    data = dataset()
+    data['categories'][0]['name'] = 'Kätzchen'
+    data['images'][0]['file_name'] = 'ünï çode 1.jpg'
+    data['annotations'][0]['attributes'] = {'ö': 'ß'}
+    write_images(site / 'src/images', data)
+    path = site / 'src/annotations/instances_train.json'
+    path.write_bytes(encode(json.dumps(data, ensure_ascii=False)))
+    if wanted:
+        with pytest.raises(UserError, match=wanted):
+            run(site)
+        return
+    _, data = run(site)
+    assert [c['name'] for c in data['categories']] == ['Kätzchen', 'dog']
+    assert 'ünï çode 1.jpg' in [i['file_name'] for i in data['images']]
+    assert [a['attributes'] for a in data['annotations'] if 'attributes' in a] == [{'ö': 'ß'}]
+
+
+def test_boxes_become_masks_only_when_asked_for(site):
+    def change(data):
+        no_masks(data)
+        data['annotations'][0]['bbox'] = [3, 4, 10.0, 5]
+        data['annotations'][1]['bbox'] = [3, 4, 0, 5]
+        data['annotations'][2]['bbox'] = [3, 4, 5]
+    with pytest.raises(UserError, match='none of its 15 annotations has a segmentation'):
+        run(site, change)
+    with pytest.raises(UserError) as caught:
+        run(site, boxes_as_masks=True)
+    assert [line.partition('annotation ')[2] for line in caught.value.problems] == [
+        '2: its bbox is 0 x 5 pixels', '3: its bbox is [3, 4, 5], not four numbers']
+    _, data = run(site, put('bbox', [0, 0, 1, 1], place=1), boxes_as_masks=True, skip_bad=True)
+    assert len(data['images']) == 2
+
+    def mend(data):
+        data['annotations'][2]['bbox'] = [1, 1, 2, 2]
+    summary, data = run(site, mend, boxes_as_masks=True, overwrite=True)
+    assert data['annotations'][0]['bbox'] == [3, 4, 10, 5]
+    assert data['annotations'][0]['area'] == 50
+
+
+def test_size_missing_or_turned(site):
+    def change(data):
+        del data['images'][0]['width'], data['images'][0]['height']
+        data['images'][1] |= {'width': float(W), 'height': float(H)}
+    _, data = run(site, change)
+    assert all((i['width'], i['height']) == (W, H) for i in data['images'])
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new('RGB', (W, H)).save(site / 'src/images/img2.jpg', exif=exif)
+    with pytest.raises(UserError, match='is 32x48, but the annotation file says 48x32 .turned by'):
+        run(site, overwrite=True)
+
+
+@pytest.mark.parametrize('spelling', [
+    '/home/someone/data/sub/a b.jpg', 'C:\\data\\sub\\a b.jpg', '../images/sub/a b.jpg',
+    './sub/a b.jpg', 'https://host/x/sub/a%20b.jpg', 'images/sub/a b.jpg'])
+def test_image_names_of_other_machines(site, spelling):
+    (site / 'src/images/sub').mkdir()
+    (site / 'src/images/img0.jpg').rename(site / 'src/images/sub/a b.jpg')
+    _, data = run(site, put('file_name', spelling, 'images'))
+    assert sorted(i['file_name'] for i in data['images']) == ['img1.jpg', 'img2.jpg',
+                                                              'sub/a b.jpg']
+    assert (site / 'out/images/sub/a b.jpg').is_file()
+
+
+def test_nothing_outside_the_data_set_is_taken(site):
+    Image.new('RGB', (W, H)).save(site / 'secret.jpg')
+    with pytest.raises(UserError, match='missing'):
+        run(site, put('file_name', '../../secret.jpg', 'images'))
+    with pytest.raises(UserError, match='missing'):
+        run(site, put('file_name', str(site / 'secret.jpg'), 'images'))
+
+
+@pytest.mark.parametrize('json_at, images_at', [
+    ('result.json', 'images'), ('result.json', '.'), ('_annotations.coco.json', '.'),
+    ('annotations/instances_default.json', 'images/default'), ('annotations/a.json', 'JPEGImages'),
+    ('train/_annotations.coco.json', 'train'), ('train/labels.json', 'train/images'),
+    ('annotations/instances_train2017.json', 'train2017'),
+    ('annotations/train.json', 'train'), ('annotations/x.json', 'annotations')])
+def test_layouts(tmp_path, json_at, images_at):
+    src = tmp_path / 'src'
+    (src / json_at).parent.mkdir(parents=True)
+    (src / json_at).write_text(json.dumps(dataset()))
+    write_images(src / images_at, dataset())
+    kind, reason = recognise(src)
+    assert kind == ('coco2017' if '2017' in json_at else 'coco') and Path(json_at).name in reason
+    split = 'train' if 'train' in json_at else 'all'
+    for given, out in ((src, 'a'), (src / json_at, 'b')):
+        prepare(given, tmp_path / out, progress=False, workers=1)
+        data = json.loads((tmp_path / out / f'annotations/instances_{split}.json').read_text())
+        assert [i['file_name'] for i in data['images']] == ['img0.jpg', 'img1.jpg', 'img2.jpg']
+        assert len(data['annotations']) == 15
+
+
+def test_the_image_folder_may_be_named(site):
+    elsewhere = site / 'elsewhere'
+    (site / 'src/images').rename(elsewhere)
+    with pytest.raises(UserError, match='none of its images is there') as caught:
+        run(site)
+    assert '--image-root' in caught.value.cure
+    _, data = run(site, image_root=elsewhere)
+    assert len(data['images']) == 3 and (site / 'out/images/img2.jpg').is_file()
+
+
+def two_splits(site: Path, change: Callable[[dict], None] | None = None) -> None:
+    data = dataset()
+    for image in data['images']:
+        image['file_name'] = 'v' + image['file_name']
+    if change:
+        change(data)
+    write_images(site / 'src/images', data)
+    (site / 'src/annotations/instances_valid.json').write_text(json.dumps(data))
+
+
+def test_classes_have_one_order_in_all_splits(site):
+    def change(data):
+        data['categories'] = [{'id': 2, 'name': 'dog'}, {'id': 7, 'name': 'cat'},
+                              {'id': 9, 'name': 'bird'}]
+    two_splits(site, change)
+    summary, train = run(site)
+    val = json.loads((site / 'out/annotations/instances_val.json').read_text())
+    wanted = [{'id': 1, 'name': 'cat', 'supercategory': 'animal'}, {'id': 2, 'name': 'dog'},
+              {'id': 3, 'name': 'bird'}]
+    assert train['categories'] == val['categories'] == wanted
+    # The same ids mean other classes in the second file.
+    assert [a['category_id'] for a in train['annotations'][:2]] == [1, 2]
+    assert [a['category_id'] for a in val['annotations'][:2]] == [2, 1]
+    assert any('lacks the categories bird' in note for note in summary.notes)
+
+
+def test_an_image_in_two_splits_is_a_problem(site):
+    def change(data):
+        data['images'][0]['file_name'] = 'img1.jpg'
+    two_splits(site, change)
+    with pytest.raises(UserError, match='listed in train and in val'):
+        run(site)
+    summary, _ = run(site, skip_bad=True)
+    assert (summary.splits['train'].images, summary.splits['val'].images) == (3, 2)
+
+
+def test_files_whose_splits_are_unclear_are_refused(site):
+    text = (site / 'src/annotations/instances_train.json').read_text()
+    (site / 'src/annotations/instances_train2.json').write_text(text)
+    with pytest.raises(UserError, match='not one for each split') as caught:
+        run(site)
+    assert 'instances_train2.json' in str(caught.value)
+    (site / 'src/annotations/captions_train.json').write_text(text)
+    (site / 'src/annotations/instances_train2.json').unlink()
+    run(site)  # beside instances_*, other kinds of COCO's annotations are passed over
+
+
+def test_classes_chosen_and_ordered(site):
+    _, data = run(site, classes=['dog'])
+    assert [c['name'] for c in data['categories']] == ['dog']
+    assert {a['category_id'] for a in data['annotations']} == {7}
+    summary, data = run(site, classes=['dog', 'cat'], overwrite=True)
+    assert [(c['id'], c['name']) for c in data['categories']] == [(1, 'dog'), (2, 'cat')]
+    assert [a['category_id'] for a in data['annotations'][:2]] == [2, 1]
+    assert not summary.dropped
+    summary, _ = run(site, classes=['cat'], overwrite=True)
+    assert summary.dropped == {'of a class that --classes does not name': 6}
+    with pytest.raises(UserError, match="no class 'catt'; did you mean 'cat'"):
+        run(site, classes=['catt'], overwrite=True)
+
+
+def test_min_area_spares_crowds(site):
+    area = int(decoded(dataset()['annotations'][0]).sum())
+    summary, data = run(site, min_area=area + 1)
+    assert summary.dropped == {f'smaller than {area + 1} pixels': 3}
+    assert len(data['annotations']) == 12
+
+
+def test_sizes_may_be_trusted(site):
+    for path in (site / 'src/images').iterdir():
+        path.unlink()
+    _, data = run(site, trust_sizes=True, placing='reference')
+    assert [i['file_name'] for i in data['images']] == ['img0.jpg', 'img1.jpg', 'img2.jpg']
+    assert data['images'][0]['width'] == W
+    with pytest.raises(UserError, match='an image cannot be linked'):
+        run(site, trust_sizes=True, overwrite=True)
+    with pytest.raises(UserError, match='its size is 2097152 x 32'):
+        run(site, put('width', 1 << 21, 'images'), trust_sizes=True, overwrite=True)
+    with pytest.raises(UserError, match='no width and height'):
+        run(site, lambda data: [data['images'][0].pop(k) for k in ('width', 'height')] and None,
+            trust_sizes=True, overwrite=True)
+
+
+def test_coco2017_has_a_layout_of_its_own(tmp_path):
+    assert Coco2017Source.recognise(tmp_path) is None
+    with pytest.raises(UserError, match='instances_.train,val.2017.json'):
+        prepare(tmp_path, tmp_path.with_name('out_' + tmp_path.name), 'coco2017')
+    for split in ('train', 'val'):
+        data = dataset()
+        for image in data['images']:
+            image['file_name'] = f'{split}_{image["file_name"]}'
+        write_images(tmp_path / f'src/{split}2017', data)
+        path = tmp_path / f'src/annotations/instances_{split}2017.json'
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps(data))
+        path.with_name(f'captions_{split}2017.json').write_text('{"images": [')
+    kind, reason = recognise(tmp_path / 'src')
+    assert kind == 'coco2017' and 'train2017/ and annotations/instances_val2017.json' in reason
+    prepare(tmp_path / 'src', tmp_path / 'out', progress=False, workers=1)
+    data = json.loads((tmp_path / 'out/annotations/instances_val.json').read_text())
+    assert data['images'][0]['file_name'] == 'val2017/val_img0.jpg'
+    assert [i['id'] for i in data['images']] == [10, 11, 12]
+
+
+def test_a_source_goes_to_worker_processes(site):
+    source = CocoSource.open(site / 'src', {'progress': False})
+    items = source.items()
+    source.read(items[0])  # opens the file, which no process can hand to another
+    again = pickle.loads(pickle.dumps(source))
+    assert again.read(items[1]) == source.read(items[1])
+    assert len(source.read(items[1]).instances) == 5
+
+
+def test_recognise_never_raises(tmp_path):
+    for name, data in (('a.json', b'\xff\xfe'), ('b.json', b''), ('c.json', b'{"images": [')):
+        (tmp_path / name).write_bytes(data)
+    (tmp_path / 'd.json').mkdir()
+    for kind in data_prepare.SOURCES:
+        assert data_prepare.reader(kind).recognise(tmp_path) is None
+        assert data_prepare.reader(kind).recognise(tmp_path / 'none') is None
+
+
+def test_real_coco_masks_stay_the_same(real_data, tmp_path):
+    src = real_data / 'coco2017_real'
+    summary = prepare(src, tmp_path / 'out', progress=False, placing='reference')
+    assert summary.kind == 'coco2017' and not summary.dropped and not summary.notes
+    count = 0
+    for split in ('train', 'val'):
+        old = COCO(str(src / f'annotations/instances_{split}2017.json'))
+        new = COCO(str(tmp_path / f'out/annotations/instances_{split}.json'))
+        assert sorted(old.imgs) == sorted(new.imgs) and old.cats == new.cats
+        for image in old.imgs:
+            for a, b in zip(old.imgToAnns[image], new.imgToAnns[image], strict=True):
+                mask = new.annToMask(b)
+                assert (old.annToMask(a) == mask).all()
+                assert (a['category_id'], a['iscrowd']) == (b['category_id'], b['iscrowd'])
+                assert b['area'] == mask.sum()
+                ys, xs = np.nonzero(mask)
+                assert b['bbox'] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
+                count += 1
+    assert count == 909

@@ -1,0 +1,377 @@
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from pycocotools import mask as mask_api
+
+from mmfinetune.data.formats.yolo import YoloSource
+from mmfinetune.data.prepare import prepare
+from mmfinetune.data.records import Record
+from mmfinetune.utils.errors import UserError
+
+WIDTH, HEIGHT = 80, 40
+SQUARE = '0 0.25 0.25 0.5 0.25 0.5 0.75 0.25 0.75'
+
+
+def image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), **save) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new('RGB', size, 'grey').save(path, **save)
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding='utf-8')
+    return path
+
+
+def site(root: Path, *lines: str, yaml: str = 'names: [cat, dog]\ntrain: images\n') -> Path:
+    """A data set of one image with these lines."""
+    image(root / 'images/a.jpg')
+    write(root / 'labels/a.txt', '\n'.join(lines))
+    write(root / 'data.yaml', yaml)
+    return root
+
+
+def read(root: Path, **options) -> list[Record]:
+    source = pickle.loads(pickle.dumps(YoloSource.open(root, options)))
+    return [source.read(item) for item in source.items()]
+
+
+def listing(root: Path) -> list[tuple[str | None, str]]:
+    source = YoloSource.open(root, {})
+    return [(item.split, item.key) for item in source.items()]
+
+
+def pixels(polygons: list) -> np.ndarray:
+    return mask_api.decode(mask_api.merge(
+        mask_api.frPyObjects(polygons, HEIGHT, WIDTH))).astype(bool)
+
+
+def test_a_polygon_covers_its_pixels(tmp_path):
+    site(tmp_path, SQUARE, '1 0 0 1 0 1 1')
+    record, = read(tmp_path / 'images' / '..')
+    assert (record.problems, record.notes) == ([], [])
+    assert (record.width, record.height, record.split) == (WIDTH, HEIGHT, 'train')
+    cat, dog = record.instances
+    assert [cat.category, dog.category] == ['cat', 'dog']
+    assert [cat.place, dog.place] == ['line 1', 'line 2']
+    assert cat.segmentation == [[20, 10, 40, 10, 40, 30, 20, 30]]
+    wanted = np.zeros((HEIGHT, WIDTH), bool)
+    wanted[10:30, 20:40] = True
+    assert (pixels(cat.segmentation) == wanted).all()
+
+
+def test_a_bridge_of_no_width_stays_and_covers_nothing(tmp_path):
+    # Two squares joined as Ultralytics' merge_multi_segment does it: there and back on one line.
+    bridge = '0 0.1 0.2 0.3 0.2 0.3 0.6 0.1 0.6 0.1 0.2 0.6 0.2 0.9 0.2 0.9 0.6 0.6 0.6 0.6 0.2'
+    record, = read(site(tmp_path, bridge))
+    instance, = record.instances
+    assert len(instance.segmentation) == 1 and len(instance.segmentation[0]) == 20
+    wanted = np.zeros((HEIGHT, WIDTH), bool)
+    wanted[8:24, 8:24] = wanted[8:24, 48:72] = True
+    assert (pixels(instance.segmentation) == wanted).all()
+
+
+@pytest.mark.parametrize('line, problem', [
+    ('0 0.5 0.5 0.2 0.2', '4 coordinates: a box, not a polygon'),
+    ('0 0.5 0.5 0.2', '3 coordinates, an odd number'),
+    ('0 0.5 0.5 0.2 0.2 0.3', '5 coordinates, an odd number'),
+    (SQUARE + ' 0.93', '9 coordinates, an odd number (a keypoint or a score behind it?)'),
+    ('0 0.5 0.5', 'a polygon of 1 points'),
+    ('0', 'a polygon of 0 points'),
+    ('2 0 0 1 0 1 1', 'class 2, but the classes are 0 to 1'),
+    ('-1 0 0 1 0 1 1', 'class -1, but the classes are 0 to 1'),
+    ('0.5 0 0 1 0 1 1', 'class 0.5, but the classes are 0 to 1'),
+    ('nan 0 0 1 0 1 1', 'NaN or infinity'),
+    ('0 0 0 1 nan 1 1', 'NaN or infinity'),
+    ('0 0 0 1 inf 1 1', 'NaN or infinity'),
+    ('cat 0 0 1 0 1 1', "'cat' is not a number"),
+    ('0, 0, 0, 1, 0, 1, 1', "'0,' is not a number"),
+    ('0 0 0 1 0 1 1.02', 'coordinate 1.02 is outside 0 to 1'),
+    ('0 0 -0.2 1 0 1 1', 'coordinate -0.2 is outside 0 to 1'),
+    ('0 20 10 40 10 40 30', 'coordinate 20 is outside 0 to 1 (pixels instead of parts?)'),
+])
+def test_bad_lines_are_told_with_their_place(tmp_path, line, problem):
+    record, = read(site(tmp_path, SQUARE, '', line))
+    assert len(record.problems) == 1
+    assert record.problems[0].startswith('labels/a.txt, line 3: ')
+    assert problem in record.problems[0]
+
+
+def test_all_bad_lines_of_a_file_are_told(tmp_path):
+    record, = read(site(tmp_path, '0 1', SQUARE, '7 0 0 1 0 1 1'))
+    assert [line.partition(':')[0] for line in record.problems] == [
+        'labels/a.txt, line 1', 'labels/a.txt, line 3']
+
+
+def test_boxes_become_masks_only_on_demand(tmp_path):
+    record, = read(site(tmp_path, '0 0.5 0.5 0.25 0.5'), boxes_as_masks=True)
+    assert record.problems == []
+    assert record.instances[0].segmentation == [[30, 10, 50, 10, 50, 30, 30, 30]]
+
+
+def test_coordinates_just_outside_are_cut(tmp_path):
+    record, = read(site(tmp_path, '0 -1e-7 0 1.0000001 0 1 1', '1 0 0 1.009 0.001 0.5 1'))
+    assert record.problems == []
+    # Rounding is not worth a word, most of a pixel is not either, more is.
+    assert record.notes == []
+    assert record.instances[0].segmentation == [[0, 0, 80, 0, 80, 40]]
+    large = site(tmp_path / 'large', '1 0 0 1.009 0.001 0.5 1')
+    image(large / 'images/a.jpg', (800, 400))
+    record, = read(large)
+    assert record.notes == ['labels/a.txt, line 1: reaches 7.2 pixels out of the image; cut']
+    assert record.instances[0].segmentation[0][2] == 800
+
+
+def test_repeated_lines_are_one_object(tmp_path):
+    record, = read(site(tmp_path, SQUARE, '1 0 0 1 0 1 1', SQUARE.replace(' ', '  ')))
+    assert [i.place for i in record.instances] == ['line 1', 'line 2']
+    assert record.notes == ['labels/a.txt, line 3: repeats line 1; left out']
+
+
+def test_images_without_labels_are_background(tmp_path):
+    site(tmp_path, SQUARE)
+    image(tmp_path / 'images/empty.png')
+    write(tmp_path / 'labels/empty.txt', '\n')
+    image(tmp_path / 'images/none.png')
+    source = YoloSource.open(tmp_path, {})
+    records = [source.read(item) for item in source.items()]
+    assert [(r.image.name, r.problems, len(r.instances)) for r in records] == [
+        ('a.jpg', [], 1), ('empty.png', [], 0), ('none.png', [], 0)]
+    assert source.notes == [
+        '1 of 3 images have no label file: they count as images without objects']
+
+
+def test_labels_without_an_image_are_told(tmp_path):
+    site(tmp_path, SQUARE, yaml='names: [cat, dog]\ntrain: images/train\n')
+    image(tmp_path / 'images/train/b.jpg')
+    write(tmp_path / 'labels/train/b.txt', SQUARE)
+    write(tmp_path / 'labels/train/gone 10.txt', SQUARE)
+    write(tmp_path / 'labels/train/gone 9.txt', SQUARE)
+    write(tmp_path / 'labels/train/inner/gone.txt', SQUARE)
+    write(tmp_path / 'labels/train/classes.txt', 'cat\ndog')
+    assert YoloSource.open(tmp_path, {}).problems == [
+        'labels/train/gone 9.txt: a label file without an image',
+        'labels/train/gone 10.txt: a label file without an image',
+        'labels/train/inner/gone.txt: a label file without an image']
+
+
+@pytest.mark.parametrize('content, problem', [
+    (b'\xff\xfe\x00', 'labels/a.txt: not UTF-8 text'),
+    ('0 0 0 1 0 1 1 ü'.encode('latin-1'), 'labels/a.txt: not UTF-8 text'),
+    (b'\x00\x01\x02', "labels/a.txt, line 1: '\x00\x01\x02' is not a number"),
+], ids=['odd UTF-16', 'Latin-1', 'binary'])
+def test_label_files_that_are_no_text(tmp_path, content, problem):
+    site(tmp_path, SQUARE)
+    (tmp_path / 'labels/a.txt').write_bytes(content)
+    record, = read(tmp_path)
+    assert len(record.problems) == 1 and record.problems[0].startswith(problem)
+
+
+def test_byte_order_marks_spaces_and_any_script(tmp_path):
+    site(tmp_path, yaml='\ufeffnames: [Katze 猫, dog]\ntrain: images\n')
+    image(tmp_path / 'images/ein Bild 猫.jpg')
+    write(tmp_path / 'labels/ein Bild 猫.txt', '\ufeff' + SQUARE + '\r\n')
+    by_name = {record.image.stem: record for record in read(tmp_path)}
+    record = by_name['ein Bild 猫']
+    assert record.problems == []
+    assert [i.category for i in record.instances] == ['Katze 猫']
+
+
+def test_damaged_and_turned_images(tmp_path):
+    site(tmp_path, SQUARE)
+    (tmp_path / 'images/a.jpg').write_bytes(b'')
+    image(tmp_path / 'images/b.png').rename(tmp_path / 'images/b.jpg')
+    write(tmp_path / 'labels/b.txt', SQUARE)
+    exif = Image.Exif()
+    exif[0x112] = 8
+    image(tmp_path / 'images/c.jpg', (HEIGHT, WIDTH), exif=exif)
+    write(tmp_path / 'labels/c.txt', SQUARE)
+    a, b, c = read(tmp_path)
+    assert a.problems == ['images/a.jpg: empty file (0 bytes)']
+    assert (b.problems, len(b.instances)) == ([], 1)
+    # Parts of the upright image, as Ultralytics sees it.
+    assert (c.width, c.height) == (WIDTH, HEIGHT)
+    assert c.instances[0].segmentation == b.instances[0].segmentation
+
+
+@pytest.mark.parametrize('yaml, keys', [
+    ('train: images/train\nval: images/val', ['images/train/a.jpg', 'images/val/b.jpg']),
+    ('path: .\ntrain: images/train\nvalidation: images/val/',
+     ['images/train/a.jpg', 'images/val/b.jpg']),
+    ('path: /home/her/set\ntrain: ../images/train\nval: ../images/val',
+     ['images/train/a.jpg', 'images/val/b.jpg']),
+    ('path: images\ntrain: [train]\nval: [val, extra]',
+     ['images/train/a.jpg', 'images/val/b.jpg', 'images/extra/c.jpg']),
+    ('train: train.txt\nval: lists/val.txt',
+     ['images/train/a.jpg', 'images/val/b.jpg', 'images/extra/c.jpg']),
+    ('train: images\\train\nval: images/val\ntest: images/val',
+     ['images/train/a.jpg', 'images/val/b.jpg']),
+    ('train: images/train\nval: images/val\ntest:', ['images/train/a.jpg', 'images/val/b.jpg']),
+], ids=['folders', 'validation', 'Roboflow', 'lists of folders', 'text files', 'test is val',
+        'no test'])
+def test_images_are_found_by_the_yaml(tmp_path, yaml, keys):
+    for name in ('train/a', 'val/b', 'extra/c'):
+        image(tmp_path / f'images/{name}.jpg')
+        write(tmp_path / f'labels/{name}.txt', SQUARE)
+    write(tmp_path / 'train.txt', './images/train/a.jpg\n\n')
+    write(tmp_path / 'lists/val.txt', 'images/val/b.jpg\n/home/her/set/images/extra/c.jpg\n')
+    write(tmp_path / 'data.yaml', 'names: [cat]\n' + yaml)
+    source = YoloSource.open(tmp_path, {})
+    found = [(item.split, item.key) for item in source.items()]
+    assert found == [('train' if key.endswith('a.jpg') else 'val', key) for key in keys]
+    assert all(len(source.read(item).instances) == 1 for item in source.items())
+    assert source.problems == []
+    assert source.notes == (['test has the same images as val; left out'] if 'test: i' in yaml
+                            else [])
+
+
+def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
+    site(tmp_path / 'data', SQUARE).joinpath('data.yaml').unlink()
+    path = write(tmp_path / 'yaml/mine.yaml', f'names: [cat]\npath: {tmp_path}/data\n'
+                                              'train: images')
+    for root in (path, path.parent):
+        source = YoloSource.open(root, {})
+        record = source.read(source.items()[0])
+        assert (record.problems, len(record.instances)) == ([], 1)
+
+
+@pytest.mark.parametrize('text, names', [
+    ('names: [cat, dog]\nnc: 2', ['cat', 'dog']),
+    ('names:\n  1: dog\n  0: cat', ['cat', 'dog']),
+    ('names: {"0": cat, "1": dog}', ['cat', 'dog']),
+    ('names: [1, 2]', ['1', '2']),
+    ('nc: 2', ['class_0', 'class_1']),
+])
+def test_class_names(tmp_path, text, names):
+    site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
+    assert YoloSource.open(tmp_path, {}).classes == names
+
+
+@pytest.mark.parametrize('text, problems', [
+    ('names: [cat, dog]\nnc: 3', ['nc is 3, but names has 2']),
+    ('names: {0: cat, 2: dog}', ['the keys of names are not 0 to 1']),
+    ('names: {a: cat}', ['the keys of names are not 0 to 0']),
+    ('names: [yes, cat]', ['names: True is no name; put it in quotes']),
+    ('names: [cat, cat]', ["names: 'cat' is there 2 times"]),
+    ('names: cat', ['names is no list of classes']),
+    ('names: []', ['names is no list of classes']),
+    ('colour: red', ['names is no list of classes']),
+])
+def test_bad_class_names(tmp_path, text, problems):
+    site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
+    with pytest.raises(UserError, match='its class names cannot be used') as error:
+        YoloSource.open(tmp_path, {})
+    assert [line for line in problems if line not in error.value.problems] == []
+
+
+@pytest.mark.parametrize('text, message, problems', [
+    ('names: [cat\ntrain: images', 'data.yaml, line 2: not YAML', None),
+    ('- cat', 'holds no keys', None),
+    ('names: [cat]', 'images cannot be used', ['none of the keys train, val, test names images']),
+    ('names: [cat]\ntrain: gone\nval: [gone2]', 'images cannot be used',
+     ['train: gone is missing', 'val: gone2 is missing']),
+    ('names: [cat]\ntrain: 7', 'images cannot be used', ['train: 7 is missing']),
+    ('names: [cat]\ntrain: empty', 'images cannot be used', ['train: no images in empty']),
+    ('names: [cat]\ntrain: list.txt', 'images cannot be used', None),
+])
+def test_bad_yaml(tmp_path, text, message, problems):
+    site(tmp_path, SQUARE, yaml=text)
+    (tmp_path / 'empty').mkdir()
+    # The last is another image, whose name alone is no proof.
+    write(tmp_path / 'list.txt', 'images/a.jpg\nimages/gone.jpg\nx.jpg\n/home/her/top.jpg')
+    image(tmp_path / 'top.jpg')
+    with pytest.raises(UserError, match=message) as error:
+        YoloSource.open(tmp_path, {})
+    if 'list.txt' in text:
+        problems = [f'{tmp_path}/list.txt, line 2: images/gone.jpg is missing',
+                    f'{tmp_path}/list.txt, line 3: x.jpg is missing',
+                    f'{tmp_path}/list.txt, line 4: /home/her/top.jpg is missing']
+    assert problems is None or error.value.problems == problems
+
+
+def test_which_of_several_yaml_files(tmp_path):
+    site(tmp_path, SQUARE)
+    write(tmp_path / 'other.yaml', 'names: [x]\ntrain: gone')
+    assert YoloSource.open(tmp_path, {}).classes == ['cat', 'dog']
+    (tmp_path / 'data.yaml').rename(tmp_path / 'mine.yaml')
+    with pytest.raises(UserError, match='several YAML files') as error:
+        YoloSource.open(tmp_path, {})
+    assert error.value.problems == ['mine.yaml', 'other.yaml']
+
+
+def test_without_a_yaml(tmp_path):
+    site(tmp_path, SQUARE).joinpath('data.yaml').unlink()
+    image(tmp_path / 'images/val/b.jpg')
+    write(tmp_path / 'labels/val/b.txt', SQUARE)
+    with pytest.raises(UserError, match='no class names') as error:
+        YoloSource.open(tmp_path, {})
+    assert '--classes' in error.value.cure
+    assert YoloSource.open(tmp_path, {'classes': ['x']}).classes == ['x']
+    write(tmp_path / 'classes.txt', 'cat\ndog\n')
+    assert YoloSource.open(tmp_path, {}).classes == ['cat', 'dog']
+    assert listing(tmp_path) == [(None, 'images/a.jpg'), ('val', 'images/val/b.jpg')]
+    assert YoloSource.recognise(tmp_path) == (
+        'images/ and labels/ with lines of numbers (labels/a.txt)')
+
+
+def test_labels_beside_the_images(tmp_path):
+    image(tmp_path / 'train/a.jpg')
+    write(tmp_path / 'train/a.txt', SQUARE)
+    write(tmp_path / 'train/notes.txt', 'anything')
+    write(tmp_path / 'data.yaml', 'names: [cat]\ntrain: train')
+    source = YoloSource.open(tmp_path, {})
+    assert source.problems == []
+    assert len(source.read(source.items()[0]).instances) == 1
+
+
+def test_no_labels_at_all_is_an_error(tmp_path):
+    site(tmp_path, SQUARE)
+    (tmp_path / 'labels').rename(tmp_path / 'label')
+    with pytest.raises(UserError, match='no label file for any of its 1 images') as error:
+        YoloSource.open(tmp_path, {})
+    assert error.value.problems == ['images/a.jpg should have labels/a.txt']
+
+
+def test_folders_above_the_data_set_have_no_say(tmp_path):
+    root = tmp_path / 'images' / 'set'
+    image(root / 'train/a.jpg')
+    write(root / 'train/a.txt', SQUARE)
+    write(root / 'data.yaml', 'names: [cat]\ntrain: train')
+    record, = read(root)
+    assert len(record.instances) == 1
+
+
+def test_recognise(tmp_path):
+    assert YoloSource.recognise(tmp_path / 'nothing') is None
+    site(tmp_path / 'ours', SQUARE)
+    assert YoloSource.recognise(tmp_path / 'ours') == (
+        'data.yaml with class names and image folders')
+    write(tmp_path / 'other/data.yaml', 'colour: red')
+    write(tmp_path / 'other/broken.yaml', 'a: [')
+    image(tmp_path / 'other/images/a.jpg')
+    write(tmp_path / 'other/labels/a.txt', 'The labels are elsewhere.')
+    assert YoloSource.recognise(tmp_path / 'other') is None
+
+
+def test_prepared_json_has_the_polygons_pixels(tmp_path):
+    site(tmp_path / 'src', SQUARE, '1 0.1 0.1 0.6 0.2 0.3 0.9', '1 0.5 0.5 0.5 0.5 0.5 0.5',
+         yaml='names: [cat, dog]\ntrain: images\nval: more/images')
+    image(tmp_path / 'src/more/images/b.jpg')
+    summary = prepare(tmp_path / 'src', tmp_path / 'out', 'yolo', workers=1, progress=False)
+    assert {name: (split.images, split.objects, split.empty)
+            for name, split in summary.splits.items()} == {'train': (1, 2, 0), 'val': (1, 0, 1)}
+    assert summary.dropped == {'without a pixel in the image': 1}
+    data = json.loads((tmp_path / 'out/annotations/instances_train.json').read_text())
+    assert [c['name'] for c in data['categories']] == ['cat', 'dog']
+    dog = data['annotations'][1]
+    wanted = pixels([[8, 4, 48, 8, 24, 36]])
+    assert (pixels(dog['segmentation']) == wanted).all()
+    assert dog['area'] == wanted.sum()
+    assert (tmp_path / 'out/images' / data['images'][0]['file_name']).is_file()

@@ -1,0 +1,400 @@
+"""Guards of a run: numbers that are none, divergence, early stopping."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import math
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from mmdet.registry import HOOKS
+from mmdet.structures import DetDataSample
+from mmengine.hooks import Hook
+from mmengine.logging import MessageHub
+from mmengine.model import BaseModel
+from mmengine.optim import OptimWrapper
+from torch import nn
+
+from mmfinetune.engine.hooks.early_stop import EarlyStopHook
+from mmfinetune.engine.hooks.nonfinite import BAD_BATCH, BadNumbersHook
+from mmfinetune.utils.errors import UserError
+from tests.builders.runs import inside, make_site, train_tool, write_tiny_config
+
+NAN, INF = math.nan, math.inf
+
+
+class Toy(BaseModel):
+    """Two losses, one of them a list, behind a BN. ``extra`` is added to the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2)
+        self.head = nn.Linear(2, 1)
+
+    def forward(self, inputs, data_samples=None, mode='tensor', extra=0.0, detached=0.0):
+        out = self.head(self.norm(inputs))
+        root = torch.sqrt(self.head.bias.clamp(max=0) * 0).sum() if extra == 'root' else extra
+        return {'loss_a': out.square().mean() + root + torch.as_tensor(detached),
+                'loss_b': [out.abs().mean(), out.mean()], 'acc': torch.tensor(NAN)}
+
+
+def batch_of(number: int, value: float | None = None, **extra) -> dict:
+    generator = torch.Generator().manual_seed(number)
+    inputs = torch.randn(4, 2, generator=generator)
+    if value is not None:
+        inputs[0, 0] = value
+    samples = [DetDataSample(metainfo={'img_id': 10 * number + i, 'img_path': f'{number}_{i}.jpg'})
+               for i in range(2)]
+    return {'inputs': inputs, 'data_samples': samples, **extra}
+
+
+class Run:
+    """The part of a run that the hook sees."""
+
+    def __init__(self, folder: Path, accumulation: int = 1, wrapper: type = OptimWrapper,
+                 **options) -> None:
+        torch.manual_seed(0)
+        self.model = Toy().train()
+        optimizer = torch.optim.SGD([
+            {'params': self.model.norm.parameters(), 'name': 'norm'},
+            {'params': self.model.head.parameters(), 'name': 'head'}], lr=0.1, momentum=0.9)
+        self.optim_wrapper = wrapper(optimizer, accumulative_counts=accumulation)
+        self.hook = BadNumbersHook(**options)
+        self.work_dir, self.iter, self.epoch = str(folder), 0, 0
+        self.hook.before_train(self)
+
+    def step(self, batch: dict) -> dict:
+        self.hook.before_train_iter(self, self.iter, batch)
+        outputs = self.model.train_step(batch, self.optim_wrapper)
+        self.hook.after_train_iter(self, self.iter, batch, outputs)
+        self.iter += 1
+        return outputs
+
+    def state(self) -> dict:
+        return copy.deepcopy({'model': self.model.state_dict(),
+                              'optimizer': self.optim_wrapper.optimizer.state_dict()['state']})
+
+
+def assert_same(first, second) -> None:
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+
+
+def assert_same_weights(first: dict, second: dict) -> None:
+    for name in ('head.weight', 'head.bias', 'norm.weight', 'norm.bias'):
+        assert_same(first['model'][name], second['model'][name])
+    assert_same(first['optimizer'], second['optimizer'])
+
+
+# Stop
+
+
+@pytest.mark.parametrize(('bad', 'says'), [
+    ({'extra': NAN}, r'the loss is not a number: loss_a = nan'),
+    ({'extra': INF}, r'the loss is not a number: loss_a = inf'),
+    ({'value': NAN}, r'the loss is not a number: loss_a = nan, loss_b = nan'),
+    # Nothing of it reaches the gradient by itself.
+    ({'detached': NAN}, r'the loss is not a number: loss_a = nan'),
+    # The derivative of the root at 0.
+    ({'extra': 'root'}, r'the gradient is not a number, in head')])
+def test_a_bad_number_stops_the_run_before_the_weights_change(tmp_path, bad, says):
+    run = Run(tmp_path)
+    run.step(batch_of(1))
+    before = run.state()
+    with pytest.raises(UserError, match=rf'^Step 2 \(epoch 1\): {says}\. The weights are those '
+                                        'before the step') as caught:
+        run.step(batch_of(2, **bad))
+    assert_same_weights(run.state(), before)
+    assert caught.value.problems == ['2_0.jpg', '2_1.jpg']
+    assert 'nan_policy=skip' in caught.value.cure and 'learning rate' in caught.value.cure
+    note = json.loads((tmp_path / BAD_BATCH).read_text())
+    assert [image['img_id'] for image in note['images']] == [20, 21]
+    assert (note['step'], note['lr']) == (2, {'norm': 0.1, 'head': 0.1})
+    assert re.match(says, note['what'])
+    if 'loss' in says:
+        assert set(note['bad_losses'][0]['losses']) == {'loss_a', 'loss_b'}
+
+
+def test_good_steps_are_left_alone(tmp_path):
+    guarded = Run(tmp_path)
+    plain = Run(tmp_path)
+    plain.hook.after_train(plain)
+    outputs = [guarded.step(batch_of(i)) for i in range(3)]
+    for i in range(3):
+        plain.model.train_step(batch_of(i), plain.optim_wrapper)
+    assert_same(guarded.state(), plain.state())
+    # What is no loss may be NaN.
+    assert all(math.isfinite(o['loss']) and math.isnan(o['acc']) for o in outputs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_validation_is_not_its_business(tmp_path):
+    run = Run(tmp_path)
+    run.model.eval()
+    losses = run.model(torch.full((4, 2), NAN), mode='loss')
+    assert torch.isnan(losses['loss_a']) and not run.hook._bad_losses
+
+
+def test_nothing_is_watched_after_training(tmp_path):
+    run = Run(tmp_path)
+    run.hook.after_train(run)
+    run.model.train_step(batch_of(1, NAN), run.optim_wrapper)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_that_is_none():
+    with pytest.raises(UserError, match="nan_policy is 'ignore'"):
+        BadNumbersHook(nan_policy='ignore')
+
+
+# Skip
+
+
+@pytest.mark.parametrize('bad', [{'extra': NAN}, {'value': NAN}, {'extra': 'root'}])
+def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(tmp_path, bad, caplog):
+    run, without = (Run(tmp_path, nan_policy='skip') for _ in range(2))
+    for number in range(4):
+        outputs = run.step(batch_of(number, **(bad if number == 2 else {})))
+        assert (outputs == {}) is (number == 2 and 'root' not in bad.values())
+        if number != 2:
+            without.step(batch_of(number))
+    # BN statistics and momentum too.
+    assert_same(run.state(), without.state())
+    assert not any(torch.isnan(v).any() for v in run.state()['model'].values())
+    assert json.loads((tmp_path / BAD_BATCH).read_text())['step'] == 3
+
+
+def test_so_many_skips_in_a_row_stop(tmp_path):
+    run = Run(tmp_path, nan_policy='skip', max_skips=3)
+    for value in (NAN, NAN, None, NAN, NAN):
+        run.step(batch_of(1, value))
+    before = run.state()
+    with pytest.raises(UserError, match=r'3 skipped in a row') as caught:
+        run.step(batch_of(1, NAN))
+    assert_same_weights(run.state(), before)
+    assert 'nan_policy' not in caught.value.cure
+
+
+# Accumulation
+
+
+def test_with_accumulation_the_bad_step_among_several_is_named(tmp_path):
+    run = Run(tmp_path, accumulation=3)
+    before = run.state()
+    run.step(batch_of(1))
+    run.step(batch_of(2, NAN))
+    with pytest.raises(UserError, match=r'^Step 3 .*loss_a = nan') as caught:
+        run.step(batch_of(3))
+    assert caught.value.problems == ['2_0.jpg', '2_1.jpg']
+    assert_same_weights(run.state(), before)
+    assert json.loads((tmp_path / BAD_BATCH).read_text())['bad_losses'][0]['step'] == 2
+
+
+def test_with_accumulation_all_steps_of_an_update_are_suspects(tmp_path):
+    run = Run(tmp_path, accumulation=2)
+    for number in (1, 2, 3):
+        run.step(batch_of(number))
+    with pytest.raises(UserError, match='the gradient is not a number') as caught:
+        run.step(batch_of(4, extra='root'))
+    assert caught.value.problems == ['3_0.jpg', '3_1.jpg', '4_0.jpg', '4_1.jpg']
+
+
+def test_with_accumulation_the_whole_update_is_skipped(tmp_path):
+    run, without = (Run(tmp_path, accumulation=2, nan_policy='skip') for _ in range(2))
+    for number in range(6):
+        run.step(batch_of(number, NAN if number == 2 else None))
+        if number not in (2, 3):
+            without.step(batch_of(number))
+    assert_same(run.state(), without.state())
+
+
+# A gradient scaler
+
+
+class Scaling(OptimWrapper):
+    """Skips an update whose gradient is not finite, silently, as GradScaler does."""
+
+    def step(self, **kwargs) -> None:
+        gradients = [p.grad for g in self.optimizer.param_groups for p in g['params']]
+        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
+            super().step(**kwargs)
+
+
+def test_a_scale_that_is_too_high_is_the_scalers_business(tmp_path):
+    run = Run(tmp_path, wrapper=Scaling)
+    for _ in range(3):
+        for _ in range(19):
+            run.step(batch_of(1, extra='root'))
+        run.step(batch_of(2))
+
+
+def test_no_scale_helps(tmp_path):
+    run = Run(tmp_path, wrapper=Scaling)
+    for _ in range(19):
+        run.step(batch_of(1, extra='root'))
+    with pytest.raises(UserError, match='not a number, 20 times in a row and at any scale'):
+        run.step(batch_of(1, extra='root'))
+
+
+def test_a_loss_that_is_no_number_is_not_the_scalers_business(tmp_path):
+    run = Run(tmp_path, wrapper=Scaling)
+    with pytest.raises(UserError, match='loss_a = nan'):
+        run.step(batch_of(1, NAN))
+    run = Run(tmp_path, wrapper=Scaling, nan_policy='skip')
+    before = run.state()
+    run.step(batch_of(1, NAN))
+    assert_same(run.state(), before)
+
+
+# Divergence
+
+
+def feed(hook: BadNumbersHook, losses: list[float], monkeypatch) -> list[str]:
+    said = []
+    monkeypatch.setattr('mmfinetune.engine.hooks.nonfinite.print_log',
+                        lambda text, logger, level: said.append((text, level)))
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
+    runner = SimpleNamespace(iter=0, optim_wrapper=SimpleNamespace(
+        optimizer=optimizer, should_update=lambda: False))
+    for loss in losses:
+        hook.after_train_iter(runner, runner.iter, outputs={'loss': torch.tensor(loss)})
+        runner.iter += 1
+    assert all(level == logging.WARNING for _, level in said)
+    return [text for text, _ in said]
+
+
+def test_divergence_is_told_once_with_its_causes(monkeypatch):
+    [text] = feed(BadNumbersHook(), [1.0] * 60 + [9.9, 11.0, 12.0] + [50.0] * 200, monkeypatch)
+    assert text.startswith('Step 62: the loss 11 is 11 times the median of the last 61 steps. The '
+                           'run may diverge (lr 0.02)')
+    assert 'learning rate' in text and 'check_dataset.py' in text
+
+
+@pytest.mark.parametrize('losses', [
+    [100.0] * 40 + [2000.0],                      # too early to tell
+    [1.0] * 60 + [9.0] * 60,                      # high, but not ten times
+    [2.0 * 0.99**i for i in range(500)],
+    [1.0] * 99 + [5.0, 0.1] * 50])
+def test_no_false_alarm(monkeypatch, losses):
+    assert feed(BadNumbersHook(), losses, monkeypatch) == []
+
+
+# Early stopping
+
+
+def early_stop(hook: EarlyStopHook, scores: list[float], state: list | None = None):
+    hub = MessageHub(f'early_{id(hook)}')
+    if state:
+        hub.update_info('early_stop', state)
+    runner = SimpleNamespace(message_hub=hub, train_loop=SimpleNamespace(stop_training=False),
+                             logger=logging.getLogger('early'))
+    hook.before_train(runner)
+    count = 0
+    for score in scores:
+        if runner.train_loop.stop_training:
+            break
+        hook.after_val_epoch(runner, {'coco/segm_mAP': score})
+        count += 1
+    return count, hub.runtime_info.get('early_stop')
+
+
+def test_a_tenth_of_a_point_counts_and_less_does_not():
+    growing = [0.5 + 0.0011 * i for i in range(30)]
+    assert early_stop(EarlyStopHook(patience=3), growing)[0] == 30
+    # Each of them is less than a tenth of a point above the first.
+    assert early_stop(EarlyStopHook(patience=3), [0.5, 0.5004, 0.5008, 0.5009, 0.6])[0] == 4
+
+
+@pytest.mark.parametrize('resumed_after', range(1, 7))
+def test_a_resumed_run_stops_where_the_other_one_does(resumed_after):
+    scores = [0.1, 0.3, 0.2, 0.3, 0.31, 0.2, 0.1, 0.3, 0.9, 0.9]
+    assert early_stop(EarlyStopHook(patience=3), scores)[0] == 8
+    _, state = early_stop(EarlyStopHook(patience=3), scores[:resumed_after])
+    # As it comes out of a checkpoint that is read as data.
+    state = json.loads(json.dumps(state))
+    count, _ = early_stop(EarlyStopHook(patience=3), scores[resumed_after:], state)
+    assert resumed_after + count == 8
+
+
+def test_a_stopped_run_stays_stopped_unless_more_patience_is_asked_for():
+    scores = [0.5] + [0.4] * 3
+    _, state = early_stop(EarlyStopHook(patience=3), scores)
+    assert early_stop(EarlyStopHook(patience=3), [0.9], state)[0] == 0
+    assert early_stop(EarlyStopHook(patience=5), [0.9], state)[0] == 1
+
+
+def test_a_threshold_that_was_reached_stays_reached():
+    hook = dict(patience=9, stopping_threshold=0.8)
+    count, state = early_stop(EarlyStopHook(**hook), [0.5, 0.85, 0.9])
+    assert count == 2 and early_stop(EarlyStopHook(**hook), [0.9], state)[0] == 0
+
+
+# In real runs
+
+
+@HOOKS.register_module(force=True)
+class PoisonHook(Hook):
+    """Makes the first image of a step NaN."""
+
+    def __init__(self, step: int = 2) -> None:
+        self.step = step
+
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if runner.iter == self.step:
+            data_batch['inputs'][0] = torch.full_like(data_batch['inputs'][0].float(), NAN)
+
+
+@pytest.fixture(scope='module')
+def site(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp('site')
+    weights = make_site(folder)
+    write_tiny_config(folder / 'poisoned.py', weights=weights,
+                      extra="default_hooks.update(poison=dict(type='PoisonHook'))\n")
+    return folder
+
+
+def read(path: Path) -> dict:
+    return torch.load(path, map_location='cpu', weights_only=False)
+
+
+def test_a_run_stops_at_a_poisoned_batch(site):
+    with inside(site):
+        outcome = train_tool('poisoned.py', '--train', '--work-dir', 'stop')
+        assert outcome.code == 2
+        assert outcome.err.startswith('error: Step 3 (epoch 2): the loss is not a number: ')
+        assert 'loss_mask = nan' in outcome.err and outcome.err.count('.jpg') == 4
+        assert 'Traceback' not in outcome.err
+        note = json.loads(Path('stop', BAD_BATCH).read_text())
+        assert len(note['images']) == 4
+        # The epoch before is whole.
+        assert all(torch.isfinite(v).all() for v in read('stop/epoch_1.pth')['state_dict'].values())
+        assert not Path('stop/epoch_2.pth').exists()
+        # What the message proposes works.
+        resumed = train_tool('poisoned.py', '--train', '--work-dir', 'stop', '--resume',
+                             '--cfg-options', 'default_hooks.bad_numbers.nan_policy=skip')
+        assert resumed.code == 0, resumed.err
+        assert 'Step 3 (epoch 2) is skipped: the loss is not a number' in resumed.out
+        state = read('stop/epoch_2.pth')
+    assert state['meta']['iter'] == 4
+    # The demo's BN is trained, so that its statistics would be NaN.
+    assert all(torch.isfinite(v).all() for v in state['state_dict'].values())
+    losses = state['message_hub']['log_scalars']['train/loss'].data[0]
+    assert len(losses) == 3 and all(map(math.isfinite, losses))
+
+
+def test_early_stopping_goes_on_counting_after_a_resume(site):
+    options = ('tiny.py', '--train', '--cfg-options', 'default_hooks.early_stop.type=EarlyStopHook',
+               'default_hooks.early_stop.patience=1', 'default_hooks.early_stop.min_delta=1.0',
+               'train_cfg.max_epochs=6', '--work-dir')
+    with inside(site):
+        assert train_tool(*options, 'early').code == 0
+        assert sorted(p.name for p in Path('early').glob('epoch_*.pth')) == \
+            ['epoch_1.pth', 'epoch_2.pth']
+        # A hook that forgot the score of epoch 1 would take that of epoch 2 for the first.
+        resumed = train_tool(*options, 'early2', '--resume', 'early/epoch_1.pth')
+        assert resumed.code == 0, resumed.err
+        assert [p.name for p in Path('early2').glob('epoch_*.pth')] == ['epoch_2.pth']
