@@ -14,20 +14,16 @@ model = dict(
     # weights frozen statistics would be meaningless, and that run is what this compares with.
     backbone=dict(depth=18, base_channels=16, frozen_stages=-1, norm_eval=False),
     neck=dict(in_channels=[16, 32, 64, 128], out_channels=64),
-    rpn_head=dict(
-        in_channels=64, feat_channels=64,
-        anchor_generator=dict(scales=[4])),  # 16 to 256 px on 224 px images
+    rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),  # 16 to 256 px on 224 px images
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64),
         bbox_head=dict(in_channels=64, fc_out_channels=256),
         mask_roi_extractor=dict(out_channels=64),
-        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64)),
-    train_cfg=dict(
-        rpn_proposal=dict(nms_pre=500, max_per_img=150),
-        rcnn=dict(sampler=dict(num=64))),
-    test_cfg=dict(
-        rpn=dict(nms_pre=500, max_per_img=150),
-        rcnn=dict(max_per_img=20)))
+        mask_head=dict(num_convs=2, in_channels=64, conv_out_channels=64),
+    ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=500, max_per_img=150), rcnn=dict(sampler=dict(num=64))),
+    test_cfg=dict(rpn=dict(nms_pre=500, max_per_img=150), rcnn=dict(max_per_img=20)),
+)
 
 # No PhotoMetricDistortion: it permutes colour channels, and here colour is part of the class.
 train_pipeline = [
@@ -41,15 +37,10 @@ test_pipeline = [
     dict(type='LoadImage'),
     dict(type='Resize', scale=(224, 224), keep_ratio=True),
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='PackDetInputs',
-         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
-train_dataloader = dict(
-    batch_size=4,
-    dataset=dict(data_root=data_root, pipeline=train_pipeline))
-val_dataloader = dict(
-    batch_size=4,
-    dataset=dict(data_root=data_root, pipeline=test_pipeline))
+train_dataloader = dict(batch_size=4, dataset=dict(data_root=data_root, pipeline=train_pipeline))
+val_dataloader = dict(batch_size=4, dataset=dict(data_root=data_root, pipeline=test_pipeline))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json')
 test_evaluator = val_evaluator

@@ -7,16 +7,11 @@ work_dir = 'work_dirs/demo_pretrain'
 data_root = 'data/demo_coco80/'
 demo_data = dict(_delete_=True, kind='coco', root=data_root, num_train=6000, num_val=200, seed=0)
 
-model = dict(
-    roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict(num_classes=80)))
+model = dict(roi_head=dict(bbox_head=dict(num_classes=80), mask_head=dict(num_classes=80)))
 
 data_prefix = dict(img='images/')
-train_dataloader = dict(
-    batch_size=8,
-    dataset=dict(data_root=data_root, data_prefix=data_prefix, metainfo=None))
-val_dataloader = dict(
-    batch_size=8,
-    dataset=dict(data_root=data_root, data_prefix=data_prefix, metainfo=None))
+train_dataloader = dict(batch_size=8, dataset=dict(data_root=data_root, data_prefix=data_prefix, metainfo=None))
+val_dataloader = dict(batch_size=8, dataset=dict(data_root=data_root, data_prefix=data_prefix, metainfo=None))
 test_dataloader = val_dataloader
 val_evaluator = dict(ann_file=data_root + 'annotations/instances_val.json', classwise=False)
 test_evaluator = val_evaluator
@@ -27,9 +22,8 @@ optim_wrapper = dict(
     _delete_=True,
     type='OptimWrapper',
     optimizer=dict(type='AdamW', lr=0.002, weight_decay=0.01),
-    clip_grad=dict(max_norm=10, norm_type=2))
+    clip_grad=dict(max_norm=10, norm_type=2),
+)
 auto_scale_lr = dict(base_batch_size=8)
-param_scheduler = [
-    dict(type='OneCycleLR', eta_max=0.002, total_steps=5 * 750, by_epoch=False),
-]
+param_scheduler = [dict(type='OneCycleLR', eta_max=0.002, total_steps=5 * 750, by_epoch=False)]
 weights = None

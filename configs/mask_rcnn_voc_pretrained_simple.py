@@ -18,14 +18,19 @@ weights = dict(
     url='https://download.openmmlab.com/mmdetection/v2.0/mask_rcnn/mask_rcnn_r50_fpn_1x_coco/'
     'mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth',
     # Tried where the first is not to be had; converted on reading.
-    fallbacks=[dict(
-        checkpoint='pretrain/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth',
-        url='https://download.pytorch.org/models/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth')],
+    fallbacks=[
+        dict(
+            checkpoint='pretrain/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth',
+            url='https://download.pytorch.org/models/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth',
+        )
+    ],
     head_init='reinit',  # or 'remap': take over the rows of the classes that COCO knows
     reinit={
-        'roi_head.bbox_head.fc_cls': dict(std=0.01),         # 20 classes + background = 21 rows
-        'roi_head.bbox_head.fc_reg': dict(std=0.001),        # 20 classes x 4 deltas = 80 rows
-        'roi_head.mask_head.conv_logits': dict(std=0.001)})  # 20 class masks
+        'roi_head.bbox_head.fc_cls': dict(std=0.01),  # 20 classes + background = 21 rows
+        'roi_head.bbox_head.fc_reg': dict(std=0.001),  # 20 classes x 4 deltas = 80 rows
+        'roi_head.mask_head.conv_logits': dict(std=0.001),
+    },
+)  # 20 class masks
 
 # ---- Model: Mask R-CNN, ResNet-50, FPN ----------------------------------------------------------
 model = dict(
@@ -37,7 +42,8 @@ model = dict(
         std=[58.395, 57.12, 57.375],
         bgr_to_rgb=True,
         pad_mask=True,
-        pad_size_divisor=32),  # the coarsest level of ResNet has stride 32
+        pad_size_divisor=32,
+    ),  # the coarsest level of ResNet has stride 32
     backbone=dict(
         type='ResNet',
         depth=50,
@@ -45,14 +51,11 @@ model = dict(
         out_indices=(0, 1, 2, 3),
         frozen_stages=1,  # the stem and the first stage do not learn
         norm_cfg=dict(type='BN', requires_grad=True),
-        norm_eval=True,   # 2 images are too few for batch statistics
+        norm_eval=True,  # 2 images are too few for batch statistics
         style='pytorch',  # stride in the 3x3 convolution; "caffe" weights do not fit
-        init_cfg=None),   # `weights` brings the backbone too
-    neck=dict(
-        type='FPN',
-        in_channels=[256, 512, 1024, 2048],
-        out_channels=256,
-        num_outs=5),
+        init_cfg=None,
+    ),  # `weights` brings the backbone too
+    neck=dict(type='FPN', in_channels=[256, 512, 1024, 2048], out_channels=256, num_outs=5),
     rpn_head=dict(
         type='RPNHead',
         in_channels=256,
@@ -61,20 +64,20 @@ model = dict(
             type='AnchorGenerator',
             scales=[8],  # x strides: anchors of 32, 64, 128, 256 and 512 pixels
             ratios=[0.5, 1.0, 2.0],
-            strides=[4, 8, 16, 32, 64]),
-        bbox_coder=dict(
-            type='DeltaXYWHBBoxCoder',
-            target_means=[0.0, 0.0, 0.0, 0.0],
-            target_stds=[1.0, 1.0, 1.0, 1.0]),
+            strides=[4, 8, 16, 32, 64],
+        ),
+        bbox_coder=dict(type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[1.0, 1.0, 1.0, 1.0]),
         loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=True, loss_weight=1.0),
-        loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
+        loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+    ),
     roi_head=dict(
         type='StandardRoIHead',
         bbox_roi_extractor=dict(
             type='SingleRoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=7, sampling_ratio=0),
             out_channels=256,
-            featmap_strides=[4, 8, 16, 32]),
+            featmap_strides=[4, 8, 16, 32],
+        ),
         bbox_head=dict(
             type='Shared2FCBBoxHead',
             in_channels=256,
@@ -82,24 +85,27 @@ model = dict(
             roi_feat_size=7,
             num_classes=20,  # without background; change it here, in mask_head and in metainfo
             bbox_coder=dict(
-                type='DeltaXYWHBBoxCoder',
-                target_means=[0.0, 0.0, 0.0, 0.0],
-                target_stds=[0.1, 0.1, 0.2, 0.2]),
+                type='DeltaXYWHBBoxCoder', target_means=[0.0, 0.0, 0.0, 0.0], target_stds=[0.1, 0.1, 0.2, 0.2]
+            ),
             reg_class_agnostic=False,
             loss_cls=dict(type='CrossEntropyLoss', use_sigmoid=False, loss_weight=1.0),
-            loss_bbox=dict(type='L1Loss', loss_weight=1.0)),
+            loss_bbox=dict(type='L1Loss', loss_weight=1.0),
+        ),
         mask_roi_extractor=dict(
             type='SingleRoIExtractor',
             roi_layer=dict(type='RoIAlign', output_size=14, sampling_ratio=0),
             out_channels=256,
-            featmap_strides=[4, 8, 16, 32]),
+            featmap_strides=[4, 8, 16, 32],
+        ),
         mask_head=dict(
             type='FCNMaskHead',
             num_convs=4,
             in_channels=256,
             conv_out_channels=256,
             num_classes=20,
-            loss_mask=dict(type='CrossEntropyLoss', use_mask=True, loss_weight=1.0))),
+            loss_mask=dict(type='CrossEntropyLoss', use_mask=True, loss_weight=1.0),
+        ),
+    ),
     train_cfg=dict(
         rpn=dict(
             assigner=dict(
@@ -108,21 +114,14 @@ model = dict(
                 neg_iou_thr=0.3,
                 min_pos_iou=0.3,
                 match_low_quality=True,
-                ignore_iof_thr=-1),
-            sampler=dict(
-                type='RandomSampler',
-                num=256,
-                pos_fraction=0.5,
-                neg_pos_ub=-1,
-                add_gt_as_proposals=False),
+                ignore_iof_thr=-1,
+            ),
+            sampler=dict(type='RandomSampler', num=256, pos_fraction=0.5, neg_pos_ub=-1, add_gt_as_proposals=False),
             allowed_border=-1,
             pos_weight=-1,
-            debug=False),
-        rpn_proposal=dict(
-            nms_pre=2000,
-            max_per_img=1000,
-            nms=dict(type='nms', iou_threshold=0.7),
-            min_bbox_size=0),
+            debug=False,
+        ),
+        rpn_proposal=dict(nms_pre=2000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
         rcnn=dict(
             assigner=dict(
                 type='MaxIoUAssigner',
@@ -130,35 +129,58 @@ model = dict(
                 neg_iou_thr=0.5,
                 min_pos_iou=0.5,
                 match_low_quality=True,
-                ignore_iof_thr=-1),
+                ignore_iof_thr=-1,
+            ),
             sampler=dict(
                 type='RandomSampler',
                 num=512,  # boxes per image in the loss: less saves memory
                 pos_fraction=0.25,
                 neg_pos_ub=-1,
-                add_gt_as_proposals=True),
+                add_gt_as_proposals=True,
+            ),
             mask_size=28,
             pos_weight=-1,
-            debug=False)),
+            debug=False,
+        ),
+    ),
     test_cfg=dict(
-        rpn=dict(
-            nms_pre=1000,
-            max_per_img=1000,
-            nms=dict(type='nms', iou_threshold=0.7),
-            min_bbox_size=0),
+        rpn=dict(nms_pre=1000, max_per_img=1000, nms=dict(type='nms', iou_threshold=0.7), min_bbox_size=0),
         rcnn=dict(
             score_thr=0.05,
             nms=dict(type='nms', iou_threshold=0.5),
             max_per_img=100,  # as many as COCO's metric counts
-            mask_thr_binary=0.5)))
+            mask_thr_binary=0.5,
+        ),
+    ),
+)
 
 # ---- Data: PASCAL VOC 2012, 1464 training and 1449 validation images ----------------------------
 data_root = 'data/VOCdevkit/VOC2012/'  # --data-root changes it
 # The order is VOC's own and that of the categories in the annotation files; labels follow it.
 metainfo = dict(
-    classes=('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
-             'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
-             'train', 'tvmonitor'))
+    classes=(
+        'aeroplane',
+        'bicycle',
+        'bird',
+        'boat',
+        'bottle',
+        'bus',
+        'car',
+        'cat',
+        'chair',
+        'cow',
+        'diningtable',
+        'dog',
+        'horse',
+        'motorbike',
+        'person',
+        'pottedplant',
+        'sheep',
+        'sofa',
+        'train',
+        'tvmonitor',
+    )
+)
 
 train_pipeline = [
     dict(type='LoadImage'),
@@ -175,8 +197,7 @@ test_pipeline = [
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     # After Resize, so that the ground truth stays in the image's own coordinates.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='PackDetInputs',
-         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 
 train_dataloader = dict(
@@ -193,7 +214,9 @@ train_dataloader = dict(
         data_prefix=dict(img=''),  # file names in it begin with JPEGImages/
         metainfo=metainfo,
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -207,7 +230,9 @@ val_dataloader = dict(
         data_prefix=dict(img=''),
         metainfo=metainfo,
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 # VOC keeps the labels of its test split to itself: val is also the split of the final test.
 test_dataloader = val_dataloader
 
@@ -216,13 +241,14 @@ val_evaluator = dict(
     ann_file=data_root + 'annotations/instances_val.json',
     metric=['bbox', 'segm'],
     engine='hotcoco',  # or 'pycocotools': the same numbers, slower
-    classwise=True)    # AP of each class as well
+    classwise=True,
+)  # AP of each class as well
 test_evaluator = val_evaluator
 
 # ---- Schedule -----------------------------------------------------------------------------------
 # 1464 images / 2 per step = 732 steps an epoch; x 40 epochs = 29,280 steps on one GPU.
 train_cfg = dict(type='ExactTrainLoop', max_epochs=40, val_interval=1)
-val_cfg = dict(type='ValLossLoop')    # validation loss too; loss=False leaves it out
+val_cfg = dict(type='ValLossLoop')  # validation loss too; loss=False leaves it out
 test_cfg = dict(type='TestLossLoop')
 
 optim_wrapper = dict(
@@ -232,10 +258,13 @@ optim_wrapper = dict(
     optimizer=dict(type='SGD', lr=0.002, momentum=0.9, weight_decay=0.0001),
     paramwise_cfg=dict(
         custom_keys=dict(
-            backbone=dict(lr_mult=0.1),    # 0.0002
-            neck=dict(lr_mult=0.5),        # 0.001
-            rpn_head=dict(lr_mult=1.0),    # 0.002
-            roi_head=dict(lr_mult=1.0))))  # 0.002
+            backbone=dict(lr_mult=0.1),  # 0.0002
+            neck=dict(lr_mult=0.5),  # 0.001
+            rpn_head=dict(lr_mult=1.0),  # 0.002
+            roi_head=dict(lr_mult=1.0),
+        )
+    ),
+)  # 0.002
 
 param_scheduler = [
     # From 0.001 x lr to lr over the first 500 of 732 steps of epoch 1.
@@ -253,38 +282,37 @@ default_hooks = dict(
     logger=dict(type='LoggerHook', interval=20),
     param_scheduler=dict(type='ParamSchedulerHook'),
     # Every epoch, the last three kept, and the best by mask mAP.
-    checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=3,
-                    save_best='coco/segm_mAP', rule='greater'),
+    checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=3, save_best='coco/segm_mAP', rule='greater'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     # A loss or gradient that is NaN stops the run; nan_policy='skip' leaves such steps out.
     bad_numbers=dict(type='BadNumbersHook', nan_policy='stop'),
     # Ground truth beside prediction for the first images of the test split.
-    visualization=dict(type='TestPicturesHook', num_images=8))
+    visualization=dict(type='TestPicturesHook', num_images=8),
+)
 custom_hooks = [
     dict(type='WeightTransferHook'),  # carries out `weights` below
-    dict(type='GroupLrHook'),         # lr/<group> in the log and in TensorBoard
-    dict(type='GradNormHook'),        # grad_norm
-    dict(type='BoardHook'),           # TensorBoard: resumed curves, hyperparameters, hours left
-    dict(type='BoardPicturesHook'),   # TensorBoard: validation images, the first training batch
-    dict(type='ResultsHook'),         # results.csv, summary.md, curves.png and their like
-    dict(type='SaveValidatedHook'),   # the epoch's checkpoint again, once it is validated
-    dict(type='StopHook'),            # SIGTERM and Ctrl-C save the run before it ends
+    dict(type='GroupLrHook'),  # lr/<group> in the log and in TensorBoard
+    dict(type='GradNormHook'),  # grad_norm
+    dict(type='BoardHook'),  # TensorBoard: resumed curves, hyperparameters, hours left
+    dict(type='BoardPicturesHook'),  # TensorBoard: validation images, the first training batch
+    dict(type='ResultsHook'),  # results.csv, summary.md, curves.png and their like
+    dict(type='SaveValidatedHook'),  # the epoch's checkpoint again, once it is validated
+    dict(type='StopHook'),  # SIGTERM and Ctrl-C save the run before it ends
 ]
 
 env_cfg = dict(
-    cudnn_benchmark=False,
-    mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0),
-    dist_cfg=dict(backend='nccl'))
+    cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0), dist_cfg=dict(backend='nccl')
+)
 
-vis_backends = [
-    dict(type='LocalVisBackend'),
-    dict(type='BoardBackend', save_dir=work_dir + '/tensorboard_logs'),
-]
+vis_backends = [dict(type='LocalVisBackend'), dict(type='BoardBackend', save_dir=work_dir + '/tensorboard_logs')]
 visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(
-    type='LogProcessor', window_size=20, by_epoch=True,
+    type='LogProcessor',
+    window_size=20,
+    by_epoch=True,
     # Means over the window; but a validation is logged as it is, not averaged with earlier epochs.
-    mean_pattern=r'^(?!val/|test/).*(loss|time|grad_norm)')
+    mean_pattern=r'^(?!val/|test/).*(loss|time|grad_norm)',
+)
 log_level = 'INFO'
 
 randomness = dict(seed=0)

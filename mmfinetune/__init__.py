@@ -20,6 +20,7 @@ class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if fullname != 'mmcv._ext':
             return None
         from importlib.machinery import ModuleSpec
+
         return ModuleSpec(fullname, self, origin='mmfinetune.models.ops')
 
     def create_module(self, spec):
@@ -27,6 +28,7 @@ class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def exec_module(self, module):
         from mmfinetune.models import ops
+
         ops.fill(module)
 
 

@@ -5,14 +5,7 @@ from mmfinetune.models import ops
 # Before anything imports mmcv.ops.
 ops.install()
 
-from mmfinetune.engine import (  # noqa: E402, F401
-    loss_loops,
-    metrics,
-    optim,
-    train_loop,
-    transforms,
-    vis_backends,
-)
+from mmfinetune.engine import loss_loops, metrics, optim, train_loop, transforms, vis_backends  # noqa: E402, F401
 from mmfinetune.engine.hooks import (  # noqa: E402, F401
     checkpoint,
     early_stop,

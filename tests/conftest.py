@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from mmfinetune.config import load as config_load
+from tests.builders.runs import FinishedRun, copy_site, finish_run, make_site
 
 ROOT = Path(__file__).parents[1]
 
@@ -30,6 +31,39 @@ def own_environment() -> Iterator[None]:
     for name in set(os.environ) - set(before):
         del os.environ[name]
     os.environ.update(before)
+
+
+@pytest.fixture(scope='session')
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Config, weights and data; tests put results into work dirs of their own, and change nothing else."""
+    folder = tmp_path_factory.mktemp('site')
+    make_site(folder)
+    return folder
+
+
+@pytest.fixture
+def in_site(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(site)
+    return site
+
+
+@pytest.fixture
+def own_site(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the site that a test may damage."""
+    monkeypatch.chdir(copy_site(site, tmp_path))
+    return tmp_path
+
+
+@pytest.fixture(scope='session')
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """One run of the training tool by default, from config and weights only, for all that only look at one."""
+    return finish_run(tmp_path_factory.mktemp('finished'))
+
+
+@pytest.fixture
+def in_finished_run(finished_run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> FinishedRun:
+    monkeypatch.chdir(finished_run.folder)
+    return finished_run
 
 
 @pytest.fixture(scope='session')
@@ -68,8 +102,10 @@ def voc_cfg(loaded: Callable):
 @pytest.fixture(scope='session')
 def build_model(voc_cfg) -> Callable:
     """Builds the 20-class Mask R-CNN of the main config, with PyTorch's own random start."""
+
     def build():
         from mmdet.registry import MODELS
+
         # A copy, since mmdet's detectors write into the config they are built from.
         return MODELS.build(copy.deepcopy(voc_cfg.model))
 
@@ -86,6 +122,7 @@ def official_like(voc_cfg, tmp_path_factory) -> Path:
     import torch
     from mmdet.registry import MODELS
     from mmengine.config import Config
+
     base = Path(mmdet.__file__).parent / '.mim/configs/_base_/models/mask-rcnn_r50_fpn.py'
     model_cfg = Config.fromfile(base).model
     model_cfg.backbone.init_cfg = None
@@ -98,6 +135,7 @@ def official_like(voc_cfg, tmp_path_factory) -> Path:
         else:
             tensor.fill_(7)
     path = tmp_path_factory.mktemp('official') / 'mask_rcnn_r50_fpn_1x_coco.pth'
-    torch.save({'meta': {'mmdet_version': '2.0.0', 'epoch': 12, 'CLASSES': ('person', 'bicycle')},
-                'state_dict': tensors}, path)
+    torch.save(
+        {'meta': {'mmdet_version': '2.0.0', 'epoch': 12, 'CLASSES': ('person', 'bicycle')}, 'state_dict': tensors}, path
+    )
     return path

@@ -56,6 +56,7 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='module')
 def pretrained_ap50(demo_folder: Path) -> float:
     from mmfinetune.config import load
+
     checkpoint = Path(load.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint)
     if not (REPO / checkpoint).is_file():
         pytest.skip(f'{checkpoint} is not there; the config says how to make it')
@@ -77,10 +78,10 @@ def test_demo_reaches_what_it_promises(pretrained_ap50):
 def test_demo_is_far_above_random_weights(pretrained_ap50, demo_folder, monkeypatch):
     monkeypatch.chdir(demo_folder)
     _run(CONFIGS / 'mask_rcnn_demo_scratch.py')
-    scratch = train.read_results(demo_folder / 'work_dirs/demo_scratch')['metrics'][
-        'coco/segm_mAP_50']
-    assert pretrained_ap50 - scratch >= DEMO_GAIN, \
+    scratch = train.read_results(demo_folder / 'work_dirs/demo_scratch')['metrics']['coco/segm_mAP_50']
+    assert pretrained_ap50 - scratch >= DEMO_GAIN, (
         f'coco/segm_mAP_50 is {pretrained_ap50:.3f}, from random weights {scratch:.3f}'
+    )
 
 
 def _copy_devkit(source: Path, folder: Path, limit: int = 0) -> None:
@@ -100,6 +101,7 @@ def _copy_devkit(source: Path, folder: Path, limit: int = 0) -> None:
 
 def test_r50_on_real_images(real_data, tmp_path, monkeypatch):
     import torch
+
     monkeypatch.chdir(tmp_path)
     _copy_devkit(real_data, tmp_path, int(os.environ.get('MMFINETUNE_TEST_IMAGES', 0)))
     # All keys and shapes of the official 80-class file; the numbers are random.
@@ -109,10 +111,19 @@ def test_r50_on_real_images(real_data, tmp_path, monkeypatch):
         for name in (f'roi_head.{key}.weight', f'roi_head.{key}.bias'):
             state[name] = torch.zeros(rows, *state[name].shape[1:])
     weights = save_hashed({'meta': {}, 'state_dict': state}, tmp_path / 'pretrain/official_like')
-    scales = [f'{loader}_dataloader.dataset.pipeline.{step}.scale={SMALL}'.replace(' ', '')
-              for loader, step in (('train', 3), ('val', 1), ('test', 1))]
-    out = _run(CONFIGS / 'mask_rcnn_voc_pretrained.py', '--weights', weights, '--cfg-options',
-               *scales, 'train_cfg.max_epochs=1', 'default_hooks.logger.interval=1')
+    scales = [
+        f'{loader}_dataloader.dataset.pipeline.{step}.scale={SMALL}'.replace(' ', '')
+        for loader, step in (('train', 3), ('val', 1), ('test', 1))
+    ]
+    out = _run(
+        CONFIGS / 'mask_rcnn_voc_pretrained.py',
+        '--weights',
+        weights,
+        '--cfg-options',
+        *scales,
+        'train_cfg.max_epochs=1',
+        'default_hooks.logger.interval=1',
+    )
     losses = _losses(out)
     assert losses and all(math.isfinite(loss) for loss in losses), losses
     work_dir = tmp_path / 'work_dirs/mask_rcnn_pretrained'
@@ -130,8 +141,16 @@ def test_a_mistake_under_torchrun_ends_all_processes(tmp_path, monkeypatch):
     monkeypatch.chdir(copy_site(tmp_path / 'made', tmp_path / 'site'))
     (DEVKIT / 'JPEGImages/demo_train_0002.jpg').unlink()
     # The check runs on one process; the other must not wait for it for ever.
-    outcome = spawn('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-                    TOOLS / 'train_pretrained.py', 'tiny.py', timeout=120)
+    outcome = spawn(
+        '-m',
+        'torch.distributed.run',
+        '--standalone',
+        '--nproc_per_node',
+        '2',
+        TOOLS / 'train_pretrained.py',
+        'tiny.py',
+        timeout=120,
+    )
     assert outcome.code != 0
     assert 'demo_train_0002.jpg: missing' in outcome.err
     assert not list(Path('work_dirs').rglob('*.pth'))

@@ -185,8 +185,10 @@ def test_importing_the_low_floors_brings_nothing_heavy():
         'mmfinetune',
         *(f'mmfinetune.{place(p).replace("/", ".")}' for p in MODULES if not place(p).startswith(MAY_BE_HEAVY)),
     ]
-    code = f'import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n' \
+    code = (
+        f'import importlib, sys\nfor name in {names}:\n    importlib.import_module(name)\n'
         f'    bad = [m for m in {HEAVY} if m in sys.modules]\n    assert not bad, (name, bad)'
+    )
     done = run('-c', code)
     assert done.returncode == 0, done.stderr[-2000:]
 

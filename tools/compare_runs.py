@@ -15,17 +15,32 @@ python tools/compare_runs.py work_dirs/try*/ --metric coco/bbox_mAP val/loss --o
 
 def main() -> int:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument('dirs', nargs='+', type=Path, metavar='DIR',
-                        help='work dir of a run; resumed parts count as one run. Epoch 0 is read '
-                        f'from its {ZERO_SHOT} (form of test_results.json), if there')
-    parser.add_argument('--names', nargs='+', metavar='NAME',
-                        help='names of the runs, one per DIR (default: names of the folders)')
-    parser.add_argument('--metric', nargs='+', default=[METRIC], metavar='METRIC',
-                        help='what to compare, each in a table and a panel of the picture; more '
-                        f'is better, except of losses (default: {METRIC})')
-    parser.add_argument('--out', type=Path, default=STEM, metavar='FILE-STEM',
-                        help='the files to write, without .md, .csv and .png '
-                        '(default: %(default)s)')
+    parser.add_argument(
+        'dirs',
+        nargs='+',
+        type=Path,
+        metavar='DIR',
+        help='work dir of a run; resumed parts count as one run. Epoch 0 is read '
+        f'from its {ZERO_SHOT} (form of test_results.json), if there',
+    )
+    parser.add_argument(
+        '--names', nargs='+', metavar='NAME', help='names of the runs, one per DIR (default: names of the folders)'
+    )
+    parser.add_argument(
+        '--metric',
+        nargs='+',
+        default=[METRIC],
+        metavar='METRIC',
+        help='what to compare, each in a table and a panel of the picture; more '
+        f'is better, except of losses (default: {METRIC})',
+    )
+    parser.add_argument(
+        '--out',
+        type=Path,
+        default=STEM,
+        metavar='FILE-STEM',
+        help='the files to write, without .md, .csv and .png (default: %(default)s)',
+    )
     args = parser.parse_args()
 
     print(compare(args.dirs, args.names, args.metric, args.out))

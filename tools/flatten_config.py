@@ -16,12 +16,15 @@ def main() -> int:
     parser = make_parser(__doc__, EXAMPLES)
     parser.add_argument('config', help='config with _base_')
     parser.add_argument('-o', '--out', type=Path, metavar='FILE', help='write it there')
-    parser.add_argument('--check', metavar='FLAT',
-                        help='compare the resolved settings with those of this config; '
-                        'exit code 1 if they differ')
+    parser.add_argument(
+        '--check',
+        metavar='FLAT',
+        help='compare the resolved settings with those of this config; exit code 1 if they differ',
+    )
     args = parser.parse_args()
 
     from mmfinetune.config import flatten
+
     if args.check:
         lines = flatten.compare(args.config, args.check)
         print('\n'.join(lines) or f'{args.config} and {args.check} are the same run.')

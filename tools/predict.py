@@ -38,43 +38,62 @@ def positive(text: str) -> int:
 
 def main() -> int:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument('inputs', nargs='+', metavar='INPUT',
-                        help='image, video, folder (searched to the bottom) or quoted pattern')
+    parser.add_argument(
+        'inputs', nargs='+', metavar='INPUT', help='image, video, folder (searched to the bottom) or quoted pattern'
+    )
     model = parser.add_argument_group('model')
-    model.add_argument('--run', type=Path, metavar='WORK_DIR',
-                       help='folder of a run: its config and its best checkpoint are taken')
+    model.add_argument(
+        '--run', type=Path, metavar='WORK_DIR', help='folder of a run: its config and its best checkpoint are taken'
+    )
     model.add_argument('--config', type=Path, help='another config than that of the run')
     model.add_argument('--checkpoint', type=Path, help='another checkpoint than the best')
-    model.add_argument('--device', default='auto',
-                       help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
-    model.add_argument('--batch-size', type=positive, default=1, metavar='N',
-                       help='images at once (default: %(default)s)')
+    model.add_argument('--device', default='auto', help='cpu, cuda, cuda:1, … (default: a GPU if there is one)')
+    model.add_argument(
+        '--batch-size', type=positive, default=1, metavar='N', help='images at once (default: %(default)s)'
+    )
     chosen = parser.add_argument_group('what to keep')
-    chosen.add_argument('--score-thr', type=share, default=0.3, metavar='SCORE',
-                        help='least score of an object (default: %(default)s)')
-    chosen.add_argument('--max-per-image', type=positive, metavar='N',
-                        help="the most objects of an image (default: the config's max_per_img)")
-    chosen.add_argument('--classes', nargs='+', default=[], metavar='NAME',
-                        help='of what the model finds keep only these classes')
-    chosen.add_argument('--every', type=positive, default=1, metavar='N',
-                        help='only every N-th frame of a video')
+    chosen.add_argument(
+        '--score-thr', type=share, default=0.3, metavar='SCORE', help='least score of an object (default: %(default)s)'
+    )
+    chosen.add_argument(
+        '--max-per-image',
+        type=positive,
+        metavar='N',
+        help="the most objects of an image (default: the config's max_per_img)",
+    )
+    chosen.add_argument(
+        '--classes', nargs='+', default=[], metavar='NAME', help='of what the model finds keep only these classes'
+    )
+    chosen.add_argument('--every', type=positive, default=1, metavar='N', help='only every N-th frame of a video')
     made = parser.add_argument_group('what to make')
-    made.add_argument('--out', type=Path, metavar='DIR',
-                      help='new folder (default: predictions, predictions_2, … in the work dir, '
-                      'or here without --run)')
-    made.add_argument('--proposals', nargs='?', type=positive, const=100, default=0, metavar='N',
-                      help="draw the RPN's N best proposals, coloured by objectness, beside the "
-                      'objects (default of N: 100)')
-    made.add_argument('--no-pictures', dest='pictures', action='store_false',
-                      help='no picture of each image, no video')
-    made.add_argument('--contact-sheet', action=argparse.BooleanOptionalAction,
-                      help='small pictures of all images on pages of 40 (default: for more than '
-                      'one image)')
-    made.add_argument('--json', action=argparse.BooleanOptionalAction, default=True,
-                      help='the objects as COCO JSON (default: yes)')
+    made.add_argument(
+        '--out',
+        type=Path,
+        metavar='DIR',
+        help='new folder (default: predictions, predictions_2, … in the work dir, or here without --run)',
+    )
+    made.add_argument(
+        '--proposals',
+        nargs='?',
+        type=positive,
+        const=100,
+        default=0,
+        metavar='N',
+        help="draw the RPN's N best proposals, coloured by objectness, beside the objects (default of N: 100)",
+    )
+    made.add_argument('--no-pictures', dest='pictures', action='store_false', help='no picture of each image, no video')
+    made.add_argument(
+        '--contact-sheet',
+        action=argparse.BooleanOptionalAction,
+        help='small pictures of all images on pages of 40 (default: for more than one image)',
+    )
+    made.add_argument(
+        '--json', action=argparse.BooleanOptionalAction, default=True, help='the objects as COCO JSON (default: yes)'
+    )
     args = parser.parse_args()
 
     from mmfinetune.apis import predict
+
     return predict.run(predict.Options(**vars(args)))
 
 

@@ -18,6 +18,7 @@ def main() -> int:
     args = parser.parse_args()
 
     from mmfinetune.weights.publish import publish
+
     print(f'Written: {publish(args.src, args.stem)}')
     return 0
 

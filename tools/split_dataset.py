@@ -17,24 +17,34 @@ python tools/split_dataset.py data/tiles --seed 1 --overwrite        # another s
 
 def main() -> int:
     parser = make_parser(__doc__, EXAMPLES)
-    parser.add_argument('source', type=Path, metavar='DIR_OR_JSON',
-                        help='COCO annotation file, or the folder made by tools/prepare_data.py')
-    parser.add_argument('--ratios', nargs='+', type=float, default=[70, 15, 15], metavar='R',
-                        help='shares of train, val and test, or of train and val; any sum '
-                        '(default: 70 15 15)')
-    parser.add_argument('--seed', type=int, default=0,
-                        help='another number, another split (default: %(default)s)')
-    parser.add_argument('--group-by', metavar='REGEX',
-                        help='searched for in the file names; images with the same first group '
-                        '(or, without groups, the same match) stay in one split')
-    parser.add_argument('--out', type=Path, metavar='DIR',
-                        help='folder for instances_<split>.json (default: that of the source)')
-    parser.add_argument('--overwrite', action='store_true',
-                        help='replace the files of an earlier split, all of them')
+    parser.add_argument(
+        'source',
+        type=Path,
+        metavar='DIR_OR_JSON',
+        help='COCO annotation file, or the folder made by tools/prepare_data.py',
+    )
+    parser.add_argument(
+        '--ratios',
+        nargs='+',
+        type=float,
+        default=[70, 15, 15],
+        metavar='R',
+        help='shares of train, val and test, or of train and val; any sum (default: 70 15 15)',
+    )
+    parser.add_argument('--seed', type=int, default=0, help='another number, another split (default: %(default)s)')
+    parser.add_argument(
+        '--group-by',
+        metavar='REGEX',
+        help='searched for in the file names; images with the same first group '
+        '(or, without groups, the same match) stay in one split',
+    )
+    parser.add_argument(
+        '--out', type=Path, metavar='DIR', help='folder for instances_<split>.json (default: that of the source)'
+    )
+    parser.add_argument('--overwrite', action='store_true', help='replace the files of an earlier split, all of them')
     args = parser.parse_args()
 
-    report = split_file(args.source, args.ratios, args.seed, args.group_by, args.out,
-                        args.overwrite)
+    report = split_file(args.source, args.ratios, args.seed, args.group_by, args.out, args.overwrite)
     print(report.text())
     print(f'Written: {" ".join(map(str, report.files.values()))}')
     return 0

@@ -20,17 +20,25 @@ def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
     """A parser whose help ends with examples, one command a line."""
     lines = '\n'.join(f'  {line.strip()}' for line in examples.strip().splitlines())
     return argparse.ArgumentParser(
-        description=description, epilog=f'examples:\n{lines}',
-        formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=description, epilog=f'examples:\n{lines}', formatter_class=argparse.RawDescriptionHelpFormatter
+    )
 
 
 def add_config_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
     """``CONFIG`` and ``--cfg-options``."""
-    parser.add_argument('config', nargs='?' if default else None, default=default,
-                        help='config file' + (' (default: %(default)s)' if default else ''))
-    parser.add_argument('--cfg-options', nargs='+', default=[], metavar='KEY=VALUE',
-                        help='override settings of the config, e.g. train_cfg.max_epochs=12; '
-                        'an unknown key is an error')
+    parser.add_argument(
+        'config',
+        nargs='?' if default else None,
+        default=default,
+        help='config file' + (' (default: %(default)s)' if default else ''),
+    )
+    parser.add_argument(
+        '--cfg-options',
+        nargs='+',
+        default=[],
+        metavar='KEY=VALUE',
+        help='override settings of the config, e.g. train_cfg.max_epochs=12; an unknown key is an error',
+    )
 
 
 def _own_message(error: UserError) -> str:
@@ -54,7 +62,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         launch.leave_group()
         sys.stdout.flush()
     except UserError as error:
-        text = f'error: {_own_message(error)}'
+        text = f'error[{error.code}]: {_own_message(error)}'
         if not launch.report(text, error):
             print(text, file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR

@@ -84,15 +84,16 @@ def run(options: Options) -> int:
     # What the parts say on the way is no result.
     with contextlib.redirect_stdout(sys.stderr):
         inputs = _read(options) if saved else _predict(options)
-    found = report.analyse(inputs.truth, inputs.rows, inputs.source, options.engine,
-                           options.score_thr, options.worst)
+    found = report.analyse(inputs.truth, inputs.rows, inputs.source, options.engine, options.score_thr, options.worst)
     out = options.out or _default_out(options)
     write(found, out, inputs, options.pictures)
     print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else found.text())
-    note = '' if inputs.images or not options.pictures or not found.worst else \
-        ' (no pictures of images: --data-root names no folder that holds them)'
-    print(f'Results: {out / "evaluation.md"}{note}',
-          file=sys.stderr if options.json else sys.stdout)
+    note = (
+        ''
+        if inputs.images or not options.pictures or not found.worst
+        else ' (no pictures of images: --data-root names no folder that holds them)'
+    )
+    print(f'Results: {out / "evaluation.md"}{note}', file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
@@ -109,20 +110,20 @@ def write(found: report.Report, out: Path, inputs: Inputs, pictures: bool = True
             contents |= found.draw_worst(inputs.images)
     if inputs.new:
         names = {i: image['file_name'] for i, image in inputs.truth.images.items()}
-        contents |= {f'predictions.{kind}.json': json_bytes(
-            [{**row, 'file_name': names[row['image_id']]} for row in rows])
-            for kind, rows in inputs.rows.items()}
+        contents |= {
+            f'predictions.{kind}.json': json_bytes([{**row, 'file_name': names[row['image_id']]} for row in rows])
+            for kind, rows in inputs.rows.items()
+        }
     source = '; '.join(f'{name}: {value}' for name, value in inputs.source.items())
     contents |= {
         'evaluation.json': json_bytes(found.as_dict(), indent=1),
         'evaluation.md': found.markdown().encode(),
         'per_class.csv': found.class_csv().encode(),
         'confusion.csv': found.confusion_csv().encode(),
-        run_results.RECORD_MAP: run_results.record_map_text(found.metrics(), found.per_class(),
-                                                    source).encode()}
+        run_results.RECORD_MAP: run_results.record_map_text(found.metrics(), found.per_class(), source).encode(),
+    }
     atomic_write_all({out / name: content for name, content in contents.items()})
-    for old in (*out.glob(f'{report.WORST}/[0-9]*_*.jpg'), out / 'tide.png',
-                out / 'confusion.png'):
+    for old in (*out.glob(f'{report.WORST}/[0-9]*_*.jpg'), out / 'tide.png', out / 'confusion.png'):
         if old.relative_to(out).as_posix() not in contents:
             old.unlink(missing_ok=True)
 
@@ -132,27 +133,35 @@ def _check(options: Options) -> None:
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise UserError('The evaluation runs in one process', cure='start it without torchrun')
     if not 0 <= options.score_thr <= 1:
-        raise UserError(f'--score-thr {options.score_thr:g} is no score',
-                        cure='give a number from 0 to 1')
+        raise UserError(f'--score-thr {options.score_thr:g} is no score', cure='give a number from 0 to 1')
     if options.worst < 0:
         raise UserError(f'--worst {options.worst} is no number of images')
-    model = {'WORK_DIR': options.work_dir, '--config': options.config,
-             '--checkpoint': options.checkpoint, '--cfg-options': options.cfg_options}
+    model = {
+        'WORK_DIR': options.work_dir,
+        '--config': options.config,
+        '--checkpoint': options.checkpoint,
+        '--cfg-options': options.cfg_options,
+    }
     if options.predictions or options.boxes:
         both = [name for name, value in model.items() if value]
         if both:
-            raise UserError('Saved predictions are evaluated without a model, but these name one:',
-                            both, 'leave them out, or leave out --predictions and --boxes')
+            raise UserError(
+                'Saved predictions are evaluated without a model, but these name one:',
+                both,
+                'leave them out, or leave out --predictions and --boxes',
+            )
         if not options.ann:
-            raise UserError('--predictions needs the ground truth',
-                            cure='pass the annotation file with --ann')
+            raise UserError('--predictions needs the ground truth', cure='pass the annotation file with --ann')
     elif options.ann:
-        raise UserError('--ann goes with --predictions only',
-                        cure='to evaluate a model on other data name their folder with --data-root')
-    elif not (options.work_dir or options.config and options.checkpoint):
-        raise UserError('There is nothing to evaluate',
-                        cure='pass the work dir of a run, or --config and --checkpoint, or '
-                        '--predictions and --ann')
+        raise UserError(
+            '--ann goes with --predictions only',
+            cure='to evaluate a model on other data name their folder with --data-root',
+        )
+    elif not (options.work_dir or (options.config and options.checkpoint)):
+        raise UserError(
+            'There is nothing to evaluate',
+            cure='pass the work dir of a run, or --config and --checkpoint, or --predictions and --ann',
+        )
 
 
 def _default_out(options: Options) -> Path:
@@ -173,8 +182,7 @@ def _read(options: Options) -> Inputs:
         if not options.boxes and detections.holds(found, 'bbox'):
             rows['bbox'] = detections.checked_rows(options.predictions, found, truth, 'bbox')
     if options.boxes:
-        rows['bbox'] = detections.checked_rows(
-            options.boxes, detections.read_rows(options.boxes), truth, 'bbox')
+        rows['bbox'] = detections.checked_rows(options.boxes, detections.read_rows(options.boxes), truth, 'bbox')
         source['boxes'] = str(options.boxes)
     images = detections.image_folder(truth, options.data_root) if options.pictures else None
     return Inputs(truth, rows, images, {**source, 'annotations': str(options.ann)}, False)
@@ -199,9 +207,18 @@ def _predict(options: Options) -> Inputs:
     kinds = _kinds(cfg)
     truth = detections.read_truth(root / dataset.ann_file, 'segm' in kinds)
     rows = detect(cfg, weights, kinds)
-    return Inputs(truth, rows, root / (dataset.get('data_prefix') or {}).get('img', ''),
-                  {'checkpoint': str(weights), 'config': str(config_file), 'split': options.split,
-                   'annotations': str(truth.path)}, True)
+    return Inputs(
+        truth,
+        rows,
+        root / (dataset.get('data_prefix') or {}).get('img', ''),
+        {
+            'checkpoint': str(weights),
+            'config': str(config_file),
+            'split': options.split,
+            'annotations': str(truth.path),
+        },
+        True,
+    )
 
 
 def detect(cfg: Config, weights: Path, kinds: Sequence[str]) -> dict[str, list[dict]]:
@@ -220,16 +237,18 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str]) -> dict[str, list[d
     """
     dataset = innermost(cfg.test_dataloader.dataset)
     cfg.test_evaluator = dict(
-        type='DetectionRows', metric=list(kinds),
-        ann_file=str(Path(dataset.get('data_root') or '') / dataset.ann_file))
+        type='DetectionRows', metric=list(kinds), ann_file=str(Path(dataset.get('data_root') or '') / dataset.ann_file)
+    )
     cfg.test_cfg = dict(type='TestLoop', fp16=(cfg.get('test_cfg') or {}).get('fp16', False))
     # Those of the training would write into its folder, or change the model (EMA).
     cfg.custom_hooks = []
     cfg.default_hooks = dict(logger=None, checkpoint=None)
     cfg.visualizer = dict(type='Visualizer', vis_backends=[], name='evaluation')
     cfg.log_level = 'WARNING'
-    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder, \
-            contextlib.redirect_stdout(io.StringIO()):  # pycocotools tells what it loads
+    with (
+        tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder,
+        contextlib.redirect_stdout(io.StringIO()),
+    ):  # pycocotools tells what it loads
         cfg.work_dir = folder
         runner = testing.test_runner(cfg, weights)
         loop = runner.test_loop

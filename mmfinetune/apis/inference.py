@@ -26,10 +26,6 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-
-
-
-
 @dataclass
 class Prediction:
     """What a model finds in one image, best first.
@@ -56,9 +52,12 @@ class Prediction:
     def chosen(self, indices: np.ndarray) -> Prediction:
         """Some of the instances."""
         return dataclasses.replace(
-            self, boxes=self.boxes[indices], scores=self.scores[indices],
+            self,
+            boxes=self.boxes[indices],
+            scores=self.scores[indices],
             labels=self.labels[indices],
-            masks=None if self.masks is None else self.masks[indices])
+            masks=None if self.masks is None else self.masks[indices],
+        )
 
 
 class Predictor:
@@ -87,12 +86,21 @@ class Predictor:
             that is not there, or no RPN to take proposals from.
     """
 
-    def __init__(self, config: Config | str | Path, checkpoint: str | Path, device: str = 'auto',
-                 *, score_thr: float | None = None, max_per_image: int | None = None,
-                 classes: Sequence[str] = (), proposals: int = 0) -> None:
+    def __init__(
+        self,
+        config: Config | str | Path,
+        checkpoint: str | Path,
+        device: str = 'auto',
+        *,
+        score_thr: float | None = None,
+        max_per_image: int | None = None,
+        classes: Sequence[str] = (),
+        proposals: int = 0,
+    ) -> None:
         from mmcv.transforms import Compose
         from mmdet.registry import MODELS, TRANSFORMS
         from mmengine.model import revert_sync_batchnorm
+
         cfg = load.load(config) if isinstance(config, (str, Path)) else config
         self.device = choose_device(device)
         # A copy, since limits are set in it and mmdet's detectors write into it.
@@ -108,8 +116,9 @@ class Predictor:
         _set_limits(cfg.model, score_thr, max_per_image)
         model = MODELS.build(cfg.model)
         if proposals and not hasattr(model, 'rpn_head'):
-            raise UserError(f'{cfg.model.type} has no RPN, so there are no proposals to show',
-                            cure='leave out --proposals')
+            raise UserError(
+                f'{cfg.model.type} has no RPN, so there are no proposals to show', cure='leave out --proposals'
+            )
         transfer(model, check.path)
         self.model = revert_sync_batchnorm(model).to(self.device).eval()
         loader, steps = _pipeline(cfg)
@@ -145,17 +154,19 @@ class Predictor:
             return self._steps({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0})
         except Exception as error:
             # An image of one row, say, has none left when its long side is made smaller.
-            raise ValueError(f'the test pipeline fails on {image.shape[1]} x {image.shape[0]} '
-                             f'pixels: {str(error).strip() or type(error).__name__}') from None
+            raise ValueError(
+                f'the test pipeline fails on {image.shape[1]} x {image.shape[0]} '
+                f'pixels: {str(error).strip() or type(error).__name__}'
+            ) from None
 
     def forward(self, prepared: Sequence[dict]) -> list[Prediction]:
         """Run the model on a batch of what :meth:`prepare` returns."""
         import torch
         from mmengine.dataset import pseudo_collate
+
         with torch.no_grad(), self._recorded() as proposed:
             samples = self.model.test_step(pseudo_collate(prepared))
-        return [self._prediction(sample, proposed[i] if proposed else None)
-                for i, sample in enumerate(samples)]
+        return [self._prediction(sample, proposed[i] if proposed else None) for i, sample in enumerate(samples)]
 
     def __call__(self, images: Sequence[np.ndarray]) -> list[Prediction]:
         """Predict on RGB uint8 images, as one batch."""
@@ -182,9 +193,9 @@ class Predictor:
         finally:
             del self.model.rpn_head.predict
 
-    def _prediction(self, sample: DetDataSample,
-                    proposed: tuple[torch.Tensor, torch.Tensor] | None) -> Prediction:
+    def _prediction(self, sample: DetDataSample, proposed: tuple[torch.Tensor, torch.Tensor] | None) -> Prediction:
         import torch
+
         found = sample.pred_instances
         keep = torch.ones_like(found.scores, dtype=torch.bool)
         if self.score_thr is not None:
@@ -192,18 +203,16 @@ class Predictor:
         if self._kept is not None:
             keep &= torch.isin(found.labels, found.labels.new_tensor(self._kept))
         order = torch.argsort(found.scores, descending=True, stable=True)
-        found = found[order[keep[order]][:self.max_per_image]]
+        found = found[order[keep[order]][: self.max_per_image]]
         masks = _array(found.masks).astype(bool, copy=False) if 'masks' in found else None
-        prediction = Prediction(_array(found.bboxes), _array(found.scores), _array(found.labels),
-                                masks)
+        prediction = Prediction(_array(found.bboxes), _array(found.scores), _array(found.labels), masks)
         if proposed is not None:
             height, width = sample.ori_shape[:2]
-            boxes = proposed[0][:self.proposals].cpu().numpy()
+            boxes = proposed[0][: self.proposals].cpu().numpy()
             scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)
             # The padding of a batch is no part of the image.
-            prediction.proposals = (boxes / scale).clip(
-                0, (width, height, width, height)).astype(np.float32)
-            prediction.objectness = _array(proposed[1][:self.proposals])
+            prediction.proposals = (boxes / scale).clip(0, (width, height, width, height)).astype(np.float32)
+            prediction.objectness = _array(proposed[1][: self.proposals])
         return prediction
 
 
@@ -214,39 +223,45 @@ def choose_device(name: str) -> str:
         UserError: There is no such device.
     """
     import torch
+
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == 'auto':
         return 'cuda' if count else 'cpu'
     there = ['cpu', *(['cuda'] if count else []), *(f'cuda:{i}' for i in range(count))]
     if name not in there:
-        raise UserError(f'There is no device {name} for PyTorch here',
-                        cure=f'use one of: {", ".join(there)}')
+        raise UserError(f'There is no device {name} for PyTorch here', cure=f'use one of: {", ".join(there)}')
     return name
 
 
-def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None,
-                    path: Path) -> tuple[str, ...]:
+def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None, path: Path) -> tuple[str, ...]:
     """The class names of the config, or of the weights where it has none."""
     if not ours or not theirs:
         return tuple(ours or theirs or ())
     same = class_map.match_classes(ours, theirs).indices
     if list(same) != list(range(len(ours))):
-        raise UserError(f'{path} was trained on other classes than those of the config:',
-                        [f'label {i}: config {a}, weights {b}' for i, (a, b, k) in
-                         enumerate(zip(ours, theirs, same, strict=False)) if k != i],
-                        'pass the config that it was trained with')
+        raise UserError(
+            f'{path} was trained on other classes than those of the config:',
+            [
+                f'label {i}: config {a}, weights {b}'
+                for i, (a, b, k) in enumerate(zip(ours, theirs, same, strict=False))
+                if k != i
+            ],
+            'pass the config that it was trained with',
+        )
     return tuple(ours)
 
 
 def _labels_of(wanted: Sequence[str], classes: Sequence[str]) -> list[int] | None:
     import difflib
+
     unknown = [name for name in wanted if name not in classes]
     if unknown:
         near = {name: difflib.get_close_matches(name, classes, 1, 0.5) for name in unknown}
-        raise UserError('The model does not know these classes:',
-                        [name + (f': did you mean {near[name][0]}?' if near[name] else '')
-                         for name in unknown],
-                        'its classes are ' + ', '.join(classes))
+        raise UserError(
+            'The model does not know these classes:',
+            [name + (f': did you mean {near[name][0]}?' if near[name] else '') for name in unknown],
+            'its classes are ' + ', '.join(classes),
+        )
     return sorted({classes.index(name) for name in wanted}) if wanted else None
 
 
@@ -256,8 +271,7 @@ def _test_dataset(cfg: Config) -> Any:
     while dataset is not None and 'dataset' in dataset:
         dataset = dataset['dataset']
     if dataset is None or not dataset.get('pipeline'):
-        raise UserError('The config has no test pipeline: it lacks test_dataloader',
-                        cure='pass the config of a run')
+        raise UserError('The config has no test pipeline: it lacks test_dataloader', cure='pass the config of a run')
     return dataset
 
 
@@ -271,7 +285,8 @@ def _known_ids(cfg: Config, classes: Sequence[str]) -> tuple[list[int], dict[str
         ids = {c['name']: int(c['id']) for c in known['categories']}
         folder = root / (dataset.get('data_prefix') or {}).get('img', '')
         return [ids[name] for name in classes], {
-            os.path.realpath(folder / i['file_name']): int(i['id']) for i in known['images']}
+            os.path.realpath(folder / i['file_name']): int(i['id']) for i in known['images']
+        }
     return list(range(1, len(classes) + 1)), {}
 
 
@@ -290,21 +305,22 @@ def _set_limits(model: Any, score_thr: float | None, max_per_image: int | None) 
 def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
     """The step of the test pipeline that reads a file, and all steps for an image in memory."""
     steps = copy.deepcopy(list(_test_dataset(cfg).pipeline))
-    names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2]
-             for step in steps]
+    names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2] for step in steps]
     reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
     if len(reading) != 1 or steps[reading[0]].get('color_type', 'color').split('_')[0] != 'color':
-        raise UserError('The test pipeline does not read colour images in one step; its steps are '
-                        + ', '.join(names),
-                        cure="let it begin with dict(type='LoadImage')")
+        raise UserError(
+            'The test pipeline does not read colour images in one step; its steps are ' + ', '.join(names),
+            cure="let it begin with dict(type='LoadImage')",
+        )
     loader = steps[reading[0]]
-    steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray',
-                             to_float32=loader.get('to_float32', False))
-    return loader, [step for step, name in zip(steps, names, strict=True)
-                    if not (name.startswith('Load') and 'Annotation' in name)]
+    steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))
+    return loader, [
+        step for step, name in zip(steps, names, strict=True) if not (name.startswith('Load') and 'Annotation' in name)
+    ]
 
 
 def _array(values: Any) -> np.ndarray:
     import torch
+
     values = getattr(values, 'tensor', values)
     return values.detach().cpu().numpy() if isinstance(values, torch.Tensor) else np.asarray(values)

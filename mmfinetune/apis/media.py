@@ -78,13 +78,15 @@ def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Inp
             found.setdefault(_absolute(p), p)
         anchors.append(_absolute(anchor))
     if problems:
-        raise UserError('There is nothing to predict on:', problems,
-                        'pass images, videos, folders, or patterns in quotes; results that lie '
-                        'in the output folder are left out, so choose another with --out')
+        raise UserError(
+            'There is nothing to predict on:',
+            problems,
+            'pass images, videos, folders, or patterns in quotes; results that lie '
+            'in the output folder are left out, so choose another with --out',
+        )
     root = os.path.commonpath(anchors)
     # Names that are not UTF-8 could not be written as JSON.
-    names = [os.fsencode(os.path.relpath(place, root)).decode(errors='replace').replace(os.sep, '/')
-             for place in found]
+    names = [os.fsencode(os.path.relpath(place, root)).decode(errors='replace').replace(os.sep, '/') for place in found]
     return [Input(path, name) for path, name in zip(found.values(), names, strict=True)], Path(root)
 
 
@@ -96,8 +98,16 @@ def _absolute(path: Path) -> str:
 def _matching(folder: Path, pattern: Path) -> list[Path]:
     """Files that a pattern below a folder stands for; as for a shell, none that are hidden."""
     found = folder.glob(str(pattern.relative_to(folder)))
-    return sorted((p for p in found if p.suffix.lower() in _SUFFIXES and p.is_file() and not any(
-        part.startswith('.') for part in p.relative_to(folder).parts)), key=natural_key)
+    return sorted(
+        (
+            p
+            for p in found
+            if p.suffix.lower() in _SUFFIXES
+            and p.is_file()
+            and not any(part.startswith('.') for part in p.relative_to(folder).parts)
+        ),
+        key=natural_key,
+    )
 
 
 def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
@@ -201,11 +211,14 @@ class VideoWriter:
         frame = np.pad(frame, ((0, odd[0]), (0, odd[1]), (0, 0)), mode='edge')
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = cv2.VideoWriter(str(self._part), cv2.VideoWriter.fourcc(*'mp4v'),
-                                           self.fps, frame.shape[1::-1])
+            self._writer = cv2.VideoWriter(
+                str(self._part), cv2.VideoWriter.fourcc(*'mp4v'), self.fps, frame.shape[1::-1]
+            )
             if not self._writer.isOpened():
-                raise UserError(f'{self.path}: cannot be written as a video',
-                                cure='choose a folder you may write to, or pass --no-pictures')
+                raise UserError(
+                    f'{self.path}: cannot be written as a video',
+                    cure='choose a folder you may write to, or pass --no-pictures',
+                )
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def close(self, keep: bool = True) -> None:

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from mmfinetune.apis.media import Input
 
 
-
-
-
 FOLDER = 'predictions'
 ROWS, DATASET, PICTURES, SHEET = 'predictions.json', 'predictions_coco.json', 'pictures', 'sheet'
 _QUALITY = [cv2.IMWRITE_JPEG_QUALITY, 92]
@@ -80,15 +77,22 @@ def run(options: Options) -> int:
         UserError: No input, a model that cannot be used, or nowhere to write to.
     """
     if not (options.pictures or options.json or options.contact_sheet):
-        raise UserError('There is nothing to write: neither pictures nor JSON',
-                        cure='leave out --no-pictures or --no-json')
+        raise UserError(
+            'There is nothing to write: neither pictures nor JSON', cure='leave out --no-pictures or --no-json'
+        )
     config, weights = _model_files(options)
     find.verify_file(weights)
     out, earlier = _output_folder(options)
     inputs, root = media.find_inputs(options.inputs, [out, *earlier])
     predictor = Predictor(
-        config, weights, options.device, score_thr=options.score_thr, classes=options.classes,
-        max_per_image=options.max_per_image, proposals=options.proposals)
+        config,
+        weights,
+        options.device,
+        score_thr=options.score_thr,
+        classes=options.classes,
+        max_per_image=options.max_per_image,
+        proposals=options.proposals,
+    )
     results = Results(predictor, out, inputs, options)
     try:
         for shot, prediction in _predictions(inputs, predictor, options, results.failed):
@@ -96,12 +100,20 @@ def run(options: Options) -> int:
     except BaseException:
         results.close_video(keep=False)
         raise
-    results.finish({'description': 'Instances that a model found', 'config': str(config),
-                    'checkpoint': str(weights), 'folder': str(root),
-                    'score_thr': options.score_thr})
+    results.finish(
+        {
+            'description': 'Instances that a model found',
+            'config': str(config),
+            'checkpoint': str(weights),
+            'folder': str(root),
+            'score_thr': options.score_thr,
+        }
+    )
     if results.failed:
-        print(UserError(f'{len(results.failed)} of {len(inputs)} inputs could not be used:',
-                        results.failed), file=sys.stderr)
+        print(
+            UserError(f'{len(results.failed)} of {len(inputs)} inputs could not be used:', results.failed),
+            file=sys.stderr,
+        )
     print(results.summary())
     return 1 if results.failed else 0
 
@@ -115,9 +127,11 @@ def coco_rows(prediction: Prediction, image_id: int, category_ids: Sequence[int]
     rows = []
     for i, (left, top, right, bottom) in enumerate(prediction.boxes):
         row: dict[str, Any] = {
-            'image_id': image_id, 'category_id': category_ids[prediction.labels[i]],
+            'image_id': image_id,
+            'category_id': category_ids[prediction.labels[i]],
             'bbox': [_short(v) for v in (left, top, right - left, bottom - top)],
-            'score': _short(prediction.scores[i])}
+            'score': _short(prediction.scores[i]),
+        }
         if prediction.masks is not None:
             row['segmentation'] = mask_to_rle(prediction.masks[i])
             row['area'] = int(np.count_nonzero(prediction.masks[i]))
@@ -127,8 +141,7 @@ def coco_rows(prediction: Prediction, image_id: int, category_ids: Sequence[int]
     return rows
 
 
-def draw(image: np.ndarray, prediction: Prediction, names: Sequence[str],
-         score_thr: float = 0) -> np.ndarray:
+def draw(image: np.ndarray, prediction: Prediction, names: Sequence[str], score_thr: float = 0) -> np.ndarray:
     """Instances on an image; the proposals, if there are, beside it.
 
     Args:
@@ -138,15 +151,21 @@ def draw(image: np.ndarray, prediction: Prediction, names: Sequence[str],
         score_thr: For the title.
     """
     picture = drawing.draw_instances(
-        image, boxes=prediction.boxes, masks=prediction.masks, labels=prediction.labels,
-        scores=prediction.scores, names=names)
+        image,
+        boxes=prediction.boxes,
+        masks=prediction.masks,
+        labels=prediction.labels,
+        scores=prediction.scores,
+        names=names,
+    )
     if prediction.proposals is None:
         return picture
     left = drawing.draw_proposals(image, prediction.proposals, prediction.objectness)
-    titles = [f'best {_count(len(prediction.proposals), "proposal")}',
-              f'{_count(len(prediction), "object")}, score ≥ {score_thr:g}']
-    return drawing.with_colour_bar(drawing.side_by_side(left, picture, titles=titles),
-                                   'objectness')
+    titles = [
+        f'best {_count(len(prediction.proposals), "proposal")}',
+        f'{_count(len(prediction), "object")}, score ≥ {score_thr:g}',
+    ]
+    return drawing.with_colour_bar(drawing.side_by_side(left, picture, titles=titles), 'objectness')
 
 
 @dataclass
@@ -168,12 +187,12 @@ class Results:
     failed: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        names = media.output_names([i.name for i in self.inputs],
-                                   ['.mp4' if i.is_video else '.jpg' for i in self.inputs])
+        names = media.output_names(
+            [i.name for i in self.inputs], ['.mp4' if i.is_video else '.jpg' for i in self.inputs]
+        )
         # Only if all have one, since those of the others could be the same.
         known = [self.predictor.image_ids.get(os.path.realpath(i.path)) for i in self.inputs]
-        self._ids = {} if None in known else {
-            i.name: number for i, number in zip(self.inputs, known, strict=True)}
+        self._ids = {} if None in known else {i.name: number for i, number in zip(self.inputs, known, strict=True)}
         self._names = {i.name: f'{PICTURES}/{n}' for i, n in zip(self.inputs, names, strict=True)}
         images = sum(not i.is_video for i in self.inputs)
         wanted = self.options.contact_sheet
@@ -186,8 +205,12 @@ class Results:
     def add(self, shot: Shot, prediction: Prediction) -> None:
         """Take the prediction on an image or a frame, which come in the order of the inputs."""
         height, width = shot.image.shape[:2]
-        info = {'id': self._ids.get(shot.source.name, len(self._images) + 1),
-                'file_name': shot.source.name, 'width': width, 'height': height}
+        info = {
+            'id': self._ids.get(shot.source.name, len(self._images) + 1),
+            'file_name': shot.source.name,
+            'width': width,
+            'height': height,
+        }
         if shot.frame is not None:
             info['frame'] = shot.frame
         if self.options.pictures:
@@ -226,18 +249,19 @@ class Results:
             self._sheet.finish()
         if not self.options.json:
             return
-        place = {i['id']: {k: i[k] for k in ('file_name', 'frame') if k in i}
-                 for i in self._images}
-        rows = [{**{k: v for k, v in r.items() if k != 'area'}, **place[r['image_id']]}
-                for r in self._rows]
+        place = {i['id']: {k: i[k] for k in ('file_name', 'frame') if k in i} for i in self._images}
+        rows = [{**{k: v for k, v in r.items() if k != 'area'}, **place[r['image_id']]} for r in self._rows]
         dataset = {
-            'info': about, 'licenses': [], 'images': self._images,
-            'categories': [{'id': i, 'name': name, 'supercategory': ''} for i, name in
-                           zip(self.predictor.category_ids, self.predictor.classes, strict=True)],
-            'annotations': [{'id': n, 'iscrowd': 0, 'segmentation': [], **row}
-                            for n, row in enumerate(self._rows, 1)]}
-        atomic_write_all({self.out / ROWS: json_bytes(rows),
-                          self.out / DATASET: json_bytes(dataset)})
+            'info': about,
+            'licenses': [],
+            'images': self._images,
+            'categories': [
+                {'id': i, 'name': name, 'supercategory': ''}
+                for i, name in zip(self.predictor.category_ids, self.predictor.classes, strict=True)
+            ],
+            'annotations': [{'id': n, 'iscrowd': 0, 'segmentation': [], **row} for n, row in enumerate(self._rows, 1)],
+        }
+        atomic_write_all({self.out / ROWS: json_bytes(rows), self.out / DATASET: json_bytes(dataset)})
 
     def summary(self) -> str:
         """What was found, and in the last line where it is."""
@@ -250,16 +274,21 @@ class Results:
         if self._rows:
             names = dict(zip(self.predictor.category_ids, self.predictor.classes, strict=True))
             counts = Counter(names[r['category_id']] for r in self._rows)
-            lines.append(f'Found on {len({r["image_id"] for r in self._rows}):,} of {every}: '
-                         + ', '.join(f'{name} {n}' for name, n in counts.most_common()))
+            lines.append(
+                f'Found on {len({r["image_id"] for r in self._rows}):,} of {every}: '
+                + ', '.join(f'{name} {n}' for name, n in counts.most_common())
+            )
         elif images:
-            lines.append(f'Nothing found on {shown} with a score of {self.options.score_thr:g} or '
-                         'more: a lower --score-thr shows what comes near')
+            lines.append(
+                f'Nothing found on {shown} with a score of {self.options.score_thr:g} or '
+                'more: a lower --score-thr shows what comes near'
+            )
         if self._sheet and self._sheet.left_out:
-            lines.append(f'The contact sheet ends after {_PAGES} pages, {self._sheet.left_out} '
-                         'images are not on it')
-        lines.append(f'Results: {self.out} ({shown}, {_count(len(self._rows), "object")}'
-                     + (f', {len(self.failed)} failed)' if self.failed else ')'))
+            lines.append(f'The contact sheet ends after {_PAGES} pages, {self._sheet.left_out} images are not on it')
+        lines.append(
+            f'Results: {self.out} ({shown}, {_count(len(self._rows), "object")}'
+            + (f', {len(self.failed)} failed)' if self.failed else ')')
+        )
         return '\n'.join(lines)
 
 
@@ -281,12 +310,17 @@ class _Sheet:
         size = tuple(max(1, round(n * factor)) for n in shot.image.shape[1::-1])
         masks = prediction.masks
         if masks is not None and factor < 1:
-            masks = np.array([cv2.resize(m.astype(np.uint8), size,
-                                         interpolation=cv2.INTER_AREA) for m in masks], bool)
-        self._cells.append(drawing.draw_instances(
-            cv2.resize(shot.image, size, interpolation=cv2.INTER_AREA),
-            boxes=prediction.boxes * factor, masks=masks, labels=prediction.labels,
-            scores=prediction.scores, names=names))
+            masks = np.array([cv2.resize(m.astype(np.uint8), size, interpolation=cv2.INTER_AREA) for m in masks], bool)
+        self._cells.append(
+            drawing.draw_instances(
+                cv2.resize(shot.image, size, interpolation=cv2.INTER_AREA),
+                boxes=prediction.boxes * factor,
+                masks=masks,
+                labels=prediction.labels,
+                scores=prediction.scores,
+                names=names,
+            )
+        )
         self._titles.append(f'{shot.source.name} · {_count(len(prediction), "object")}')
         if len(self._cells) == _PER_PAGE:
             self.finish()
@@ -297,8 +331,7 @@ class _Sheet:
             return
         self._pages += 1
         name = f'{SHEET}_{self._pages:02}.jpg' if self._many else f'{SHEET}.jpg'
-        write_jpeg(self._out / name,
-                   drawing.contact_sheet(self._cells, width=_CELL, titles=self._titles))
+        write_jpeg(self._out / name, drawing.contact_sheet(self._cells, width=_CELL, titles=self._titles))
         self._cells, self._titles = [], []
 
 
@@ -313,8 +346,7 @@ def _model_files(options: Options) -> tuple[Path, Path]:
         files = work_dir.find_run(options.run, options.config, options.checkpoint)
         return files.config, files.checkpoint
     if options.config is None or options.checkpoint is None:
-        raise UserError('No model to predict with is named',
-                        cure='pass --run WORK_DIR, or --config and --checkpoint')
+        raise UserError('No model to predict with is named', cure='pass --run WORK_DIR, or --config and --checkpoint')
     return options.config, options.checkpoint
 
 
@@ -330,8 +362,10 @@ def _output_folder(options: Options) -> tuple[Path, list[Path]]:
         old = [name for name in (ROWS, DATASET, PICTURES) if (out / name).exists()]
         old += sorted(p.name for p in out.glob(f'{SHEET}*.jpg'))
         if old:
-            raise UserError(f'{out} holds earlier predictions: {", ".join(old)}',
-                            cure='name another folder with --out, or delete it')
+            raise UserError(
+                f'{out} holds earlier predictions: {", ".join(old)}',
+                cure='name another folder with --out, or delete it',
+            )
     else:
         first = (options.run or Path()) / FOLDER
         for count in itertools.count(1):
@@ -341,16 +375,20 @@ def _output_folder(options: Options) -> tuple[Path, list[Path]]:
             earlier.append(out)
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise UserError(f'{out}: results cannot be written there, since {there} is '
-                        + ('read-only' if there.is_dir() else 'a file'),
-                        cure='name a folder you may write to with --out')
+        raise UserError(
+            f'{out}: results cannot be written there, since {there} is '
+            + ('read-only' if there.is_dir() else 'a file'),
+            cure='name a folder you may write to with --out',
+        )
     return out, earlier
 
 
-def _predictions(inputs: Sequence[Input], predictor: Predictor, options: Options,
-                 failed: list[str]) -> Iterator[tuple[Shot, Prediction]]:
+def _predictions(
+    inputs: Sequence[Input], predictor: Predictor, options: Options, failed: list[str]
+) -> Iterator[tuple[Shot, Prediction]]:
     """Images and frames in order, each with what is found; what fails is put on the list."""
     import torch
+
     shots = _shots(inputs, predictor, options.every, failed)
     with tqdm(total=_length(inputs, options.every), unit='img', disable=None) as bar:
         while batch := list(itertools.islice(shots, options.batch_size)):
@@ -363,15 +401,15 @@ def _predictions(inputs: Sequence[Input], predictor: Predictor, options: Options
             try:
                 found = predictor.forward([p for _, p in ready]) if ready else []
             except torch.OutOfMemoryError:
-                failed += [_line(shot, 'out of GPU memory (--device cpu, or a smaller '
-                                 '--batch-size)') for shot, _ in ready]
+                failed += [
+                    _line(shot, 'out of GPU memory (--device cpu, or a smaller --batch-size)') for shot, _ in ready
+                ]
                 found = []
             yield from ((shot, p) for (shot, _), p in zip(ready, found, strict=False))
             bar.update(len(batch))
 
 
-def _shots(inputs: Sequence[Input], predictor: Predictor, every: int,
-           failed: list[str]) -> Iterator[Shot]:
+def _shots(inputs: Sequence[Input], predictor: Predictor, every: int, failed: list[str]) -> Iterator[Shot]:
     for source in inputs:
         try:
             if source.is_video:

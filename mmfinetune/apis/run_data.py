@@ -55,17 +55,19 @@ def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
         # The config's data_root is the VOC2012 folder; the devkit may lie two folders up.
         voc2012 = voc_devkit.find_devkit(root)
     except UserError:
-        raise UserError('There is no data yet. Looked for:',
-                        [*dict.fromkeys(map(str, paths)), f'{root} (a VOC 2012 devkit)'],
-                        'fetch and convert VOC 2012 with `python tools/prepare_voc.py --download`, '
-                        'or pass its folder with --data-root') from None
+        raise UserError(
+            'There is no data yet. Looked for:',
+            [*dict.fromkeys(map(str, paths)), f'{root} (a VOC 2012 devkit)'],
+            'fetch and convert VOC 2012 with `python tools/prepare_voc.py --download`, '
+            'or pass its folder with --data-root',
+        ) from None
     voc.convert(voc2012, paths[0].parent)
-
 
 
 def splits_of_config(cfg: Config) -> tuple[dict[str, tuple[Path, Path]], Sequence[str]]:
     """Splits and class names that a resolved config trains, validates and tests with."""
     from mmfinetune.config import views
+
     splits = {}
     for name, dataset in views.dataset_configs(cfg).items():
         prefix = (dataset.get('data_prefix') or {}).get('img', '')

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from mmengine.runner import Runner
 
 
-
-
-
-
 def test_runner(cfg: Config, file: Path) -> Runner:
     """A runner for the test alone, the model loaded in full from a checkpoint."""
     # Before the Runner, which begins with a log file.
@@ -30,9 +26,18 @@ def test_runner(cfg: Config, file: Path) -> Runner:
 def bare_runner(cfg: Config, recipe: Any) -> Runner:
     """A runner without training and validation."""
     from mmengine.runner import Runner
+
     cfg.resume, cfg.load_from = False, None
     cfg.weights = recipe
-    for key in ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler',
-                'val_dataloader', 'val_cfg', 'val_evaluator', 'auto_scale_lr'):
+    for key in (
+        'train_dataloader',
+        'train_cfg',
+        'optim_wrapper',
+        'param_scheduler',
+        'val_dataloader',
+        'val_cfg',
+        'val_evaluator',
+        'auto_scale_lr',
+    ):
         cfg.pop(key, None)
     return Runner.from_cfg(cfg)

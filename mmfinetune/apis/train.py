@@ -44,14 +44,20 @@ def check_early(options: Options) -> None:
     if options.weights and not find.is_url(options.weights):
         find.verify_file(Path(options.weights))
     if options.resume not in (False, True, AUTO) and not Path(options.resume).is_file():
-        raise UserError(f'There is no checkpoint {options.resume} to resume from',
-                        cure='pass --resume alone to take the last one of the work dir')
+        raise UserError(
+            f'There is no checkpoint {options.resume} to resume from',
+            cure='pass --resume alone to take the last one of the work dir',
+        )
     if options.gpus and launch.is_worker() and not launch.was_launched():
-        raise UserError('--gpus is for a run that starts its own processes, and torchrun or srun '
-                        'has started this one', cure='drop --gpus: their number says it')
+        raise UserError(
+            '--gpus is for a run that starts its own processes, and torchrun or srun has started this one',
+            cure='drop --gpus: their number says it',
+        )
     if options.resume and options.lr is not None:
-        raise UserError('--lr would have no effect: --resume goes on with the learning rate of '
-                        'the checkpoint', cure='drop --lr, or start anew from the weights')
+        raise UserError(
+            '--lr would have no effect: --resume goes on with the learning rate of the checkpoint',
+            cure='drop --lr, or start anew from the weights',
+        )
     for flag, value in (('--accumulate', options.accumulate), ('--save-every', options.save_every)):
         if value is not None and value < 1:
             raise UserError(f'{flag} {value}: pass a number of at least 1')
@@ -59,8 +65,10 @@ def check_early(options: Options) -> None:
     if size not in (None, AUTO) and not (size.isdigit() and int(size) > 0):
         raise UserError(f'--batch-size {size}: pass a number of images per GPU, or auto')
     if size == AUTO and options.resume:
-        raise UserError('--batch-size auto and --resume exclude each other: a run goes on with the '
-                        'batch size that it began with', cure='drop --batch-size')
+        raise UserError(
+            '--batch-size auto and --resume exclude each other: a run goes on with the batch size that it began with',
+            cure='drop --batch-size',
+        )
 
 
 EARLIER = 'earlier_runs'
@@ -121,12 +129,14 @@ def run(options: Options) -> int:
     elif options.head_init:
         _test_untrained(cfg)
     else:
-        file = Path(options.weights) if options.weights else \
-            weights_work_dir.best_checkpoint(Path(cfg.work_dir))
+        file = Path(options.weights) if options.weights else weights_work_dir.best_checkpoint(Path(cfg.work_dir))
         _test(test_runner(cfg, file), file)
     work_dir = cfg.work_dir
-    say(f'Results: {work_dir}' + (' (pictures in figures/)' if do_test else '') +
-         f'\nCurves:  tensorboard --logdir {work_dir}/{LOG_DIR}')
+    say(
+        f'Results: {work_dir}'
+        + (' (pictures in figures/)' if do_test else '')
+        + f'\nCurves:  tensorboard --logdir {work_dir}/{LOG_DIR}'
+    )
     return 0
 
 
@@ -139,22 +149,30 @@ def _check_data(cfg: Config, splits: Mapping[str, coco_json.Split]) -> None:
     report.require_good()
 
 
-def summary(cfg: Config, splits: dict[str, coco_json.Split], plan: lr.LrPlan, world: int,
-            adapted: Sequence[str] = ()) -> str:
+def summary(
+    cfg: Config, splits: dict[str, coco_json.Split], plan: lr.LrPlan, world: int, adapted: Sequence[str] = ()
+) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
-    lines = [f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, '
-             f'{len(s.classes)} classes ({s.path})' for name, s in splits.items()]
+    lines = [
+        f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
+        for name, s in splits.items()
+    ]
     if 'train' in splits:
         batch = cfg.train_dataloader.batch_size
         filters = views.dataset_configs(cfg)['train'].get('filter_cfg') or {}
-        kept, kind = (splits['train'].usable, 'images with objects') \
-            if filters.get('filter_empty_gt') else (splits['train'].images, 'images')
+        kept, kind = (
+            (splits['train'].usable, 'images with objects')
+            if filters.get('filter_empty_gt')
+            else (splits['train'].images, 'images')
+        )
         epochs = cfg.train_cfg.get('max_epochs')
         if epochs:
             # Each process gets the same number of images, rounded up, as its sampler does it.
             steps = math.ceil(math.ceil(kept / world) / batch)
-            lines.append(f'Steps: {kept:,} {kind} / ({world} GPU x {batch}) = '
-                         f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}')
+            lines.append(
+                f'Steps: {kept:,} {kind} / ({world} GPU x {batch}) = '
+                f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}'
+            )
         lines += plan.lines()
         lines += [f'Schedule for this batch: {line}' for line in adapted]
     return '\n'.join(lines)
@@ -171,8 +189,10 @@ def _check_writable(work_dir: Path) -> None:
         for folder in missing:
             folder.rmdir()
     except OSError as error:
-        raise UserError(f'Cannot write to the work dir {work_dir}: {error.strerror}',
-                        cure='pass a folder that you may write to with --work-dir') from None
+        raise UserError(
+            f'Cannot write to the work dir {work_dir}: {error.strerror}',
+            cure='pass a folder that you may write to with --work-dir',
+        ) from None
 
 
 def _move_earlier_run(work_dir: Path) -> None:
@@ -180,8 +200,7 @@ def _move_earlier_run(work_dir: Path) -> None:
     if not work_dir.is_dir():
         return
     # A test of the untrained model is epoch 0 of the run to come.
-    old = [p for p in work_dir.iterdir()
-           if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT)]
+    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT)]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
         stamp = time.strftime('%Y%m%d_%H%M%S')
         target = work_dir / EARLIER / stamp
@@ -192,13 +211,13 @@ def _move_earlier_run(work_dir: Path) -> None:
         target.mkdir(parents=True)
         for path in old:
             shutil.move(path, target / path.name)
-        say(f'{work_dir} held an earlier run: it is now in {target}. To go on with a run '
-             'instead, pass --resume.')
+        say(f'{work_dir} held an earlier run: it is now in {target}. To go on with a run instead, pass --resume.')
 
 
 def _train(cfg: Config) -> Runner:
     from mmengine.dist import barrier
     from mmengine.runner import Runner
+
     # What cannot start must not leave logs, nor move an earlier run out of its way.
     if cfg.resume:
         weights_check.check(cfg, Path(cfg.load_from), {}).require_good()
@@ -228,28 +247,44 @@ def _train(cfg: Config) -> Runner:
 def _explained(error: Exception, cfg: Config) -> Exception:
     """The error itself, but of memory that ran out what would help, in numbers."""
     import torch
+
     on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
         return error
     batch = cfg.train_dataloader.batch_size
     accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
     half = max(1, batch // 2)
-    cures = [f'--batch-size {half} --accumulate {math.ceil(batch * accumulation / half)}: the same '
-             f'recipe at {half / batch:.0%} of the activations'] if batch > 1 else []
+    cures = (
+        [
+            f'--batch-size {half} --accumulate {math.ceil(batch * accumulation / half)}: the same '
+            f'recipe at {half / batch:.0%} of the activations'
+        ]
+        if batch > 1
+        else []
+    )
     if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
         cures.append('--amp bf16 (or fp16): activations of half the size')
-    scale = next((t['scale'] for t in cfg.train_dataloader.dataset.get('pipeline', ())
-                  if t['type'] == 'Resize' and 'scale' in t), None)
+    scale = next(
+        (
+            t['scale']
+            for t in cfg.train_dataloader.dataset.get('pipeline', ())
+            if t['type'] == 'Resize' and 'scale' in t
+        ),
+        None,
+    )
     if scale:
         smaller = tuple(round(side * 0.7) for side in scale)
-        cures.append(f'Resize to scale={smaller} instead of {tuple(scale)} in the pipelines: half '
-                     'the pixels')
+        cures.append(f'Resize to scale={smaller} instead of {tuple(scale)} in the pipelines: half the pixels')
     if not cfg.model.get('backbone', {}).get('with_cp'):
-        cures.append('--cfg-options model.backbone.with_cp=True: the backbone computes its '
-                     'activations again instead of keeping them; slower, the same result')
-    return UserError(f'Out of memory with {batch} images at a time '
-                     f'({str(error).strip().splitlines()[0]}). What helps:', cures,
-                     'try them from the top; `--batch-size auto` finds the largest that fits a GPU')
+        cures.append(
+            '--cfg-options model.backbone.with_cp=True: the backbone computes its '
+            'activations again instead of keeping them; slower, the same result'
+        )
+    return UserError(
+        f'Out of memory with {batch} images at a time ({str(error).strip().splitlines()[0]}). What helps:',
+        cures,
+        'try them from the top; `--batch-size auto` finds the largest that fits a GPU',
+    )
 
 
 def _test_untrained(cfg: Config) -> None:
@@ -269,8 +304,9 @@ def _check_weights(cfg: Config, as_json: bool) -> None:
         UserError: The weights should not be trained on.
     """
     if not cfg.get('weights'):
-        raise UserError('This config starts from random weights: there is nothing to check',
-                        cure='use a config with `weights`')
+        raise UserError(
+            'This config starts from random weights: there is nothing to check', cure='use a config with `weights`'
+        )
     check = weights_check.check(cfg)
     say(json.dumps(check.as_dict(), indent=1) if as_json else check.text())
     check.require_good()
@@ -283,6 +319,7 @@ def _test(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, flo
     from mmengine.dist import is_main_process
 
     from mmfinetune.engine.train_loop import machine_trouble
+
     with machine_trouble():
         metrics = runner.test()
     if is_main_process():
@@ -290,15 +327,16 @@ def _test(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, flo
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         atomic_write_json(out, {'checkpoint': str(file), 'metrics': finite})
         if name == TEST_RESULTS:
-            run_results.report_test(Path(runner.work_dir), file, metrics,
-                                run_results.per_class_of(runner.test_evaluator, metrics))
-        rows = [f'{name:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}'
-                                      for stat in _HEADLINE)
-                for name, kind in (('boxes', 'bbox'), ('masks', 'segm'))]
+            run_results.report_test(
+                Path(runner.work_dir), file, metrics, run_results.per_class_of(runner.test_evaluator, metrics)
+            )
+        rows = [
+            f'{name:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}' for stat in _HEADLINE)
+            for name, kind in (('boxes', 'bbox'), ('masks', 'segm'))
+        ]
         say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in _HEADLINE))
         say('\n'.join(rows))
-        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   '
-             f'(all numbers: {out})')
+        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   (all numbers: {out})')
     return metrics
 
 

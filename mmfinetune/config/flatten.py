@@ -26,8 +26,7 @@ def plain(value: Any, keep_tuples: bool = False) -> Any:
             stay for a config to be run: mmcv's Resize takes a tuple only.
     """
     if isinstance(value, Mapping):
-        return {k: plain(v, keep_tuples) for k, v in value.items()
-                if k not in ('_scope_', '_delete_')}
+        return {k: plain(v, keep_tuples) for k, v in value.items() if k not in ('_scope_', '_delete_')}
     if isinstance(value, (list, tuple)):
         kind = tuple if keep_tuples and isinstance(value, tuple) else list
         return kind(plain(v, keep_tuples) for v in value)
@@ -53,8 +52,9 @@ def differences(ours: Any, theirs: Any, place: str = '') -> list[str]:
                 lines += differences(ours[key], theirs[key], where)
         return lines
     if isinstance(ours, list) and isinstance(theirs, list) and len(ours) == len(theirs):
-        return [line for i, pair in enumerate(zip(ours, theirs, strict=True))
-                for line in differences(*pair, f'{place}.{i}')]
+        return [
+            line for i, pair in enumerate(zip(ours, theirs, strict=True)) for line in differences(*pair, f'{place}.{i}')
+        ]
     return [] if ours == theirs else [f'{place}: {ours!r} against {theirs!r}']
 
 
@@ -66,9 +66,9 @@ def compare(first: str | Path, second: str | Path) -> list[str]:
 def flatten(path: str | Path) -> str:
     """The resolved config as the text of a file without ``_base_``."""
     from mmengine.config import Config
+
     resolved = settings(load(path), keep_tuples=True)
-    order = [k for k in _READING_ORDER if k in resolved] + sorted(set(resolved)
-                                                                  - set(_READING_ORDER))
+    order = [k for k in _READING_ORDER if k in resolved] + sorted(set(resolved) - set(_READING_ORDER))
     text = '\n\n'.join(Config({k: resolved[k]}).pretty_text.strip() for k in order)
     return f'# The resolved settings of {Path(path).name}, without _base_.\n\n{text}\n'
 
@@ -84,7 +84,23 @@ def write_new(path: Path, text: str) -> None:
     atomic_write_text(path, text)
 
 
-_READING_ORDER = ('default_scope', 'custom_imports', 'work_dir', 'model', 'weights',
-                  'train_dataloader', 'val_dataloader', 'test_dataloader', 'val_evaluator',
-                  'test_evaluator', 'train_cfg', 'val_cfg', 'test_cfg', 'optim_wrapper',
-                  'param_scheduler', 'auto_scale_lr', 'default_hooks', 'custom_hooks')
+_READING_ORDER = (
+    'default_scope',
+    'custom_imports',
+    'work_dir',
+    'model',
+    'weights',
+    'train_dataloader',
+    'val_dataloader',
+    'test_dataloader',
+    'val_evaluator',
+    'test_evaluator',
+    'train_cfg',
+    'val_cfg',
+    'test_cfg',
+    'optim_wrapper',
+    'param_scheduler',
+    'auto_scale_lr',
+    'default_hooks',
+    'custom_hooks',
+)

@@ -13,10 +13,6 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-
-
-
-
 @dataclass(frozen=True)
 class LrPlan:
     """The learning rates of a run.
@@ -44,8 +40,7 @@ class LrPlan:
         return lines
 
 
-def scaled_lr(lr: float, base_batch_size: int, world_size: int, batch_size: int,
-              accumulative_counts: int = 1) -> float:
+def scaled_lr(lr: float, base_batch_size: int, world_size: int, batch_size: int, accumulative_counts: int = 1) -> float:
     """Linear scaling: lr × (GPUs × images per GPU × accumulation) / base_batch_size.
 
     Rule of Goyal et al., "Accurate, Large Minibatch SGD", https://arxiv.org/abs/1706.02677.
@@ -56,8 +51,10 @@ def scaled_lr(lr: float, base_batch_size: int, world_size: int, batch_size: int,
 def _base_of(auto: Mapping) -> int:
     base = auto.get('base_batch_size')
     if not isinstance(base, int) or base <= 0:
-        raise UserError('auto_scale_lr.base_batch_size must be a positive number of images, not '
-                        f'{base!r}', cure='set it to the batch size that the lr is for')
+        raise UserError(
+            f'auto_scale_lr.base_batch_size must be a positive number of images, not {base!r}',
+            cure='set it to the batch size that the lr is for',
+        )
     return base
 
 
@@ -79,12 +76,10 @@ def plan_lr(cfg: Mapping, world_size: int, lr: float | None = None, scale: bool 
     batch_size = cfg['train_dataloader']['batch_size']
     accumulation = wrapper.get('accumulative_counts', 1)
     images = world_size * batch_size * accumulation
-    batch = f'{images} images an update ({world_size} GPU x {batch_size} x {accumulation} ' \
-        'accumulation)'
+    batch = f'{images} images an update ({world_size} GPU x {batch_size} x {accumulation} accumulation)'
     base = auto.get('base_batch_size') if auto.get('enable', False) else None
     if base:
-        batch += ', as many as the config is for' if images == base else \
-            f'; the config is for {base}'
+        batch += ', as many as the config is for' if images == base else f'; the config is for {base}'
     if lr is not None:
         result, source = lr, '--lr'
     elif not scale:
@@ -94,17 +89,14 @@ def plan_lr(cfg: Mapping, world_size: int, lr: float | None = None, scale: bool 
     else:
         base = _base_of(auto)
         result = scaled_lr(own, base, world_size, batch_size, accumulation)
-        source = (f'{own:g} x ({world_size} GPU x {batch_size} images x {accumulation} '
-                  f'accumulation) / {base}')
+        source = f'{own:g} x ({world_size} GPU x {batch_size} images x {accumulation} accumulation) / {base}'
     keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys') or {}
     mults = {name: mult.get('lr_mult', 1.0) for name, mult in keys.items()} or {'all': 1.0}
-    return LrPlan(result, source, {name: result * mult for name, mult in mults.items()}, mults,
-                  batch)
+    return LrPlan(result, source, {name: result * mult for name, mult in mults.items()}, mults, batch)
 
 
 # What of a scheduler counts steps where it goes by steps.
-_IN_STEPS = ('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters', 'total_steps',
-             'periods', 'restarts')
+_IN_STEPS = ('begin', 'end', 'milestones', 'T_max', 'step_size', 'total_iters', 'total_steps', 'periods', 'restarts')
 # MMEngine's `end` of a scheduler that has none.
 OPEN_END = int(1e9)
 # The same of a training loop.
@@ -153,8 +145,7 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
                 if key == 'end':
                     # A LinearLR of one step would stay at its start_factor for ever.
                     scheduler[key] = max(scheduler[key], min(old, scheduler.get('begin', 0) + 2))
-                lines.append(f'{scheduler["type"]}.{key}: {old} -> {scheduler[key]} steps '
-                             f'(/ {factor:g})')
+                lines.append(f'{scheduler["type"]}.{key}: {old} -> {scheduler[key]} steps (/ {factor:g})')
         if scheduler['type'].startswith('Exponential'):
             # As much in one step as in `factor` of the config's.
             old, scheduler['gamma'] = scheduler['gamma'], scheduler['gamma'] ** factor
@@ -168,8 +159,10 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
     return lines
 
 
-
 def recipe(cfg: Config, world: int) -> dict[str, int]:
     """What steps and learning rate follow from."""
-    return {'processes': world, 'batch_size': cfg.train_dataloader.batch_size,
-            'accumulation': cfg.optim_wrapper.get('accumulative_counts', 1)}
+    return {
+        'processes': world,
+        'batch_size': cfg.train_dataloader.batch_size,
+        'accumulation': cfg.optim_wrapper.get('accumulative_counts', 1),
+    }

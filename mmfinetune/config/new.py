@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-
-
-
 MAX_LINES = 29
 WIDTH = 100
 # What mmdet drops silently, a setting of the VOC base: images with a side under 32 px.
@@ -41,10 +38,16 @@ class Written:
     lines: list[str]
 
 
-def write(root: Path, name: str, out: Path | None = None,
-          base: Path = Path('configs/mask_rcnn_voc_pretrained.py'),
-          images_per_gpu: int | None = None, epochs: int | None = None, flip: Sequence[str] = (),
-          overwrite: bool = False) -> Written:
+def write(
+    root: Path,
+    name: str,
+    out: Path | None = None,
+    base: Path = Path('configs/mask_rcnn_voc_pretrained.py'),
+    images_per_gpu: int | None = None,
+    epochs: int | None = None,
+    flip: Sequence[str] = (),
+    overwrite: bool = False,
+) -> Written:
     """Write a config of under 30 lines for the data in a folder, and make sure that it loads.
 
     Args:
@@ -66,9 +69,18 @@ def write(root: Path, name: str, out: Path | None = None,
     statistics = gather(files)
     prefix = _image_prefix(root, statistics.first_image)
     text, lines = compose(
-        base_cfg, statistics, base=_base_path(base, out), run=_from_here(out),
-        root=f'{_from_here(root).rstrip("/")}/', name=name, prefix=prefix, splits=list(files),
-        images_per_gpu=images_per_gpu, epochs=epochs, flip=list(dict.fromkeys(flip)))
+        base_cfg,
+        statistics,
+        base=_base_path(base, out),
+        run=_from_here(out),
+        root=f'{_from_here(root).rstrip("/")}/',
+        name=name,
+        prefix=prefix,
+        splits=list(files),
+        images_per_gpu=images_per_gpu,
+        epochs=epochs,
+        flip=list(dict.fromkeys(flip)),
+    )
     for file in files.values():
         coco_json.read_split(file, root / prefix, statistics.classes)
     # Beside the file, since its base may be named relative to it; and not in its place yet.
@@ -83,27 +95,30 @@ def write(root: Path, name: str, out: Path | None = None,
     return Written(out, lines)
 
 
-def _check_arguments(name: str, out: Path | None, base: Path, images_per_gpu: int | None,
-                     epochs: int | None, overwrite: bool) -> Path:
+def _check_arguments(
+    name: str, out: Path | None, base: Path, images_per_gpu: int | None, epochs: int | None, overwrite: bool
+) -> Path:
     """What can be said without looking at the data; returns the file to write."""
     if not re.fullmatch(r'\w[\w-]*', name):
         near = re.sub(r'\W+', '_', name).strip('_')
-        raise UserError(f'--name {name!r}: a name has letters, digits, _ and - only',
-                        cure=f'e.g. --name {near}' if near else 'e.g. --name tiles')
-    wrong = [f'{flag} {value}' for flag, value in (('--images-per-gpu', images_per_gpu),
-                                                   ('--epochs', epochs))
-             if value is not None and value < 1]
+        raise UserError(
+            f'--name {name!r}: a name has letters, digits, _ and - only',
+            cure=f'e.g. --name {near}' if near else 'e.g. --name tiles',
+        )
+    wrong = [
+        f'{flag} {value}'
+        for flag, value in (('--images-per-gpu', images_per_gpu), ('--epochs', epochs))
+        if value is not None and value < 1
+    ]
     if wrong:
         raise UserError('These must be 1 or more:', wrong)
     out = out or Path('configs') / f'{name}.py'
     if out.suffix != '.py':
-        raise UserError(f'--out {out}: the name of a config ends in .py',
-                        cure=f'e.g. --out {out.with_suffix(".py")}')
+        raise UserError(f'--out {out}: the name of a config ends in .py', cure=f'e.g. --out {out.with_suffix(".py")}')
     if out.exists() and base.exists() and out.samefile(base):
         raise UserError(f'{out} would inherit from itself', cure='take another --name or --out')
     if out.exists() and not overwrite:
-        raise UserError(f'{out} is there already',
-                        cure='take another --name or --out, or replace it with --overwrite')
+        raise UserError(f'{out} is there already', cure='take another --name or --out, or replace it with --overwrite')
     return out
 
 
@@ -126,9 +141,20 @@ def find_splits(root: Path) -> dict[str, Path]:
     return {split: file for split, file in files.items() if file.is_file()}
 
 
-def compose(base_cfg: Config, statistics: Statistics, *, base: str, run: str, root: str,
-            name: str, prefix: str, splits: Sequence[str], images_per_gpu: int | None = None,
-            epochs: int | None = None, flip: Sequence[str] = ()) -> tuple[str, list[str]]:
+def compose(
+    base_cfg: Config,
+    statistics: Statistics,
+    *,
+    base: str,
+    run: str,
+    root: str,
+    name: str,
+    prefix: str,
+    splits: Sequence[str],
+    images_per_gpu: int | None = None,
+    epochs: int | None = None,
+    flip: Sequence[str] = (),
+) -> tuple[str, list[str]]:
     """The text of the config, and lines to print about it.
 
     Args:
@@ -153,29 +179,47 @@ def compose(base_cfg: Config, statistics: Statistics, *, base: str, run: str, ro
     negatives = 0 < empty <= statistics.with_objects
     batch_size = images_per_gpu or base_cfg.train_dataloader['batch_size']
     schedule = sizing.plan_schedule(
-        images if negatives else statistics.with_objects, statistics.images['val'], batch_size,
-        base_cfg.train_cfg['max_epochs'], base_cfg.get('param_scheduler') or [], epochs)
+        images if negatives else statistics.with_objects,
+        statistics.images['val'],
+        batch_size,
+        base_cfg.train_cfg['max_epochs'],
+        base_cfg.get('param_scheduler') or [],
+        epochs,
+    )
     resizes = dict(_resizes(base_cfg))
     generator = base_cfg.model['rpn_head']['anchor_generator']
-    scale = sizing.plan_scale(statistics, next(iter(resizes.values())), generator['scales'],
-                              generator['strides']) if resizes else None
-    notes = [f'{len(statistics.classes):,} classes, {images:,} training images, '
-             f'{len(statistics.objects):,} objects',
-             scale.why if scale else 'Input size: left as it is, the base has no Resize to a box.',
-             schedule.why]
+    scale = (
+        sizing.plan_scale(statistics, next(iter(resizes.values())), generator['scales'], generator['strides'])
+        if resizes
+        else None
+    )
+    notes = [
+        f'{len(statistics.classes):,} classes, {images:,} training images, {len(statistics.objects):,} objects',
+        scale.why if scale else 'Input size: left as it is, the base has no Resize to a box.',
+        schedule.why,
+    ]
     if empty:
-        notes.append(f'{empty:,} training images without annotations: '
-                     + ('trained on as well, to learn what is no object.' if negatives else
-                        'left out, being more than those with.'))
+        notes.append(
+            f'{empty:,} training images without annotations: '
+            + (
+                'trained on as well, to learn what is no object.'
+                if negatives
+                else 'left out, being more than those with.'
+            )
+        )
     parts = [
         _head(statistics, schedule, base, run, name, root, bool(base_cfg.get('demo_data'))),
-        [f'dataset = dict(data_root=data_root, data_prefix=dict(img={prefix!r}), '
-         'metainfo=dict(classes=classes))', *_model(base_cfg, statistics, scale)],
+        [
+            f'dataset = dict(data_root=data_root, data_prefix=dict(img={prefix!r}), metainfo=dict(classes=classes))',
+            *_model(base_cfg, statistics, scale),
+        ],
         (_comment(scale.why) if scale else [])
-        + [f'_base_.{place}.scale = {scale.size}' for place in resizes] + _flips(base_cfg, flip),
-        (_comment(notes[-1]) if empty else []) + _loaders(
-            'test' in splits, images_per_gpu, negatives, statistics.sizes.min() < _MIN_SIZE),
-        _comment(schedule.why) + _length(base_cfg, schedule)]
+        + [f'_base_.{place}.scale = {scale.size}' for place in resizes]
+        + _flips(base_cfg, flip),
+        (_comment(notes[-1]) if empty else [])
+        + _loaders('test' in splits, images_per_gpu, negatives, statistics.sizes.min() < _MIN_SIZE),
+        _comment(schedule.why) + _length(base_cfg, schedule),
+    ]
     if sum(map(len, parts)) >= MAX_LINES:
         parts = [_unwrapped(part) for part in parts]
     room = MAX_LINES - sum(map(len, parts))
@@ -190,17 +234,20 @@ def compose(base_cfg: Config, statistics: Statistics, *, base: str, run: str, ro
     return '\n'.join(lines) + '\n', notes + _warnings(statistics)
 
 
-def _head(statistics: Statistics, schedule: sizing.Schedule, base: str, run: str, name: str,
-          root: str, demo: bool) -> list[str]:
+def _head(
+    statistics: Statistics, schedule: sizing.Schedule, base: str, run: str, name: str, root: str, demo: bool
+) -> list[str]:
     steps = f'{schedule.epochs * schedule.steps:,} steps'
-    return [f'# {len(statistics.classes):,} classes, {statistics.images["train"]:,} training '
-            f'images, {len(statistics.objects):,} objects. Written by tools/new_config.py.',
-            f'# Run:     python tools/train_pretrained.py {shlex.quote(run)}',
-            f'# Expect:  the best checkpoint by mask mAP in work_dirs/{name}/, after {steps}.',
-            f'_base_ = {base!r}',
-            f"work_dir = 'work_dirs/{name}'",
-            f'data_root = {root!r}',
-            *(['demo_data = None  # the base would draw its own'] if demo else [])]
+    return [
+        f'# {len(statistics.classes):,} classes, {statistics.images["train"]:,} training '
+        f'images, {len(statistics.objects):,} objects. Written by tools/new_config.py.',
+        f'# Run:     python tools/train_pretrained.py {shlex.quote(run)}',
+        f'# Expect:  the best checkpoint by mask mAP in work_dirs/{name}/, after {steps}.',
+        f'_base_ = {base!r}',
+        f"work_dir = 'work_dirs/{name}'",
+        f'data_root = {root!r}',
+        *(['demo_data = None  # the base would draw its own'] if demo else []),
+    ]
 
 
 def _classes(names: Sequence[str], room: int) -> list[str]:
@@ -214,11 +261,9 @@ def _classes(names: Sequence[str], room: int) -> list[str]:
     return [f'{opening}{", ".join(items)}{closing}  # noqa: E501']
 
 
-def _model(base_cfg: Config, statistics: Statistics,
-           scale: sizing.Scale | None) -> list[str]:
+def _model(base_cfg: Config, statistics: Statistics, scale: sizing.Scale | None) -> list[str]:
     count = len(statistics.classes)
-    items = [f'roi_head=dict(bbox_head=dict(num_classes={count}), '
-             f'mask_head=dict(num_classes={count}))']
+    items = [f'roi_head=dict(bbox_head=dict(num_classes={count}), mask_head=dict(num_classes={count}))']
     if scale and scale.anchors:
         items.insert(0, f'rpn_head=dict(anchor_generator=dict(scales={scale.anchors}))')
     test = base_cfg.model['test_cfg']
@@ -227,8 +272,7 @@ def _model(base_cfg: Config, statistics: Statistics,
     if wanted > room:
         room = -(-wanted // 50) * 50
         proposals = max(test['rpn']['max_per_img'], 2 * room)
-        items.append(f'test_cfg=dict(rcnn=dict(max_per_img={room}), '
-                     f'rpn=dict(max_per_img={proposals}))')
+        items.append(f'test_cfg=dict(rcnn=dict(max_per_img={room}), rpn=dict(max_per_img={proposals}))')
     return _filled('model = dict(', items, ')')
 
 
@@ -246,15 +290,18 @@ def _flips(base_cfg: Config, directions: Sequence[str]) -> list[str]:
     """Each direction, and none at all, with the same probability."""
     if not directions:
         return []
-    places = [i for i, step in enumerate(base_cfg.train_dataloader['dataset']['pipeline'])
-              if step.get('type') == 'RandomFlip']
+    places = [
+        i for i, step in enumerate(base_cfg.train_dataloader['dataset']['pipeline']) if step.get('type') == 'RandomFlip'
+    ]
     if not places:
-        raise UserError('--flip: the training pipeline of the base has no RandomFlip',
-                        cure=_SUITABLE)
+        raise UserError('--flip: the training pipeline of the base has no RandomFlip', cure=_SUITABLE)
     share = round(1 / (len(directions) + 1), 3)
-    return _filled(f'_base_.train_dataloader.dataset.pipeline[{places[0]}].update(',
-                   [f'prob={[share] * len(directions)}', f'direction={list(directions)}'], ')',
-                   hanging=True)
+    return _filled(
+        f'_base_.train_dataloader.dataset.pipeline[{places[0]}].update(',
+        [f'prob={[share] * len(directions)}', f'direction={list(directions)}'],
+        ')',
+        hanging=True,
+    )
 
 
 def _loaders(test: bool, images_per_gpu: int | None, negatives: bool, tiny: bool) -> list[str]:
@@ -263,30 +310,38 @@ def _loaders(test: bool, images_per_gpu: int | None, negatives: bool, tiny: bool
         return _filled(f'{split}_dataloader = dict(', [*before, file, *inside, '**dataset'], '))')
 
     def evaluator(split: str) -> str:
-        return f"{split}_evaluator = dict(ann_file=data_root + " \
-            f"'annotations/instances_{split}.json')"
+        return f"{split}_evaluator = dict(ann_file=data_root + 'annotations/instances_{split}.json')"
 
     filters = [*(['filter_empty_gt=False'] if negatives else []), *(['min_size=1'] if tiny else [])]
-    lines = [*loader('train', [f'batch_size={images_per_gpu}'] if images_per_gpu else [],
-                     [f'filter_cfg=dict({", ".join(filters)})'] if filters else []),
-             *loader('val'), evaluator('val')]
+    lines = [
+        *loader(
+            'train',
+            [f'batch_size={images_per_gpu}'] if images_per_gpu else [],
+            [f'filter_cfg=dict({", ".join(filters)})'] if filters else [],
+        ),
+        *loader('val'),
+        evaluator('val'),
+    ]
     if test:
         return [*lines, *loader('test'), evaluator('test')]
     return [*lines, 'test_dataloader, test_evaluator = val_dataloader, val_evaluator']
 
 
 def _length(base_cfg: Config, schedule: sizing.Schedule) -> list[str]:
-    lines = [f'train_cfg = dict(max_epochs={schedule.epochs}, '
-             f'val_interval={schedule.val_interval})']
+    lines = [f'train_cfg = dict(max_epochs={schedule.epochs}, val_interval={schedule.val_interval})']
     if base_cfg.get('param_scheduler'):
-        dicts = ['dict(' + ', '.join(f'{k}={v!r}' for k, v in s.items()) + ')'
-                 for s in schedule.schedulers]
+        dicts = ['dict(' + ', '.join(f'{k}={v!r}' for k, v in s.items()) + ')' for s in schedule.schedulers]
         lines += _filled('param_scheduler = [', dicts, ']', hanging=True)
     hooks = base_cfg.get('default_hooks') or {}
-    wanted = {'logger': min(schedule.steps, hooks.get('logger', {}).get('interval', 10)),
-              'checkpoint': schedule.val_interval}
-    items = [f'{hook}=dict(interval={interval})' for hook, interval in wanted.items()
-             if hook in hooks and hooks[hook].get('interval') != interval]
+    wanted = {
+        'logger': min(schedule.steps, hooks.get('logger', {}).get('interval', 10)),
+        'checkpoint': schedule.val_interval,
+    }
+    items = [
+        f'{hook}=dict(interval={interval})'
+        for hook, interval in wanted.items()
+        if hook in hooks and hooks[hook].get('interval') != interval
+    ]
     return lines + (_filled('default_hooks = dict(', items, ')') if items else [])
 
 
@@ -319,31 +374,40 @@ def _resizes(base_cfg: Config) -> Iterator[tuple[str, tuple[int, int]]]:
     for split in SPLITS:
         for i, step in enumerate(base_cfg[f'{split}_dataloader']['dataset']['pipeline']):
             scale = step.get('scale')
-            if str(step.get('type')).endswith('Resize') and isinstance(scale, tuple) \
-                    and all(isinstance(side, int) for side in scale):
+            if (
+                str(step.get('type')).endswith('Resize')
+                and isinstance(scale, tuple)
+                and all(isinstance(side, int) for side in scale)
+            ):
                 yield f'{split}_dataloader.dataset.pipeline[{i}]', scale
                 break
 
 
 def _check_base(base_cfg: Config) -> None:
     needed = [f'{s}_dataloader.dataset.pipeline' for s in SPLITS]
-    needed += ['val_evaluator.ann_file', 'test_evaluator.ann_file', 'train_cfg.max_epochs',
-               'train_dataloader.batch_size', 'model.rpn_head.anchor_generator.scales',
-               'model.roi_head.bbox_head.num_classes', 'model.roi_head.mask_head.num_classes',
-               'model.test_cfg.rcnn.max_per_img', 'model.test_cfg.rpn.max_per_img']
+    needed += [
+        'val_evaluator.ann_file',
+        'test_evaluator.ann_file',
+        'train_cfg.max_epochs',
+        'train_dataloader.batch_size',
+        'model.rpn_head.anchor_generator.scales',
+        'model.roi_head.bbox_head.num_classes',
+        'model.roi_head.mask_head.num_classes',
+        'model.test_cfg.rcnn.max_per_img',
+        'model.test_cfg.rpn.max_per_img',
+    ]
 
     def has(dotted: str) -> bool:
         node: Any = base_cfg
         for key in dotted.split('.'):
-            if not isinstance(node, Mapping) and node is not base_cfg or key not in node:
+            if (not isinstance(node, Mapping) and node is not base_cfg) or key not in node:
                 return False
             node = node[key]
         return node is not None
 
     lacking = [dotted for dotted in needed if not has(dotted)]
     if lacking:
-        raise UserError('The base lacks settings that are to be fitted to the data:', lacking,
-                        _SUITABLE)
+        raise UserError('The base lacks settings that are to be fitted to the data:', lacking, _SUITABLE)
 
 
 def _warnings(statistics: Statistics) -> list[str]:
@@ -352,15 +416,20 @@ def _warnings(statistics: Statistics) -> list[str]:
     none = [name for name, n in zip(names, statistics.per_class, strict=True) if n == 0]
     one = [name for name, n in zip(names, statistics.per_class, strict=True) if n == 1]
     lines = []
-    for found, what in ((none, 'without an object in the training images: never found'),
-                        (one, 'in a single training image: hardly learnt')):
+    for found, what in (
+        (none, 'without an object in the training images: never found'),
+        (one, 'in a single training image: hardly learnt'),
+    ):
         if found:
             more = f' and {len(found) - 10} more' if len(found) > 10 else ''
-            lines.append(f'Warning: {len(found)} of {len(names)} classes {what}: '
-                         f'{", ".join(map(str, found[:10]))}{more}')
+            lines.append(
+                f'Warning: {len(found)} of {len(names)} classes {what}: {", ".join(map(str, found[:10]))}{more}'
+            )
     if statistics.most_objects > 100:
-        lines.append(f'Up to {statistics.most_objects} objects an image; the AP of COCO counts '
-                     'the 100 best detections of an image only')
+        lines.append(
+            f'Up to {statistics.most_objects} objects an image; the AP of COCO counts '
+            'the 100 best detections of an image only'
+        )
     return lines
 
 

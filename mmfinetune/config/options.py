@@ -71,10 +71,11 @@ def apply(cfg: Config, options: Options, world: int) -> None:
     starts = options.train or not options.test or options.head_init
     if (options.weights or options.head_init) and starts:
         if not cfg.get('weights'):
-            raise UserError(f'{options.config} starts from random weights: it has no `weights`, so '
-                            'it can take neither --weights nor --head-init',
-                            cure='use a config with `weights`, e.g. '
-                            'configs/mask_rcnn_voc_pretrained.py')
+            raise UserError(
+                f'{options.config} starts from random weights: it has no `weights`, so '
+                'it can take neither --weights nor --head-init',
+                cure='use a config with `weights`, e.g. configs/mask_rcnn_voc_pretrained.py',
+            )
         if options.head_init:
             cfg.weights.head_init = options.head_init
         if options.weights:
@@ -85,9 +86,11 @@ def apply(cfg: Config, options: Options, world: int) -> None:
         cfg.optim_wrapper.accumulative_counts = options.accumulate
     if options.save_every:
         if cfg.default_hooks.checkpoint.type != 'SafeCheckpointHook':
-            raise UserError('--save-every needs default_hooks.checkpoint of type '
-                            f'SafeCheckpointHook, not {cfg.default_hooks.checkpoint.type}',
-                            cure='inherit configs/_base_/runtime.py, or drop --save-every')
+            raise UserError(
+                '--save-every needs default_hooks.checkpoint of type '
+                f'SafeCheckpointHook, not {cfg.default_hooks.checkpoint.type}',
+                cure='inherit configs/_base_/runtime.py, or drop --save-every',
+            )
         cfg.default_hooks.checkpoint.every_n_iters = options.save_every
     if options.amp:
         _set_amp(cfg, options.amp)
@@ -97,6 +100,7 @@ def apply(cfg: Config, options: Options, world: int) -> None:
 
 def _set_amp(cfg: Config, kind: str) -> None:
     import torch
+
     if not torch.cuda.is_available():
         raise UserError('--amp needs a CUDA GPU, and PyTorch sees none here', cure='drop --amp')
     if kind == 'bf16' and not torch.cuda.is_bf16_supported():

@@ -42,7 +42,8 @@ def set_data_root(cfg: Config, root: Path) -> None:
                 [str(root / a) for a in dict.fromkeys(d['ann_file'] for d in datasets.values())]
                 + [f'a VOC 2012 devkit ({error.message})'],
                 'pass the folder that holds VOCdevkit/, or fetch VOC 2012 with '
-                '`python tools/prepare_voc.py --download`') from None
+                '`python tools/prepare_voc.py --download`',
+            ) from None
     for split, dataset in datasets.items():
         dataset['data_root'] = str(root)
         _point_evaluators(cfg, split, root / dataset['ann_file'])
@@ -91,10 +92,11 @@ def check_heads(cfg: Config) -> None:
 
     visit(cfg.model, 'model')
     if problems:
-        raise UserError(f'The data has {len(classes)} classes, but the model has other numbers:',
-                        problems, f'set these to {len(classes)}, or metainfo.classes to the '
-                        "model's classes")
-
+        raise UserError(
+            f'The data has {len(classes)} classes, but the model has other numbers:',
+            problems,
+            f"set these to {len(classes)}, or metainfo.classes to the model's classes",
+        )
 
 
 def select_split(cfg: Config, split: str) -> None:
@@ -110,14 +112,17 @@ def select_split(cfg: Config, split: str) -> None:
     loaders = {s: cfg.get(f'{s}_dataloader') for s in SPLITS}
     chosen = innermost((loaders[split] or {}).get('dataset'))
     if chosen is None or 'ann_file' not in chosen:
-        raise UserError(f'The config has no {split} split that is one annotation file',
-                        cure='choose another with --split: ' + ', '.join(
-                            s for s in SPLITS if s != split and loaders[s]))
+        raise UserError(
+            f'The config has no {split} split that is one annotation file',
+            cure='choose another with --split: ' + ', '.join(s for s in SPLITS if s != split and loaders[s]),
+        )
     if split == 'train':
         loader = copy.deepcopy(loaders['test'] or loaders['val'])
         if loader is None:
-            raise UserError('The config has neither test_dataloader nor val_dataloader, of which '
-                            'the training split would take the pipeline')
+            raise UserError(
+                'The config has neither test_dataloader nor val_dataloader, of which '
+                'the training split would take the pipeline'
+            )
         dataset = innermost(loader.dataset)
         for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'):
             dataset.pop(key, None)

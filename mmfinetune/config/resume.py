@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
     from mmfinetune.config.options import Options
-AUTO = "auto"
+AUTO = 'auto'
 
 
 def set_resume(cfg: Config, options: Options, world: int) -> None:
@@ -49,16 +49,20 @@ def _last_whole(work_dir: Path, may_lack: bool = False) -> tuple[Path | None, di
             damaged.append(error)
             continue
         if damaged:
-            say('\n'.join(['Damaged, so an older checkpoint is taken:',
-                           *(f'  - {error.message}' for error in damaged)]))
+            say(
+                '\n'.join(['Damaged, so an older checkpoint is taken:', *(f'  - {error.message}' for error in damaged)])
+            )
         say(f'Resuming {path}')
         return path, meta
     if may_lack and not damaged:
         return None, {}
     if len(damaged) == 1:
         raise damaged[0]
-    raise UserError(f'There is nothing to resume in {work_dir}', [e.message for e in damaged],
-                    'drop --resume, or pass the checkpoint: --resume PATH')
+    raise UserError(
+        f'There is nothing to resume in {work_dir}',
+        [e.message for e in damaged],
+        'drop --resume, or pass the checkpoint: --resume PATH',
+    )
 
 
 def _meta_of_run(path: Path) -> dict:
@@ -67,17 +71,22 @@ def _meta_of_run(path: Path) -> dict:
     loaded = read.read_checkpoint(path)
     missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
     if missing:
-        raise UserError(f'{path} holds no run to resume; it lacks:', missing,
-                        'pass a checkpoint of a run (epoch_*.pth), or start from it: --weights')
+        raise UserError(
+            f'{path} holds no run to resume; it lacks:',
+            missing,
+            'pass a checkpoint of a run (epoch_*.pth), or start from it: --weights',
+        )
     if 'config' in loaded['meta']:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.
-        raise UserError(f'{path} is refused: it holds a config, which is code',
-                        cure='resume from a checkpoint of your own run')
+        raise UserError(
+            f'{path} is refused: it holds a config, which is code', cure='resume from a checkpoint of your own run'
+        )
     return loaded['meta']
 
 
 def _check_recipe(path: Path, before: dict | None, now: dict[str, int]) -> None:
     """Refuse another batch: optimizer, schedule and the place in the epoch come from the file."""
+
     def key(of: dict) -> tuple:
         return of['processes'] * of['batch_size'], of['accumulation']
 
@@ -85,8 +94,7 @@ def _check_recipe(path: Path, before: dict | None, now: dict[str, int]) -> None:
         return
 
     def text(of: dict) -> str:
-        return (f'{of["processes"]} processes x {of["batch_size"]} images x {of["accumulation"]} '
-                'accumulation')
+        return f'{of["processes"]} processes x {of["batch_size"]} images x {of["accumulation"]} accumulation'
 
     images = before['processes'] * before['batch_size']
     same = f'--gpus {before["processes"]} --batch-size {before["batch_size"]}'
@@ -96,4 +104,5 @@ def _check_recipe(path: Path, before: dict | None, now: dict[str, int]) -> None:
         f'{path} comes from a run of {text(before)}, and this one has {text(now)}: the steps of an '
         'epoch and the learning rate would not be those of the checkpoint',
         cure=f'{same} --accumulate {before["accumulation"]} has the same steps; --weights {path} '
-        'without --resume starts anew from its weights')
+        'without --resume starts anew from its weights',
+    )

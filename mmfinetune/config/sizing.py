@@ -54,8 +54,9 @@ class Schedule:
     schedulers: list[dict] = field(default_factory=list)
 
 
-def plan_scale(statistics: Statistics, base_size: tuple[int, int], anchors: Sequence[float],
-               strides: Sequence[int]) -> Scale:
+def plan_scale(
+    statistics: Statistics, base_size: tuple[int, int], anchors: Sequence[float], strides: Sequence[int]
+) -> Scale:
     """Choose the size of the network's input.
 
     Images are fitted into a box. Its long side is what lets nine of ten objects be as large as the
@@ -80,9 +81,11 @@ def plan_scale(statistics: Statistics, base_size: tuple[int, int], anchors: Sequ
     limit = min(max(base_size), min(base_size) / ratio)
     wanted = smallest / small
     side = min(max(wanted, min(typical, limit)), max(typical, limit))
-    why = (f'9 of 10 objects span {small:.3g} of the long side or more: {smallest:g} px (smallest '
-           f'anchor) / {small:.3g} = {wanted:,.0f} px, kept between {typical:,.0f} (the images) '
-           f'and {limit:,.0f} (the base)')
+    why = (
+        f'9 of 10 objects span {small:.3g} of the long side or more: {smallest:g} px (smallest '
+        f'anchor) / {small:.3g} = {wanted:,.0f} px, kept between {typical:,.0f} (the images) '
+        f'and {limit:,.0f} (the base)'
+    )
     most = math.sqrt(2 * base_size[0] * base_size[1] / ratio)
     if side > most:
         side = most
@@ -96,9 +99,11 @@ def plan_scale(statistics: Statistics, base_size: tuple[int, int], anchors: Sequ
     factor = _anchor_factor(low, high, smallest, max(anchors) * max(strides))
     if factor != 1:
         anchors = [max(1, round(scale * factor)) for scale in anchors]
-        why += (f' Anchors x {factor:g}: they spanned {smallest:g} to '
-                f'{max(strides) * smallest / min(strides):g} px, 8 of 10 objects {low:.0f} to '
-                f'{high:.0f}.')
+        why += (
+            f' Anchors x {factor:g}: they spanned {smallest:g} to '
+            f'{max(strides) * smallest / min(strides):g} px, 8 of 10 objects {low:.0f} to '
+            f'{high:.0f}.'
+        )
     return Scale((box[0], box[1]), why, list(anchors) if factor != 1 else None)
 
 
@@ -116,8 +121,14 @@ def _anchor_factor(low: float, high: float, smallest: float, largest: float) -> 
     return factor
 
 
-def plan_schedule(images: int, val_images: int, batch_size: int, base_epochs: int,
-                  base_schedulers: Sequence[dict], epochs: int | None = None) -> Schedule:
+def plan_schedule(
+    images: int,
+    val_images: int,
+    batch_size: int,
+    base_epochs: int,
+    base_schedulers: Sequence[dict],
+    epochs: int | None = None,
+) -> Schedule:
     """Choose the number of epochs and fit warm-up, milestones and validations to it.
 
     The base's epochs, more where that is under 1,500 steps, fewer where it is over 30,000, but then
@@ -144,14 +155,11 @@ def plan_schedule(images: int, val_images: int, batch_size: int, base_epochs: in
         longest = max(min(LONG_EPOCHS, base_epochs), MAX_STEPS // steps)
         if epochs > longest:
             epochs = longest
-            bound = f', to stay under {MAX_STEPS:,}' if epochs * steps <= MAX_STEPS else \
-                f', no fewer than {epochs}'
+            bound = f', to stay under {MAX_STEPS:,}' if epochs * steps <= MAX_STEPS else f', no fewer than {epochs}'
         why = f'{plain}; {epochs} epochs (base: {base_epochs}{bound}) = {epochs * steps:,} steps'
     # A validation costs about as much as training on its images; it should take the lesser half.
-    interval = max(math.ceil(epochs / MAX_VALIDATIONS),
-                   math.ceil(val_images / images))
-    return Schedule(steps, epochs, why, min(interval, epochs),
-                    _schedulers(base_schedulers, steps, epochs, base_epochs))
+    interval = max(math.ceil(epochs / MAX_VALIDATIONS), math.ceil(val_images / images))
+    return Schedule(steps, epochs, why, min(interval, epochs), _schedulers(base_schedulers, steps, epochs, base_epochs))
 
 
 def _schedulers(base: Sequence[dict], steps: int, epochs: int, base_epochs: int) -> list[dict]:
@@ -171,7 +179,9 @@ def _schedulers(base: Sequence[dict], steps: int, epochs: int, base_epochs: int)
             unknown.append(f'{kind} by {"epoch" if by_epoch else "step"}')
         result.append(scheduler)
     if unknown:
-        raise UserError('The length of these schedulers of the base cannot be worked out:', unknown,
-                        'take a base with LinearLR by step and MultiStepLR by epoch, such as '
-                        'configs/mask_rcnn_voc_pretrained.py')
+        raise UserError(
+            'The length of these schedulers of the base cannot be worked out:',
+            unknown,
+            'take a base with LinearLR by step and MultiStepLR by epoch, such as configs/mask_rcnn_voc_pretrained.py',
+        )
     return result

@@ -10,15 +10,10 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-
-
-
-
 def evaluators(cfg: Config, split: str) -> list:
     """The evaluator configs of a split, whether the config gives none, one or a list."""
     found = cfg.get(f'{split}_evaluator') or []
     return found if isinstance(found, list) else [found]
-
 
 
 def dataset_configs(cfg: Config) -> dict[str, Any]:
@@ -42,6 +37,7 @@ def dataset_classes(dataset: Any) -> Sequence[str] | None:
     if own:
         return own
     from mmdet.registry import DATASETS
+
     return (getattr(DATASETS.get(dataset['type']), 'METAINFO', None) or {}).get('classes')
 
 
@@ -49,7 +45,6 @@ def class_names(cfg: Config) -> Sequence[str]:
     """Classes of the data in label order; empty if the config does not tell."""
     dataset = next(iter(dataset_configs(cfg).values()), None)
     return tuple(dataset_classes(dataset) or ()) if dataset is not None else ()
-
 
 
 def innermost(dataset: Any) -> Any:

@@ -2,49 +2,21 @@
 
 from __future__ import annotations
 
-
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-
-from PIL import Image, UnidentifiedImageError
-from mmfinetune.utils.errors import UserError
-from mmfinetune.data.check.kinds import KINDS
-
+import contextlib
 import gc
 import json
-import math
-import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from PIL import Image, UnidentifiedImageError
 
+from mmfinetune.data.check.kinds import KINDS
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all, json_bytes
-from mmfinetune.data.stratify import best_of
-
-import contextlib
-import gc
-import itertools
-import json
-from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path, PureWindowsPath
-
-import numpy as np
-
-from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
-from mmfinetune.data.check.findings import Marks
-
-
-
 
 pass
-
 
 
 @dataclass(frozen=True)
@@ -78,15 +50,18 @@ def read_split(path: Path, image_root: Path, classes: Sequence[str] | None = Non
         UserError: All problems of the first kind found: unreadable file, missing parts, id 0,
             other classes than the config's, missing or unreadable images.
     """
-    cure = 'make it again with `python tools/prepare_voc.py`, or correct data_root in the ' \
+    cure = (
+        'make it again with `python tools/prepare_voc.py`, or correct data_root in the '
         'config; `python tools/check_dataset.py` says more'
+    )
     if not path.is_file():
         raise UserError(f'There is no annotation file {path}', cure=cure)
     data, problem = load(path)
     if problem:
         code, detail = problem
-        raise UserError(f'{path} is no COCO annotation file: {detail or KINDS[code].title}',
-                        cure=KINDS[code].cure if data else cure)
+        raise UserError(
+            f'{path} is no COCO annotation file: {detail or KINDS[code].title}', cure=KINDS[code].cure if data else cure
+        )
     try:
         images, annotations, categories = (data[k] for k in ('images', 'annotations', 'categories'))
         names = tuple(c['name'] for c in categories)
@@ -99,23 +74,28 @@ def read_split(path: Path, image_root: Path, classes: Sequence[str] | None = Non
     if not images:
         raise UserError(f'{path} lists no images', cure=cure)
     if ids_of_zero:
-        raise UserError(f'{path}: annotation id 0 (image {ids_of_zero[0]}); COCO evaluation takes '
-                        'it for "no match"', cure='number annotations from 1')
+        raise UserError(
+            f'{path}: annotation id 0 (image {ids_of_zero[0]}); COCO evaluation takes it for "no match"',
+            cure='number annotations from 1',
+        )
     if classes is not None and tuple(classes) != names:
         raise UserError(
             f'{path}: its categories are not the classes of the config, in their order:',
             [f'config: {", ".join(classes)}', f'file:   {", ".join(names)}'],
-            'set metainfo.classes to the names in the order of the file, and num_classes to their '
-            'number')
+            'set metainfo.classes to the names in the order of the file, and num_classes to their number',
+        )
     problems = []
     for file_name, size in image_files.values():
         problem = name_problem(file_name) or _image_problem(image_root / file_name, size)
         if problem:
             problems.append(problem)
     if problems:
-        raise UserError(f'{path}: {len(problems)} of {len(images)} images cannot be used:',
-                        problems, 'put good copies there, correct data_root, or leave them out '
-                        '(`python tools/prepare_voc.py --skip-bad` does it for VOC)')
+        raise UserError(
+            f'{path}: {len(problems)} of {len(images)} images cannot be used:',
+            problems,
+            'put good copies there, correct data_root, or leave them out '
+            '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
+        )
     return Split(path, len(images), len(annotations), len(with_objects & set(image_files)), names)
 
 
@@ -136,10 +116,9 @@ def _image_problem(path: Path, size: tuple[int, int]) -> str | None:
     # Cameras write (height, width) before the EXIF rotation is undone; mmcv undoes it.
     if found not in (size, size[::-1]):
         return f'{path}: is {found[0]}x{found[1]}, the annotation file says {size[0]}x{size[1]}'
-    if kind == 'JPEG' and b'\xff\xd9' not in tail or kind == 'PNG' and b'IEND' not in tail:
+    if (kind == 'JPEG' and b'\xff\xd9' not in tail) or (kind == 'PNG' and b'IEND' not in tail):
         return f'{path}: truncated'
     return None
-
 
 
 def read_coco(path: Path) -> dict[str, Any]:
@@ -150,8 +129,9 @@ def read_coco(path: Path) -> dict[str, Any]:
     """
     cure = '`python tools/check_dataset.py` lists all that is wrong with a file; --fix mends a copy'
     if not path.is_file():
-        raise UserError(f'There is no annotation file {path}',
-                        cure='make one with `python tools/prepare_data.py SRC OUT`')
+        raise UserError(
+            f'There is no annotation file {path}', cure='make one with `python tools/prepare_data.py SRC OUT`'
+        )
     # The collector would look through millions of new objects again and again: twice the time.
     collecting = gc.isenabled()
     gc.disable()
@@ -169,16 +149,18 @@ def read_coco(path: Path) -> dict[str, Any]:
     finally:
         if collecting:
             gc.enable()
-    problems = [f'two {kind} have the same {what}: {value!r}'
-                for kind, what, values in (('images', 'id', [i for i, _ in images]),
-                                           ('images', 'file_name', [n for _, n in images]),
-                                           ('categories', 'id', [i for i, _ in categories]),
-                                           ('categories', 'name', [n for _, n in categories]))
-                for value in _repeated(values)]
-    problems += [f'file_name of image {i!r} is no text: {n!r}' for i, n in images
-                 if not isinstance(n, str)]
-    problems += [f'name of category {i!r} is no text: {n!r}' for i, n in categories
-                 if not isinstance(n, str)]
+    problems = [
+        f'two {kind} have the same {what}: {value!r}'
+        for kind, what, values in (
+            ('images', 'id', [i for i, _ in images]),
+            ('images', 'file_name', [n for _, n in images]),
+            ('categories', 'id', [i for i, _ in categories]),
+            ('categories', 'name', [n for _, n in categories]),
+        )
+        for value in _repeated(values)
+    ]
+    problems += [f'file_name of image {i!r} is no text: {n!r}' for i, n in images if not isinstance(n, str)]
+    problems += [f'name of category {i!r} is no text: {n!r}' for i, n in categories if not isinstance(n, str)]
     problems += [f'annotations of an image that is not listed: id {i!r}' for i in lost]
     problems += [f'annotations of a category that is not listed: id {c!r}' for c in unknown]
     if problems:
@@ -196,7 +178,6 @@ def _repeated(values: list) -> list:
             twice.update({value: None} if value in seen else {})
             seen.add(value)
     return list(twice)
-
 
 
 def load(path: Path, compact: bool = False) -> tuple[dict | None, tuple[str, str] | None]:
@@ -217,8 +198,7 @@ def load(path: Path, compact: bool = False) -> tuple[dict | None, tuple[str, str
     except (OSError, ValueError) as error:
         return None, ('file-unreadable', getattr(error, 'strerror', None) or str(error))
     encoding = json.detect_encoding(content)
-    problem = None if encoding == 'utf-8' else ('encoding', encoding.replace('-sig', ' with a byte '
-                                                                             'order mark'))
+    problem = None if encoding == 'utf-8' else ('encoding', encoding.replace('-sig', ' with a byte order mark'))
     # Millions of objects are made, none of them in a cycle: collecting would double the time.
     collecting = gc.isenabled()
     gc.disable()
@@ -251,8 +231,16 @@ def _compact(entry: dict) -> dict:
 
 
 def json_kind(value: object) -> str:
-    names = {dict: 'an object', list: 'a list', str: 'a string', bool: 'a truth value',
-             int: 'a number', float: 'a number', type(None): 'null', array: 'a polygon'}
+    names = {
+        dict: 'an object',
+        list: 'a list',
+        str: 'a string',
+        bool: 'a truth value',
+        int: 'a number',
+        float: 'a number',
+        type(None): 'null',
+        array: 'a polygon',
+    }
     return names.get(type(value), type(value).__name__)
 
 

@@ -6,7 +6,6 @@ looks like its COCO twin (``aeroplane`` like ``airplane``), as it does in the re
 
 from __future__ import annotations
 
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -19,14 +18,21 @@ from tqdm import tqdm
 from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, coco_name
 from mmfinetune.utils.files import atomic_write_json, atomic_write_text
 
-
-
-
-
 SIZE = 224
 VOID = 255
-COLOURS = np.array([(214, 45, 45), (240, 140, 30), (230, 225, 60), (60, 180, 70),
-                    (70, 215, 220), (55, 85, 220), (205, 65, 205), (245, 245, 245)], np.float32)
+COLOURS = np.array(
+    [
+        (214, 45, 45),
+        (240, 140, 30),
+        (230, 225, 60),
+        (60, 180, 70),
+        (70, 215, 220),
+        (55, 85, 220),
+        (205, 65, 205),
+        (245, 245, 245),
+    ],
+    np.float32,
+)
 
 
 def _circle(radius: float, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -53,16 +59,31 @@ def _poly(*xy: tuple[float, float]) -> np.ndarray:
 # Each shape: (outline, hole or None) in a unit circle.
 SHAPES: tuple[tuple[np.ndarray, np.ndarray | None], ...] = (
     (_circle(0.85), None),
-    (_poly((-.75, -.75), (.75, -.75), (.75, .75), (-.75, .75)), None),
-    (_poly((0, -1), (.87, .5), (-.87, .5)), None),
+    (_poly((-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)), None),
+    (_poly((0, -1), (0.87, 0.5), (-0.87, 0.5)), None),
     (_star(), None),
-    (_poly((-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3), (.3, 1), (-.3, 1),
-           (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)), None),
+    (
+        _poly(
+            (-0.3, -1),
+            (0.3, -1),
+            (0.3, -0.3),
+            (1, -0.3),
+            (1, 0.3),
+            (0.3, 0.3),
+            (0.3, 1),
+            (-0.3, 1),
+            (-0.3, 0.3),
+            (-1, 0.3),
+            (-1, -0.3),
+            (-0.3, -0.3),
+        ),
+        None,
+    ),
     (_circle(0.95), _circle(0.5)),
     (_circle(0.95), _circle(0.8, (0.55, 0.0))),
     (_heart(), None),
-    (_poly((1, 0), (.1, .75), (.1, .28), (-1, .28), (-1, -.28), (.1, -.28), (.1, -.75)), None),
-    (_poly((-1, -.3), (1, -.3), (1, .3), (-1, .3)), None),
+    (_poly((1, 0), (0.1, 0.75), (0.1, 0.28), (-1, 0.28), (-1, -0.28), (0.1, -0.28), (0.1, -0.75)), None),
+    (_poly((-1, -0.3), (1, -0.3), (1, 0.3), (-1, 0.3)), None),
 )
 
 
@@ -72,8 +93,9 @@ def look(coco_index: int) -> tuple[int, int]:
     return shape, (3 * turn + shape) % len(COLOURS)
 
 
-def render_scene(rng: np.random.Generator, coco_indices: Sequence[int], size: int = SIZE
-                 ) -> tuple[np.ndarray, np.ndarray]:
+def render_scene(
+    rng: np.random.Generator, coco_indices: Sequence[int], size: int = SIZE
+) -> tuple[np.ndarray, np.ndarray]:
     """Draw objects of the given classes on a noise background.
 
     Args:
@@ -138,27 +160,33 @@ def _borders(objects: np.ndarray) -> np.ndarray:
 
 def _palette() -> list[int]:
     """VOC's colour map: three bits of the index at a time go to R, G and B, high bits first."""
-    return [sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
-            for index in range(256) for channel in range(3)]
+    return [
+        sum((index >> (3 * bit + channel) & 1) << (7 - bit) for bit in range(3))
+        for index in range(256)
+        for channel in range(3)
+    ]
 
 
 def _xml(name: str, size: int, objects: np.ndarray, names: Sequence[str]) -> str:
-    rows = [f'<annotation><folder>VOC2012</folder><filename>{name}.jpg</filename>',
-            f'<size><width>{size}</width><height>{size}</height><depth>3</depth></size>',
-            '<segmented>1</segmented>']
+    rows = [
+        f'<annotation><folder>VOC2012</folder><filename>{name}.jpg</filename>',
+        f'<size><width>{size}</width><height>{size}</height><depth>3</depth></size>',
+        '<segmented>1</segmented>',
+    ]
     for k, label in enumerate(names, 1):
         ys, xs = np.nonzero(objects == k)
         x1, y1, x2, y2 = xs.min(), ys.min(), xs.max(), ys.max()
         cut = int(x1 == 0 or y1 == 0 or x2 == size - 1 or y2 == size - 1)
         # VOC counts pixels from 1.
-        rows.append(f'<object><name>{label}</name><truncated>{cut}</truncated>'
-                    f'<difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>'
-                    f'<xmax>{x2 + 1}</xmax><ymax>{y2 + 1}</ymax></bndbox></object>')
+        rows.append(
+            f'<object><name>{label}</name><truncated>{cut}</truncated>'
+            f'<difficult>0</difficult><bndbox><xmin>{x1 + 1}</xmin><ymin>{y1 + 1}</ymin>'
+            f'<xmax>{x2 + 1}</xmax><ymax>{y2 + 1}</ymax></bndbox></object>'
+        )
     return '\n'.join(rows) + '\n</annotation>\n'
 
 
-def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0,
-             progress: bool = True) -> Path:
+def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0, progress: bool = True) -> Path:
     """Write the demo set in VOC devkit layout with the 20 VOC class names.
 
     Args:
@@ -172,15 +200,16 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
         The ``VOC2012`` folder.
     """
     devkit = Path(root) / 'VOCdevkit' / 'VOC2012'
-    folders = {f: devkit / f for f in ('JPEGImages', 'SegmentationObject', 'SegmentationClass',
-                                       'Annotations', 'ImageSets/Segmentation')}
+    folders = {
+        f: devkit / f
+        for f in ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', 'ImageSets/Segmentation')
+    }
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     pool = [COCO_CLASSES.index(coco_name(c)) for c in VOC_CLASSES]
     palette = _palette()
     splits = {'train': num_train, 'val': num_val}
-    with tqdm(total=num_train + num_val, desc='Drawing the demo images', unit='img',
-              disable=not progress) as bar:
+    with tqdm(total=num_train + num_val, desc='Drawing the demo images', unit='img', disable=not progress) as bar:
         for split_index, (split, count) in enumerate(splits.items()):
             names = []
             for i in range(count):
@@ -191,22 +220,20 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
                 for k, pick in enumerate(picks, 1):
                     classes[objects == k] = pick + 1
                 Image.fromarray(image).save(folders['JPEGImages'] / f'{name}.jpg', quality=92)
-                for folder, labels in (('SegmentationObject', objects),
-                                       ('SegmentationClass', classes)):
+                for folder, labels in (('SegmentationObject', objects), ('SegmentationClass', classes)):
                     png = Image.fromarray(np.where(void, VOID, labels).astype(np.uint8), 'P')
                     png.putpalette(palette)
                     png.save(folders[folder] / f'{name}.png')
                 (folders['Annotations'] / f'{name}.xml').write_text(
-                    _xml(name, SIZE, objects, [VOC_CLASSES[p] for p in picks]))
+                    _xml(name, SIZE, objects, [VOC_CLASSES[p] for p in picks])
+                )
                 names.append(name)
                 bar.update()
-            atomic_write_text(folders['ImageSets/Segmentation'] / f'{split}.txt',
-                              '\n'.join(names) + '\n')
+            atomic_write_text(folders['ImageSets/Segmentation'] / f'{split}.txt', '\n'.join(names) + '\n')
     return devkit
 
 
-def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int = 0,
-              progress: bool = True) -> Path:
+def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int = 0, progress: bool = True) -> Path:
     """Write the 80-class set on which the bundled demo weights were trained.
 
     Args:
@@ -224,8 +251,7 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
     (root / 'annotations').mkdir(exist_ok=True)
     categories = [{'id': i, 'name': c} for i, c in enumerate(COCO_CLASSES, 1)]
     pool = list(range(len(COCO_CLASSES)))
-    with tqdm(total=num_train + num_val, desc='Drawing the 80-class images', unit='img',
-              disable=not progress) as bar:
+    with tqdm(total=num_train + num_val, desc='Drawing the 80-class images', unit='img', disable=not progress) as bar:
         for split_index, (split, count) in enumerate({'train': num_train, 'val': num_val}.items()):
             images, annotations = [], []
             for i in range(count):
@@ -235,15 +261,22 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
                 images.append({'id': i + 1, 'file_name': file_name, 'width': SIZE, 'height': SIZE})
                 for k, pick in enumerate(picks, 1):
                     rle = mask_utils.encode(np.asfortranarray(objects == k, np.uint8))
-                    annotations.append({
-                        'id': len(annotations) + 1, 'image_id': i + 1, 'category_id': pick + 1,
-                        'iscrowd': 0, 'area': int(mask_utils.area(rle)),
-                        'bbox': mask_utils.toBbox(rle).tolist(),
-                        'segmentation': {**rle, 'counts': rle['counts'].decode()}})
+                    annotations.append(
+                        {
+                            'id': len(annotations) + 1,
+                            'image_id': i + 1,
+                            'category_id': pick + 1,
+                            'iscrowd': 0,
+                            'area': int(mask_utils.area(rle)),
+                            'bbox': mask_utils.toBbox(rle).tolist(),
+                            'segmentation': {**rle, 'counts': rle['counts'].decode()},
+                        }
+                    )
                 bar.update()
-            atomic_write_json(root / 'annotations' / f'instances_{split}.json',
-                              {'images': images, 'annotations': annotations,
-                               'categories': categories})
+            atomic_write_json(
+                root / 'annotations' / f'instances_{split}.json',
+                {'images': images, 'annotations': annotations, 'categories': categories},
+            )
     return root
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import functools
 import importlib.util
 from collections.abc import Sequence
@@ -12,10 +11,6 @@ import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-
-
-
-
 Colour = tuple[int, int, int]
 
 # Smaller pictures are enlarged to this long side, since text on them would cover the objects.
@@ -23,10 +18,21 @@ _SMALLEST = 480
 _BACKGROUND: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
 # Fonts with Chinese, Japanese and Korean that systems bring along, found by Pillow by their names.
-_WIDE_FONTS = ('NotoSansCJK-Regular.ttc', 'NotoSansCJKsc-Regular.otf', 'NotoSansSC-Regular.otf',
-               'SourceHanSansSC-Regular.otf', 'wqy-microhei.ttc', 'wqy-zenhei.ttc',
-               'DroidSansFallbackFull.ttf', 'DroidSansFallback.ttf', 'uming.ttc', 'msyh.ttc',
-               'simhei.ttf', 'PingFang.ttc', 'Arial Unicode.ttf')
+_WIDE_FONTS = (
+    'NotoSansCJK-Regular.ttc',
+    'NotoSansCJKsc-Regular.otf',
+    'NotoSansSC-Regular.otf',
+    'SourceHanSansSC-Regular.otf',
+    'wqy-microhei.ttc',
+    'wqy-zenhei.ttc',
+    'DroidSansFallbackFull.ttf',
+    'DroidSansFallback.ttf',
+    'uming.ttc',
+    'msyh.ttc',
+    'simhei.ttf',
+    'PingFang.ttc',
+    'Arial Unicode.ttf',
+)
 
 
 def palette(count: int) -> list[Colour]:
@@ -59,10 +65,16 @@ def _colour_order() -> list[Colour]:
     return order
 
 
-def draw_instances(image: np.ndarray, *, boxes: np.ndarray | None = None,
-                   masks: np.ndarray | None = None, labels: Sequence[int] | None = None,
-                   scores: Sequence[float] | None = None, names: Sequence[str] = (),
-                   alpha: float = 0.45) -> np.ndarray:
+def draw_instances(
+    image: np.ndarray,
+    *,
+    boxes: np.ndarray | None = None,
+    masks: np.ndarray | None = None,
+    labels: Sequence[int] | None = None,
+    scores: Sequence[float] | None = None,
+    names: Sequence[str] = (),
+    alpha: float = 0.45,
+) -> np.ndarray:
     """Draw masks, boxes and a chip ``class 0.93`` for each instance.
 
     Args:
@@ -135,10 +147,15 @@ def with_colour_bar(picture: np.ndarray, label: str) -> np.ndarray:
     lead = round(font.getlength(parts[0])) + size
     if bar > 0 and lead + bar + 2 * size <= width:
         colours = np.array([_heat(v) for v in np.linspace(0, 1, bar)], np.uint8)
-        strip[size // 2:-size // 2, lead:lead + bar] = colours
-        strip = _write(strip, [(parts[0], (size // 2, strip.shape[0] // 2), 'lm', _INK),
-                               (parts[1], (lead + bar + size // 2, strip.shape[0] // 2), 'lm',
-                                _INK)], font)
+        strip[size // 2 : -size // 2, lead : lead + bar] = colours
+        strip = _write(
+            strip,
+            [
+                (parts[0], (size // 2, strip.shape[0] // 2), 'lm', _INK),
+                (parts[1], (lead + bar + size // 2, strip.shape[0] // 2), 'lm', _INK),
+            ],
+            font,
+        )
     return np.concatenate([picture, strip])
 
 
@@ -152,8 +169,7 @@ def side_by_side(*panels: np.ndarray, titles: Sequence[str] = ()) -> np.ndarray:
     if titles and len(titles) != len(panels):
         raise ValueError(f'{len(panels)} panels, but {len(titles)} titles')
     height = max(p.shape[0] for p in panels)
-    panels = tuple(_resized(p, max(1, round(p.shape[1] * height / p.shape[0])), height)
-                   for p in panels)
+    panels = tuple(_resized(p, max(1, round(p.shape[1] * height / p.shape[0])), height) for p in panels)
     size = _font_size(panels[0])
     columns = []
     for i, panel in enumerate(panels):
@@ -163,8 +179,9 @@ def side_by_side(*panels: np.ndarray, titles: Sequence[str] = ()) -> np.ndarray:
     return np.concatenate(columns, 1)
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, width: int = 320,
-                  titles: Sequence[str] = ()) -> np.ndarray:
+def contact_sheet(
+    pictures: Sequence[np.ndarray], columns: int = 4, width: int = 320, titles: Sequence[str] = ()
+) -> np.ndarray:
     """Pictures in a grid.
 
     Args:
@@ -181,8 +198,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], columns: int = 4, width: int =
         cells = []
         for i in range(start, min(start + columns, len(pictures))):
             factor = min(width / pictures[i].shape[1], 1.5 * width / pictures[i].shape[0])
-            small = _resized(pictures[i], *(max(1, round(n * factor))
-                                            for n in pictures[i].shape[1::-1]))
+            small = _resized(pictures[i], *(max(1, round(n * factor)) for n in pictures[i].shape[1::-1]))
             left = (width - small.shape[1]) // 2
             small = _padded(small, left=left, right=width - small.shape[1] - left)
             cells.append(_titled(small, titles[i], size) if titles else small)
@@ -208,12 +224,12 @@ def _resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
     smaller = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(np.ascontiguousarray(image), (width, height),
-                      interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC)
+    return cv2.resize(
+        np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
+    )
 
 
-def _padded(image: np.ndarray, left: int = 0, right: int = 0, top: int = 0,
-            bottom: int = 0) -> np.ndarray:
+def _padded(image: np.ndarray, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> np.ndarray:
     return np.pad(image, ((top, bottom), (left, right), (0, 0)), constant_values=255)
 
 
@@ -238,8 +254,9 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-def _fill(canvas: np.ndarray, mask: np.ndarray, extent: tuple[int, int, int, int], scale: float,
-          colour: Colour, alpha: float) -> tuple:
+def _fill(
+    canvas: np.ndarray, mask: np.ndarray, extent: tuple[int, int, int, int], scale: float, colour: Colour, alpha: float
+) -> tuple:
     """Tint the pixels of a mask.
 
     Returns:
@@ -253,16 +270,16 @@ def _fill(canvas: np.ndarray, mask: np.ndarray, extent: tuple[int, int, int, int
     else:
         # With a margin, so that the edge is interpolated against what lies around the mask.
         left, top = max(0, left - 1), max(0, top - 1)
-        part = mask[top:bottom + 1, left:right + 1]
-        right, bottom = (round((start + size) * scale) for start, size in
-                         zip((left, top), part.shape[::-1], strict=True))
+        part = mask[top : bottom + 1, left : right + 1]
+        right, bottom = (
+            round((start + size) * scale) for start, size in zip((left, top), part.shape[::-1], strict=True)
+        )
         left, top = round(left * scale), round(top * scale)
         size = min(right, canvas.shape[1]) - left, min(bottom, canvas.shape[0]) - top
         inside = cv2.resize(part.astype(np.uint8) * 255, np.maximum(size, 1)) > 127
-    region = canvas[top:top + inside.shape[0], left:left + inside.shape[1]]
+    region = canvas[top : top + inside.shape[0], left : left + inside.shape[1]]
     region[inside] = (region[inside] * (1 - alpha) + np.multiply(colour, alpha)).round()
-    return cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE,
-                            offset=(left, top))[0]
+    return cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))[0]
 
 
 def _rectangle(canvas: np.ndarray, box: np.ndarray, colour: Colour, width: int) -> None:
@@ -287,8 +304,7 @@ def _heat_colours() -> list[Colour]:
     return [tuple(int(v) for v in colour) for colour in colours]
 
 
-def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | None,
-           names: Sequence[str]) -> list[str]:
+def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | None, names: Sequence[str]) -> list[str]:
     texts = []
     for i in range(count):
         parts = []
@@ -301,8 +317,7 @@ def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | N
     return texts
 
 
-def _with_chips(canvas: np.ndarray, items: list[tuple[str, np.ndarray, Colour]],
-                size: int) -> np.ndarray:
+def _with_chips(canvas: np.ndarray, items: list[tuple[str, np.ndarray, Colour]], size: int) -> np.ndarray:
     """Write texts on coloured ground beside boxes, the first where it is best seen."""
     height, width = canvas.shape[:2]
     pad = max(2, size // 4)
@@ -324,18 +339,24 @@ def _with_chips(canvas: np.ndarray, items: list[tuple[str, np.ndarray, Colour]],
     return np.array(picture)
 
 
-def _free_place(box: np.ndarray, size: tuple[int, int], limits: tuple[int, int],
-                taken: np.ndarray) -> tuple[int, int, int, int]:
+def _free_place(
+    box: np.ndarray, size: tuple[int, int], limits: tuple[int, int], taken: np.ndarray
+) -> tuple[int, int, int, int]:
     """Where a chip hides the least: at a corner of its box, outside rather than inside."""
     (wide, high), (x0, y0, x1, y1) = size, box
     spots = [(x, y) for y in (y0 - high, y1, y0, y1 - high) for x in (x0, x1 - wide)]
     spots += [(x, y0 + step * high) for step in (1, -2, 2, -3, 3) for x in (x0, x1 - wide)]
-    corners = np.array([(min(max(0, round(x)), max(0, limits[0] - wide)),
-                         min(max(0, round(y)), max(0, limits[1] - high))) for x, y in spots])
+    corners = np.array(
+        [
+            (min(max(0, round(x)), max(0, limits[0] - wide)), min(max(0, round(y)), max(0, limits[1] - high)))
+            for x, y in spots
+        ]
+    )
     places = np.concatenate([corners, corners + size], 1)
     others = np.concatenate([taken, [box]])
-    sides = (np.minimum(places[:, None, 2:], others[None, :, 2:])
-             - np.maximum(places[:, None, :2], others[None, :, :2])).clip(0)
+    sides = (
+        np.minimum(places[:, None, 2:], others[None, :, 2:]) - np.maximum(places[:, None, :2], others[None, :, :2])
+    ).clip(0)
     *hidden, own = sides.prod(2).T
     # A corner of a large object may be hidden, but not much of a small one.
     cost = sum(hidden) + np.where(own > _area(box) / 4, own, 0)
@@ -344,8 +365,7 @@ def _free_place(box: np.ndarray, size: tuple[int, int], limits: tuple[int, int],
 
 def _ink_on(colour: Colour) -> Colour:
     """White where its contrast (WCAG 2.2) will do, since black on a strong colour looks dull."""
-    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4
-              for v in (c / 255 for c in colour)]
+    linear = [v / 12.92 if v <= 0.04045 else ((v + 0.055) / 1.055) ** 2.4 for v in (c / 255 for c in colour)]
     luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
     return (255, 255, 255) if 1.05 / (luminance + 0.05) > 3.2 else (0, 0, 0)
 
@@ -354,12 +374,12 @@ def _titled(panel: np.ndarray, title: str, size: int) -> np.ndarray:
     head = np.full((2 * size, panel.shape[1], 3), 255, np.uint8)
     font = _font(size, title)
     text = _shortened(_readable(title, font), font, panel.shape[1])
-    return np.concatenate([_write(head, [(text, (panel.shape[1] // 2, size), 'mm', _INK)], font),
-                           panel])
+    return np.concatenate([_write(head, [(text, (panel.shape[1] // 2, size), 'mm', _INK)], font), panel])
 
 
-def _write(image: np.ndarray, texts: Sequence[tuple[str, tuple[int, int], str, Colour]],
-           font: ImageFont.FreeTypeFont) -> np.ndarray:
+def _write(
+    image: np.ndarray, texts: Sequence[tuple[str, tuple[int, int], str, Colour]], font: ImageFont.FreeTypeFont
+) -> np.ndarray:
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
     for text, place, anchor, colour in texts:
@@ -408,8 +428,11 @@ def _missing(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
     if not unknown:
         return set()
     # The full layout engine adds a circle to a mark that stands alone.
-    plain = font if not isinstance(font.path, str) else \
-        ImageFont.truetype(font.path, font.size, layout_engine=ImageFont.Layout.BASIC)
+    plain = (
+        font
+        if not isinstance(font.path, str)
+        else ImageFont.truetype(font.path, font.size, layout_engine=ImageFont.Layout.BASIC)
+    )
     sign = bytes(plain.getmask('\U0010fffd'))
     return {c for c in unknown if not c.isprintable() or bytes(plain.getmask(c)) == sign}
 

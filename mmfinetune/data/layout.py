@@ -1,36 +1,16 @@
 """Where the folder of a prepared data set keeps its files."""
 
 from __future__ import annotations
-import gc
-import json
-import math
-import re
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-import numpy as np
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all, json_bytes
-from mmfinetune.data.stratify import best_of
+
 import contextlib
-import itertools
-import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
-from mmfinetune.data.check.cache import Cache
-from mmfinetune.data.check.images import ImageFacts, check_images, read_images, similar
-from mmfinetune.data.check.masks import Masks, check_masks
-from mmfinetune.data.check.table import Table, read_table
-from mmfinetune.data.check.kinds import IMBALANCE, RARE
-from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats, in_order
+
+from mmfinetune.utils.errors import UserError
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
-
-
-
+    pass
 
 
 SPLITS = ('train', 'val', 'test')
@@ -50,14 +30,17 @@ def find_source(given: Path) -> Path:
         return folder / WHOLE
     found = sorted(folder.glob('*.json'))
     if not found:
-        raise UserError(f'There is no annotation file in {folder}', cure='pass the file itself, or '
-                        'make one with `python tools/prepare_data.py SRC OUT`')
+        raise UserError(
+            f'There is no annotation file in {folder}',
+            cure='pass the file itself, or make one with `python tools/prepare_data.py SRC OUT`',
+        )
     if len(found) > 1:
-        raise UserError(f'{folder} has no {WHOLE}, but several other files:', map(str, found),
-                        'it seems to be split already; to split one of these, pass that file and '
-                        '--out')
+        raise UserError(
+            f'{folder} has no {WHOLE}, but several other files:',
+            map(str, found),
+            'it seems to be split already; to split one of these, pass that file and --out',
+        )
     return found[0]
-
 
 
 def guess_root(path: Path, files: Sequence[str | None]) -> Path:
@@ -68,8 +51,7 @@ def guess_root(path: Path, files: Sequence[str | None]) -> Path:
     """
     here, above = path.parent, path.parent.parent
     split = split_name(path)
-    candidates = [folder / name for folder in (above, here)
-                  for name in ('images', '', split, f'images/{split}')]
+    candidates = [folder / name for folder in (above, here) for name in ('images', '', split, f'images/{split}')]
     sample = [f for f in files if f is not None][:20]
 
     def there(folder: Path) -> int:
@@ -78,6 +60,7 @@ def guess_root(path: Path, files: Sequence[str | None]) -> Path:
             with contextlib.suppress(OSError):
                 count += (folder / name).exists()
         return count
+
     return max(candidates, key=there) if sample else candidates[0]
 
 
@@ -86,8 +69,7 @@ def split_name(path: Path) -> str:
     return path.stem.removeprefix('instances_') or path.stem
 
 
-def find_splits(targets: Sequence[Path], images: Path | None = None) -> dict[
-        str, tuple[Path, Path | None]]:
+def find_splits(targets: Sequence[Path], images: Path | None = None) -> dict[str, tuple[Path, Path | None]]:
     """Splits from what was named on the command line.
 
     Args:
@@ -110,16 +92,17 @@ def find_splits(targets: Sequence[Path], images: Path | None = None) -> dict[
             # What the others were split from shares every image with them.
             found = [f for f in found if f.name != 'instances_all.json']
         if not found:
-            raise UserError(f'{target}: no annotation files in it', [
-                f'looked for {target / "annotations" / "instances_<split>.json"}'],
-                'pass the JSON files, or make them with tools/prepare_data.py')
+            raise UserError(
+                f'{target}: no annotation files in it',
+                [f'looked for {target / "annotations" / "instances_<split>.json"}'],
+                'pass the JSON files, or make them with tools/prepare_data.py',
+            )
         files += found
     splits: dict[str, tuple[Path, Path | None]] = {}
     # The training split first: what is expected of the others comes from it.
     for path in sorted(dict.fromkeys(files), key=lambda p: 'train' not in split_name(p)):
         name = split_name(path)
         while name in splits:
-            name = f'{path.parent.name}/{name}' if f'{path.parent.name}/{name}' not in splits \
-                else name + '+'
+            name = f'{path.parent.name}/{name}' if f'{path.parent.name}/{name}' not in splits else name + '+'
         splits[name] = (path, images)
     return splits

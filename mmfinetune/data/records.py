@@ -2,26 +2,9 @@
 
 from __future__ import annotations
 
-
-import json
-import math
-import os
-import re
-import warnings
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
-
-import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
-from pycocotools import mask as mask_api
-
-from mmfinetune.utils.files import looks_like
-
-
-
-
 
 
 @dataclass

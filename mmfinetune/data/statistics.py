@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.coco_json import read_coco
-
-
-
-
+from mmfinetune.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -71,20 +64,25 @@ def gather(files: dict[str, Path]) -> Statistics:
         raise UserError(f'{path} has no categories', cure=cure)
     awkward = [repr(c['name']) for c in train['categories'] if '{{' in c['name']]
     if awkward:
-        raise UserError(f'{path}: MMEngine takes {{{{ in a config for a placeholder, and so in '
-                        'these class names:', awkward,
-                        'rename the categories in all annotation files')
+        raise UserError(
+            f'{path}: MMEngine takes {{{{ in a config for a placeholder, and so in these class names:',
+            awkward,
+            'rename the categories in all annotation files',
+        )
     if not usable:
-        raise UserError(f'{path}: no image has an object: there is nothing to learn',
-                        cure='annotate objects, or pass the right folder')
+        raise UserError(
+            f'{path}: no image has an object: there is nothing to learn',
+            cure='annotate objects, or pass the right folder',
+        )
     row = {image['id']: i for i, image in enumerate(train['images'])}
     objects = [a for a in train['annotations'] if not a.get('iscrowd')]
     try:
         sizes = np.array([(i['width'], i['height']) for i in train['images']], float)
         boxes = np.array([a['bbox'] for a in objects], float).reshape(-1, 4)
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f'{path}: an image without width and height, or an object without bbox '
-                        f'({error})', cure=cure) from None
+        raise UserError(
+            f'{path}: an image without width and height, or an object without bbox ({error})', cure=cure
+        ) from None
     if not np.isfinite(sizes).all() or sizes.min() <= 0:
         raise UserError(f'{path}: an image without a positive size', cure=cure)
     sides = np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))
@@ -94,8 +92,14 @@ def gather(files: dict[str, Path]) -> Statistics:
     if not real.any():
         raise UserError(f'{path}: no object has a box of a positive size', cure=cure)
     return Statistics(
-        tuple(c['name'] for c in train['categories']), images,
-        len({a['image_id'] for a in train['annotations']}), usable,
-        np.bincount([c for _, c in pairs], minlength=len(order)), sizes, sides[real],
-        np.array([row[a['image_id']] for a in objects])[real], most,
-        train['images'][0]['file_name'])
+        tuple(c['name'] for c in train['categories']),
+        images,
+        len({a['image_id'] for a in train['annotations']}),
+        usable,
+        np.bincount([c for _, c in pairs], minlength=len(order)),
+        sizes,
+        sides[real],
+        np.array([row[a['image_id']] for a in objects])[real],
+        most,
+        train['images'][0]['file_name'],
+    )

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-
 import numpy as np
 from tqdm import tqdm
-
-
-
-
 
 # Tries for one split, as far as they cost no more than a few seconds.
 _TRIES = 10
 _TRIED_GROUPS = 50_000
 
 
-def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0,
-             progress: bool = False) -> np.ndarray:
+def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0, progress: bool = False) -> np.ndarray:
     """Distribute groups so that each label comes near its share in every split.
 
     Iterative stratification (Sechidis, Tsoumakas, Vlahavas: "On the Stratification of Multi-Label
@@ -43,8 +37,7 @@ def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0,
     missing = np.outer(ratios, counts.sum(0))
     bare = np.ones(missing.shape, bool)
     result = np.full(len(counts), -1)
-    with tqdm(total=len(counts), desc='split', unit='group',
-              disable=None if progress else True) as bar:
+    with tqdm(total=len(counts), desc='split', unit='group', disable=None if progress else True) as bar:
         while left.any():
             label = int(np.argmin(np.where(left > 0, left, left.max() + 1)))
             for group in order[present[order, label]]:
@@ -57,8 +50,7 @@ def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0,
                         split = without[0]
                         break
                 else:
-                    split = np.lexsort((rng.random_sample(len(ratios)), missing[:, -1],
-                                        missing[:, label]))[-1]
+                    split = np.lexsort((rng.random_sample(len(ratios)), missing[:, -1], missing[:, label]))[-1]
                 result[group] = split
                 missing[split] -= counts[group]
                 left -= present[group]
@@ -67,8 +59,7 @@ def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0,
     return result
 
 
-def best_of(counts: np.ndarray, objects: np.ndarray, ratios: np.ndarray,
-            seed: int = 0) -> np.ndarray:
+def best_of(counts: np.ndarray, objects: np.ndarray, ratios: np.ndarray, seed: int = 0) -> np.ndarray:
     """The best of several stratifications, by images and objects of each class.
 
     Args:
@@ -88,11 +79,9 @@ def best_of(counts: np.ndarray, objects: np.ndarray, ratios: np.ndarray,
         for kind in (counts, objects):
             found = np.stack([kind[where == s].sum(0) for s in range(len(ratios))])
             absent += int(((found == 0) & everywhere & (kind.sum(0) > 0)).sum())
-            off += (np.abs(found / np.maximum(found.sum(0), 1) - ratios[:, None])
-                    * (found.sum(0) > 0)).sum()
+            off += (np.abs(found / np.maximum(found.sum(0), 1) - ratios[:, None]) * (found.sum(0) > 0)).sum()
         return absent, round(float(off), 9)
 
     # Seeds of neighbouring runs must not share tries.
-    found = [stratify(counts, ratios, seed * _TRIES + i, progress=tries == 1)
-             for i in range(tries)]
+    found = [stratify(counts, ratios, seed * _TRIES + i, progress=tries == 1) for i in range(tries)]
     return min(found, key=badness)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import json
 import os
 from collections import Counter
@@ -14,13 +13,9 @@ from typing import Any
 
 from pycocotools import mask as mask_api
 
-from mmfinetune.utils.workers import in_order
 from mmfinetune.data.records import Instance, Item, Record, Source
 from mmfinetune.utils.masks import polygon_problem, rle_problem
-
-
-
-
+from mmfinetune.utils.workers import in_order
 
 _GIVEN_LATER = frozenset({'id', 'image_id'})
 
@@ -81,8 +76,7 @@ def relative_name(image: Path, base: str) -> str:
     return absolute(image).relative_to(base).as_posix()
 
 
-def read_all(task: Task, items: Sequence[Item], workers: int, title: str,
-             progress: bool) -> Iterator[Done]:
+def read_all(task: Task, items: Sequence[Item], workers: int, title: str, progress: bool) -> Iterator[Done]:
     """Read all images, in the order of `items` whatever the number of workers.
 
     Args:
@@ -96,8 +90,7 @@ def read_all(task: Task, items: Sequence[Item], workers: int, title: str,
         UserError: A worker process was killed.
     """
     chunk = max(1, min(64, len(items) // (8 * workers)))
-    return in_order(partial(_read, task), items, workers, chunk, desc=title,
-                    disable=None if progress else True)
+    return in_order(partial(_read, task), items, workers, chunk, desc=title, disable=None if progress else True)
 
 
 def _read(task: Task, item: Item) -> Done:
@@ -120,8 +113,7 @@ def _add_record(task: Task, record: Record, done: Done) -> None:
         done.problems.append(f'{done.item.key}: the name of the image is not UTF-8; rename it')
         return
     done.image_id = record.image_id
-    done.image = _members({'file_name': name, 'width': record.width, 'height': record.height},
-                          record.extra, done)
+    done.image = _members({'file_name': name, 'width': record.width, 'height': record.height}, record.extra, done)
     for instance in record.instances:
         _add_instance(task, record, instance, done)
 
@@ -151,8 +143,9 @@ def _add_instance(task: Task, record: Record, instance: Instance, done: Done) ->
         # Of fewer than three points: no area, and pycocotools would take two for a box.
         full = [polygon for polygon in shape if len(polygon) >= 6]
         if full and len(full) < len(shape):
-            done.notes.append(f'{where}{len(shape) - len(full)} of its {len(shape)} polygons left '
-                              'out: fewer than 3 points')
+            done.notes.append(
+                f'{where}{len(shape) - len(full)} of its {len(shape)} polygons left out: fewer than 3 points'
+            )
         shape = full
         if not shape:
             done.dropped['without area (fewer than 3 points)'] += 1
@@ -166,10 +159,19 @@ def _add_instance(task: Task, record: Record, instance: Instance, done: Done) ->
         done.dropped[f'smaller than {task.min_area} pixels'] += 1
         return
     label = task.labels[instance.category]
-    done.annotations.append(_members({
-        'category_id': task.ids[label], 'segmentation': shape, 'area': area,
-        'bbox': [int(value) for value in mask_api.toBbox(rle)],
-        'iscrowd': int(instance.iscrowd)}, instance.extra, done))
+    done.annotations.append(
+        _members(
+            {
+                'category_id': task.ids[label],
+                'segmentation': shape,
+                'area': area,
+                'bbox': [int(value) for value in mask_api.toBbox(rle)],
+                'iscrowd': int(instance.iscrowd),
+            },
+            instance.extra,
+            done,
+        )
+    )
     if instance.iscrowd:
         done.crowds += 1
     else:
@@ -178,19 +180,20 @@ def _add_instance(task: Task, record: Record, instance: Instance, done: Done) ->
 
 def _members(members: dict[str, Any], extra: dict[str, Any], done: Done) -> str:
     """Members of a JSON object without its braces; ours win over those of the source."""
+
     def dump(value: dict[str, Any]) -> str:
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
 
-    extra = {key: value for key, value in extra.items()
-             if key not in members and key not in _GIVEN_LATER}
+    extra = {key: value for key, value in extra.items() if key not in members and key not in _GIVEN_LATER}
     try:
         text = dump({**members, **extra})
         if is_text(text):
             return text[1:-1]
     except ValueError:
         pass
-    done.notes.append(f'{done.item.key}: further keys left out, since JSON cannot hold a value: '
-                      + ', '.join(sorted(extra)))
+    done.notes.append(
+        f'{done.item.key}: further keys left out, since JSON cannot hold a value: ' + ', '.join(sorted(extra))
+    )
     return dump(members)[1:-1]
 
 

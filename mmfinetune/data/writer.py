@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import os
 import shutil
 from collections.abc import Sequence
@@ -14,10 +13,6 @@ from tqdm import tqdm
 
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import json_bytes
-
-
-
-
 
 ANNOTATIONS, IMAGES, REPORT = 'annotations', 'images', 'prepare_report.json'
 Placing = Literal['link', 'copy', 'reference']
@@ -42,8 +37,9 @@ class Target:
         self.out, self.staging = out, out / _PARTIAL
         real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
         if real_out == real_source or real_source in real_out.parents:
-            raise UserError(f'{out}: lies in the source {source}, which is never changed',
-                            cure='choose a folder beside it')
+            raise UserError(
+                f'{out}: lies in the source {source}, which is never changed', cure='choose a folder beside it'
+            )
         if real_out in real_source.parents:
             raise UserError(f'{out}: holds the source {source}', cure='choose a folder beside it')
         if out.exists() and not out.is_dir():
@@ -51,11 +47,14 @@ class Target:
         # A run that was killed leaves nothing but its hidden folder.
         present = sorted({p.name for p in out.iterdir()} - {_PARTIAL}) if out.is_dir() else []
         if present and not overwrite:
-            raise UserError(f'{out}: not empty ({_listed(present)})',
-                            cure='choose another folder, or replace it with --overwrite')
+            raise UserError(
+                f'{out}: not empty ({_listed(present)})', cure='choose another folder, or replace it with --overwrite'
+            )
         if present and not (out / REPORT).is_file():
-            raise UserError(f'{out}: holds files, but no {REPORT}; only what this tool made is '
-                            'overwritten', cure='choose another folder, or empty it by hand')
+            raise UserError(
+                f'{out}: holds files, but no {REPORT}; only what this tool made is overwritten',
+                cure='choose another folder, or empty it by hand',
+            )
         _check_writable(out)
         self.made: Path | None = None
 
@@ -112,7 +111,8 @@ class SplitWriter:
         self.path, self.images, self.annotations = path, 0, 0
         try:
             self._parts: tuple[IO[bytes], ...] = tuple(
-                path.with_suffix(suffix).open('w+b') for suffix in ('.images', '.annotations'))
+                path.with_suffix(suffix).open('w+b') for suffix in ('.images', '.annotations')
+            )
         except OSError as error:
             raise _unwritable(path, error) from error
 
@@ -130,8 +130,7 @@ class SplitWriter:
             self._write(0, self.images, f'{{"id":{image_id},{image}}}')
             for annotation in annotations:
                 self.annotations += 1
-                self._write(1, self.annotations, f'{{"id":{self.annotations},'
-                                                 f'"image_id":{image_id},{annotation}}}')
+                self._write(1, self.annotations, f'{{"id":{self.annotations},"image_id":{image_id},{annotation}}}')
         except OSError as error:
             raise _unwritable(self.path, error) from error
 
@@ -162,8 +161,9 @@ class SplitWriter:
             raise _unwritable(self.path, error) from error
 
 
-def place_images(names: Sequence[str], folder: Path, target: Path, placing: Placing,
-                 workers: int, progress: bool = True) -> dict[str, int]:
+def place_images(
+    names: Sequence[str], folder: Path, target: Path, placing: Placing, workers: int, progress: bool = True
+) -> dict[str, int]:
     """Put images into the output folder.
 
     Args:
@@ -185,9 +185,11 @@ def place_images(names: Sequence[str], folder: Path, target: Path, placing: Plac
         try:
             target.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError as error:
-            raise UserError(f'{target}: a symbolic link cannot be made here '
-                            f'({error.strerror or error})', cure='use --images copy') from error
+            raise UserError(
+                f'{target}: a symbolic link cannot be made here ({error.strerror or error})', cure='use --images copy'
+            ) from error
         return {'referred to': len(names)}
+
     def place(name: str) -> str:
         # The file itself, also where the source has a symbolic link to it.
         source, made = os.path.realpath(folder / name), target / name
@@ -207,15 +209,18 @@ def place_images(names: Sequence[str], folder: Path, target: Path, placing: Plac
         try:
             for parent in sorted({(target / name).parent for name in names}):
                 parent.mkdir(parents=True, exist_ok=True)
-            for how in tqdm(pool.map(place, names), total=len(names), desc='images', unit='img',
-                            disable=None if progress else True):
+            for how in tqdm(
+                pool.map(place, names), total=len(names), desc='images', unit='img', disable=None if progress else True
+            ):
                 counts[how] = counts.get(how, 0) + 1
         except OSError as error:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise UserError(f'{error.filename or target}: an image cannot be '
-                            f'{"linked" if placing == "link" else "copied"} '
-                            f'({error.strerror or error})',
-                            cure='make room on the disk, or use --images reference') from error
+            raise UserError(
+                f'{error.filename or target}: an image cannot be '
+                f'{"linked" if placing == "link" else "copied"} '
+                f'({error.strerror or error})',
+                cure='make room on the disk, or use --images reference',
+            ) from error
     return counts
 
 
@@ -231,5 +236,7 @@ def _check_writable(out: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(f'{path}: cannot be written: {error.strerror or error}',
-                     cure='choose a folder you may write to, on a disk with room')
+    return UserError(
+        f'{path}: cannot be written: {error.strerror or error}',
+        cure='choose a folder you may write to, on a disk with room',
+    )

@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-
-
-
 LIMIT = 256
 # Kept free, for images with more objects than any that was tried, and for fragmentation.
 RESERVE = 0.1
@@ -51,9 +48,9 @@ def find(cfg: Config) -> int:
         UserError: No GPU, or not even one image fits.
     """
     import torch
+
     if not torch.cuda.is_available():
-        raise UserError('--batch-size auto needs a CUDA GPU, and PyTorch sees none here',
-                        cure='pass a number')
+        raise UserError('--batch-size auto needs a CUDA GPU, and PyTorch sees none here', cure='pass a number')
     samples = worst_samples(cfg)
     # What other programs hold cannot be had.
     free, _ = torch.cuda.mem_get_info()
@@ -71,9 +68,10 @@ def find(cfg: Config) -> int:
 
     size = largest(fits)
     if not size:
-        raise UserError('Not even one image at a time fits this GPU',
-                        cure='use a smaller scale in the pipelines, --amp, or '
-                        '--cfg-options model.backbone.with_cp=True')
+        raise UserError(
+            'Not even one image at a time fits this GPU',
+            cure='use a smaller scale in the pipelines, --amp, or --cfg-options model.backbone.with_cp=True',
+        )
     print(f'--batch-size auto: {size} images per GPU', flush=True)
     return size
 
@@ -90,6 +88,7 @@ def worst_samples(cfg: Config, count: int = 16) -> list[dict]:
     """
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
+
     init_default_scope('mmdet')
     dataset = DATASETS.build(copy.deepcopy(cfg.train_dataloader.dataset))
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
@@ -110,14 +109,13 @@ def worst_batch(samples: Sequence[dict], size: int) -> list[dict]:
     it is as high as the first and as wide as the second.
     """
     from torch.nn.functional import pad
+
     shapes = [sample['inputs'].shape[-2:] for sample in samples]
-    high, wide = (max(side) for side in zip(*shapes, strict=True)) if size > 1 else \
-        max(shapes, key=math.prod)
+    high, wide = (max(side) for side in zip(*shapes, strict=True)) if size > 1 else max(shapes, key=math.prod)
     batch = [copy.deepcopy(samples[i % len(samples)]) for i in range(size)]
     height, width = batch[0]['inputs'].shape[-2:]
     # The others are padded to the size of this one.
-    batch[0]['inputs'] = pad(batch[0]['inputs'], (0, max(0, wide - width), 0,
-                                                  max(0, high - height)))
+    batch[0]['inputs'] = pad(batch[0]['inputs'], (0, max(0, wide - width), 0, max(0, high - height)))
     return batch
 
 
@@ -126,6 +124,7 @@ def train_steps(cfg: Config, batch: list[dict], device: str, steps: int = 2) -> 
     from mmdet.registry import MODELS
     from mmengine.dataset import pseudo_collate
     from mmengine.optim import build_optim_wrapper
+
     model = MODELS.build(copy.deepcopy(cfg.model)).to(device)
     model.train()
     settings = copy.deepcopy(cfg.optim_wrapper)
@@ -145,6 +144,7 @@ def _peak_of_steps(cfg: Config, batch: list[dict]) -> int:
     """Peak memory in bytes of training steps on a batch."""
     import torch
     from mmengine.dist import get_world_size
+
     torch.cuda.reset_peak_memory_stats()
     model = train_steps(cfg, batch, 'cuda')
     used = torch.cuda.max_memory_reserved()

@@ -17,22 +17,36 @@ if TYPE_CHECKING:
     from tensorboard.compat.proto.summary_pb2 import Summary
 
 
-
-
-
 CONFIG, WEIGHTS = 'config', 'weights'
 TRAIN_BATCH, VAL_IMAGES = 'images/train_batch', 'images/val'
 EPOCH_LOSS = 'loss/train_epoch'
 
-_COMMON = {'loss': 'loss/train', 'val/loss': 'loss/val', 'eta_hours': 'time/eta_hours',
-           'memory': 'gpu/memory_MB', 'base_lr': 'lr/base'}
-_TIMES = {'train': {'time': 'time/iter', 'data_time': 'time/data', 'epoch': 'time/epoch'},
-          'val': {'time': 'time/val_iter', 'data_time': 'time/val_data'}}
+_COMMON = {
+    'loss': 'loss/train',
+    'val/loss': 'loss/val',
+    'eta_hours': 'time/eta_hours',
+    'memory': 'gpu/memory_MB',
+    'base_lr': 'lr/base',
+}
+_TIMES = {
+    'train': {'time': 'time/iter', 'data_time': 'time/data', 'epoch': 'time/epoch'},
+    'val': {'time': 'time/val_iter', 'data_time': 'time/val_data'},
+}
 _AP_CLASS = {'segm': 'AP_class', 'bbox': 'AP_class_bbox'}
 
 # Of each tag the x axis that it has, or rather: which numbers a resumed run writes once more.
-_BY_EPOCH = ('val/', 'mAP/', 'AR/', 'AP_class/', 'AP_class_bbox/', 'best/', 'time/val_', 'loss/val',
-             EPOCH_LOSS, VAL_IMAGES)
+_BY_EPOCH = (
+    'val/',
+    'mAP/',
+    'AR/',
+    'AP_class/',
+    'AP_class_bbox/',
+    'best/',
+    'time/val_',
+    'loss/val',
+    EPOCH_LOSS,
+    VAL_IMAGES,
+)
 _BY_STEP = ('train/', 'lr/', 'time/', 'gpu/', 'loss/train')
 # Written at the start of each part of a run: with the step, or anew for the whole run.
 _AT_START = (CONFIG, TRAIN_BATCH)
@@ -46,11 +60,13 @@ LAYOUT = {
         'training (mean of the epoch) and validation': [f'{EPOCH_LOSS}$', 'loss/val$'],
         'training (by step) and validation (by epoch)': ['loss/train$', 'loss/val$'],
         'terms of the training loss': ['train/loss'],
-        'terms of the validation loss': ['val/loss']},
+        'terms of the validation loss': ['val/loss'],
+    },
     'AP': {
         'boxes, masks, masks at IoU 0.5': ['mAP/bbox$', 'mAP/segm$', 'mAP/segm_50$'],
         'masks by size of the object': ['mAP/segm_[sml]$'],
-        'masks by class': ['AP_class/']},
+        'masks by class': ['AP_class/'],
+    },
     'learning rate': {'parts of the model': ['lr/']},
 }
 
@@ -69,8 +85,7 @@ def tags_of(record: Mapping[str, float]) -> dict[str, float]:
     grouped = any(name.startswith('lr/') for name in record)
     tags = {}
     for name, value in record.items():
-        if name == 'iter' or (name == 'lr' and grouped) or \
-                (name.startswith('coco/') and value == -1):
+        if name == 'iter' or (name == 'lr' and grouped) or (name.startswith('coco/') and value == -1):
             continue
         tags[tag_of(name, stage)] = value
     return tags
@@ -106,12 +121,17 @@ def hparams_of(cfg: Config, world_size: int, seed: int) -> dict[str, float | str
     wrapper = cfg.optim_wrapper
     recipe = cfg.get('weights') or {}
     values = {
-        'lr': wrapper.optimizer.lr, 'optimizer': wrapper.optimizer.type,
+        'lr': wrapper.optimizer.lr,
+        'optimizer': wrapper.optimizer.type,
         'batch_size': cfg.train_dataloader.get('batch_size'),
-        'accumulation': wrapper.get('accumulative_counts', 1), 'world_size': world_size,
-        'epochs': cfg.train_cfg.get('max_epochs'), 'iterations': cfg.train_cfg.get('max_iters'),
-        'seed': seed, 'head_init': recipe.get('head_init') or 'reinit' if recipe else 'none',
-        'weights': Path(recipe.get('checkpoint') or '').name or 'none'}
+        'accumulation': wrapper.get('accumulative_counts', 1),
+        'world_size': world_size,
+        'epochs': cfg.train_cfg.get('max_epochs'),
+        'iterations': cfg.train_cfg.get('max_iters'),
+        'seed': seed,
+        'head_init': recipe.get('head_init') or 'reinit' if recipe else 'none',
+        'weights': Path(recipe.get('checkpoint') or '').name or 'none',
+    }
     return {name: value for name, value in values.items() if value is not None}
 
 
@@ -123,6 +143,7 @@ def best_tag(tag: str) -> str:
 def hparam_summaries(values: Mapping[str, float | str]) -> tuple[Summary, Summary, Summary]:
     """What the HParams tab wants of a run: the head of its table, the run's start and its end."""
     from torch.utils.tensorboard.summary import hparams
+
     metrics = [*HIGHER, *map(best_tag, HIGHER)]
     return hparams(dict(values), dict.fromkeys(metrics, 0.0))
 
@@ -163,12 +184,11 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
             # What has an unknown axis goes by its place: events are in the order of time.
             over = over or _is_after(event, step)
             values = [v for v in event.summary.value if _stays(v, event.step, step, epoch)]
-            if over or event.HasField('summary') and not values:
+            if over or (event.HasField('summary') and not values):
                 continue
             written += not event.file_version
             last.update((value.tag, (event.step, value.simple_value)) for value in values)
-            kept.append(record if len(values) == len(event.summary.value)
-                        else _with_values(event, values))
+            kept.append(record if len(values) == len(event.summary.value) else _with_values(event, values))
         content = b''.join(kept)
         if not written:
             empty.append(path)
@@ -189,8 +209,9 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror or error}',
-                        cure='mend its rights, or move it away') from error
+        raise UserError(
+            f'{path}: cannot be read: {error.strerror or error}', cure='mend its rights, or move it away'
+        ) from error
 
 
 def _records(data: bytes) -> Iterator[tuple[bytes, Event]]:
@@ -204,13 +225,14 @@ def _records(data: bytes) -> Iterator[tuple[bytes, Event]]:
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event
     from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
+
     start = 0
     while start + 16 <= len(data):
         length, checksum = struct.unpack_from('<QI', data, start)
         end = start + 12 + length + 4
-        if masked_crc32c(data[start:start + 8]) != checksum or end > len(data):
+        if masked_crc32c(data[start : start + 8]) != checksum or end > len(data):
             return
-        content = data[start + 12:end - 4]
+        content = data[start + 12 : end - 4]
         if end == len(data) and masked_crc32c(content) != struct.unpack('<I', data[-4:])[0]:
             return
         try:
@@ -224,6 +246,7 @@ def _records(data: bytes) -> Iterator[tuple[bytes, Event]]:
 def _with_values(event: Event, values: Sequence[Summary.Value]) -> bytes:
     """The record of an event that has only these of its values left."""
     from tensorboard.summary.writer.record_writer import RecordWriter
+
     kept = [type(value).FromString(value.SerializeToString()) for value in values]
     del event.summary.value[:]
     event.summary.value.extend(kept)

@@ -32,8 +32,13 @@ SECONDS_TO_STOP = 120
 # Machines of one job may start that far apart.
 SECONDS_TO_MEET = 900
 # What a process says whose peer has gone, in gloo and NCCL.
-_LOST = ('Connection closed by peer', 'Connection reset by peer', 'Broken pipe', 'ncclRemoteError',
-         'NCCL communicator was aborted')
+_LOST = (
+    'Connection closed by peer',
+    'Connection reset by peer',
+    'Broken pipe',
+    'ncclRemoteError',
+    'NCCL communicator was aborted',
+)
 _PORT_TAKEN = ('EADDRINUSE', 'address already in use')
 # The agent gives the others 30 s after the first failure, then kills them.
 _GRACE = 25
@@ -60,9 +65,10 @@ class Node:
             return Node()
         found = re.fullmatch(r'(\d+)/(\d+)@(\S+):(\d+)', text)
         if not found or not int(found[1]) < int(found[2]) or not 0 < int(found[4]) < 2**16:
-            raise UserError(f'{NODE}={text}: expected rank/count@host:port, the rank from 0 to '
-                            'count - 1, the port below 65536',
-                            cure='start with tools/dist_train.sh, which sets it')
+            raise UserError(
+                f'{NODE}={text}: expected rank/count@host:port, the rank from 0 to count - 1, the port below 65536',
+                cure='start with tools/dist_train.sh, which sets it',
+            )
         return Node(int(found[1]), int(found[2]), found[3], int(found[4]))
 
 
@@ -96,18 +102,22 @@ def adopt_slurm() -> None:
     nodes = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_JOB_NODELIST', '')
     if 'MASTER_ADDR' not in env:
         try:
-            shown = subprocess.run(['scontrol', 'show', 'hostnames', nodes], check=True,
-                                   capture_output=True, text=True).stdout.split()
+            shown = subprocess.run(
+                ['scontrol', 'show', 'hostnames', nodes], check=True, capture_output=True, text=True
+            ).stdout.split()
             env['MASTER_ADDR'] = shown[0]
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
-            raise UserError(f'The first node of {nodes!r} cannot be told: {error}',
-                            cure='export MASTER_ADDR with its host name before srun') from None
+            raise UserError(
+                f'The first node of {nodes!r} cannot be told: {error}',
+                cure='export MASTER_ADDR with its host name before srun',
+            ) from None
     # The same for all tasks, and another one for each job on a shared node.
     env.setdefault('MASTER_PORT', str(20000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
     # With --gpus-per-task each task sees its own GPU alone.
     alone = re.fullmatch(r'[^,]+', env.get('CUDA_VISIBLE_DEVICES', ''))
-    env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK='0' if alone else env['SLURM_LOCALID'],
-               WORLD_SIZE=str(_slurm_tasks()))
+    env.update(
+        RANK=env['SLURM_PROCID'], LOCAL_RANK='0' if alone else env['SLURM_LOCALID'], WORLD_SIZE=str(_slurm_tasks())
+    )
 
 
 def processes(gpus: str | None) -> int:
@@ -126,13 +136,16 @@ def processes(gpus: str | None) -> int:
     if gpus == '1':
         return machines
     import torch
+
     # Counted without a CUDA context in the process that only starts others.
     visible = torch.cuda.device_count()
     if gpus in (None, 'all'):
         return machines * max(1, visible)
     if visible and int(gpus) > visible:
-        raise UserError(f'--gpus {gpus}: PyTorch sees {visible} GPU{"s" if visible > 1 else ""}',
-                        cure='ask for fewer, or check CUDA_VISIBLE_DEVICES')
+        raise UserError(
+            f'--gpus {gpus}: PyTorch sees {visible} GPU{"s" if visible > 1 else ""}',
+            cure='ask for fewer, or check CUDA_VISIBLE_DEVICES',
+        )
     return machines * int(gpus)
 
 
@@ -156,23 +169,36 @@ def launch(count: int, argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
     node = Node.of_environment()
     local = count // node.count
     if node.count > 1:
-        print(f'Machine {node.rank} of 0 to {node.count - 1}: {local} of {count} processes; they '
-              f'meet at {node.host}:{node.port}', flush=True)
-        meet = dict(rdzv_backend='static', rdzv_endpoint=f'{node.host}:{node.port}',
-                    rdzv_configs={'rank': node.rank, 'timeout': SECONDS_TO_MEET},
-                    run_id='mmfinetune')
+        print(
+            f'Machine {node.rank} of 0 to {node.count - 1}: {local} of {count} processes; they '
+            f'meet at {node.host}:{node.port}',
+            flush=True,
+        )
+        meet = dict(
+            rdzv_backend='static',
+            rdzv_endpoint=f'{node.host}:{node.port}',
+            rdzv_configs={'rank': node.rank, 'timeout': SECONDS_TO_MEET},
+            run_id='mmfinetune',
+        )
     else:
         # Port 0: whichever is free, so that two runs on one machine do not meet.
-        meet = dict(rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1',
-                    run_id=f'mmfinetune_{os.getpid()}')
-    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder, _for_workers(local), \
-            _silence():
+        meet = dict(
+            rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', run_id=f'mmfinetune_{os.getpid()}'
+        )
+    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder, _for_workers(local), _silence():
         config = LaunchConfig(
-            min_nodes=node.count, max_nodes=node.count, nproc_per_node=local, max_restarts=0,
-            shutdown_timeout=SECONDS_TO_STOP, logs_specs=DefaultLogsSpecs(log_dir=folder), **meet)
+            min_nodes=node.count,
+            max_nodes=node.count,
+            nproc_per_node=local,
+            max_restarts=0,
+            shutdown_timeout=SECONDS_TO_STOP,
+            logs_specs=DefaultLogsSpecs(log_dir=folder),
+            **meet,
+        )
         try:
             elastic_launch(config, sys.executable)(*argv)
         except ChildFailedError as error:
@@ -219,13 +245,16 @@ def no_meeting(error: Exception, host: str, port: int | str) -> UserError:
     """What to tell when the processes of a run did not find each other."""
     where = f'{host}:{port}'
     if any(mark in str(error) for mark in _PORT_TAKEN):
-        return UserError(f'The port of {where} is taken by another program',
-                         cure='pass another one, the same on all machines: PORT=29501 with '
-                         'tools/dist_train.sh, --master-port with torchrun, MASTER_PORT with srun')
-    return UserError(f'The processes of the run do not meet at {where}: '
-                     f'{str(error).strip().splitlines()[0]}',
-                     cure='check that this is the address of machine 0, that its port can be '
-                     'reached from here, and that all machines were started')
+        return UserError(
+            f'The port of {where} is taken by another program',
+            cure='pass another one, the same on all machines: PORT=29501 with '
+            'tools/dist_train.sh, --master-port with torchrun, MASTER_PORT with srun',
+        )
+    return UserError(
+        f'The processes of the run do not meet at {where}: {str(error).strip().splitlines()[0]}',
+        cure='check that this is the address of machine 0, that its port can be '
+        'reached from here, and that all machines were started',
+    )
 
 
 def _read(path: str | Path) -> tuple[float, str] | None:
@@ -251,10 +280,12 @@ def _show(failures: dict, alone: bool = True) -> int:
         told = _read(failure.error_file)
         # Killed from outside, it had no chance to write anything down, while its peers complain of
         # the lost connection; NCCL ends these by SIGABRT, the agent by SIGTERM and then SIGKILL.
-        killed = failure.exitcode < 0 and failure.timestamp < started + _GRACE and \
-            -failure.exitcode not in (signal.SIGTERM, signal.SIGABRT)
-        kind = 0 if told and failure.exitcode == 2 else 1 if killed else \
-            3 if failure.exitcode == -signal.SIGTERM else 2
+        killed = (
+            failure.exitcode < 0
+            and failure.timestamp < started + _GRACE
+            and -failure.exitcode not in (signal.SIGTERM, signal.SIGABRT)
+        )
+        kind = 0 if told and failure.exitcode == 2 else 1 if killed else 3 if failure.exitcode == -signal.SIGTERM else 2
         return kind, told[0] if told else failure.timestamp, rank
 
     rank, failure = min(failures.items(), key=order)
@@ -262,17 +293,20 @@ def _show(failures: dict, alone: bool = True) -> int:
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         hint = ' (the kernel does so when memory runs out)' if name == 'SIGKILL' else ''
-        text = f'error: process {rank} of the run was killed by {name}{hint}; the others were ' \
+        text = (
+            f'error: process {rank} of the run was killed by {name}{hint}; the others were '
             'stopped.\nHow to mend it: go on with --resume'
+        )
     elif failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
         return failure.exitcode  # it has said itself where it stopped
     elif not told:
-        text = f'error: process {rank} of the run ended with exit code {failure.exitcode}; what ' \
-            'it says is above'
+        text = f'error: process {rank} of the run ended with exit code {failure.exitcode}; what it says is above'
     elif not alone and any(mark in told[1] for mark in _LOST):
-        text = 'error: a process of another machine has gone ' \
-            f'({told[1].strip().splitlines()[-1]}).\nHow to mend it: its output says why; then ' \
+        text = (
+            'error: a process of another machine has gone '
+            f'({told[1].strip().splitlines()[-1]}).\nHow to mend it: its output says why; then '
             'go on with --resume'
+        )
     else:
         text = told[1]
     print(text, file=sys.stderr, flush=True)
@@ -294,11 +328,22 @@ def report(text: str, error: BaseException) -> bool:
         # The format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler; its own
         # timestamp is too coarse to tell cause and consequence.
         stack = ''.join(traceback.format_exception(error))
-        Path(file).write_text(json.dumps({'message': {
-            'message': text, 'extraInfo': {'py_callstack': stack, 'seconds': time.time(),
-                                           'timestamp': str(int(time.time()))}}}))
+        Path(file).write_text(
+            json.dumps(
+                {
+                    'message': {
+                        'message': text,
+                        'extraInfo': {
+                            'py_callstack': stack,
+                            'seconds': time.time(),
+                            'timestamp': str(int(time.time())),
+                        },
+                    }
+                }
+            )
+        )
     # Under torchrun, which shows one error in its summary, rank 0 speaks for all.
-    return was_launched() or bool(file) and os.environ.get('RANK', '0') != '0'
+    return was_launched() or (bool(file) and os.environ.get('RANK', '0') != '0')
 
 
 def follow_launcher() -> None:
@@ -306,6 +351,7 @@ def follow_launcher() -> None:
     if not was_launched() or not sys.platform.startswith('linux'):
         return
     import ctypes
+
     # PR_SET_PDEATHSIG of prctl(2). SIGTERM, since it saves the run.
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
     if os.getppid() != int(os.environ[LAUNCHED]):

@@ -137,8 +137,11 @@ class _LossLoop:
             return model(inputs, samples, mode='predict')
         truths = [resized_truth(sample) for sample in samples]
         if None in truths:
-            print_log(f'No {self.stage}/loss: the pipeline of the data set loads no annotations',
-                      logger='current', level=logging.WARNING)
+            print_log(
+                f'No {self.stage}/loss: the pipeline of the data set loads no annotations',
+                logger='current',
+                level=logging.WARNING,
+            )
             self.loss = False
             return model(inputs, samples, mode='predict')
         seen = []
@@ -151,9 +154,11 @@ class _LossLoop:
         with _features(model, keep):
             outputs = model(inputs, samples, mode='predict')
         for i, truth in enumerate(truths):
-            with _features(model, lambda _, i=i: _image(seen[0], i)), \
-                    _own_randomness(zlib.crc32(str(truth.img_id).encode()), inputs.device):
-                losses = model(inputs[i:i + 1], [truth], mode='loss')
+            with (
+                _features(model, lambda _, i=i: _image(seen[0], i)),
+                _own_randomness(zlib.crc32(str(truth.img_id).encode()), inputs.device),
+            ):
+                losses = model(inputs[i : i + 1], [truth], mode='loss')
             self._rows.append({k: float(v) for k, v in model.parse_losses(losses)[1].items()})
         return outputs
 
@@ -167,15 +172,14 @@ class _LossLoop:
         means = [{}]
         if is_main_process():
             # Summed in the order of the data set, so that the last digits agree too.
-            means = [{f'{self.stage}/{key}': float(np.mean([row[key] for row in rows]))
-                      for key in rows[0]}]
+            means = [{f'{self.stage}/{key}': float(np.mean([row[key] for row in rows])) for key in rows[0]}]
         broadcast_object_list(means)
         return means[0]
 
 
 def _image(features, index: int):
     """The feature maps of one image of the batch."""
-    return tuple(level[index:index + 1] for level in features)
+    return tuple(level[index : index + 1] for level in features)
 
 
 @LOOPS.register_module()

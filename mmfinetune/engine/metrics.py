@@ -52,17 +52,16 @@ class InstanceCocoMetric(CocoMetric):
         for pred in preds:
             boxes = pred['bboxes']
             xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-            scores = pred.get('mask_scores', pred['scores']) if iou_type == 'segm' \
-                else pred['scores']
+            scores = pred.get('mask_scores', pred['scores']) if iou_type == 'segm' else pred['scores']
             for i, (label, score) in enumerate(zip(pred['labels'], scores, strict=True)):
-                row = {'image_id': pred['img_id'], 'category_id': self.cat_ids[label],
-                       'score': float(score)}
+                row = {'image_id': pred['img_id'], 'category_id': self.cat_ids[label], 'score': float(score)}
                 if iou_type == 'segm':
                     rle = pred['masks'][i]
                     counts = rle['counts']
                     row['segmentation'] = {
                         'size': [int(n) for n in rle['size']],
-                        'counts': counts.decode() if isinstance(counts, bytes) else counts}
+                        'counts': counts.decode() if isinstance(counts, bytes) else counts,
+                    }
                 else:
                     row['bbox'] = [float(v) for v in xywh[i]]
                 rows.append(row)
@@ -70,8 +69,9 @@ class InstanceCocoMetric(CocoMetric):
 
     def evaluate_rows(self, rows: list[dict], iou_type: str) -> coco_eval.Scores:
         """Run the engine on COCO result rows of one kind."""
-        return coco_eval.evaluate(self._coco_api.dataset, rows, iou_type, self.engine,
-                                 self.cat_ids, self.img_ids, self.iou_thrs)
+        return coco_eval.evaluate(
+            self._coco_api.dataset, rows, iou_type, self.engine, self.cat_ids, self.img_ids, self.iou_thrs
+        )
 
     def _read_ids(self) -> None:
         if self.cat_ids is None:
@@ -111,8 +111,10 @@ class InstanceCocoMetric(CocoMetric):
 
     def _table(self) -> str:
         columns = [f'{t}_{key}' for t in self.metrics for key in ('AP', 'AP50')]
-        rows = [[name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)]
-                for name, numbers in self.per_class.items()]
+        rows = [
+            [name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)]
+            for name, numbers in self.per_class.items()
+        ]
         return AsciiTable([['class', *(c.replace('_', ' ') for c in columns)], *rows]).table
 
 

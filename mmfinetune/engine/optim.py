@@ -33,13 +33,19 @@ class LayeredOptimWrapperConstructor:
         self.optim_wrapper_cfg = optim_wrapper_cfg.copy()
         self.custom_keys = dict((paramwise_cfg or {}).get('custom_keys', {}))
         unknown = [f'paramwise_cfg.{k}' for k in (paramwise_cfg or {}) if k != 'custom_keys']
-        unknown += [f'paramwise_cfg.custom_keys.{key}.{k}' for key, mult in self.custom_keys.items()
-                    for k in mult if k not in ('lr_mult', 'decay_mult')]
+        unknown += [
+            f'paramwise_cfg.custom_keys.{key}.{k}'
+            for key, mult in self.custom_keys.items()
+            for k in mult
+            if k not in ('lr_mult', 'decay_mult')
+        ]
         if unknown:
             raise UserError(
-                'LayeredOptimWrapperConstructor does not know these settings:', unknown,
+                'LayeredOptimWrapperConstructor does not know these settings:',
+                unknown,
                 'use custom_keys={prefix: dict(lr_mult=…, decay_mult=…)}, or drop '
-                "optim_wrapper.constructor for MMEngine's own constructor")
+                "optim_wrapper.constructor for MMEngine's own constructor",
+            )
 
     def param_groups(self, model: nn.Module, lr: float, weight_decay: float | None) -> list[dict]:
         """The groups in the order of ``custom_keys``; each has ``name``, ``lr``, ``params``."""
@@ -59,8 +65,11 @@ class LayeredOptimWrapperConstructor:
         missing = [f'custom_keys.{k}' for k in self.custom_keys if k not in seen]
         if missing:
             modules = ', '.join(n for n, _ in model.named_children())
-            raise UserError('optim_wrapper.paramwise_cfg names parts that the model does not have:',
-                            missing, f'the parts of this model are: {modules}')
+            raise UserError(
+                'optim_wrapper.paramwise_cfg names parts that the model does not have:',
+                missing,
+                f'the parts of this model are: {modules}',
+            )
         return [g for g in groups.values() if g['params']]
 
     def __call__(self, model: nn.Module) -> OptimWrapper:
@@ -68,7 +77,5 @@ class LayeredOptimWrapperConstructor:
         cfg = self.optim_wrapper_cfg.copy()
         cfg.setdefault('type', 'OptimWrapper')
         optimizer_cfg = cfg.pop('optimizer').copy()
-        optimizer_cfg['params'] = self.param_groups(model, optimizer_cfg['lr'],
-                                                    optimizer_cfg.get('weight_decay'))
-        return OPTIM_WRAPPERS.build(cfg, default_args={
-            'optimizer': OPTIMIZERS.build(optimizer_cfg)})
+        optimizer_cfg['params'] = self.param_groups(model, optimizer_cfg['lr'], optimizer_cfg.get('weight_decay'))
+        return OPTIM_WRAPPERS.build(cfg, default_args={'optimizer': OPTIMIZERS.build(optimizer_cfg)})

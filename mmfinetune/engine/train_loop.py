@@ -33,18 +33,22 @@ def machine_trouble() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise UserError(f'The run cannot write its files: {error}. Its checkpoints are whole.',
-                        cure='mend that, e.g. make room, then go on with --resume') from error
+        raise UserError(
+            f'The run cannot write its files: {error}. Its checkpoints are whole.',
+            cure='mend that, e.g. make room, then go on with --resume',
+        ) from error
     except RuntimeError as error:
         # PyTorch has no type of its own for it.
         if 'DataLoader worker' not in str(error):
             raise
         # Or PyTorch raises it again, wherever the program is, as each of the others leaves.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise UserError(f'{str(error).strip()} The checkpoints of the run are whole.',
-                        cure='go on with --resume. If the kernel killed it as memory ran out '
-                        '(dmesg tells), take fewer: --cfg-options train_dataloader.num_workers=1 '
-                        'val_dataloader.num_workers=1') from error
+        raise UserError(
+            f'{str(error).strip()} The checkpoints of the run are whole.',
+            cure='go on with --resume. If the kernel killed it as memory ran out '
+            '(dmesg tells), take fewer: --cfg-options train_dataloader.num_workers=1 '
+            'val_dataloader.num_workers=1',
+        ) from error
 
 
 @LOOPS.register_module()
@@ -63,8 +67,7 @@ class ExactTrainLoop(EpochBasedTrainLoop):
         **kwargs: See mmengine's ``EpochBasedTrainLoop``.
     """
 
-    def __init__(self, runner, dataloader: dict, *args, max_faulty_images: int = 10,
-                 **kwargs) -> None:
+    def __init__(self, runner, dataloader: dict, *args, max_faulty_images: int = 10, **kwargs) -> None:
         dataset = DATASETS.build(dataloader['dataset'])
         if hasattr(dataset, 'full_init'):
             dataset.full_init()
@@ -99,24 +102,24 @@ class ExactTrainLoop(EpochBasedTrainLoop):
 
     def _validate(self, resumed: bool = False) -> None:
         self._decide_current_val_interval()
-        due = self.runner.val_loop is not None and self._epoch >= self.val_begin and (
-            self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+        due = (
+            self.runner.val_loop is not None
+            and self._epoch >= self.val_begin
+            and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+        )
         known = self.runner.message_hub.runtime_info.get(VALIDATED)
-        if not due or resumed and known == self._epoch:
+        if not due or (resumed and known == self._epoch):
             return
         if resumed:
-            print_log(f'Epoch {self._epoch} was trained but not validated: validating it now',
-                      logger='current')
+            print_log(f'Epoch {self._epoch} was trained but not validated: validating it now', logger='current')
             # As RuntimeInfoHook leaves them after the epoch; metrics may look at them.
-            self.runner.message_hub.update_info_dict(
-                {'epoch': self._epoch - 1, 'iter': self._iter - 1})
+            self.runner.message_hub.update_info_dict({'epoch': self._epoch - 1, 'iter': self._iter - 1})
         self.runner.val_loop.run()
 
     def run_epoch(self) -> None:
         """Train an epoch, or what is left of it."""
         if not self._is_within_epoch():
-            self.runner.message_hub.update_info(
-                EPOCH_START, {'epoch': self._epoch, 'iter': self._iter})
+            self.runner.message_hub.update_info(EPOCH_START, {'epoch': self._epoch, 'iter': self._iter})
         done = self._iter - self._start_of_epoch()['iter']
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
@@ -132,14 +135,20 @@ class ExactTrainLoop(EpochBasedTrainLoop):
         if not skip:
             return iter(self.dataloader)
         loader = self.dataloader
-        print_log(f'Going on within epoch {self._epoch + 1}, after step {skip} of {len(loader)}',
-                  logger='current')
-        return iter(DataLoader(
-            loader.dataset, batch_sampler=list(loader.batch_sampler)[skip:],
-            num_workers=loader.num_workers, collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory, worker_init_fn=loader.worker_init_fn,
-            timeout=loader.timeout, multiprocessing_context=loader.multiprocessing_context,
-            prefetch_factor=loader.prefetch_factor))
+        print_log(f'Going on within epoch {self._epoch + 1}, after step {skip} of {len(loader)}', logger='current')
+        return iter(
+            DataLoader(
+                loader.dataset,
+                batch_sampler=list(loader.batch_sampler)[skip:],
+                num_workers=loader.num_workers,
+                collate_fn=loader.collate_fn,
+                pin_memory=loader.pin_memory,
+                worker_init_fn=loader.worker_init_fn,
+                timeout=loader.timeout,
+                multiprocessing_context=loader.multiprocessing_context,
+                prefetch_factor=loader.prefetch_factor,
+            )
+        )
 
     def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
         """Train one step, on its own random numbers."""
@@ -149,6 +158,9 @@ class ExactTrainLoop(EpochBasedTrainLoop):
     def _tell_faults(self) -> None:
         faults = read_faults(self.data.faults)
         if faults:
-            print_log(f'{len(faults)} training images cannot be read and are replaced by others '
-                      f'({self.data.faults.name}): {faults[0]["problem"]}', logger='current',
-                      level=logging.WARNING)
+            print_log(
+                f'{len(faults)} training images cannot be read and are replaced by others '
+                f'({self.data.faults.name}): {faults[0]["problem"]}',
+                logger='current',
+                level=logging.WARNING,
+            )

@@ -127,7 +127,8 @@ class TrainingDataset(Dataset):
                 f'{len(problems)} images of the training set cannot be read, and '
                 f'{self.max_faults} may be replaced by others (train_cfg.max_faulty_images):',
                 sorted(problems),
-                'put back good copies or take them out of the annotation file, then --resume')
+                'put back good copies or take them out of the annotation file, then --resume',
+            )
 
     def _problems(self) -> set[str]:
         return {fault['problem'] for fault in read_faults(self.faults)}

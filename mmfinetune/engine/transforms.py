@@ -26,5 +26,6 @@ class LoadImage(LoadImageFromFile):
             raise UserError(
                 f'Cannot read the image {results.get("img_path")}: {error or type(error).__name__}',
                 cure='put back a good copy, or take the image out of the annotation file '
-                '(`python tools/prepare_voc.py --skip-bad` does it for VOC)') from None
+                '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
+            ) from None
         return loaded

@@ -39,15 +39,16 @@ class BoardBackend(TensorboardVisBackend):
 
     def _init_env(self) -> None:
         from torch.utils.tensorboard import SummaryWriter
+
         # A TensorBoard that is running now has read the points after the checkpoint already.
-        self._tensorboard = SummaryWriter(
-            self._save_dir, purge_step=self._start + 1 if self._start else None)
-        layout = {category: {title: ['Multiline', tags] for title, tags in charts.items()}
-                  for category, charts in board.LAYOUT.items()}
+        self._tensorboard = SummaryWriter(self._save_dir, purge_step=self._start + 1 if self._start else None)
+        layout = {
+            category: {title: ['Multiline', tags] for title, tags in charts.items()}
+            for category, charts in board.LAYOUT.items()
+        }
         self._tensorboard.add_custom_scalars(layout)
         if self._config is not None:
-            self._tensorboard.add_text(board.CONFIG, board.fenced(self._config, 'python'),
-                                       self._start)
+            self._tensorboard.add_text(board.CONFIG, board.fenced(self._config, 'python'), self._start)
 
     def add_config(self, config: Config, **kwargs) -> None:
         """Keep the config for when the file is opened."""
@@ -67,8 +68,9 @@ class BoardBackend(TensorboardVisBackend):
         self._env_initialized = False
         self._start = step
         self._earlier = board.rewind(Path(self._save_dir), step, epoch)
-        self._best = {tag: self._earlier[name][1] for tag in board.HIGHER
-                      if (name := board.best_tag(tag)) in self._earlier}
+        self._best = {
+            tag: self._earlier[name][1] for tag in board.HIGHER if (name := board.best_tag(tag)) in self._earlier
+        }
 
     def _is_there(self, tag: str, step: int) -> bool:
         """Whether an earlier part of the run has the point, as where an epoch is validated anew."""
@@ -84,8 +86,7 @@ class BoardBackend(TensorboardVisBackend):
         self._plot(board.tag_of(name), value, step)
 
     @force_init_env
-    def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None,
-                    **kwargs) -> None:
+    def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs) -> None:
         """Plot a record of MMEngine's logger. It is in the file when this returns."""
         for tag, value in board.tags_of(scalar_dict).items():
             self._plot(tag, value, step)
@@ -110,8 +111,7 @@ class BoardBackend(TensorboardVisBackend):
         # PNG, which SummaryWriter would make of it, is several times as large for photographs.
         height, width = image.shape[:2]
         _, jpeg = cv2.imencode('.jpg', image[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 90])
-        picture = Summary.Image(height=height, width=width, colorspace=3,
-                                encoded_image_string=jpeg.tobytes())
+        picture = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=jpeg.tobytes())
         self.add_summaries(Summary(value=[Summary.Value(tag=name, image=picture)]), step=step)
 
     @force_init_env
@@ -134,11 +134,11 @@ class MLflowBackend(MLflowVisBackend):
     opens another run where a test after the training closes the finished one.
     """
 
-    def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None,
-                    **kwargs) -> None:
+    def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs) -> None:
         """Log a record, ``_`` for each character that MLflow does not allow in names."""
-        super().add_scalars({re.sub(r'[^/\w.\- :]', '_', name): value
-                             for name, value in scalar_dict.items()}, step, file_path, **kwargs)
+        super().add_scalars(
+            {re.sub(r'[^/\w.\- :]', '_', name): value for name, value in scalar_dict.items()}, step, file_path, **kwargs
+        )
 
     def close(self) -> None:
         """End the run, if it goes on."""

@@ -48,8 +48,7 @@ class Scores:
 
     def metrics(self) -> dict[str, float]:
         """The 12 numbers by name, e.g. ``segm_mAP_50``."""
-        return {f'{self.iou_type}_{name}': float(value)
-                for name, value in zip(STATS, self.stats, strict=True)}
+        return {f'{self.iou_type}_{name}': float(value) for name, value in zip(STATS, self.stats, strict=True)}
 
     def ap(self, name: str | None = None, iou: float | None = None) -> float | None:
         """Average precision over COCO's 101 recall points, objects of all sizes.
@@ -85,10 +84,15 @@ class Tide:
     counts: dict[str, int]
 
 
-def evaluate(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str,
-             engine: str = 'hotcoco', cat_ids: Sequence[int] | None = None,
-             img_ids: Sequence[int] | None = None,
-             iou_thrs: Sequence[float] | None = None) -> Scores:
+def evaluate(
+    dataset: Mapping[str, Any],
+    rows: Sequence[Mapping],
+    iou_type: str,
+    engine: str = 'hotcoco',
+    cat_ids: Sequence[int] | None = None,
+    img_ids: Sequence[int] | None = None,
+    iou_thrs: Sequence[float] | None = None,
+) -> Scores:
     """Evaluate detections of one kind by COCO's rules (``maxDets`` 1, 10, 100).
 
     Args:
@@ -117,9 +121,13 @@ def evaluate(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str,
         evaluator.accumulate()
         evaluator.summarize()
     order = np.argsort(np.argsort(cat_ids))
-    return Scores(iou_type, np.asarray(evaluator.stats, float),
-                  np.asarray(evaluator.eval['precision'])[:, :, order],
-                  np.asarray(evaluator.params.iouThrs), tuple(names[c] for c in cat_ids))
+    return Scores(
+        iou_type,
+        np.asarray(evaluator.stats, float),
+        np.asarray(evaluator.eval['precision'])[:, :, order],
+        np.asarray(evaluator.params.iouThrs),
+        tuple(names[c] for c in cat_ids),
+    )
 
 
 def tide(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str) -> Tide:
@@ -139,8 +147,11 @@ def tide(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str) -> 
         evaluator = _evaluator('hotcoco', dataset, rows, iou_type)
         evaluator.evaluate()
         found = evaluator.tide_errors()
-    return Tide(float(found['ap_base']), {e: float(found['delta_ap'][e]) for e in TIDE_ERRORS},
-                {e: int(found['counts'][e]) for e in TIDE_ERRORS})
+    return Tide(
+        float(found['ap_base']),
+        {e: float(found['delta_ap'][e]) for e in TIDE_ERRORS},
+        {e: int(found['counts'][e]) for e in TIDE_ERRORS},
+    )
 
 
 def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str):
@@ -156,7 +167,6 @@ def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[Mapping],
     if rows:
         found = truth.loadRes([dict(row) for row in rows])
     else:  # pycocotools' loadRes looks at the first row
-        found.dataset = {'images': dataset['images'], 'categories': dataset['categories'],
-                         'annotations': []}
+        found.dataset = {'images': dataset['images'], 'categories': dataset['categories'], 'annotations': []}
         found.createIndex()
     return COCOeval(truth, found, iou_type)

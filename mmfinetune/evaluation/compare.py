@@ -53,16 +53,16 @@ class Run:
 
     def curve(self, metric: str) -> dict[int, float]:
         """A metric by epoch, epochs ascending; NaN where it was undefined."""
-        return {epoch: self.epochs[epoch][metric] for epoch in sorted(self.epochs)
-                if metric in self.epochs[epoch]}
+        return {epoch: self.epochs[epoch][metric] for epoch in sorted(self.epochs) if metric in self.epochs[epoch]}
 
     def best(self, metric: str) -> tuple[int, float] | None:
         """The first epoch with the best value, and the value; None if there is none."""
         return best_of(self.curve(metric), less='loss' in metric)
 
 
-def compare(folders: Sequence[Path], names: Sequence[str] | None = None,
-            metrics: Sequence[str] = (METRIC,), stem: Path = STEM) -> str:
+def compare(
+    folders: Sequence[Path], names: Sequence[str] | None = None, metrics: Sequence[str] = (METRIC,), stem: Path = STEM
+) -> str:
     """Compare runs; write tables as ``.md`` and ``.csv`` and the curves as ``.png``.
 
     Args:
@@ -95,10 +95,11 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> li
     if names is None:
         names = _default_names(folders)
     elif len(names) != len(folders):
-        raise UserError(f'{len(folders)} folders, but {len(names)} names',
-                        [f'{folder}: {name}' for folder, name in
-                         zip(folders, [*names, *['no name'] * len(folders)], strict=False)],
-                        'give one name per folder, in the same order, or none at all')
+        raise UserError(
+            f'{len(folders)} folders, but {len(names)} names',
+            [f'{folder}: {name}' for folder, name in zip(folders, [*names, *['no name'] * len(folders)], strict=False)],
+            'give one name per folder, in the same order, or none at all',
+        )
     return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
@@ -116,9 +117,11 @@ def read_run(folder: Path, name: str) -> Run:
     logs = sorted(folder.glob(f'*/{SCALARS}'))
     zero_shot = folder / ZERO_SHOT
     if not logs and not zero_shot.is_file():
-        raise UserError(f'{folder}: no run in it' if folder.is_dir() else
-                        f'{folder}: no such folder', _nearby(folder),
-                        f'pass a work dir, which holds <timestamp>/{SCALARS}')
+        raise UserError(
+            f'{folder}: no run in it' if folder.is_dir() else f'{folder}: no such folder',
+            _nearby(folder),
+            f'pass a work dir, which holds <timestamp>/{SCALARS}',
+        )
     epochs: dict[int, dict[str, float]] = {}
     for log in logs:
         first, validated = _read_scalars(log)
@@ -142,18 +145,22 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     if not wrong:
         return
     if not known:
-        raise UserError('No epoch of these runs has been validated yet:',
-                        [str(run.folder) for run in runs],
-                        'wait for the end of the first epoch')
+        raise UserError(
+            'No epoch of these runs has been validated yet:',
+            [str(run.folder) for run in runs],
+            'wait for the end of the first epoch',
+        )
     near = []
     for metric in wrong:
         # Without its prefix too, since that is what one leaves out.
         near += [key for key in known if key.rpartition('/')[2] == metric]
         near += difflib.get_close_matches(metric, known, 5)
     near = list(dict.fromkeys(near))
-    raise UserError(f'No run has the metric {" nor ".join(wrong)}; '
-                    f'{"similar" if near else "there"} are:',
-                    near or known, '--metric takes the names in the logs')
+    raise UserError(
+        f'No run has the metric {" nor ".join(wrong)}; {"similar" if near else "there"} are:',
+        near or known,
+        '--metric takes the names in the logs',
+    )
 
 
 def table(runs: Sequence[Run], metric: str) -> str:
@@ -165,19 +172,26 @@ def table(runs: Sequence[Run], metric: str) -> str:
     rows = [[f'{metric} after epoch', *map(str, columns), 'best (epoch)']]
     for run in runs:
         curve = run.curve(metric)
-        rows.append([cell(run.name)]
-                    + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
-                    + [_best(run, metric)])
+        rows.append(
+            [cell(run.name)]
+            + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
+            + [_best(run, metric)]
+        )
     return markdown_table(rows)
 
 
 def overview(runs: Sequence[Run]) -> str:
     """A Markdown table: best mask and box AP, number of epochs and training time of each run."""
-    rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs',
-             'training time']]
-    rows += [[cell(run.name), *(_best(run, metric) for metric in _MAIN),
-              str(max(run.epochs, default=0)),
-              '-' if run.seconds is None else duration(run.seconds)] for run in runs]
+    rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs', 'training time']]
+    rows += [
+        [
+            cell(run.name),
+            *(_best(run, metric) for metric in _MAIN),
+            str(max(run.epochs, default=0)),
+            '-' if run.seconds is None else duration(run.seconds),
+        ]
+        for run in runs
+    ]
     return markdown_table(rows)
 
 
@@ -186,12 +200,17 @@ def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     columns = sorted({epoch for metric in metrics for epoch in _columns(runs, metric)})
     out = io.StringIO()
     writer = csv.writer(out, lineterminator='\n')
-    writer.writerow(['run', 'metric', *(f'epoch_{epoch}' for epoch in columns), 'best',
-                     'best_epoch'])
+    writer.writerow(['run', 'metric', *(f'epoch_{epoch}' for epoch in columns), 'best', 'best_epoch'])
     for metric, run in itertools.product(metrics, runs):
         curve, best = run.curve(metric), run.best(metric)
-        writer.writerow([run.name, metric, *(curve.get(epoch, '') for epoch in columns),
-                         *((best[1], best[0]) if best else ('', ''))])
+        writer.writerow(
+            [
+                run.name,
+                metric,
+                *(curve.get(epoch, '') for epoch in columns),
+                *((best[1], best[0]) if best else ('', '')),
+            ]
+        )
     return out.getvalue()
 
 
@@ -203,25 +222,25 @@ def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
     """
     panels = []
     for metric in metrics:
-        panels += [name for name in (metric, f'{metric}_50')
-                   if name == metric or any(run.curve(name) for run in runs)]
+        panels += [name for name in (metric, f'{metric}_50') if name == metric or any(run.curve(name) for run in runs)]
     if all(run.curve(VAL_LOSS) for run in runs):
         panels.append(VAL_LOSS)
     panels = list(dict.fromkeys(panels))
     columns = min(3, len(panels))
-    figure, places = plots.new_figure(6 * columns, 5 * math.ceil(len(panels) / columns),
-                                      math.ceil(len(panels) / columns), columns, dpi=150)
+    figure, places = plots.new_figure(
+        6 * columns, 5 * math.ceil(len(panels) / columns), math.ceil(len(panels) / columns), columns, dpi=150
+    )
     for axes, key in zip(places, panels, strict=False):
         # By number, since two runs may be called the same.
-        handles = plots.lines(axes, {i: run.curve(key) for i, run in enumerate(runs)},
-                              _TITLES.get(key) or title_of(key), 'epoch')
-    for axes in places[len(panels):]:
+        handles = plots.lines(
+            axes, {i: run.curve(key) for i, run in enumerate(runs)}, _TITLES.get(key) or title_of(key), 'epoch'
+        )
+    for axes in places[len(panels) :]:
         axes.set_axis_off()
     labels = plots.legible([run.name for run in runs])
     # As many columns as fit, at about 11 characters per inch and 8 for a line's sample.
     fitting = max(1, 66 * columns // (max(map(len, labels)) + 8))
-    plots.legend(figure, handles, labels, loc='outside lower center',
-                 ncols=min(len(runs), fitting))
+    plots.legend(figure, handles, labels, loc='outside lower center', ncols=min(len(runs), fitting))
     return plots.png(figure)
 
 
@@ -299,16 +318,19 @@ def _read(path: Path) -> bytes:
 
 def _broken(path: Path, error: object, line: int = 0) -> UserError:
     where = f'{path}, line {line}' if line else f'{path}'
-    return UserError(f'{where}: broken: {error}',
-                     cure='take the line out' if line else 'make the file anew or remove it')
+    return UserError(
+        f'{where}: broken: {error}', cure='take the line out' if line else 'make the file anew or remove it'
+    )
 
 
 def _numbers(record: dict) -> dict[str, float]:
     """The metrics of a record; NaN where there was no ground truth, for which COCO has -1."""
-    numbers = {key: float(value) for key, value in record.items() if key not in _NO_METRICS
-               and isinstance(value, (int, float)) and not isinstance(value, bool)}
-    return {key: math.nan if value == -1 and key.startswith('coco/') else value
-            for key, value in numbers.items()}
+    numbers = {
+        key: float(value)
+        for key, value in record.items()
+        if key not in _NO_METRICS and isinstance(value, (int, float)) and not isinstance(value, bool)
+    }
+    return {key: math.nan if value == -1 and key.startswith('coco/') else value for key, value in numbers.items()}
 
 
 def _columns(runs: Sequence[Run], metric: str) -> list[int]:

@@ -120,7 +120,7 @@ class Matches:
         last = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
         best = int(last[int(np.argmax(f1[last]))])
         below = scores[best + 1] if best + 1 < len(scores) else -1.0
-        digits = (math.floor(scores[best] * 10 ** d) / 10 ** d for d in range(1, 17))
+        digits = (math.floor(scores[best] * 10**d) / 10**d for d in range(1, 17))
         return float(f1[best]), next((float(t) for t in digits if below < t), float(scores[best]))
 
     def errors(self, score_thr: float) -> list[ImageErrors]:
@@ -145,19 +145,23 @@ class Matches:
                 confused[image_id].append((i, int(taker[i])))
         for i in np.flatnonzero(used & ~hit):
             false[self.rows[i]['image_id']].append(int(i))
-        found = [ImageErrors(i, right[i], tuple(missed[i]), tuple(false[i]), tuple(confused[i]))
-                 for i in {**missed, **false, **confused}]
+        found = [
+            ImageErrors(i, right[i], tuple(missed[i]), tuple(false[i]), tuple(confused[i]))
+            for i in {**missed, **false, **confused}
+        ]
         return sorted(found, key=lambda e: (-e.count, e.f1, e.image_id))
 
     def describe(self, errors: ImageErrors) -> str:
         """E.g. ``missed: 2 dog; false: cow on cat; confused: cat taken for dog``."""
+
         def listed(texts: Sequence[str]) -> str:
             return ', '.join(f'{n} {t}' if n > 1 else t for t, n in Counter(texts).items())
 
         parts = {
             'missed': listed([self.names[self.object_labels[i]] for i in errors.missed]),
             'false': listed([self.false_text(i) for i in errors.false]),
-            'confused': listed([self.confused_text(*pair) for pair in errors.confused])}
+            'confused': listed([self.confused_text(*pair) for pair in errors.confused]),
+        }
         return '; '.join(f'{what}: {text}' for what, text in parts.items() if text)
 
     def false_text(self, detection: int) -> str:
@@ -170,8 +174,7 @@ class Matches:
 
     def confused_text(self, thing: int, detection: int) -> str:
         """``cat taken for dog``."""
-        return f'{self.names[self.object_labels[thing]]} taken for ' \
-               f'{self.names[self.labels[detection]]}'
+        return f'{self.names[self.object_labels[thing]]} taken for {self.names[self.labels[detection]]}'
 
     def _right(self) -> np.ndarray:
         right = self.found >= 0
@@ -189,6 +192,7 @@ def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU
         iou_thr: Least IoU, and least share of a detection in a crowd region.
     """
     from pycocotools import mask as mask_api
+
     shape_of = truth.rle if kind == 'segm' else lambda a: a['bbox']
     key = 'segmentation' if kind == 'segm' else 'bbox'
     label_of = {c: i for i, c in enumerate(truth.names)}
@@ -205,8 +209,9 @@ def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU
         single = sum(not a['iscrowd'] for a in things)
         taken, under, lost = [-1] * len(best), [-1] * len(best), [False] * len(best)
         if best and things:
-            ious = np.array(mask_api.iou([r[key] for r in best], [shape_of(a) for a in things],
-                                         [a['iscrowd'] for a in things]))
+            ious = np.array(
+                mask_api.iou([r[key] for r in best], [shape_of(a) for a in things], [a['iscrowd'] for a in things])
+            )
             free = np.ones(single, bool)
             for i, row in enumerate(ious):
                 candidates = np.where(row[:single] >= iou_thr, row[:single], -1)
@@ -217,15 +222,23 @@ def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU
                 if single and candidates[place] >= 0:
                     taken[i], free[place] = len(objects) + place, False
                 else:
-                    lost[i] = any(iou >= iou_thr and a['category_id'] == best[i]['category_id']
-                                  for iou, a in zip(row[single:], things[single:], strict=True))
+                    lost[i] = any(
+                        iou >= iou_thr and a['category_id'] == best[i]['category_id']
+                        for iou, a in zip(row[single:], things[single:], strict=True)
+                    )
         kept += best
         found += taken
         over += under
         ignored += lost
         objects += things[:single]
-    return Matches(tuple(truth.names.values()), kept, objects,
-                   np.array([label_of[r['category_id']] for r in kept], int),
-                   np.array([r['score'] for r in kept], float), np.array(found, int),
-                   np.array(over, int), np.array(ignored, bool),
-                   np.array([label_of[a['category_id']] for a in objects], int))
+    return Matches(
+        tuple(truth.names.values()),
+        kept,
+        objects,
+        np.array([label_of[r['category_id']] for r in kept], int),
+        np.array([r['score'] for r in kept], float),
+        np.array(found, int),
+        np.array(over, int),
+        np.array(ignored, bool),
+        np.array([label_of[a['category_id']] for a in objects], int),
+    )

@@ -26,25 +26,29 @@ def tide_picture(tides: Mapping[str, Tide]) -> bytes:
     widest = max([0.05, *(v for t in tides.values() for v in t.d_ap.values())])
     for number, tide in enumerate(tides.values()):
         places = np.arange(len(TIDE_ERRORS)) + (number - (len(tides) - 1) / 2) * thick
-        handles.append(axes.barh(places, list(tide.d_ap.values()), 0.9 * thick,
-                                 color=plots.COLOURS[number]))
+        handles.append(axes.barh(places, list(tide.d_ap.values()), 0.9 * thick, color=plots.COLOURS[number]))
         for place, error in zip(places, TIDE_ERRORS, strict=True):
-            axes.text(max(0, tide.d_ap[error]) + 0.012 * widest, place,
-                      f'{tide.d_ap[error]:.3f}   ({tide.counts[error]:,})', va='center',
-                      fontsize=8, color='#444444')
-    axes.set_yticks(range(len(TIDE_ERRORS)), [f'{error}: {meaning}' for error, meaning
-                                              in TIDE_ERRORS.items()], fontsize=9)
-    axes.set(xlim=(0, 1.3 * widest), ylim=(len(TIDE_ERRORS) - 0.4, -0.6),
-             xlabel='rise of AP50 if mended (number of errors)')
+            axes.text(
+                max(0, tide.d_ap[error]) + 0.012 * widest,
+                place,
+                f'{tide.d_ap[error]:.3f}   ({tide.counts[error]:,})',
+                va='center',
+                fontsize=8,
+                color='#444444',
+            )
+    axes.set_yticks(
+        range(len(TIDE_ERRORS)), [f'{error}: {meaning}' for error, meaning in TIDE_ERRORS.items()], fontsize=9
+    )
+    axes.set(
+        xlim=(0, 1.3 * widest), ylim=(len(TIDE_ERRORS) - 0.4, -0.6), xlabel='rise of AP50 if mended (number of errors)'
+    )
     axes.grid(axis='x', alpha=0.3)
     axes.set_axisbelow(True)
     axes.tick_params(axis='y', length=0)
     axes.spines[['top', 'right']].set_visible(False)
-    figure.suptitle('TIDE errors: ' + ', '.join(f'{KINDS[kind]} AP50 {tide.ap50:.3f}'
-                                                for kind, tide in tides.items()))
+    figure.suptitle('TIDE errors: ' + ', '.join(f'{KINDS[kind]} AP50 {tide.ap50:.3f}' for kind, tide in tides.items()))
     if len(tides) > 1:
-        plots.legend(figure, handles, [KINDS[kind] for kind in tides], loc='outside lower center',
-                     ncols=2)
+        plots.legend(figure, handles, [KINDS[kind] for kind in tides], loc='outside lower center', ncols=2)
     return plots.png(figure)
 
 
@@ -57,6 +61,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
         title: What the numbers are of.
     """
     from matplotlib.colors import PowerNorm
+
     count = len(matrix)
     names = [*plots.legible(names), NOTHING]
     numbers = count <= _CELLS_WITH_NUMBERS + 1
@@ -69,8 +74,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
     shares = np.divide(matrix, sums, out=np.zeros(matrix.shape), where=sums > 0)
     # By the root, since even rare confusions are to be seen.
     image = axes.imshow(shares, cmap='Blues', norm=PowerNorm(0.5, 0, 1))
-    axes.set_xticks(range(0, count, step), names[::step], rotation=90, fontsize=size,
-                    parse_math=False)
+    axes.set_xticks(range(0, count, step), names[::step], rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(range(0, count, step), names[::step], fontsize=size, parse_math=False)
     axes.set_xlabel('predicted')
     axes.set_ylabel('true')
@@ -85,8 +89,14 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
     axes.tick_params(which='both', length=0)
     if numbers:
         for y, x in np.argwhere(matrix):
-            axes.text(x, y, f'{matrix[y, x]}' if matrix[y, x] < 10000 else f'{matrix[y, x]:.0e}',
-                      ha='center', va='center', fontsize=7,
-                      color='white' if shares[y, x] > 0.3 else 'black')
+            axes.text(
+                x,
+                y,
+                f'{matrix[y, x]}' if matrix[y, x] < 10000 else f'{matrix[y, x]:.0e}',
+                ha='center',
+                va='center',
+                fontsize=7,
+                color='white' if shares[y, x] > 0.3 else 'black',
+            )
     figure.colorbar(image, ax=axes, shrink=0.6, label='share of the row')
     return plots.png(figure)

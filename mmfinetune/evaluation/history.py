@@ -41,6 +41,7 @@ class History:
 
     def columns(self) -> list[str]:
         """Names of all values: steps, training, validation, metrics, learning rates, times."""
+
         def place(name: str) -> int:
             group = name if name in _COLUMN_ORDER else name.partition('/')[0]
             group = f'{group}/' if f'{group}/' in _COLUMN_ORDER else group
@@ -50,8 +51,7 @@ class History:
 
     def curve(self, name: str) -> dict[int, float]:
         """A value by epoch (or iteration)."""
-        return {int(row[self.unit]): row[name] for row in self.rows
-                if name in row and self.unit in row}
+        return {int(row[self.unit]): row[name] for row in self.rows if name in row and self.unit in row}
 
     def best(self, name: str, less: bool = False) -> tuple[int, float] | None:
         """The best value and its epoch (or iteration); see `best_of`."""
@@ -87,8 +87,7 @@ class History:
                 raise ValueError(f'line {number}: {len(line)} fields, not {len(header)}')
             fields = {name: text for name, text in zip(header, line, strict=True) if text}
             try:
-                row = {name: int(text) if name in ('epoch', 'iter') else float(text)
-                       for name, text in fields.items()}
+                row = {name: int(text) if name in ('epoch', 'iter') else float(text) for name, text in fields.items()}
             except ValueError as error:
                 raise ValueError(f'line {number}: {error}') from error
             if row.get('iter', 0) <= (history.rows[-1]['iter'] if history.rows else 0):

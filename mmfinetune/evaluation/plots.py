@@ -16,9 +16,6 @@ if TYPE_CHECKING:
     from mmfinetune.evaluation.history import History
 
 
-
-
-
 # Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too faint on white.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 # Another number than of the colours, so that lines that share a colour differ in the marker.
@@ -26,15 +23,29 @@ MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
 DPI = 110
 _KINDS = {'coco/segm': 'mask', 'coco/bbox': 'box'}
 # With Chinese, Japanese and Korean letters, which matplotlib's own font lacks.
-_WIDE_FONTS = ('Noto Sans CJK SC', 'Noto Sans CJK JP', 'Noto Sans SC', 'Source Han Sans SC',
-               'Source Han Sans CN', 'WenQuanYi Micro Hei', 'WenQuanYi Zen Hei',
-               'Droid Sans Fallback', 'AR PL UMing CN', 'Microsoft YaHei', 'SimHei', 'SimSun',
-               'PingFang SC', 'Hiragino Sans GB', 'Heiti SC', 'Arial Unicode MS')
+_WIDE_FONTS = (
+    'Noto Sans CJK SC',
+    'Noto Sans CJK JP',
+    'Noto Sans SC',
+    'Source Han Sans SC',
+    'Source Han Sans CN',
+    'WenQuanYi Micro Hei',
+    'WenQuanYi Zen Hei',
+    'Droid Sans Fallback',
+    'AR PL UMing CN',
+    'Microsoft YaHei',
+    'SimHei',
+    'SimSun',
+    'PingFang SC',
+    'Hiragino Sans GB',
+    'Heiti SC',
+    'Arial Unicode MS',
+)
 _LONGEST = 40  # characters of a name that fit beside a bar
 _UNKNOWN = '\u25a1'  # a square, for a letter that no font here has
 _BARS_PER_COLUMN = 60
 # Agg draws no more than 2^16 px along a side.
-_TALLEST = 2 ** 16 / DPI - 8
+_TALLEST = 2**16 / DPI - 8
 
 
 def title_of(metric: str) -> str:
@@ -55,7 +66,7 @@ def legible(names: Sequence[str]) -> list[str]:
     for number, name in enumerate(names):
         name = ' '.join(name.split())
         if len(name) > _LONGEST:
-            name = f'{name[:_LONGEST - 1]}…'
+            name = f'{name[: _LONGEST - 1]}…'
         text = _writable(name)
         texts.append(text if text and text == name else f'#{number} {text}'.rstrip())
     return texts
@@ -63,13 +74,17 @@ def legible(names: Sequence[str]) -> list[str]:
 
 def _writable(text: str) -> str:
     """The text with a square for each letter that no font here has, without invisible ones."""
-    return ''.join(char if _has_glyph(char) else _UNKNOWN for char in text if _has_glyph(char)
-                   or unicodedata.category(char) not in ('Cc', 'Cf', 'Cs', 'Mn', 'Me'))
+    return ''.join(
+        char if _has_glyph(char) else _UNKNOWN
+        for char in text
+        if _has_glyph(char) or unicodedata.category(char) not in ('Cc', 'Cf', 'Cs', 'Mn', 'Me')
+    )
 
 
 @functools.cache
 def _has_glyph(char: str) -> bool:
     from matplotlib.font_manager import findfont, get_font
+
     return any(get_font(findfont(family)).get_char_index(ord(char)) for family in _families())
 
 
@@ -78,6 +93,7 @@ def _families() -> list[str]:
     """Matplotlib's own font, then those found on this machine that have more letters."""
     from matplotlib import rcParams
     from matplotlib.font_manager import findSystemFonts, fontManager
+
     # Matplotlib's list of fonts is kept from its first use on this machine.
     known = {font.fname for font in fontManager.ttflist}
     for path in set(findSystemFonts()) - known:
@@ -91,8 +107,9 @@ def _families() -> list[str]:
     return [first, *(name for name in _WIDE_FONTS if name in there)]
 
 
-def new_figure(width: float, height: float, rows: int = 1, columns: int = 1,
-               dpi: int = DPI) -> tuple[Figure, list[Axes]]:
+def new_figure(
+    width: float, height: float, rows: int = 1, columns: int = 1, dpi: int = DPI
+) -> tuple[Figure, list[Axes]]:
     """A figure of `width` × `height` inches, and its panels row by row."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -107,6 +124,7 @@ def png(figure: Figure) -> bytes:
     """Draw a figure of `new_figure`."""
     from matplotlib import rc_context
     from matplotlib.text import Text
+
     # Those that are there, and ticks that drawing makes.
     for text in figure.findobj(Text):
         text.set_fontfamily(_families())
@@ -116,8 +134,7 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, xlabel: str,
-          first: int = 0) -> list:
+def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, xlabel: str, first: int = 0) -> list:
     """Draw curves into a panel.
 
     Args:
@@ -131,13 +148,20 @@ def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, x
         The lines, for a legend.
     """
     from matplotlib.ticker import MaxNLocator
+
     handles = []
     for number, curve in enumerate(curves.values(), first):
         # Markers of a long history would hide its line.
         every = math.ceil(len(curve) / 20) or 1
-        handles += axes.plot(list(curve), list(curve.values()), linewidth=1.8, markersize=5.5,
-                             markevery=every, color=COLOURS[number % len(COLOURS)],
-                             marker=MARKERS[number % len(MARKERS)])
+        handles += axes.plot(
+            list(curve),
+            list(curve.values()),
+            linewidth=1.8,
+            markersize=5.5,
+            markevery=every,
+            color=COLOURS[number % len(COLOURS)],
+            marker=MARKERS[number % len(MARKERS)],
+        )
     axes.set_title(_writable(title), parse_math=False)
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -159,8 +183,7 @@ def curves(history: History) -> bytes:
 
     A panel without values is left out; a run without any row gives an empty pair of axes.
     """
-    panels = [(title, {name: c for name, c in panel.items() if c}, log)
-              for title, panel, log in _panels(history)]
+    panels = [(title, {name: c for name, c in panel.items() if c}, log) for title, panel, log in _panels(history)]
     panels = [panel for panel in panels if panel[1]] or [('loss', {}, False)]
     figure, places = new_figure(5 * len(panels), 4.4, columns=len(panels))
     for axes, (title, found, log) in zip(places, panels, strict=True):
@@ -168,22 +191,22 @@ def curves(history: History) -> bytes:
         if log and all(value > 0 for curve in found.values() for value in curve.values()):
             axes.set_yscale('log')
         if handles:
-            legend(axes, handles, legible(list(found)), loc='upper center', ncols=2,
-                   bbox_to_anchor=(0.5, -0.14))
+            legend(axes, handles, legible(list(found)), loc='upper center', ncols=2, bbox_to_anchor=(0.5, -0.14))
     return png(figure)
 
 
 def _panels(history: History) -> list[tuple[str, dict[str, dict[int, float]], bool]]:
     """Title, curves by name and whether the y axis is logarithmic."""
-    rates = {name.removeprefix('lr/'): history.curve(name) for name in history.columns()
-             if name.startswith('lr/')} or {'lr': history.curve('lr')}
+    rates = {name.removeprefix('lr/'): history.curve(name) for name in history.columns() if name.startswith('lr/')} or {
+        'lr': history.curve('lr')
+    }
     aps = ('coco/bbox_mAP', 'coco/segm_mAP', 'coco/segm_mAP_50')
-    return [('loss', {'training': history.curve('train/loss'),
-                      'validation': history.curve('val/loss')}, False),
-            # -1 stands for no ground truth.
-            ('AP', {title_of(name): {x: v for x, v in history.curve(name).items() if v >= 0}
-                    for name in aps}, False),
-            ('learning rate', rates, True)]
+    return [
+        ('loss', {'training': history.curve('train/loss'), 'validation': history.curve('val/loss')}, False),
+        # -1 stands for no ground truth.
+        ('AP', {title_of(name): {x: v for x, v in history.curve(name).items() if v >= 0} for name in aps}, False),
+        ('learning rate', rates, True),
+    ]
 
 
 def class_bars(per_class: Mapping[str, Mapping[str, float]], title: str = '') -> bytes:
@@ -195,22 +218,30 @@ def class_bars(per_class: Mapping[str, Mapping[str, float]], title: str = '') ->
             ground truth.
         title: What the numbers are of.
     """
-    kind = 'segm' if any('segm_AP' in values for values in per_class.values()) or not any(
-        'bbox_AP' in values for values in per_class.values()) else 'bbox'
+    kind = (
+        'segm'
+        if any('segm_AP' in values for values in per_class.values())
+        or not any('bbox_AP' in values for values in per_class.values())
+        else 'bbox'
+    )
     names = legible(list(per_class))
-    rows = sorted(((values.get(f'{kind}_AP', math.nan), values.get(f'{kind}_AP50', math.nan), name)
-                   for name, values in zip(names, per_class.values(), strict=True)),
-                  key=lambda row: -math.inf if math.isnan(row[0]) else row[0], reverse=True)
+    rows = sorted(
+        (
+            (values.get(f'{kind}_AP', math.nan), values.get(f'{kind}_AP50', math.nan), name)
+            for name, values in zip(names, per_class.values(), strict=True)
+        ),
+        key=lambda row: -math.inf if math.isnan(row[0]) else row[0],
+        reverse=True,
+    )
     columns = min(4, math.ceil(len(rows) / _BARS_PER_COLUMN) or 1)
     count = math.ceil(len(rows) / columns) or 1
     step = min(0.24, _TALLEST / count)
     figure, places = new_figure(max(6.5, 5.5 * columns), 1.6 + step * count, columns=columns)
     for number, axes in enumerate(places):
-        handles = _bars(axes, rows[number * count:(number + 1) * count], count)
+        handles = _bars(axes, rows[number * count : (number + 1) * count], count)
     word = {'segm': 'mask', 'bbox': 'box'}[kind]
     known = ['AP', 'AP50'] if any(math.isfinite(row[1]) for row in rows) else ['AP']
-    figure.suptitle(_writable(f'{word} {" / ".join(known)} by class'
-                              f'{f", {title}" if title else ""}'), parse_math=False)
+    figure.suptitle(_writable(f'{word} {" / ".join(known)} by class{f", {title}" if title else ""}'), parse_math=False)
     if len(known) == 2:
         legend(figure, handles, known, loc='outside lower center', ncols=2)
     return png(figure)
@@ -224,8 +255,15 @@ def _bars(axes: Axes, rows: Sequence[tuple[float, float, str]], count: int) -> l
     for place, (ap, ap50, _) in zip(places, rows, strict=True):
         text = ' / '.join(f'{v:.3f}' for v in (ap, ap50) if math.isfinite(v))
         # Within the axes as it is; measuring hundreds of them would take seconds.
-        axes.text(max(_zero(ap), _zero(ap50)) + 0.01, place, text or 'no ground truth', va='center',
-                  fontsize=8, color='#444444', in_layout=False)
+        axes.text(
+            max(_zero(ap), _zero(ap50)) + 0.01,
+            place,
+            text or 'no ground truth',
+            va='center',
+            fontsize=8,
+            color='#444444',
+            in_layout=False,
+        )
     axes.set_yticks(places, [row[2] for row in rows], fontsize=9, parse_math=False)
     axes.set(xlim=(0, 1.25), ylim=(count - 0.4, -0.6), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     axes.grid(axis='x', alpha=0.3)

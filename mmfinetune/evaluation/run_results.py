@@ -23,16 +23,28 @@ SUMMARY = 'summary.md'
 PREFIX = 'coco/'
 KINDS = {'bbox': 'box', 'segm': 'mask'}
 # COCO's twelve numbers: our name, IoU, area, detections per image; in pycocotools' order.
-STATS = (('mAP', '0.50:0.95', 'all', 100), ('mAP_50', '0.50', 'all', 100),
-         ('mAP_75', '0.75', 'all', 100), ('mAP_s', '0.50:0.95', 'small', 100),
-         ('mAP_m', '0.50:0.95', 'medium', 100), ('mAP_l', '0.50:0.95', 'large', 100),
-         ('AR@1', '0.50:0.95', 'all', 1), ('AR@10', '0.50:0.95', 'all', 10),
-         ('AR@100', '0.50:0.95', 'all', 100), ('AR_s@100', '0.50:0.95', 'small', 100),
-         ('AR_m@100', '0.50:0.95', 'medium', 100), ('AR_l@100', '0.50:0.95', 'large', 100))
+STATS = (
+    ('mAP', '0.50:0.95', 'all', 100),
+    ('mAP_50', '0.50', 'all', 100),
+    ('mAP_75', '0.75', 'all', 100),
+    ('mAP_s', '0.50:0.95', 'small', 100),
+    ('mAP_m', '0.50:0.95', 'medium', 100),
+    ('mAP_l', '0.50:0.95', 'large', 100),
+    ('AR@1', '0.50:0.95', 'all', 1),
+    ('AR@10', '0.50:0.95', 'all', 10),
+    ('AR@100', '0.50:0.95', 'all', 100),
+    ('AR_s@100', '0.50:0.95', 'small', 100),
+    ('AR_m@100', '0.50:0.95', 'medium', 100),
+    ('AR_l@100', '0.50:0.95', 'large', 100),
+)
 PerClass = Mapping[str, Mapping[str, float]]
 # What else the summary points to, where it is there.
-_OTHER_FILES = {'test_results.json': 'numbers of the final test', 'figures': 'test pictures',
-                'tensorboard_logs': 'TensorBoard', 'confusion_matrix.png': 'confusion matrix'}
+_OTHER_FILES = {
+    'test_results.json': 'numbers of the final test',
+    'figures': 'test pictures',
+    'tensorboard_logs': 'TensorBoard',
+    'confusion_matrix.png': 'confusion matrix',
+}
 
 
 def set_aside(path: Path) -> Path:
@@ -103,14 +115,14 @@ def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: s
             continue
         lines = [f'IoU metric: {kind}', 'COCO results:']
         for name, iou, area, detections in STATS:
-            what = ('Average Precision', '(AP)') if name.startswith('mAP') \
-                else ('Average Recall', '(AR)')
-            lines.append(f' {what[0]:<18} {what[1]} @[ IoU={iou:<9} | area={area:>6s} | '
-                         f'maxDets={detections:>3d} ] = '
-                         f'{metrics.get(f"{PREFIX}{kind}_{name}", -1):0.3f}')
+            what = ('Average Precision', '(AP)') if name.startswith('mAP') else ('Average Recall', '(AR)')
+            lines.append(
+                f' {what[0]:<18} {what[1]} @[ IoU={iou:<9} | area={area:>6s} | '
+                f'maxDets={detections:>3d} ] = '
+                f'{metrics.get(f"{PREFIX}{kind}_{name}", -1):0.3f}'
+            )
         wide = any(f'{kind}_AP50' in values for values in per_class.values())
-        key, iou, total = (f'{kind}_AP50', '0.5', 'mAP_50') if wide \
-            else (f'{kind}_AP', '0.50:0.95', 'mAP')
+        key, iou, total = (f'{kind}_AP50', '0.5', 'mAP_50') if wide else (f'{kind}_AP', '0.50:0.95', 'mAP')
         if any(key in values for values in per_class.values()):
             lines += ['', f'mAP(IoU={iou}) for each category:']
             lines += [f' {name:15}: {values.get(key, -1)}' for name, values in per_class.items()]
@@ -119,8 +131,7 @@ def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: s
     return '\n'.join([f'{source}\n'] * bool(source) + blocks)
 
 
-def write_record_map(path: str | Path, metrics: Mapping[str, float], per_class: PerClass,
-                     source: str = '') -> None:
+def write_record_map(path: str | Path, metrics: Mapping[str, float], per_class: PerClass, source: str = '') -> None:
     """Write `record_map_text`.
 
     Raises:
@@ -152,8 +163,7 @@ class RunFacts:
     data: Sequence[Sequence[str]] = ()
 
 
-def summary_text(facts: RunFacts, history: History, done: int, state: str, per_class: PerClass,
-                 work_dir: Path) -> str:
+def summary_text(facts: RunFacts, history: History, done: int, state: str, per_class: PerClass, work_dir: Path) -> str:
     """A run as one Markdown page.
 
     Args:
@@ -165,8 +175,12 @@ def summary_text(facts: RunFacts, history: History, done: int, state: str, per_c
         work_dir: Its folder; files that are there are linked.
     """
     unit = {'epoch': 'epoch', 'iter': 'iteration'}[facts.unit]
-    lines = [f'# {facts.name}', '', f'**{state}: {unit} {done} of {facts.total}** '
-             f'({time.strftime("%Y-%m-%d %H:%M:%S")})', '']
+    lines = [
+        f'# {facts.name}',
+        '',
+        f'**{state}: {unit} {done} of {facts.total}** ({time.strftime("%Y-%m-%d %H:%M:%S")})',
+        '',
+    ]
     for metric, less in facts.best.items():
         if best := history.best(metric, less):
             file = f'best_{metric}_{facts.unit}_{best[0]}.pth'.replace('/', '_')
@@ -181,11 +195,11 @@ def summary_text(facts: RunFacts, history: History, done: int, state: str, per_c
     sections = {
         'Test': 'Not tested yet.\n',
         f'{unit.capitalize()}s': _history_table(history),
-        'Classes': class_section(per_class, f'Validation after {unit} {last}.',
-                                 (work_dir / CLASS_BARS).is_file()),
+        'Classes': class_section(per_class, f'Validation after {unit} {last}.', (work_dir / CLASS_BARS).is_file()),
         'Run': f'```bash\n{facts.command}\n```\n\n{markdown_table(setup, left=2)}',
         'Data': markdown_table(data),
-        'Files': _file_list(work_dir)}
+        'Files': _file_list(work_dir),
+    }
     return body + ''.join(f'\n## {title}\n\n{text}' for title, text in sections.items() if text)
 
 
@@ -193,18 +207,20 @@ def class_section(per_class: PerClass, source: str, picture: bool) -> str:
     """The table of classes, and the picture of it; empty without classes."""
     if not per_class:
         return ''
-    keys = [key for key in ('segm_AP', 'segm_AP50', 'bbox_AP', 'bbox_AP50')
-            if any(key in values for values in per_class.values())]
-    rows = [['class', 'label', *(f'{KINDS[k]} {which}' for k, _, which in
-                                 (key.partition('_') for key in keys))]]
-    rows += [[cell(name), str(label), *(_number(values.get(key)) for key in keys)]
-             for label, (name, values) in enumerate(per_class.items())]
-    return f'{source}\n\n{markdown_table(rows)}' + \
-        f'\n![AP and AP50 of each class]({CLASS_BARS})\n' * picture
+    keys = [
+        key
+        for key in ('segm_AP', 'segm_AP50', 'bbox_AP', 'bbox_AP50')
+        if any(key in values for values in per_class.values())
+    ]
+    rows = [['class', 'label', *(f'{KINDS[k]} {which}' for k, _, which in (key.partition('_') for key in keys))]]
+    rows += [
+        [cell(name), str(label), *(_number(values.get(key)) for key in keys)]
+        for label, (name, values) in enumerate(per_class.items())
+    ]
+    return f'{source}\n\n{markdown_table(rows)}' + f'\n![AP and AP50 of each class]({CLASS_BARS})\n' * picture
 
 
-def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float],
-                per_class: PerClass) -> list[Path]:
+def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], per_class: PerClass) -> list[Path]:
     """Write ``record_mAP.txt`` and ``per_class.png`` of a test and put it into ``summary.md``.
 
     Args:
@@ -225,12 +241,13 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float],
         text = path.read_text(encoding='utf-8')
     except (OSError, ValueError):
         text = f'# {work_dir.resolve().name}\n'
-    rows = [['', 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl',
-             'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl']]
-    rows += [[word, *(_number(metrics.get(f'{PREFIX}{kind}_{name}')) for name, *_ in STATS)]
-             for kind, word in KINDS.items() if f'{PREFIX}{kind}_mAP' in metrics]
-    body = f'`{checkpoint.name}`' + (f', loss {metrics["test/loss"]:.4f}'
-                                     if 'test/loss' in metrics else '') + '\n\n'
+    rows = [['', 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl']]
+    rows += [
+        [word, *(_number(metrics.get(f'{PREFIX}{kind}_{name}')) for name, *_ in STATS)]
+        for kind, word in KINDS.items()
+        if f'{PREFIX}{kind}_mAP' in metrics
+    ]
+    body = f'`{checkpoint.name}`' + (f', loss {metrics["test/loss"]:.4f}' if 'test/loss' in metrics else '') + '\n\n'
     text = _with_section(text, 'Test', body + markdown_table(rows))
     contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
     if per_class:
@@ -243,15 +260,25 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float],
 
 
 def _history_table(history: History) -> str:
-    titles = {'train/loss': 'training loss', 'val/loss': 'validation loss',
-              **{f'{PREFIX}{kind}_{stat}': plots.title_of(f'{PREFIX}{kind}_{stat}')
-                 for kind in KINDS for stat in ('mAP', 'mAP_50')},
-              'lr': 'lr', 'train_seconds': 'training', 'val_seconds': 'validation'}
+    titles = {
+        'train/loss': 'training loss',
+        'val/loss': 'validation loss',
+        **{
+            f'{PREFIX}{kind}_{stat}': plots.title_of(f'{PREFIX}{kind}_{stat}')
+            for kind in KINDS
+            for stat in ('mAP', 'mAP_50')
+        },
+        'lr': 'lr',
+        'train_seconds': 'training',
+        'val_seconds': 'validation',
+    }
     forms = {'lr': '{:g}'.format, 'train_seconds': duration, 'val_seconds': duration}
     there = [name for name in titles if name in history.columns()]
     rows = [[history.unit, *(titles[name] for name in there)]]
-    rows += [[str(row[history.unit]), *(forms.get(name, _number)(row[name]) if name in row else '-'
-                                        for name in there)] for row in history.rows]
+    rows += [
+        [str(row[history.unit]), *(forms.get(name, _number)(row[name]) if name in row else '-' for name in there)]
+        for row in history.rows
+    ]
     return markdown_table(rows, left=0)
 
 
@@ -261,12 +288,16 @@ def _number(value: float | None) -> str:
 
 
 def _file_list(work_dir: Path) -> str:
-    known = {RESULTS: 'every number of every epoch', DETECTION: 'box results, one line an epoch',
-             SEGMENTATION: 'mask results, one line an epoch',
-             RECORD_MAP: 'COCO summary and AP50 of each class', CURVES: 'curves',
-             CLASS_BARS: 'classes', **_OTHER_FILES}
-    return ''.join(f'- [{name}]({name}): {what}\n' for name, what in known.items()
-                   if (work_dir / name).exists())
+    known = {
+        RESULTS: 'every number of every epoch',
+        DETECTION: 'box results, one line an epoch',
+        SEGMENTATION: 'mask results, one line an epoch',
+        RECORD_MAP: 'COCO summary and AP50 of each class',
+        CURVES: 'curves',
+        CLASS_BARS: 'classes',
+        **_OTHER_FILES,
+    }
+    return ''.join(f'- [{name}]({name}): {what}\n' for name, what in known.items() if (work_dir / name).exists())
 
 
 def _with_section(text: str, title: str, body: str) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-import torchvision  # noqa: F401  (registers torch.ops.torchvision)
+import torchvision
 from torch import Tensor
 
 import mmfinetune
@@ -55,7 +55,7 @@ def fill(module: ModuleType) -> None:
     for op in _OPS:
         setattr(module, op.__name__, op)
 
-    def __getattr__(name: str):  # noqa: N807
+    def __getattr__(name: str):
         # Private names are what Python, pickle and inspect probe modules for.
         if name.startswith('_'):
             raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
@@ -73,7 +73,8 @@ def _missing(name: str, *args, **kwargs) -> NoReturn:
         'there is a wheel for your Python, torch and CUDA, else build it with a C++ compiler '
         'and no build isolation: `pip install --no-build-isolation --no-cache-dir '
         '--force-reinstall --no-deps onedl-mmcv`. Its version 2.3.6 asks for C++17, which '
-        f'torch 2.14 refuses: it needs an older torch, such as 2.8 ({_BUILD_PAGE})')
+        f'torch 2.14 refuses: it needs an older torch, such as 2.8 ({_BUILD_PAGE})',
+    )
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -103,8 +104,16 @@ def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, offset: int = 0) ->
     return torch.ops.torchvision.nms(boxes, scores, float(np.float32(iou_threshold)))
 
 
-def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, sigma: float,
-            min_score: float, method: int, offset: int = 0) -> Tensor:
+def softnms(
+    boxes: Tensor,
+    scores: Tensor,
+    dets: Tensor,
+    iou_threshold: float,
+    sigma: float,
+    min_score: float,
+    method: int,
+    offset: int = 0,
+) -> Tensor:
     """Soft-NMS, in the order (ties too) of mmcv's CPU implementation.
 
     Args:
@@ -129,7 +138,7 @@ def softnms(boxes: Tensor, scores: Tensor, dets: Tensor, iou_threshold: float, s
         best = i + _first_max(rows[i:n, 4])
         rows[[i, best]], inds[[i, best]] = rows[[best, i]], inds[[best, i]]
 
-        rest = rows[i + 1:n]
+        rest = rows[i + 1 : n]
         overlaps = _ious(rows[i], rest, offset)
         if method == 2:
             rest[:, 4] *= np.exp(-(overlaps * overlaps) / sigma)
@@ -197,10 +206,19 @@ def _average_only(pool_mode: int) -> None:
         _missing('roi_align with max pooling')
 
 
-def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Tensor,
-                      argmax_x: Tensor, aligned_height: int, aligned_width: int,
-                      spatial_scale: float, sampling_ratio: int, pool_mode: int,
-                      aligned: bool) -> None:
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
     """RoIAlign with average pooling.
 
     Args:
@@ -221,14 +239,26 @@ def roi_align_forward(input: Tensor, rois: Tensor, output: Tensor, argmax_y: Ten
     """
     _average_only(pool_mode)
     input, rois = _wide(input, rois)
-    output.copy_(torch.ops.torchvision.roi_align(
-        input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned))
+    output.copy_(
+        torch.ops.torchvision.roi_align(
+            input, rois, spatial_scale, aligned_height, aligned_width, sampling_ratio, aligned
+        )
+    )
 
 
-def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argmax_x: Tensor,
-                       grad_input: Tensor, aligned_height: int, aligned_width: int,
-                       spatial_scale: float, sampling_ratio: int, pool_mode: int,
-                       aligned: bool) -> None:
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
     """Gradient of `roi_align_forward`, from `grad_output` (K, C, aligned_height, aligned_width).
 
     Args:
@@ -239,13 +269,22 @@ def roi_align_backward(grad_output: Tensor, rois: Tensor, argmax_y: Tensor, argm
     """
     _average_only(pool_mode)
     grad_output, rois = _wide(grad_output, rois)
-    grad_input.copy_(torch.ops.torchvision._roi_align_backward(
-        grad_output, rois, spatial_scale, aligned_height, aligned_width, *grad_input.shape,
-        sampling_ratio, aligned))
+    grad_input.copy_(
+        torch.ops.torchvision._roi_align_backward(
+            grad_output, rois, spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned
+        )
+    )
 
 
-def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor,
-                     pooled_height: int, pooled_width: int, spatial_scale: float) -> None:
+def roi_pool_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
     """RoIPool, with the bins of mmcv.
 
     Args:
@@ -265,10 +304,16 @@ def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor
     # torchvision rounds the corners of a region, mmcv does not; so each bin of mmcv is handed
     # to torchvision as a region of whole cells with a single bin.
     shape = (len(rois), pooled_height, pooled_width)
-    cells = torch.stack([
-        rois[:, 0, None, None].expand(shape), x_starts[:, None, :].expand(shape),
-        y_starts[:, :, None].expand(shape), x_ends[:, None, :].expand(shape) - 1,
-        y_ends[:, :, None].expand(shape) - 1], dim=-1)
+    cells = torch.stack(
+        [
+            rois[:, 0, None, None].expand(shape),
+            x_starts[:, None, :].expand(shape),
+            y_starts[:, :, None].expand(shape),
+            x_ends[:, None, :].expand(shape) - 1,
+            y_ends[:, :, None].expand(shape) - 1,
+        ],
+        dim=-1,
+    )
     empty = (cells[..., 3] < cells[..., 1]) | (cells[..., 4] < cells[..., 2])
     values, places = torch.ops.torchvision.roi_pool(input, cells.reshape(-1, 5), 1.0, 1, 1)
     for target, source, nothing in (output, values, 0), (argmax, places, -1):
@@ -276,8 +321,7 @@ def roi_pool_forward(input: Tensor, rois: Tensor, output: Tensor, argmax: Tensor
         target.copy_(source.masked_fill(empty[:, None], nothing))
 
 
-def _bins(starts: Tensor, ends: Tensor, scale: float, bins: int,
-          size: int) -> tuple[Tensor, Tensor]:
+def _bins(starts: Tensor, ends: Tensor, scale: float, bins: int, size: int) -> tuple[Tensor, Tensor]:
     starts, ends = starts[:, None] * scale, (ends[:, None] + 1) * scale
     width = (ends - starts) / bins
     edges = torch.arange(bins + 1, dtype=starts.dtype, device=starts.device)
@@ -287,17 +331,26 @@ def _bins(starts: Tensor, ends: Tensor, scale: float, bins: int,
     return first, torch.where(width > 0, last, first)
 
 
-def roi_pool_backward(grad_output: Tensor, rois: Tensor, argmax: Tensor, grad_input: Tensor,
-                      pooled_height: int, pooled_width: int, spatial_scale: float) -> None:
+def roi_pool_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax: Tensor,
+    grad_input: Tensor,
+    pooled_height: int,
+    pooled_width: int,
+    spatial_scale: float,
+) -> None:
     """Gradient of `roi_pool_forward`, from `grad_output` (K, C, pooled_height, pooled_width).
 
     Args:
         grad_input: (B, C, H, W), filled in place.
     """
     grad_output, rois = _wide(grad_output, rois)
-    grad_input.copy_(torch.ops.torchvision._roi_pool_backward(
-        grad_output, rois, argmax, spatial_scale, pooled_height, pooled_width,
-        *grad_input.shape))
+    grad_input.copy_(
+        torch.ops.torchvision._roi_pool_backward(
+            grad_output, rois, argmax, spatial_scale, pooled_height, pooled_width, *grad_input.shape
+        )
+    )
 
 
 def get_compiler_version() -> str:
@@ -310,5 +363,14 @@ def get_compiling_cuda_version() -> str:
     return 'n/a' if torch.version.cuda is None else f'n/a (torch built for {torch.version.cuda})'
 
 
-_OPS = (nms, softnms, nms_match, roi_align_forward, roi_align_backward, roi_pool_forward,
-        roi_pool_backward, get_compiler_version, get_compiling_cuda_version)
+_OPS = (
+    nms,
+    softnms,
+    nms_match,
+    roi_align_forward,
+    roi_align_backward,
+    roi_pool_forward,
+    roi_pool_backward,
+    get_compiler_version,
+    get_compiling_cuda_version,
+)

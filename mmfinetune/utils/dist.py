@@ -12,19 +12,17 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-
-
-
-
 def bare_model(runner: Runner) -> nn.Module:
     """The model of a runner, without the wrapper that several processes put around it."""
     from mmengine.model import is_model_wrapper
+
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
 def say(text: str) -> None:
     """Print once, whatever the number of processes."""
     from mmengine.dist import is_main_process
+
     if is_main_process():
         print(text, flush=True)
 
@@ -32,6 +30,7 @@ def say(text: str) -> None:
 def rank0_first(work: Callable[[], Any]) -> Any:
     """Run on rank 0 and give all ranks the result; a UserError there is raised on all."""
     from mmengine.dist import broadcast_object_list, get_rank, get_world_size
+
     if get_world_size() == 1:
         return work()
     outcome: list = [None]

@@ -20,9 +20,17 @@ from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import CHUNK, digest, looks_like
 
 
-def download(url: str, dst: str | Path, sha256: str | None = None, md5: str | None = None,
-             size: int | None = None, timeout: float = 30, progress: bool = True,
-             retries: int = 3, wait: float = 1.0) -> Path:
+def download(
+    url: str,
+    dst: str | Path,
+    sha256: str | None = None,
+    md5: str | None = None,
+    size: int | None = None,
+    timeout: float = 30,
+    progress: bool = True,
+    retries: int = 3,
+    wait: float = 1.0,
+) -> Path:
     """Fetch `url` to `dst`; `dst` appears only when whole and verified.
 
     What has come so far stays in `<dst>.part` and is resumed by the next call. A `dst` that
@@ -60,14 +68,18 @@ def download(url: str, dst: str | Path, sha256: str | None = None, md5: str | No
         if bad:
             looks = looks_like(part)
             _forget(part)
-            raise UserError(f'{url}: not the expected file'
-                            f'{f" but {looks}" if looks else ""}', [bad],
-                            'run again, try a mirror, or ' + _by_hand(url, dst))
+            raise UserError(
+                f'{url}: not the expected file{f" but {looks}" if looks else ""}',
+                [bad],
+                'run again, try a mirror, or ' + _by_hand(url, dst),
+            )
         part.replace(dst)
         _forget(part)
     except OSError as error:
-        raise UserError(f'{dst}: cannot be written: {error.strerror or error}',
-                        cure='choose a folder you may write to, on a disk with room') from error
+        raise UserError(
+            f'{dst}: cannot be written: {error.strerror or error}',
+            cure='choose a folder you may write to, on a disk with room',
+        ) from error
     return dst
 
 
@@ -88,20 +100,24 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
             members = tar.getmembers()
             bad = [member.name for member in members if not _may_unpack(member, inside)]
             if bad or not members:
-                raise UserError(f'{archive}: must hold files and folders of {inner} only, but has',
-                                bad or ['nothing'], 'fetch the archive anew from its source')
+                raise UserError(
+                    f'{archive}: must hold files and folders of {inner} only, but has',
+                    bad or ['nothing'],
+                    'fetch the archive anew from its source',
+                )
             # A tenth more, since each small file ends in a disk block that it does not fill.
             _check_room(target.parent, int(1.1 * sum(member.size for member in members)))
             temporary = Path(tempfile.mkdtemp(prefix='.unpack_', dir=target.parent))
             # Python 3.10 and 3.11 have the filter only from their later releases on.
             safe = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
-            for member in tqdm(members, desc=f'unpack {archive.name}', unit='file',
-                               disable=not progress):
+            for member in tqdm(members, desc=f'unpack {archive.name}', unit='file', disable=not progress):
                 tar.extract(member, temporary, set_attrs=False, **safe)
         temporary.joinpath(*inside).rename(target)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(f'{archive}: cannot be unpacked as {target}: {error}',
-                        cure='remove the archive if it is damaged, and fetch it anew') from error
+        raise UserError(
+            f'{archive}: cannot be unpacked as {target}: {error}',
+            cure='remove the archive if it is damaged, and fetch it anew',
+        ) from error
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -115,8 +131,9 @@ class _NetworkError(Exception):
 class _Fetch:
     """One download into a part file, over as many connections as it takes."""
 
-    def __init__(self, url: str, dst: Path, part: Path, size: int | None, checked: bool,
-                 timeout: float, progress: bool) -> None:
+    def __init__(
+        self, url: str, dst: Path, part: Path, size: int | None, checked: bool, timeout: float, progress: bool
+    ) -> None:
         self.url, self.dst, self.part, self.size = url, dst, part, size
         self.checked, self.timeout, self.progress = checked, timeout, progress
         self.tag_file = _tag_file(part)
@@ -134,14 +151,14 @@ class _Fetch:
                 most = max(most, have)
                 if failures > retries:
                     kept = f' ({have:,} bytes are kept in {self.part})' if have else ''
-                    raise UserError(f'{self.url}: download failed: {error}{kept}',
-                                    cure='check the network and run again to resume, or '
-                                    + _by_hand(self.url, self.dst)) from error
+                    raise UserError(
+                        f'{self.url}: download failed: {error}{kept}',
+                        cure='check the network and run again to resume, or ' + _by_hand(self.url, self.dst),
+                    ) from error
                 time.sleep(wait * 2 ** (failures - 1))
 
     def _once(self) -> None:
-        request = urllib.request.Request(
-            self.url, headers={'User-Agent': 'mmfinetune', 'Accept-Encoding': 'identity'})
+        request = urllib.request.Request(self.url, headers={'User-Agent': 'mmfinetune', 'Accept-Encoding': 'identity'})
         have = self._resumable()
         if have:
             request.add_header('Range', f'bytes={have}-')
@@ -170,16 +187,25 @@ class _Fetch:
         total = have + int(length) if length.isdigit() else None
         if self.size is not None and total not in (None, self.size):
             # Said before the part is touched: a login page must not cost what has come so far.
-            raise UserError(f'{self.url}: not the expected file',
-                            [f'size: expected {self.size:,} bytes, offered are {total:,} '
-                             f'({response.headers.get_content_type()})'],
-                            'try a mirror, or ' + _by_hand(self.url, self.dst))
+            raise UserError(
+                f'{self.url}: not the expected file',
+                [f'size: expected {self.size:,} bytes, offered are {total:,} ({response.headers.get_content_type()})'],
+                'try a mirror, or ' + _by_hand(self.url, self.dst),
+            )
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
         self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
-        with self.part.open('ab' if have else 'wb') as file, tqdm(
-                total=total or self.size, initial=have, unit='B', unit_scale=True,
-                desc=self.dst.name, disable=not self.progress) as bar:
+        with (
+            self.part.open('ab' if have else 'wb') as file,
+            tqdm(
+                total=total or self.size,
+                initial=have,
+                unit='B',
+                unit_scale=True,
+                desc=self.dst.name,
+                disable=not self.progress,
+            ) as bar,
+        ):
             while True:
                 try:
                     data = response.read1(CHUNK)
@@ -201,8 +227,10 @@ class _Fetch:
             raise _NetworkError('the kept part does not fit the file on the server')
         if error.code in (408, 425, 429) or error.code >= 500:
             raise _NetworkError(f'HTTP {error.code} {error.reason}')
-        raise UserError(f'{self.url}: HTTP {error.code} {error.reason}',
-                        cure='check the address, or ' + _by_hand(self.url, self.dst)) from error
+        raise UserError(
+            f'{self.url}: HTTP {error.code} {error.reason}',
+            cure='check the address, or ' + _by_hand(self.url, self.dst),
+        ) from error
 
     def _resumable(self) -> int:
         """Bytes of the part file that may be kept."""
@@ -233,14 +261,16 @@ def _mismatch(path: Path, sha256: str | None, md5: str | None, size: int | None)
 def _check_room(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted > free:
-        raise UserError(f'{folder}: {wanted / 1e9:.2f} GB wanted, {free / 1e9:.2f} GB free',
-                        cure='make room or choose another folder')
+        raise UserError(
+            f'{folder}: {wanted / 1e9:.2f} GB wanted, {free / 1e9:.2f} GB free',
+            cure='make room or choose another folder',
+        )
 
 
 def _may_unpack(member: tarfile.TarInfo, inside: tuple[str, ...]) -> bool:
     parts = PurePosixPath(member.name).parts
-    within = parts[:len(inside)] == inside[:len(parts)] and '..' not in parts
-    return within and (member.isdir() or member.isreg() and len(parts) > len(inside))
+    within = parts[: len(inside)] == inside[: len(parts)] and '..' not in parts
+    return within and (member.isdir() or (member.isreg() and len(parts) > len(inside)))
 
 
 def _by_hand(url: str, dst: Path) -> str:

@@ -1,34 +1,94 @@
-"""The exception types that tools show as one message."""
+"""The exception types that tools show as one message, and the messages themselves."""
 
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
+
+
+class Message:
+    """What is wrong, as a code and facts to compare and a wording to read.
+
+    Two messages are equal if code and facts are; the wording may change.
+
+    Args:
+        code: Names the kind of message, e.g. ``'checkpoint-missing'``.
+        text: The wording, with ``{name}`` for each fact that it shows.
+        **facts: What it is about: a path, a key, ids.
+    """
+
+    def __init__(self, code: str, text: str, /, **facts: Any) -> None:
+        self.code = code
+        self.text = text
+        self.facts = facts
+
+    def __str__(self) -> str:
+        return self.text.format(**self.facts) if self.facts else self.text
+
+    def __repr__(self) -> str:
+        return f'{self.code}({", ".join(f"{k}={v!r}" for k, v in self.facts.items())})'
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Message) and (self.code, self.facts) == (other.code, other.facts)
+
+    def __hash__(self) -> int:
+        return hash((self.code, str(self)))
 
 
 class UserError(Exception):
-    """A problem the user can mend; shown as one message, exit code 2, no traceback.
+    """A problem that the user can fix; shown as one message, exit code 2, no traceback.
 
     Args:
-        message: What is wrong and where (file, key, line or id).
+        code: See `Message`.
+        text: What is wrong and where (file, key, line or id).
         problems: All problems of that kind, one line each.
-        cure: What to do about it.
+        hint: How to fix it; may show the facts too.
+        **facts: See `Message`.
     """
 
     max_shown = 50
 
-    def __init__(self, message: str, problems: Iterable[str] = (), cure: str = '') -> None:
-        self.message = message
+    def __init__(
+        self, code: str, text: Any = '', /, problems: Iterable[Any] = (), hint: str = '', cure: str = '', **facts: Any
+    ) -> None:
+        if ' ' in code:  # UserError(text, problems, cure): removed once no call is left
+            code, text, problems, hint = 'uncoded', code, list(text), problems if isinstance(problems, str) else cure
+            self.message: Message = Message(code, text)
+        else:
+            self.message = Message(code, text, **facts)
         self.problems = list(problems)
-        self.cure = cure
-        lines = [message]
-        lines += [f'  - {p}' for p in self.problems[:self.max_shown]]
+        self.hint = hint.format(**facts) if facts else hint
+        lines = [str(self.message)]
+        lines += [f'  - {p}' for p in self.problems[: self.max_shown]]
         if len(self.problems) > self.max_shown:
             lines.append(f'  … and {len(self.problems) - self.max_shown} more')
-        if cure:
-            lines.append(f'How to mend it: {cure}')
+        if self.hint:
+            lines.append(f'Hint: {self.hint}')
         super().__init__('\n'.join(lines))
+
+    @property
+    def code(self) -> str:
+        """Names the kind of error."""
+        return self.message.code
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What it is about."""
+        return self.message.facts
+
+    def __reduce__(self) -> tuple:
+        # Exceptions are pickled with `args`, which hold the whole text alone.
+        return _rebuilt, (type(self), self.message, self.problems, self.hint)
+
+
+def _rebuilt(kind: type[UserError], message: Message, problems: list, hint: str) -> UserError:
+    error = kind(message.code, message.text, problems, **message.facts)
+    error.hint = hint
+    if hint:
+        error.args = (f'{error}\nHint: {hint}',)
+    return error
 
 
 class Stopped(Exception):
@@ -42,6 +102,9 @@ class Stopped(Exception):
     def __init__(self, number: int, checkpoint: Path | None) -> None:
         self.number = number
         self.checkpoint = checkpoint
-        where = f'saved in {checkpoint}; go on with --resume' if checkpoint \
+        where = (
+            f'saved in {checkpoint}; continue with --resume'
+            if checkpoint
             else 'before the first checkpoint: nothing is saved'
+        )
         super().__init__(f'Stopped by {signal.Signals(number).name}, {where}')

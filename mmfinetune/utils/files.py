@@ -41,8 +41,10 @@ def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
         for temporary, path in staged:
             temporary.replace(path)
     except OSError as error:
-        raise UserError(f'{path}: cannot be written: {error.strerror or error}',
-                        cure='choose a folder you may write to, on a disk with room') from error
+        raise UserError(
+            f'{path}: cannot be written: {error.strerror or error}',
+            cure='choose a folder you may write to, on a disk with room',
+        ) from error
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
@@ -61,8 +63,7 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def json_bytes(value: object, indent: int | None = None) -> bytes:
     """`value` as UTF-8 JSON with a final newline; NaN and infinity raise ValueError."""
     separators = (',', ':') if indent is None else None
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent,
-                      separators=separators)
+    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
     return text.encode() + b'\n'
 
 
@@ -97,6 +98,7 @@ def looks_like(path: Path) -> str:
         return 'a Git LFS pointer (run `git lfs pull`)'
     return ''
 
+
 pass
 
 _NOT_DATA = frozenset({'__MACOSX', 'Thumbs.db'})
@@ -106,8 +108,7 @@ def natural_key(text: str | Path) -> tuple:
     """A sort key in which `img2` comes before `img10`; no two texts compare as equal."""
     text = text.as_posix() if isinstance(text, Path) else text
     # Digits stand at odd places, so that numbers meet numbers only.
-    parts = tuple(int(part) if place % 2 else part.casefold()
-                  for place, part in enumerate(re.split(r'([0-9]+)', text)))
+    parts = tuple(int(part) if place % 2 else part.casefold() for place, part in enumerate(re.split(r'([0-9]+)', text)))
     return (parts, text)
 
 
@@ -183,10 +184,10 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f'not JSON ({error.msg}, line {error.lineno}, '
-                         f'column {error.colno})') from None
+        raise ValueError(f'not JSON ({error.msg}, line {error.lineno}, column {error.colno})') from None
     except RecursionError:
         raise ValueError('not usable JSON (nested too deeply)') from None
+
 
 _HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$')
 

@@ -11,8 +11,25 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from mmfinetune.utils.files import find_files, looks_like
 
 # What OpenCV, with which training reads images, can decode.
-IMAGE_SUFFIXES = frozenset({'.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.bmp', '.dib', '.tif',
-                            '.tiff', '.webp', '.jp2', '.ppm', '.pgm', '.pbm', '.pnm'})
+IMAGE_SUFFIXES = frozenset(
+    {
+        '.jpg',
+        '.jpeg',
+        '.jpe',
+        '.jfif',
+        '.png',
+        '.bmp',
+        '.dib',
+        '.tif',
+        '.tiff',
+        '.webp',
+        '.jp2',
+        '.ppm',
+        '.pgm',
+        '.pbm',
+        '.pnm',
+    }
+)
 
 _TAIL = 2048  # bytes; some cameras and editors put a few behind the end mark
 _END_MARKS = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
@@ -40,8 +57,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
                 turned = _orientation(image) >= 5
         if turned and kind not in _END_MARKS:
             # OpenCV 4.12 does not turn WebP and does not decode a turned TIFF at all.
-            raise ValueError(f'a {kind} turned by its EXIF orientation, which OpenCV does not '
-                             'follow; save it upright')
+            raise ValueError(f'a {kind} turned by its EXIF orientation, which OpenCV does not follow; save it upright')
         with path.open('rb') as file:
             file.seek(-min(_TAIL, size), os.SEEK_END)
             tail = file.read()

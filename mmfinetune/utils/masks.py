@@ -40,7 +40,7 @@ def masks_to_rles(indices: np.ndarray, values: Iterable[int]) -> list[dict[str, 
     held = held[order]
     rles = []
     for value in values:
-        own = order[np.searchsorted(held, value):np.searchsorted(held, value, side='right')]
+        own = order[np.searchsorted(held, value) : np.searchsorted(held, value, side='right')]
         # Background and object in turns, from the first pixel to the last.
         edges = np.stack((starts[own], ends[own]), axis=1).ravel()
         counts = np.diff(edges, prepend=0, append=columns.size).tolist()
@@ -92,7 +92,7 @@ def rle_problem(rle: Any, width: int, height: int) -> str | None:
     if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys():
         return "an RLE without 'size' and 'counts'"
     if rle['size'] != [height, width]:
-        return f"an RLE of size {_short(rle['size'])} (height, width), not [{height}, {width}]"
+        return f'an RLE of size {_short(rle["size"])} (height, width), not [{height}, {width}]'
     counts = rle['counts']
     if isinstance(counts, str):
         try:
@@ -138,7 +138,7 @@ def rle_runs(counts: str) -> np.ndarray:
     if lengths.max() > 7:  # 35 bits, more than the 32 of a run
         raise ValueError('no compressed RLE')
     shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((codes & 0x1f) << shifts, starts)
+    runs = np.add.reduceat((codes & 0x1F) << shifts, starts)
     negative = (codes[ends] & 0x10) != 0
     runs[negative] -= np.int64(1) << (5 * lengths[negative])
     runs[1::2] = np.cumsum(runs[1::2])
@@ -149,7 +149,6 @@ def rle_runs(counts: str) -> np.ndarray:
 def _short(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 40 else text[:37] + '...'
-
 
 
 def as_bytes(counts: object, size: list[int]) -> tuple[str, bytes]:

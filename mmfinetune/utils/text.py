@@ -16,8 +16,13 @@ def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
         return ''
     widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
     rule = ['-' * width if i < left else '-' * (width - 1) + ':' for i, width in enumerate(widths)]
-    lines = [[text.ljust(width) if i < left else text.rjust(width)
-              for i, (text, width) in enumerate(zip(row, widths, strict=True))] for row in rows]
+    lines = [
+        [
+            text.ljust(width) if i < left else text.rjust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        for row in rows
+    ]
     return ''.join(f'| {" | ".join(line)} |\n' for line in (lines[0], rule, *lines[1:]))
 
 

@@ -28,8 +28,9 @@ def _do(chunk: Sequence[Any]) -> list[Any]:
     return [_work(item) for item in chunk]
 
 
-def in_order(work: Callable[[Item], Result], items: Sequence[Item], workers: int, chunk: int,
-             **bar: Any) -> Iterator[Result]:
+def in_order(
+    work: Callable[[Item], Result], items: Sequence[Item], workers: int, chunk: int, **bar: Any
+) -> Iterator[Result]:
     """The results for all items, in their order whatever the number of workers.
 
     Args:
@@ -43,7 +44,7 @@ def in_order(work: Callable[[Item], Result], items: Sequence[Item], workers: int
         UserError: A worker process was killed.
     """
     bar = dict(total=len(items), unit='img', **bar)
-    chunks = (items[k:k + chunk] for k in range(0, len(items), chunk))
+    chunks = (items[k : k + chunk] for k in range(0, len(items), chunk))
     workers = min(workers, -(-len(items) // chunk))
     if workers <= 1:
         with tqdm(**bar) as shown:
@@ -66,7 +67,8 @@ def in_order(work: Callable[[Item], Result], items: Sequence[Item], workers: int
                     yield from done
                     shown.update(len(done))
         except BrokenProcessPool as error:
-            raise UserError('a worker process was ended from outside (out of memory?)',
-                            cure='run again with --workers 1') from error
+            raise UserError(
+                'a worker process was ended from outside (out of memory?)', cure='run again with --workers 1'
+            ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)

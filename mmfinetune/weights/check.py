@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     import torch
     from mmengine.config import Config
 
-_COLUMNS = ('tensors', 'parameters', 'loaded', 'remapped', 're-init', 'kept', 'missing',
-            'unexpected')
+_COLUMNS = ('tensors', 'parameters', 'loaded', 'remapped', 're-init', 'kept', 'missing', 'unexpected')
 
 
 @dataclass
@@ -51,45 +50,57 @@ class WeightCheck:
 
     def rows(self) -> list[dict]:
         """One dict a module: numbers of tensors by what becomes of them, and the largest |w|."""
+
         def module(key: str) -> str:
             parts = key.split('.')
-            return '.'.join(parts[:3 if parts[0] == 'roi_head' else 1])
+            return '.'.join(parts[: 3 if parts[0] == 'roi_head' else 1])
 
-        chosen = {'loaded': set(self.plan.loaded), 'remapped': set(self.plan.remapped),
-                  're-init': set(self.plan.reinit), 'kept': set(self.plan.kept),
-                  'missing': {*self.plan.missing, *self.plan.mismatched}}
+        chosen = {
+            'loaded': set(self.plan.loaded),
+            'remapped': set(self.plan.remapped),
+            're-init': set(self.plan.reinit),
+            'kept': set(self.plan.kept),
+            'missing': {*self.plan.missing, *self.plan.mismatched},
+        }
         rows = []
         for name in dict.fromkeys(map(module, [*self.target, *self.plan.unexpected])):
             keys = [k for k in self.target if module(k) == name]
             strip = len(self.into) + 1 if self.into else 0
-            values = [v for k in keys if (v := self.source.tensors.get(k[strip:])) is not None
-                      and v.is_floating_point()]
-            rows.append({
-                'module': name, 'tensors': len(keys),
-                'parameters': sum(self.target[k].numel() for k in keys),
-                **{kind: sum(k in group for k in keys) for kind, group in chosen.items()},
-                'unexpected': sum(module(k) == name for k in self.plan.unexpected),
-                'max_abs': max((float(v.abs().max()) for v in values if v.numel()),
-                               default=math.nan)})
+            values = [
+                v for k in keys if (v := self.source.tensors.get(k[strip:])) is not None and v.is_floating_point()
+            ]
+            rows.append(
+                {
+                    'module': name,
+                    'tensors': len(keys),
+                    'parameters': sum(self.target[k].numel() for k in keys),
+                    **{kind: sum(k in group for k in keys) for kind, group in chosen.items()},
+                    'unexpected': sum(module(k) == name for k in self.plan.unexpected),
+                    'max_abs': max((float(v.abs().max()) for v in values if v.numel()), default=math.nan),
+                }
+            )
         return rows
 
     def text(self) -> str:
         """The report for people."""
         source = self.source
-        lines = [f'{self.path}: {self.path.stat().st_size / 1e6:.1f} MB, '
-                 f'{len(source.tensors)} tensors, {self.hash_verdict}',
-                 f'origin: {source.kind}; style: {source.style or "not told"}; '
-                 f'normalisation: {_statistics(source)}']
+        lines = [
+            f'{self.path}: {self.path.stat().st_size / 1e6:.1f} MB, {len(source.tensors)} tensors, {self.hash_verdict}',
+            f'origin: {source.kind}; style: {source.style or "not told"}; normalisation: {_statistics(source)}',
+        ]
         lines += [f'note: {note}' for note in source.notes]
         lines.append(f'{"module":32}' + ''.join(f'{c:>11}' for c in _COLUMNS) + f'{"max |w|":>11}')
         for row in self.rows():
-            lines.append(f'{row["module"]:32}' + ''.join(f'{row[c]:>11,}' for c in _COLUMNS)
-                         + f'{row["max_abs"]:>11.4g}')
+            lines.append(
+                f'{row["module"]:32}' + ''.join(f'{row[c]:>11,}' for c in _COLUMNS) + f'{row["max_abs"]:>11.4g}'
+            )
         if self.class_map is not None:
             lines += ['classes:', *(f'  {line}' for line in self.class_map.lines())]
-        for label, keys in (('drawn anew', self.plan.reinit),
-                            ('left over in the file', self.plan.dropped + self.plan.ignored),
-                            ('in the file, without a place in the model', self.plan.unexpected)):
+        for label, keys in (
+            ('drawn anew', self.plan.reinit),
+            ('left over in the file', self.plan.dropped + self.plan.ignored),
+            ('in the file, without a place in the model', self.plan.unexpected),
+        ):
             if keys:
                 lines.append(f'{label}: {", ".join(keys)}')
         return '\n'.join(lines)
@@ -98,18 +109,35 @@ class WeightCheck:
         """The report for machines."""
         plan, source = self.plan, self.source
         return {
-            'path': str(self.path), 'hash': self.hash_verdict, 'origin': source.kind,
-            'style': source.style, 'mean': source.mean, 'std': source.std, 'rgb': source.rgb,
+            'path': str(self.path),
+            'hash': self.hash_verdict,
+            'origin': source.kind,
+            'style': source.style,
+            'mean': source.mean,
+            'std': source.std,
+            'rgb': source.rgb,
             'notes': source.notes,
-            'modules': [{k: None if isinstance(v, float) and math.isnan(v) else v
-                         for k, v in row.items()} for row in self.rows()],
-            'classes': None if self.class_map is None else {
+            'modules': [
+                {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+                for row in self.rows()
+            ],
+            'classes': None
+            if self.class_map is None
+            else {
                 name: None if i is None else self.class_map.sources[i]
-                for name, i in zip(self.class_map.targets, self.class_map.indices, strict=True)},
-            'loaded': plan.loaded, 'remapped': plan.remapped, 'reinit': plan.reinit,
-            'kept': plan.kept, 'missing': plan.missing, 'mismatched': plan.mismatched,
-            'unexpected': plan.unexpected, 'left_over': plan.dropped + plan.ignored,
-            'problems': self.problems, 'good_to_train': not self.problems}
+                for name, i in zip(self.class_map.targets, self.class_map.indices, strict=True)
+            },
+            'loaded': plan.loaded,
+            'remapped': plan.remapped,
+            'reinit': plan.reinit,
+            'kept': plan.kept,
+            'missing': plan.missing,
+            'mismatched': plan.mismatched,
+            'unexpected': plan.unexpected,
+            'left_over': plan.dropped + plan.ignored,
+            'problems': self.problems,
+            'good_to_train': not self.problems,
+        }
 
     def require_good(self) -> None:
         """Raise a UserError that lists why the weights should not be used, if anything does."""
@@ -140,6 +168,7 @@ def check(cfg: Config, path: Path | None = None, recipe: Mapping | None = None) 
     """
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
+
     if path is None:
         path = find(cfg)
     recipe = dict(cfg.weights if recipe is None else recipe)
@@ -153,8 +182,7 @@ def check(cfg: Config, path: Path | None = None, recipe: Mapping | None = None) 
     if plan.problems and source.kind == 'other':
         # What the file seems to be explains all the others.
         problems.insert(0, source.notes[0])
-    return WeightCheck(path, verdict, source, plan, class_map, target, problems,
-                       recipe.get('into') or '')
+    return WeightCheck(path, verdict, source, plan, class_map, target, problems, recipe.get('into') or '')
 
 
 def _input_problems(cfg: Config, source: Source) -> list[str]:
@@ -162,18 +190,24 @@ def _input_problems(cfg: Config, source: Source) -> list[str]:
     problems = []
     style = cfg.model.get('backbone', {}).get('style', 'pytorch')
     if source.style and source.style != style:
-        problems.append(f'the weights are {source.style}-style, model.backbone.style is {style}: '
-                        f'the strides lie in other layers; set model.backbone.style={source.style}')
+        problems.append(
+            f'the weights are {source.style}-style, model.backbone.style is {style}: '
+            f'the strides lie in other layers; set model.backbone.style={source.style}'
+        )
     ours = cfg.model.get('data_preprocessor') or {}
     if source.rgb is not None and bool(ours.get('bgr_to_rgb')) != source.rgb:
-        problems.append(f'the weights want {"RGB" if source.rgb else "BGR"} images, '
-                        f'model.data_preprocessor.bgr_to_rgb is {ours.get("bgr_to_rgb")}; set it '
-                        f'to {source.rgb}')
+        problems.append(
+            f'the weights want {"RGB" if source.rgb else "BGR"} images, '
+            f'model.data_preprocessor.bgr_to_rgb is {ours.get("bgr_to_rgb")}; set it '
+            f'to {source.rgb}'
+        )
     for name in ('mean', 'std'):
         theirs = getattr(source, name)
         if theirs is not None and not all(
-                math.isclose(a, b, abs_tol=0.02)
-                for a, b in zip(theirs, ours.get(name) or (), strict=False)):
-            problems.append(f'the weights want {name} {_numbers(theirs)}, '
-                            f'model.data_preprocessor.{name} is {ours.get(name)}; set it to theirs')
+            math.isclose(a, b, abs_tol=0.02) for a, b in zip(theirs, ours.get(name) or (), strict=False)
+        ):
+            problems.append(
+                f'the weights want {name} {_numbers(theirs)}, '
+                f'model.data_preprocessor.{name} is {ours.get(name)}; set it to theirs'
+            )
     return problems

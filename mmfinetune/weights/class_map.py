@@ -12,13 +12,30 @@ from mmfinetune.utils.errors import UserError
 # Names that data sets give to COCO's classes, beside other spellings (case, spaces, `_`, `-`),
 # which need no entry: VOC, Open Images, Objects365, Cityscapes and BDD100K.
 SYNONYMS = {
-    'aeroplane': 'airplane', 'plane': 'airplane', 'motorbike': 'motorcycle', 'sofa': 'couch',
-    'tvmonitor': 'tv', 'television': 'tv', 'televisionset': 'tv', 'pedestrian': 'person',
-    'people': 'person', 'human': 'person', 'automobile': 'car', 'doughnut': 'donut',
-    'fridge': 'refrigerator', 'hairdryer': 'hair drier', 'mobilephone': 'cell phone',
-    'cellularphone': 'cell phone', 'houseplant': 'potted plant', 'plantpot': 'potted plant',
-    'table': 'dining table', 'computermouse': 'mouse', 'computerkeyboard': 'keyboard',
-    'racket': 'tennis racket', 'luggage': 'suitcase'}
+    'aeroplane': 'airplane',
+    'plane': 'airplane',
+    'motorbike': 'motorcycle',
+    'sofa': 'couch',
+    'tvmonitor': 'tv',
+    'television': 'tv',
+    'televisionset': 'tv',
+    'pedestrian': 'person',
+    'people': 'person',
+    'human': 'person',
+    'automobile': 'car',
+    'doughnut': 'donut',
+    'fridge': 'refrigerator',
+    'hairdryer': 'hair drier',
+    'mobilephone': 'cell phone',
+    'cellularphone': 'cell phone',
+    'houseplant': 'potted plant',
+    'plantpot': 'potted plant',
+    'table': 'dining table',
+    'computermouse': 'mouse',
+    'computerkeyboard': 'keyboard',
+    'racket': 'tennis racket',
+    'luggage': 'suitcase',
+}
 HEAD_INITS = ('reinit', 'remap')
 
 
@@ -56,19 +73,21 @@ class ClassMap:
             if target == per * ours + background:
                 if source != per * theirs + background:
                     break
-                pairs = [(per * t + k, per * s + k) for t, s in enumerate(self.indices)
-                         if s is not None for k in range(per)]
+                pairs = [
+                    (per * t + k, per * s + k) for t, s in enumerate(self.indices) if s is not None for k in range(per)
+                ]
                 return pairs + ([(target - 1, source - 1)] if background else [])
         raise ValueError(f'{target} rows for {ours} classes do not go with {source} for {theirs}')
 
     def lines(self) -> list[str]:
         """``aeroplane <- airplane`` for each class."""
-        return [f'{name} <- {"(drawn anew)" if i is None else self.sources[i]}'
-                for name, i in zip(self.targets, self.indices, strict=True)]
+        return [
+            f'{name} <- {"(drawn anew)" if i is None else self.sources[i]}'
+            for name, i in zip(self.targets, self.indices, strict=True)
+        ]
 
 
-def match_classes(targets: Sequence[str], sources: Sequence[str],
-                  aliases: Mapping[str, str] | None = None) -> ClassMap:
+def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mapping[str, str] | None = None) -> ClassMap:
     """Find the class of the weights for each class of the data, by name.
 
     ``aliases`` come first, then the same name, then :data:`SYNONYMS`; case, spaces and
@@ -84,20 +103,28 @@ def match_classes(targets: Sequence[str], sources: Sequence[str],
     """
     aliases = dict(aliases or {})
     by_name = {_plain(name): i for i, name in enumerate(sources)}
-    problems = [f'{a!r} is no class of the data' + _near(a, targets)
-                for a in aliases if a not in targets]
-    problems += [f'{b!r}, the source of {a!r}, is no class of the weights' + _near(b, sources)
-                 for a, b in aliases.items() if b is not None and _plain(b) not in by_name]
+    problems = [f'{a!r} is no class of the data' + _near(a, targets) for a in aliases if a not in targets]
+    problems += [
+        f'{b!r}, the source of {a!r}, is no class of the weights' + _near(b, sources)
+        for a, b in aliases.items()
+        if b is not None and _plain(b) not in by_name
+    ]
     if problems:
-        raise UserError('weights.aliases names classes that are not there:', problems,
-                        'write {class of the data: class of the weights}')
+        raise UserError(
+            'weights.aliases names classes that are not there:',
+            problems,
+            'write {class of the data: class of the weights}',
+        )
 
     def find(name: str) -> int | None:
         if name in aliases:
             return None if aliases[name] is None else by_name[_plain(aliases[name])]
         plain = _plain(name)
-        for candidate in (plain, _plain(SYNONYMS.get(plain, plain)),
-                          *(a for a, b in SYNONYMS.items() if _plain(b) == plain)):
+        for candidate in (
+            plain,
+            _plain(SYNONYMS.get(plain, plain)),
+            *(a for a, b in SYNONYMS.items() if _plain(b) == plain),
+        ):
             if candidate in by_name:
                 return by_name[candidate]
         return None

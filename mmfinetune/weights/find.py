@@ -31,11 +31,11 @@ def verify_file(path: Path) -> str:
     """
     cure = 'delete it and run again to fetch it anew, or pass another file with --weights'
     if path.is_dir():
-        raise UserError(f'{path} is a folder, not a weights file',
-                        cure='pass the .pth file in it with --weights')
+        raise UserError(f'{path} is a folder, not a weights file', cure='pass the .pth file in it with --weights')
     if not path.is_file():
-        raise UserError(f'There is no weights file {path}',
-                        cure='check the path, or drop --weights to use the one in the config')
+        raise UserError(
+            f'There is no weights file {path}', cure='check the path, or drop --weights to use the one in the config'
+        )
     if path.stat().st_size == 0:
         raise UserError(f'{path} is empty', cure=cure)
     kind = looks_like(path)
@@ -46,8 +46,9 @@ def verify_file(path: Path) -> str:
         return 'no hash in the file name to check against'
     digest = sha256_of(path)
     if not digest.startswith(prefix):
-        raise UserError(f'{path} is damaged: its SHA-256 begins with {digest[:len(prefix)]}, '
-                        f'but its name says {prefix}', cure=cure)
+        raise UserError(
+            f'{path} is damaged: its SHA-256 begins with {digest[: len(prefix)]}, but its name says {prefix}', cure=cure
+        )
     return f'SHA-256 begins with {prefix}, as its name says'
 
 
@@ -99,11 +100,13 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         return target
     if url is None:
         looked = [str(f / wanted.name) for f in search_places()]
-        raise UserError(f'There is no weights file {wanted}. Looked for:', looked + damaged,
-                        'put the file there, or pass another one with --weights')
+        raise UserError(
+            f'There is no weights file {wanted}. Looked for:',
+            looked + damaged,
+            'put the file there, or pass another one with --weights',
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     return download(url, target, sha256=hash_in_name(wanted))
-
 
 
 def find(cfg: Config) -> Path:
@@ -130,9 +133,12 @@ def find(cfg: Config) -> Path:
             if reasons:
                 print(f'Using {path} instead.')
             return path
-        raise UserError('No source has the weights:', reasons,
-                        f'check the network and run again, or fetch {recipe.get("url")} by other '
-                        f'means and put it at {recipe["checkpoint"]}')
+        raise UserError(
+            'No source has the weights:',
+            reasons,
+            f'check the network and run again, or fetch {recipe.get("url")} by other '
+            f'means and put it at {recipe["checkpoint"]}',
+        )
 
     return rank0_first(search)
 

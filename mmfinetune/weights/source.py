@@ -14,11 +14,6 @@ if TYPE_CHECKING:
     import torch
 
 
-
-
-
-
-
 @dataclass(eq=False)
 class Source:
     """Weights of any supported origin under MMDetection's names.
@@ -63,10 +58,15 @@ class Source:
             names = f'{len(self.classes)}: {", ".join(self.classes[:3])}'
             names += ', …' if len(self.classes) > 3 else ''
         numbers = sum(t.numel() for t in self.tensors.values())
-        return [f'source:        {self.path}', f'kind:          {self.kind}',
-                f'tensors:       {len(self.tensors)} ({numbers:,} numbers)',
-                f'classes:       {names}', f'style:         {self.style or "not told by the file"}',
-                f'normalisation: {norm}', *(f'note:          {note}' for note in self.notes)]
+        return [
+            f'source:        {self.path}',
+            f'kind:          {self.kind}',
+            f'tensors:       {len(self.tensors)} ({numbers:,} numbers)',
+            f'classes:       {names}',
+            f'style:         {self.style or "not told by the file"}',
+            f'normalisation: {norm}',
+            *(f'note:          {note}' for note in self.notes),
+        ]
 
 
 # Statistics on 0..255 inputs. torchvision's are 255 x (0.485, 0.456, 0.406) and 255 x
@@ -81,8 +81,7 @@ MASK_LOGITS = 'roi_head.mask_head.conv_logits.'
 ROWS = {FC_CLS: 1, FC_REG: 4, MASK_LOGITS: 1}
 
 
-def _rename(tensors: Mapping[str, torch.Tensor], table: Mapping[str, str]
-            ) -> tuple[dict[str, torch.Tensor], list[str]]:
+def _rename(tensors: Mapping[str, torch.Tensor], table: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], list[str]]:
     """Rename by the longest prefix.
 
     Returns:
@@ -95,15 +94,13 @@ def _rename(tensors: Mapping[str, torch.Tensor], table: Mapping[str, str]
         if prefix is None:
             left.append(key)
         else:
-            renamed[table[prefix] + key[len(prefix):]] = tensor
+            renamed[table[prefix] + key[len(prefix) :]] = tensor
     return renamed, left
 
 
 def renamed(source: Source, table: Mapping[str, str]) -> dict[str, torch.Tensor]:
     tensors, left = _rename(source.tensors, table)
-    left += [f'{p}{end} is not there' for p in ROWS for end in ('weight', 'bias')
-             if p + end not in tensors]
+    left += [f'{p}{end} is not there' for p in ROWS for end in ('weight', 'bias') if p + end not in tensors]
     if left:
-        raise UserError(f'{source.path} has names of {source.kind}, but is no plain '
-                        'Mask R-CNN R50-FPN:', left, CURE)
+        raise UserError(f'{source.path} has names of {source.kind}, but is no plain Mask R-CNN R50-FPN:', left, CURE)
     return tensors

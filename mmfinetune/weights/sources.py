@@ -17,12 +17,7 @@ from mmfinetune.weights.origins.detectron2 import from_detectron2
 from mmfinetune.weights.origins.mmdet import from_mmdet
 from mmfinetune.weights.origins.torchvision import from_torchvision
 from mmfinetune.weights.read import CURE, check_finite, clean, load, named_tensors
-from mmfinetune.weights.source import (
-    FC_CLS,
-    RGB_MEAN,
-    RGB_STD,
-    Source,
-)
+from mmfinetune.weights.source import FC_CLS, RGB_MEAN, RGB_STD, Source
 
 KINDS = ('mmdet', 'mmdet run', 'torchvision', 'detectron2', 'backbone', 'other')
 
@@ -30,16 +25,19 @@ KINDS = ('mmdet', 'mmdet run', 'torchvision', 'detectron2', 'backbone', 'other')
 _OTHER_MODELS = (
     (r'(roi_head\.shared_head|roi_heads\.res5)\.', 'a C4 model: it has no FPN'),
     (r'roi_head\.bbox_head\.\d\.|roi_heads\.box_head\.\d\.fc', 'a Cascade R-CNN'),
-    (r'rpn\.head\.conv\.1\.|roi_heads\.box_head\.0\.0\.',
-     "torchvision's second version (v2): its heads have more layers"),
+    (
+        r'rpn\.head\.conv\.1\.|roi_heads\.box_head\.0\.0\.',
+        "torchvision's second version (v2): its heads have more layers",
+    ),
     (r'(bbox_head\.retina_|head\.(cls|bbox)_subnet\.)', 'a RetinaNet'),
     (r'head\.classification_head\.', 'a RetinaNet or another one-stage detector'),
-    (r'(\w+\.)?(transformer|encoder\.layers|decoder\.layers|query_embed|class_embed|panoptic_head|'
-     r'sem_seg_head)', 'a DETR-like model'),
-    (r'(model\.)+\d+\.|module_list\.|bbox_head\.multi_level_|backbone\.stem\.conv\.conv',
-     'a YOLO-like model'),
-    (r'(bbox_head\.fc_cls|mask_head\.conv_logits)\.',
-     'a model of MMDetection 1.x, whose rows have another order'),
+    (
+        r'(\w+\.)?(transformer|encoder\.layers|decoder\.layers|query_embed|class_embed|panoptic_head|'
+        r'sem_seg_head)',
+        'a DETR-like model',
+    ),
+    (r'(model\.)+\d+\.|module_list\.|bbox_head\.multi_level_|backbone\.stem\.conv\.conv', 'a YOLO-like model'),
+    (r'(bbox_head\.fc_cls|mask_head\.conv_logits)\.', 'a model of MMDetection 1.x, whose rows have another order'),
     (r'(bbox_head|mask_head)\.', 'a one-stage detector'),
     (r'backbone\.((body\.)?layer3|bottom_up\.res4)\.35\.', 'a model with ResNet-152'),
     (r'backbone\.((body\.)?layer3|bottom_up\.res4)\.22\.', 'a model with ResNet-101'),
@@ -71,8 +69,7 @@ def read_source(path: Path, bn_eps: float | None = None, any_model: bool = False
     path = Path(path)
     verify_file(path)
     if bn_eps is not None and not 0 <= bn_eps < 1:
-        raise UserError(f'bn_eps is {bn_eps}, which is no small number of at least 0',
-                        cure='pass 0 or 1e-5')
+        raise UserError(f'bn_eps is {bn_eps}, which is no small number of at least 0', cure='pass 0 or 1e-5')
     loaded = load(path)
     notes: list[str] = []
     tensors = clean(named_tensors(loaded, path, notes), path, notes)
@@ -85,8 +82,7 @@ def read_source(path: Path, bn_eps: float | None = None, any_model: bool = False
         notes.insert(0, error.message)
     check_finite(tensors, path)
     if bn_eps is not None and family != 'torchvision':
-        raise UserError(f'bn_eps is for weights of torchvision, but {path} is of kind {family}',
-                        cure='leave it out')
+        raise UserError(f'bn_eps is for weights of torchvision, but {path} is of kind {family}', cure='leave it out')
     meta = loaded.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
     source = Source(path, family, tensors, notes=notes)
@@ -111,6 +107,7 @@ def _family(keys: Mapping[str, object], path: Path) -> str:
     Raises:
         UserError: None's, or those of another architecture than Mask R-CNN R50-FPN.
     """
+
     def refuse(what: str) -> NoReturn:
         raise UserError(f'{path} is not a Mask R-CNN R50-FPN but {what}', cure=CURE)
 
@@ -131,8 +128,7 @@ def _family(keys: Mapping[str, object], path: Path) -> str:
     elif 'conv1.weight' in keys and some('layer1.0.conv1.'):
         return 'backbone'
     else:
-        raise UserError(f'{path} is not a Mask R-CNN: its keys begin with '
-                        f'{", ".join(list(keys)[:5])}', cure=CURE)
+        raise UserError(f'{path} is not a Mask R-CNN: its keys begin with {", ".join(list(keys)[:5])}', cure=CURE)
     if not some(neck):
         refuse(f'a model without an FPN (no {neck}*)')
     if not some('roi_head.mask_head.', 'roi_heads.mask_'):
@@ -148,15 +144,13 @@ def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
     count = len(head) - 1
     names = None
     data = meta.get('dataset_meta')
-    for holder, key in ((data, 'classes'), (data, 'CLASSES'), (meta, 'CLASSES'),
-                        (loaded, 'classes')):
+    for holder, key in ((data, 'classes'), (data, 'CLASSES'), (meta, 'CLASSES'), (loaded, 'classes')):
         value = holder.get(key) if isinstance(holder, Mapping) else None
         if isinstance(value, (list, tuple)) and value:
             names = tuple(map(str, value))
             break
     if names and len(names) != count:
-        source.notes.append(f'the file names {len(names)} classes, but its head has {count}: '
-                            'the names are not used')
+        source.notes.append(f'the file names {len(names)} classes, but its head has {count}: the names are not used')
         names = None
     if names is None and count == len(COCO_CLASSES):
         names = COCO_CLASSES

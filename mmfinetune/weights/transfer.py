@@ -17,10 +17,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 
-
-
-
-
 @dataclass
 class TransferReport:
     """Where each tensor of the model comes from, and what becomes of each in the file.
@@ -50,14 +46,18 @@ class TransferReport:
     problems: list[str] = field(default_factory=list)
 
 
-
 def _under(key: str, prefixes: Sequence[str]) -> bool:
     return any(key == p or key.startswith(p if p.endswith('.') else p + '.') for p in prefixes)
 
 
-def plan_transfer(target: Mapping[str, torch.Tensor], source: Mapping[str, torch.Tensor],
-                  reinit: Sequence[str] = (), into: str = '', ignore: Sequence[str] = (),
-                  class_map: ClassMap | None = None) -> TransferReport:
+def plan_transfer(
+    target: Mapping[str, torch.Tensor],
+    source: Mapping[str, torch.Tensor],
+    reinit: Sequence[str] = (),
+    into: str = '',
+    ignore: Sequence[str] = (),
+    class_map: ClassMap | None = None,
+) -> TransferReport:
     """Decide for every tensor on both sides what happens to it.
 
     Args:
@@ -113,8 +113,7 @@ def plan_transfer(target: Mapping[str, torch.Tensor], source: Mapping[str, torch
     return report
 
 
-def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None,
-                   class_map: ClassMap) -> str | None:
+def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None, class_map: ClassMap) -> str | None:
     if theirs is None:
         return f'{key}: not in the file, so there are no rows to take over'
     if ours.shape[1:] != theirs.shape[1:]:
@@ -126,13 +125,14 @@ def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None,
     return None
 
 
-CURE = ('use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set '
-        'num_classes of bbox_head and mask_head to that of the weights, or name the heads to draw '
-        'anew in `weights.reinit`')
+CURE = (
+    'use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set '
+    'num_classes of bbox_head and mask_head to that of the weights, or name the heads to draw '
+    'anew in `weights.reinit`'
+)
 
 
-def check_transfer(report: TransferReport, path: Path,
-                   problems: Sequence[str] | None = None) -> None:
+def check_transfer(report: TransferReport, path: Path, problems: Sequence[str] | None = None) -> None:
     """Raise a UserError that lists all problems, if there are any.
 
     Args:
@@ -143,14 +143,23 @@ def check_transfer(report: TransferReport, path: Path,
     problems = report.problems if problems is None else problems
     if problems:
         raise UserError(
-            f'{path} does not fit the model ({len(report.loaded)} tensors fit, '
-            f'{len(problems)} problems):', problems, CURE)
+            f'{path} does not fit the model ({len(report.loaded)} tensors fit, {len(problems)} problems):',
+            problems,
+            CURE,
+        )
 
 
-def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, float]] | None = None,
-             into: str = '', ignore: Sequence[str] = (), head_init: str = 'reinit',
-             aliases: Mapping[str, str] | None = None, classes: Sequence[str] = (),
-             seed: int = 0) -> TransferReport:
+def transfer(
+    model: nn.Module,
+    path: Path,
+    reinit: Mapping[str, Mapping[str, float]] | None = None,
+    into: str = '',
+    ignore: Sequence[str] = (),
+    head_init: str = 'reinit',
+    aliases: Mapping[str, str] | None = None,
+    classes: Sequence[str] = (),
+    seed: int = 0,
+) -> TransferReport:
     """Load a file into a model and draw the named modules anew.
 
     Weights of a module in ``reinit`` come from N(0, std), biases are 0; with ``head_init`` of
@@ -175,10 +184,10 @@ def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, flo
         UserError: A key or shape does not fit.
     """
     import torch
+
     source = read_source(path, any_model=True)
     target = model.state_dict()
-    recipe = {'reinit': dict(reinit or {}), 'into': into, 'ignore': ignore,
-              'head_init': head_init, 'aliases': aliases}
+    recipe = {'reinit': dict(reinit or {}), 'into': into, 'ignore': ignore, 'head_init': head_init, 'aliases': aliases}
     report, class_map = plan(target, source, recipe, classes)
     check_transfer(report, path)
     strip = len(into) + 1 if into else 0
@@ -193,8 +202,9 @@ def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, flo
                 target[key].zero_()
             else:
                 module = max((k for k in recipe['reinit'] if _under(key, [k])), key=len)
-                target[key].copy_(torch.normal(0.0, float(recipe['reinit'][module]['std']),
-                                               target[key].shape, generator=generator))
+                target[key].copy_(
+                    torch.normal(0.0, float(recipe['reinit'][module]['std']), target[key].shape, generator=generator)
+                )
         for key in report.remapped:
             rows = source.tensors[key[strip:]]
             ours, theirs = zip(*class_map.rows(len(target[key]), len(rows)), strict=True)
@@ -202,8 +212,9 @@ def transfer(model: nn.Module, path: Path, reinit: Mapping[str, Mapping[str, flo
     return report
 
 
-def plan(target: Mapping[str, torch.Tensor], source: Source, recipe: Mapping,
-         classes: Sequence[str] = ()) -> tuple[TransferReport, ClassMap | None]:
+def plan(
+    target: Mapping[str, torch.Tensor], source: Source, recipe: Mapping, classes: Sequence[str] = ()
+) -> tuple[TransferReport, ClassMap | None]:
     """Plan a transfer by the config's ``weights``.
 
     Args:
@@ -219,21 +230,25 @@ def plan(target: Mapping[str, torch.Tensor], source: Source, recipe: Mapping,
         UserError: The recipe itself is wrong.
     """
     reinit = recipe.get('reinit') or {}
-    wrong = [f'weights.reinit.{k} = {v}' for k, v in reinit.items()
-             if not isinstance(v, Mapping) or set(v) != {'std'}]
+    wrong = [f'weights.reinit.{k} = {v}' for k, v in reinit.items() if not isinstance(v, Mapping) or set(v) != {'std'}]
     if wrong:
-        raise UserError('These modules do not say how to be drawn anew:', wrong,
-                        "give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)")
+        raise UserError(
+            'These modules do not say how to be drawn anew:',
+            wrong,
+            "give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)",
+        )
     head_init = recipe.get('head_init') or 'reinit'
     if head_init not in HEAD_INITS:
-        raise UserError(f'weights.head_init is {head_init!r}',
-                        cure=f'set it to one of {", ".join(HEAD_INITS)}')
+        raise UserError(f'weights.head_init is {head_init!r}', cure=f'set it to one of {", ".join(HEAD_INITS)}')
     class_map = None
     if head_init == 'remap':
         if not source.classes or not classes:
             whose = 'the data' if source.classes else f'the weights {source.path}'
-            raise UserError(f'Heads cannot be remapped: the classes of {whose} are not known',
-                            cure="set metainfo.classes of the data, or head_init='reinit'")
+            raise UserError(
+                f'Heads cannot be remapped: the classes of {whose} are not known',
+                cure="set metainfo.classes of the data, or head_init='reinit'",
+            )
         class_map = match_classes(classes, source.classes, recipe.get('aliases'))
-    return plan_transfer(target, source.tensors, list(reinit), recipe.get('into') or '',
-                         recipe.get('ignore') or (), class_map), class_map
+    return plan_transfer(
+        target, source.tensors, list(reinit), recipe.get('into') or '', recipe.get('ignore') or (), class_map
+    ), class_map

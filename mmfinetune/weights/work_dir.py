@@ -38,9 +38,7 @@ def best_checkpoint(work_dir: Path) -> Path:
     last = last_checkpoint(work_dir)
     if last is not None:
         return last
-    raise UserError(f'There is no checkpoint in {work_dir}',
-                    cure='train first, or pass a checkpoint with --weights')
-
+    raise UserError(f'There is no checkpoint in {work_dir}', cure='train first, or pass a checkpoint with --weights')
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,7 @@ class RunFiles:
     checkpoint: Path
 
 
-def find_run(work_dir: Path, config: Path | None = None,
-             checkpoint: Path | None = None) -> RunFiles:
+def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None = None) -> RunFiles:
     """The config and the best checkpoint of a run.
 
     Args:
@@ -72,29 +69,31 @@ def find_run(work_dir: Path, config: Path | None = None,
         UserError: No such folder, no run in it, or no such file; runs near by are named.
     """
     if work_dir.is_file():
-        raise UserError(f'{work_dir} is a file, not the work dir of a run',
-                        cure=f'pass its folder, {work_dir.parent}')
+        raise UserError(f'{work_dir} is a file, not the work dir of a run', cure=f'pass its folder, {work_dir.parent}')
     if not work_dir.is_dir():
         raise UserError(f'There is no folder {work_dir}', cure=_cure(work_dir))
     if config is None:
         config = _dumped_config(work_dir)
         if config is None:
-            raise UserError(f'{work_dir} is no work dir of a run: there is no config (*.py) in it',
-                            cure=_cure(work_dir))
+            raise UserError(
+                f'{work_dir} is no work dir of a run: there is no config (*.py) in it', cure=_cure(work_dir)
+            )
     elif not config.is_file():
         raise UserError(f'There is no config {config}', cure='correct the path of the config')
     if checkpoint is None:
         try:
             checkpoint = weights_work_dir.best_checkpoint(work_dir)
         except UserError as error:
-            raise UserError(f'{error.message}, only the config {config.name}',
-                            cure='wait for the end of the first epoch, or name a checkpoint '
-                            'elsewhere') from None
+            raise UserError(
+                f'{error.message}, only the config {config.name}',
+                cure='wait for the end of the first epoch, or name a checkpoint elsewhere',
+            ) from None
     elif not checkpoint.is_file():
         found = sorted(p.name for p in work_dir.glob('*.pth'))
-        raise UserError(f'There is no checkpoint {checkpoint}',
-                        cure=f'{work_dir} holds {", ".join(found)}' if found else
-                        'correct the path of the checkpoint')
+        raise UserError(
+            f'There is no checkpoint {checkpoint}',
+            cure=f'{work_dir} holds {", ".join(found)}' if found else 'correct the path of the checkpoint',
+        )
     return RunFiles(work_dir, config, checkpoint)
 
 

@@ -38,10 +38,12 @@ def saved(tmp_path: Path) -> Options:
     """Predictions, ground truth and images by hand."""
     for i in (1, 2):
         Image.new('RGB', (80, 60), (90, 120, 90)).save(tmp_path / f'image_{i}.png')
-    return Options(ann=write(tmp_path / 'ann.json', data_set(THINGS)),
-                   predictions=write(tmp_path / 'p.segm.json', rows_of(FOUND)),
-                   boxes=write(tmp_path / 'p.bbox.json', rows_of(FOUND, 'bbox')),
-                   out=tmp_path / 'out')
+    return Options(
+        ann=write(tmp_path / 'ann.json', data_set(THINGS)),
+        predictions=write(tmp_path / 'p.segm.json', rows_of(FOUND)),
+        boxes=write(tmp_path / 'p.bbox.json', rows_of(FOUND, 'bbox')),
+        out=tmp_path / 'out',
+    )
 
 
 @pytest.fixture(scope='module')
@@ -50,6 +52,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     import torch
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
+
     folder = tmp_path_factory.mktemp('site')
     make_site(folder)
     with inside(folder):
@@ -58,10 +61,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cfg.dump(f'{cfg.work_dir}/tiny.py')
     init_default_scope('mmdet')
     model = MODELS.build(copy.deepcopy(cfg.model))
-    transfer.transfer(model, REPO / load.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint,
-                      cfg.weights.reinit, head_init='remap', classes=views.class_names(cfg))
-    torch.save({'meta': {}, 'state_dict': model.state_dict()},
-               folder / 'work_dirs/tiny/best_coco_segm_mAP_epoch_1.pth')
+    transfer.transfer(
+        model,
+        REPO / load.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint,
+        cfg.weights.reinit,
+        head_init='remap',
+        classes=views.class_names(cfg),
+    )
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, folder / 'work_dirs/tiny/best_coco_segm_mAP_epoch_1.pth')
     torch.save({'meta': {}, 'state_dict': random_state_dict()}, folder / 'eighty.pth')
     return folder
 
@@ -86,15 +93,25 @@ def test_files_of_saved_predictions(saved, capsys):
     out = capsys.readouterr().out
     assert out.splitlines()[-1] == f'Results: {saved.out / "evaluation.md"}'
     assert files_in(saved.out) == [
-        'confusion.csv', 'confusion.png', 'evaluation.json', 'evaluation.md', 'per_class.csv',
-        'record_mAP.txt', 'tide.png', 'worst/01_image_2.jpg', 'worst/02_image_1.jpg']
+        'confusion.csv',
+        'confusion.png',
+        'evaluation.json',
+        'evaluation.md',
+        'per_class.csv',
+        'record_mAP.txt',
+        'tide.png',
+        'worst/01_image_2.jpg',
+        'worst/02_image_1.jpg',
+    ]
     assert 'mAP(IoU=0.5) for each category' in (saved.out / 'record_mAP.txt').read_text()
     page = (saved.out / 'evaluation.md').read_text()
     for link in ('tide.png', 'confusion.png', 'worst/01_image_2.jpg'):
         assert f'({link})' in page or f'(<{link}>)' in page
     assert result(saved.out)['source'] == {
-        'predictions': str(saved.predictions), 'boxes': str(saved.boxes),
-        'annotations': str(saved.ann)}
+        'predictions': str(saved.predictions),
+        'boxes': str(saved.boxes),
+        'annotations': str(saved.ann),
+    }
 
 
 def test_pictures_of_an_earlier_evaluation_go(saved):
@@ -121,8 +138,10 @@ def test_masks_and_boxes_in_one_file(saved):
     saved.pictures = False
     evaluate.run(saved)
     expected = result(saved.out)['metrics']
-    both = [{**m, **b} for m, b in zip(json.loads(saved.predictions.read_text()),
-                                       json.loads(saved.boxes.read_text()), strict=True)]
+    both = [
+        {**m, **b}
+        for m, b in zip(json.loads(saved.predictions.read_text()), json.loads(saved.boxes.read_text()), strict=True)
+    ]
     write(saved.predictions, both)
     saved.boxes = None
     evaluate.run(saved)
@@ -159,21 +178,26 @@ def test_without_images_there_are_no_pictures_of_them(saved, tmp_path, capsys):
     assert not (saved.out / 'worst').exists()
 
 
-@pytest.mark.parametrize('options, parts', [
-    ({'ann': None}, ('--predictions needs the ground truth',)),
-    ({'work_dir': Path('w')}, ('name one', 'WORK_DIR')),
-    ({'config': Path('c'), 'checkpoint': Path('p')}, ('--config', '--checkpoint')),
-    ({'predictions': None, 'boxes': None}, ('--ann goes with --predictions only',)),
-    ({'predictions': None, 'boxes': None, 'ann': None}, ('There is nothing to evaluate',)),
-    ({'predictions': None, 'boxes': None, 'ann': None, 'config': Path('c')},
-     ('There is nothing to evaluate', '--config and --checkpoint')),
-    ({'score_thr': 30.0}, ('--score-thr 30 is no score',)),
-    ({'score_thr': float('nan')}, ('--score-thr nan is no score',)),
-    ({'worst': -1}, ('--worst -1',)),
-    ({'predictions': Path('no.json')}, ('There is no file of predictions no.json',)),
-    ({'ann': Path('no.json')}, ('There is no annotation file no.json',)),
-    ({'data_root': Path('nowhere')}, ('nowhere lacks 2 of 2 images',)),
-])
+@pytest.mark.parametrize(
+    'options, parts',
+    [
+        ({'ann': None}, ('--predictions needs the ground truth',)),
+        ({'work_dir': Path('w')}, ('name one', 'WORK_DIR')),
+        ({'config': Path('c'), 'checkpoint': Path('p')}, ('--config', '--checkpoint')),
+        ({'predictions': None, 'boxes': None}, ('--ann goes with --predictions only',)),
+        ({'predictions': None, 'boxes': None, 'ann': None}, ('There is nothing to evaluate',)),
+        (
+            {'predictions': None, 'boxes': None, 'ann': None, 'config': Path('c')},
+            ('There is nothing to evaluate', '--config and --checkpoint'),
+        ),
+        ({'score_thr': 30.0}, ('--score-thr 30 is no score',)),
+        ({'score_thr': float('nan')}, ('--score-thr nan is no score',)),
+        ({'worst': -1}, ('--worst -1',)),
+        ({'predictions': Path('no.json')}, ('There is no file of predictions no.json',)),
+        ({'ann': Path('no.json')}, ('There is no annotation file no.json',)),
+        ({'data_root': Path('nowhere')}, ('nowhere lacks 2 of 2 images',)),
+    ],
+)
 def test_wrong_options(saved, options, parts):
     for key, value in options.items():
         setattr(saved, key, value)
@@ -222,19 +246,31 @@ def test_a_run(here):
     assert (data['images'], data['source']['split']) == (4, 'test')
     assert data['detections']['segm'] == data['detections']['bbox'] > 20
     forget_runs()
-    test = train_tool('tiny.py', '--test', '--weights', run / 'best_coco_segm_mAP_epoch_1.pth',
-                      '--work-dir', 'work_dirs/tested')
+    test = train_tool(
+        'tiny.py', '--test', '--weights', run / 'best_coco_segm_mAP_epoch_1.pth', '--work-dir', 'work_dirs/tested'
+    )
     assert test.code == 0, test.err
     tested = json.loads(Path('work_dirs/tested/test_results.json').read_text())['metrics']
     numbers = {k: v for k, v in tested.items() if k.startswith('coco/') and '_AP/' not in k}
-    assert {k: -1 if v is None else v for k, v in data['metrics'].items()
-            if k.startswith('coco/')} == pytest.approx(numbers, abs=1e-9)
+    assert {k: -1 if v is None else v for k, v in data['metrics'].items() if k.startswith('coco/')} == pytest.approx(
+        numbers, abs=1e-9
+    )
     assert 0.02 < numbers['coco/segm_mAP'] < 0.98
     for name, values in data['per_class'].items():
         assert values.get('segm_AP') == tested.get(f'coco/segm_AP/{name}')
-    again = drive('evaluate', '--predictions', out / 'predictions.segm.json', '--boxes',
-                  out / 'predictions.bbox.json', '--ann', ANN.format('val'), '--out', 'again',
-                  '--worst', '2')
+    again = drive(
+        'evaluate',
+        '--predictions',
+        out / 'predictions.segm.json',
+        '--boxes',
+        out / 'predictions.bbox.json',
+        '--ann',
+        ANN.format('val'),
+        '--out',
+        'again',
+        '--worst',
+        '2',
+    )
     assert again.code == 0, again.err
     repeated = result(Path('again'))
     assert repeated.pop('source') != data.pop('source')
@@ -248,8 +284,7 @@ def test_train_split(here):
     whole = json.loads(path.read_text())
     first = whole['images'][0]['id']
     try:
-        write(path, {**whole, 'annotations': [a for a in whole['annotations']
-                                              if a['image_id'] != first]})
+        write(path, {**whole, 'annotations': [a for a in whole['annotations'] if a['image_id'] != first]})
         done = drive('evaluate', 'work_dirs/tiny', '--split', 'train', '--no-pictures')
         assert done.code == 0, done.err
     finally:
@@ -263,10 +298,23 @@ def test_train_split(here):
 @pytest.mark.slow
 def test_config_and_checkpoint_and_another_root(here, tmp_path):
     shutil.copytree('data/demo/VOCdevkit', tmp_path / 'moved/VOCdevkit')
-    done = drive('evaluate', '--config', 'tiny.py', '--checkpoint',
-                 'work_dirs/tiny/best_coco_segm_mAP_epoch_1.pth', '--data-root', tmp_path / 'moved',
-                 '--split', 'val', '--out', tmp_path / 'out', '--worst', '1',
-                 '--cfg-options', 'val_evaluator.metric=bbox')
+    done = drive(
+        'evaluate',
+        '--config',
+        'tiny.py',
+        '--checkpoint',
+        'work_dirs/tiny/best_coco_segm_mAP_epoch_1.pth',
+        '--data-root',
+        tmp_path / 'moved',
+        '--split',
+        'val',
+        '--out',
+        tmp_path / 'out',
+        '--worst',
+        '1',
+        '--cfg-options',
+        'val_evaluator.metric=bbox',
+    )
     assert done.code == 0, done.err
     data = result(tmp_path / 'out')
     assert str(tmp_path / 'moved') in data['annotations']
@@ -275,8 +323,9 @@ def test_config_and_checkpoint_and_another_root(here, tmp_path):
 
 
 def test_model_that_finds_nothing(here, tmp_path):
-    done = drive('evaluate', 'work_dirs/tiny', '--out', tmp_path, '--cfg-options',
-                 'model.test_cfg.rcnn.score_thr=0.999')
+    done = drive(
+        'evaluate', 'work_dirs/tiny', '--out', tmp_path, '--cfg-options', 'model.test_cfg.rcnn.score_thr=0.999'
+    )
     assert done.code == 0, done.err
     assert 'There is no mask detection at all: every AP is 0.' in done.out
     assert result(tmp_path)['metrics']['coco/segm_mAP'] == 0
@@ -294,17 +343,19 @@ def test_predictions_of_a_split_whose_ids_occur_in_the_other(here):
     assert 'demo_train_' in done.err
 
 
-@pytest.mark.parametrize('arguments, parts', [
-    (['work_dirs/tiny', '--checkpoint', 'eighty.pth'],
-     ('eighty.pth', 'does not fit', '(81,', '(21,')),
-    (['work_dirs/nothing'], ('There is no folder work_dirs/nothing', 'work_dirs/tiny')),
-    (['data'], ('no work dir of a run',)),
-    (['work_dirs/tiny', '--checkpoint', 'no.pth'], ('There is no checkpoint no.pth',)),
-    (['work_dirs/tiny', '--config', 'no.py'], ('There is no config no.py',)),
-    (['work_dirs/tiny', '--data-root', 'pretrain'], ('pretrain holds no data',)),
-    (['--config', 'tiny.py', '--checkpoint', 'no.pth'], ('There is no weights file no.pth',)),
-    (['work_dirs/tiny', '--cfg-options', 'modell.x=1'], ('modell',)),
-])
+@pytest.mark.parametrize(
+    'arguments, parts',
+    [
+        (['work_dirs/tiny', '--checkpoint', 'eighty.pth'], ('eighty.pth', 'does not fit', '(81,', '(21,')),
+        (['work_dirs/nothing'], ('There is no folder work_dirs/nothing', 'work_dirs/tiny')),
+        (['data'], ('no work dir of a run',)),
+        (['work_dirs/tiny', '--checkpoint', 'no.pth'], ('There is no checkpoint no.pth',)),
+        (['work_dirs/tiny', '--config', 'no.py'], ('There is no config no.py',)),
+        (['work_dirs/tiny', '--data-root', 'pretrain'], ('pretrain holds no data',)),
+        (['--config', 'tiny.py', '--checkpoint', 'no.pth'], ('There is no weights file no.pth',)),
+        (['work_dirs/tiny', '--cfg-options', 'modell.x=1'], ('modell',)),
+    ],
+)
 def test_runs_that_cannot_be_evaluated(here, arguments, parts):
     before = files_in(here)
     done = drive('evaluate', *arguments)
@@ -320,8 +371,7 @@ def test_choice_of_a_split(loaded: Callable):
     whole = loaded('mask_rcnn_voc_pretrained.py')
     cfg = copy.deepcopy(whole)
     paths.select_split(cfg, 'train')
-    dataset, train, test = (c.dataset for c in (cfg.test_dataloader, whole.train_dataloader,
-                                                whole.test_dataloader))
+    dataset, train, test = (c.dataset for c in (cfg.test_dataloader, whole.train_dataloader, whole.test_dataloader))
     assert dataset.ann_file == train.ann_file != test.ann_file
     assert dataset.pipeline == test.pipeline != train.pipeline
     assert 'filter_cfg' not in dataset
@@ -336,8 +386,7 @@ def test_choice_of_a_split(loaded: Callable):
 def test_train_split_in_wrappers(loaded: Callable):
     cfg = copy.deepcopy(loaded('mask_rcnn_voc_pretrained.py'))
     ann_file = cfg.train_dataloader.dataset.ann_file
-    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3,
-                                        dataset=cfg.train_dataloader.dataset)
+    cfg.train_dataloader.dataset = dict(type='RepeatDataset', times=3, dataset=cfg.train_dataloader.dataset)
     paths.select_split(cfg, 'train')
     assert cfg.test_dataloader.dataset.ann_file == ann_file
     assert cfg.test_dataloader.dataset.type == 'CocoDataset'

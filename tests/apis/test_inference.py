@@ -17,15 +17,7 @@ from mmfinetune.apis.inference import Predictor, choose_device
 from mmfinetune.config import load
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import work_dir
-from tests.builders.runs import (
-    CONFIGS,
-    DEVKIT,
-    drive,
-    inside,
-    make_site,
-    random_state_dict,
-    train_tool,
-)
+from tests.builders.runs import CONFIGS, DEVKIT, drive, inside, make_site, random_state_dict, train_tool
 
 RUN = Path('work_dirs/tiny')
 CLASSES = ('aeroplane', 'bicycle', 'bird', 'boat')
@@ -95,7 +87,7 @@ def test_predictions_are_those_of_the_test_of_the_run(site, images, predictor, f
 
 def test_each_image_alone_gives_the_same(images, predictor, found):
     for path, together in zip(images.values(), found, strict=True):
-        alone, = predictor([predictor.read(path)])
+        (alone,) = predictor([predictor.read(path)])
         np.testing.assert_allclose(alone.boxes, together.boxes, atol=1e-2)
         np.testing.assert_allclose(alone.scores, together.scores, atol=1e-4)
 
@@ -115,12 +107,13 @@ def test_what_comes_back(found):
 def test_proposals_are_the_best_of_the_rpn_in_pixels_of_the_image(cfg, predictor, found, images):
     import torch
     from mmengine.dataset import pseudo_collate
+
     image = predictor.read(next(iter(images.values())))
     batch = predictor.model.data_preprocessor(pseudo_collate([predictor.prepare(image)]))
     with torch.no_grad():
         features = predictor.model.extract_feat(batch['inputs'])
-        expected, = predictor.model.rpn_head.predict(features, batch['data_samples'], rescale=True)
-    prediction, = predictor([image])
+        (expected,) = predictor.model.rpn_head.predict(features, batch['data_samples'], rescale=True)
+    (prediction,) = predictor([image])
     assert prediction.proposals.shape == (30, 4)
     np.testing.assert_allclose(prediction.objectness, expected.scores[:30], rtol=1e-6)
     np.testing.assert_allclose(prediction.proposals, expected.bboxes[:30].clamp(0, 224), atol=1e-3)
@@ -142,7 +135,7 @@ def test_proposals_of_a_padded_batch_lie_in_their_images(predictor):
     wide, high = predictor([noise(40, 200), noise(200, 40)])
     assert wide.proposals[:, 3].max() <= 40
     assert high.proposals[:, 2].max() <= 40
-    alone, = predictor([noise(200, 40)])
+    (alone,) = predictor([noise(200, 40)])
     assert alone.proposals[:, 3].max() > 100
 
 
@@ -152,12 +145,11 @@ def test_no_images(predictor):
 
 def test_limits(site, cfg, trained, images):
     with inside(site):
-        limited = Predictor(cfg, trained.checkpoint, 'cpu', score_thr=0.0, max_per_image=3,
-                            classes=['bird', 'boat'])
+        limited = Predictor(cfg, trained.checkpoint, 'cpu', score_thr=0.0, max_per_image=3, classes=['bird', 'boat'])
         everything = Predictor(cfg, trained.checkpoint, 'cpu', score_thr=0.0, max_per_image=50)
     image = limited.read(next(iter(images.values())))
-    ours, = limited([image])
-    every, = everything([image])
+    (ours,) = limited([image])
+    (every,) = everything([image])
     # Hardly trained heads give all classes some score, so that the limits alone tell how many.
     assert len(every) == 50
     assert cfg.model.test_cfg.rcnn.max_per_img == 20
@@ -166,10 +158,10 @@ def test_limits(site, cfg, trained, images):
     with inside(site):
         thr = float(every.scores[10])
         above = Predictor(cfg, trained.checkpoint, 'cpu', score_thr=thr, max_per_image=50)
-    strict, = above([image])
+    (strict,) = above([image])
     assert len(strict) == int((every.scores >= thr).sum()) <= 12
-    np.testing.assert_allclose(strict.boxes, every.boxes[:len(strict)], atol=1e-3)
-    assert (strict.masks == every.masks[:len(strict)]).all()
+    np.testing.assert_allclose(strict.boxes, every.boxes[: len(strict)], atol=1e-3)
+    assert (strict.masks == every.masks[: len(strict)]).all()
     assert strict.proposals is None
 
 
@@ -177,8 +169,8 @@ def test_threshold_below_that_of_the_config_counts(site, cfg, trained):
     strict = copy.deepcopy(cfg)
     strict.model.test_cfg.rcnn.score_thr = 0.9
     with inside(site):
-        own, = Predictor(strict, trained.checkpoint, 'cpu')([noise(90, 90)])
-        lower, = Predictor(strict, trained.checkpoint, 'cpu', score_thr=0.0)([noise(90, 90)])
+        (own,) = Predictor(strict, trained.checkpoint, 'cpu')([noise(90, 90)])
+        (lower,) = Predictor(strict, trained.checkpoint, 'cpu', score_thr=0.0)([noise(90, 90)])
     assert (len(own), len(lower)) == (0, 20)
     assert own.masks.shape == (0, 90, 90)
     assert strict.model.test_cfg.rcnn.score_thr == 0.9
@@ -198,12 +190,19 @@ def pictures(tmp_path_factory) -> Path:
     pixels = np.zeros((30, 50, 3), np.uint8)
     pixels[:, :25, 0] = pixels[:, 25:, 2] = 200
     image = Image.fromarray(pixels)
-    for name, form in (('rgb.png', image), ('rgba.png', image.convert('RGBA')),
-                       ('palette.png', image.convert('P')), ('name with 空格 é.png', image),
-                       ('rgb.webp', image), ('cmyk.jpg', image.convert('CMYK')),
-                       ('grey.png', image.convert('L'))):
-        form.save(folder / name, **({'quality': 95} if form.mode == 'CMYK' else
-                                    {'lossless': True} if name.endswith('webp') else {}))
+    for name, form in (
+        ('rgb.png', image),
+        ('rgba.png', image.convert('RGBA')),
+        ('palette.png', image.convert('P')),
+        ('name with 空格 é.png', image),
+        ('rgb.webp', image),
+        ('cmyk.jpg', image.convert('CMYK')),
+        ('grey.png', image.convert('L')),
+    ):
+        form.save(
+            folder / name,
+            **({'quality': 95} if form.mode == 'CMYK' else {'lossless': True} if name.endswith('webp') else {}),
+        )
     cv2.imwrite(str(folder / 'sixteen.png'), pixels[..., ::-1].astype(np.uint16) * 257)
     cv2.imwrite(str(folder / 'sixteen.tif'), pixels[..., ::-1].astype(np.uint16) * 257)
     exif = Image.Exif()
@@ -212,8 +211,19 @@ def pictures(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize('name', ['rgb.png', 'rgba.png', 'palette.png', 'name with 空格 é.png',
-                                  'rgb.webp', 'cmyk.jpg', 'sixteen.png', 'sixteen.tif'])
+@pytest.mark.parametrize(
+    'name',
+    [
+        'rgb.png',
+        'rgba.png',
+        'palette.png',
+        'name with 空格 é.png',
+        'rgb.webp',
+        'cmyk.jpg',
+        'sixteen.png',
+        'sixteen.tif',
+    ],
+)
 def test_images_of_all_kinds_are_read_as_rgb(predictor, pictures, name):
     image = predictor.read(pictures / name)
     assert (image.shape, image.dtype) == ((30, 50, 3), np.uint8)
@@ -235,6 +245,7 @@ def test_turned_image_is_read_upright(predictor, pictures):
 
 def test_images_are_read_as_for_training(cfg, predictor, pictures):
     from mmdet.registry import TRANSFORMS
+
     loader = TRANSFORMS.build(cfg.train_dataloader.dataset.pipeline[0])
     for path in pictures.iterdir():
         image = loader({'img_path': str(path)})['img']
@@ -251,7 +262,7 @@ def test_an_unreadable_image_gives_a_short_reason(predictor, tmp_path):
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 2), (7, 3), (2, 150), (2500, 1800)])
 def test_images_of_any_size(predictor, shape):
-    prediction, = predictor([noise(*shape)])
+    (prediction,) = predictor([noise(*shape)])
     assert prediction.masks.shape[1:] == shape
     assert prediction.boxes.size == 0 or prediction.boxes.max() <= max(shape)
 
@@ -275,8 +286,11 @@ def test_category_ids_of_the_annotation_file(site, cfg, trained, predictor):
     assert predictor.category_ids == list(range(1, 21))
     own = copy.deepcopy(cfg)
     path = site / 'other.json'
-    path.write_text(json.dumps({'categories': [
-        {'id': 100 - i, 'name': name} for i, name in enumerate(predictor.classes)], 'images': []}))
+    path.write_text(
+        json.dumps(
+            {'categories': [{'id': 100 - i, 'name': name} for i, name in enumerate(predictor.classes)], 'images': []}
+        )
+    )
     own.test_dataloader.dataset.update(data_root='', ann_file=str(path))
     with inside(site):
         assert Predictor(own, trained.checkpoint, 'cpu').category_ids == list(range(100, 80, -1))
@@ -296,8 +310,7 @@ def test_known_images_keep_their_ids_if_all_are_known(site, images, tmp_path, mo
     Image.new('RGB', (50, 50)).save(tmp_path / 'new.png')
     given = [images[3], images[2], *([tmp_path / 'new.png'] if more else [])]
     with inside(site):
-        done = drive('predict', *given, '--run', RUN, '--out', tmp_path / 'out', '--no-pictures',
-                     '--score-thr', '0')
+        done = drive('predict', *given, '--run', RUN, '--out', tmp_path / 'out', '--no-pictures', '--score-thr', '0')
     assert done.code == 0, done.err
     rows = json.loads((tmp_path / 'out/predictions.json').read_text())
     assert list(dict.fromkeys(r['image_id'] for r in rows)) == ids
@@ -311,6 +324,7 @@ def test_weights_of_another_class_count(site, cfg):
 
 def save(path: Path, classes: tuple[str, ...]) -> Path:
     import torch
+
     state = random_state_dict('mask_rcnn_demo.py')
     torch.save({'meta': {'dataset_meta': {'classes': classes}}, 'state_dict': state}, path)
     return path
@@ -320,8 +334,10 @@ def test_weights_with_classes_in_another_order(site, cfg, predictor, tmp_path):
     scrambled = (predictor.classes[1], predictor.classes[0], *predictor.classes[2:])
     with inside(site), pytest.raises(UserError, match='trained on other classes') as caught:
         Predictor(cfg, save(tmp_path / 'a.pth', scrambled), 'cpu')
-    assert caught.value.problems == ['label 0: config aeroplane, weights bicycle',
-                                     'label 1: config bicycle, weights aeroplane']
+    assert caught.value.problems == [
+        'label 0: config aeroplane, weights bicycle',
+        'label 1: config bicycle, weights aeroplane',
+    ]
 
 
 def test_weights_whose_classes_are_spelt_otherwise_fit(site, cfg, predictor, tmp_path):
@@ -339,8 +355,8 @@ def test_unknown_classes(site, cfg, trained):
 
 def test_a_pickle_with_code_is_refused(site, cfg, tmp_path):
     import torch
-    torch.save({'state_dict': random_state_dict('mask_rcnn_demo.py'), 'bad': subprocess.Popen},
-               tmp_path / 'bad.pth')
+
+    torch.save({'state_dict': random_state_dict('mask_rcnn_demo.py'), 'bad': subprocess.Popen}, tmp_path / 'bad.pth')
     with inside(site), pytest.raises(UserError, match='a pickle that would run'):
         Predictor(cfg, tmp_path / 'bad.pth', 'cpu')
 
@@ -351,21 +367,32 @@ def retina(cfg, tmp_path_factory):
     import torch
     from mmdet.registry import MODELS
     from mmengine.config import Config
+
     own = Config(copy.deepcopy(cfg._cfg_dict.to_dict()))
-    own.model = Config(dict(
-        type='RetinaNet', data_preprocessor=own.model.data_preprocessor,
-        backbone=own.model.backbone, neck=dict(type='FPN', in_channels=[64, 128], start_level=0,
-                                               out_channels=16, num_outs=3),
-        bbox_head=dict(type='RetinaHead', num_classes=20, in_channels=16, feat_channels=16,
-                       stacked_convs=1,
-                       anchor_generator=dict(type='AnchorGenerator', octave_base_scale=4,
-                                             scales_per_octave=1, ratios=[1.0],
-                                             strides=[8, 16, 32]),
-                       bbox_coder=dict(type='DeltaXYWHBBoxCoder')),
-        test_cfg=dict(nms_pre=100, min_bbox_size=0, score_thr=0.0, max_per_img=10,
-                      nms=dict(type='nms', iou_threshold=0.5))))._cfg_dict
+    own.model = Config(
+        dict(
+            type='RetinaNet',
+            data_preprocessor=own.model.data_preprocessor,
+            backbone=own.model.backbone,
+            neck=dict(type='FPN', in_channels=[64, 128], start_level=0, out_channels=16, num_outs=3),
+            bbox_head=dict(
+                type='RetinaHead',
+                num_classes=20,
+                in_channels=16,
+                feat_channels=16,
+                stacked_convs=1,
+                anchor_generator=dict(
+                    type='AnchorGenerator', octave_base_scale=4, scales_per_octave=1, ratios=[1.0], strides=[8, 16, 32]
+                ),
+                bbox_coder=dict(type='DeltaXYWHBBoxCoder'),
+            ),
+            test_cfg=dict(
+                nms_pre=100, min_bbox_size=0, score_thr=0.0, max_per_img=10, nms=dict(type='nms', iou_threshold=0.5)
+            ),
+        )
+    )._cfg_dict
     own.model.backbone.update(out_indices=(2, 3), init_cfg=None)
-    channels = [own.model.backbone.base_channels * 2 ** i for i in (2, 3)]
+    channels = [own.model.backbone.base_channels * 2**i for i in (2, 3)]
     own.model.neck.in_channels = channels
     torch.manual_seed(0)
     model = MODELS.build(copy.deepcopy(own.model))
@@ -381,15 +408,19 @@ def test_a_model_without_rpn_has_no_proposals(site, retina):
 
 def test_a_model_without_masks(site, retina):
     with inside(site):
-        prediction, = Predictor(*retina, 'cpu')([noise(80, 80)])
+        (prediction,) = Predictor(*retina, 'cpu')([noise(80, 80)])
     assert prediction.masks is None
     assert len(prediction) == 10
     assert len(prediction.chosen(np.arange(4))) == 4
 
 
-@pytest.mark.parametrize('steps, message', [
-    ([dict(type='Resize', scale=(96, 96), keep_ratio=True)], 'does not read colour images'),
-    ([dict(type='LoadImage', color_type='grayscale')], 'does not read colour images')])
+@pytest.mark.parametrize(
+    'steps, message',
+    [
+        ([dict(type='Resize', scale=(96, 96), keep_ratio=True)], 'does not read colour images'),
+        ([dict(type='LoadImage', color_type='grayscale')], 'does not read colour images'),
+    ],
+)
 def test_pipelines_that_cannot_be_used(site, cfg, trained, steps, message):
     own = copy.deepcopy(cfg)
     own.test_dataloader.dataset.pipeline = steps
@@ -409,6 +440,7 @@ def test_a_config_without_test_data(site, cfg, trained):
 
 def test_devices():
     import torch
+
     assert choose_device('cpu') == 'cpu'
     assert choose_device('auto') == ('cuda' if torch.cuda.is_available() else 'cpu')
     for name in ('cuda:99', 'gpu', 'meta'):
@@ -418,9 +450,17 @@ def test_devices():
 
 def test_import_brings_nothing_heavy():
     done = subprocess.run(
-        [sys.executable, '-c', 'import mmfinetune.apis.inference, mmfinetune.apis.predict, sys; print([m '
-         'for m in ("torch", "mmdet", "mmengine", "mmcv", "matplotlib") if m in sys.modules])'],
-        capture_output=True, text=True, check=True, cwd=CONFIGS.parent)
+        [
+            sys.executable,
+            '-c',
+            'import mmfinetune.apis.inference, mmfinetune.apis.predict, sys; print([m '
+            'for m in ("torch", "mmdet", "mmengine", "mmcv", "matplotlib") if m in sys.modules])',
+        ],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=CONFIGS.parent,
+    )
     assert done.stdout.strip() == '[]'
 
 
@@ -432,6 +472,6 @@ def test_real_photographs(site, cfg, trained, real_data):
     assert len(paths) == 10
     for path in paths:
         image = predictor.read(path)
-        prediction, = predictor([image])
+        (prediction,) = predictor([image])
         assert prediction.masks.shape[1:] == image.shape[:2]
         assert len(prediction.proposals) == 20

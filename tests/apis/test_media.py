@@ -22,8 +22,7 @@ def names_of(given: list, results: list[Path] = ()) -> list[str]:
     return [i.name for i in media.find_inputs([str(g) for g in given], results)[0]]
 
 
-def make_video(path: Path, frames: int = 10, size: tuple[int, int] = (64, 48),
-               codec: str = 'MJPG') -> Path:
+def make_video(path: Path, frames: int = 10, size: tuple[int, int] = (64, 48), codec: str = 'MJPG') -> Path:
     """A video in which the grey level is ten times the number of the frame."""
     writer = cv2.VideoWriter(str(path), cv2.VideoWriter.fourcc(*codec), 20, size)
     assert writer.isOpened()
@@ -34,17 +33,22 @@ def make_video(path: Path, frames: int = 10, size: tuple[int, int] = (64, 48),
 
 
 def test_folder_is_searched_to_the_bottom_in_natural_order(tmp_path):
-    touch(tmp_path, 'img10.jpg', 'img2.JPG', 'b/c/x.png', 'clip.MP4', 'notes.txt', '._img2.jpg',
-          '.hidden/y.jpg')
+    touch(tmp_path, 'img10.jpg', 'img2.JPG', 'b/c/x.png', 'clip.MP4', 'notes.txt', '._img2.jpg', '.hidden/y.jpg')
     inputs, root = media.find_inputs([str(tmp_path)], [])
     assert [i.name for i in inputs] == ['b/c/x.png', 'clip.MP4', 'img2.JPG', 'img10.jpg']
     assert root == tmp_path
     assert [i.is_video for i in inputs] == [False, True, False, False]
 
 
-@pytest.mark.parametrize('pattern, expected', [
-    ('a/*.jpg', ['x.jpg', 'y.jpg']), ('**/*.jpg', ['a/x.jpg', 'a/y.jpg', 'b/x.jpg']),
-    ('?/x.*', ['a/x.jpg', 'b/x.jpg']), ('a/[y-z]*', ['y.jpg'])])
+@pytest.mark.parametrize(
+    'pattern, expected',
+    [
+        ('a/*.jpg', ['x.jpg', 'y.jpg']),
+        ('**/*.jpg', ['a/x.jpg', 'a/y.jpg', 'b/x.jpg']),
+        ('?/x.*', ['a/x.jpg', 'b/x.jpg']),
+        ('a/[y-z]*', ['y.jpg']),
+    ],
+)
 def test_patterns(tmp_path, monkeypatch, pattern, expected):
     touch(tmp_path, 'a/x.jpg', 'a/y.jpg', 'b/x.jpg', 'a/.z.jpg', 'a/y.txt')
     assert names_of([tmp_path / pattern]) == expected
@@ -72,21 +76,19 @@ def test_links_keep_the_name_by_which_they_are_known(tmp_path):
 
 def test_names_are_relative_to_what_all_inputs_share(tmp_path):
     touch(tmp_path, 'a/x.jpg', 'b/x.jpg', 'b/deep/er/z.jpg')
-    assert names_of([tmp_path / 'a/x.jpg', tmp_path / 'b']) == ['a/x.jpg', 'b/deep/er/z.jpg',
-                                                                'b/x.jpg']
+    assert names_of([tmp_path / 'a/x.jpg', tmp_path / 'b']) == ['a/x.jpg', 'b/deep/er/z.jpg', 'b/x.jpg']
 
 
 def test_names_that_are_not_utf8_can_be_written_as_json(tmp_path):
     place = os.fsencode(tmp_path) + b'/caf\xe9.jpg'
     Path(os.fsdecode(place)).write_bytes(b'')
-    name, = names_of([tmp_path])
+    (name,) = names_of([tmp_path])
     assert json.dumps(name, ensure_ascii=False).encode() == '"caf\ufffd.jpg"'.encode()
 
 
 def test_results_are_no_inputs(tmp_path):
     touch(tmp_path, 'x.jpg', 'predictions/pictures/x.jpg', 'predictions_of_mine/y.jpg')
-    assert names_of([tmp_path], [tmp_path / 'predictions']) == ['predictions_of_mine/y.jpg',
-                                                                'x.jpg']
+    assert names_of([tmp_path], [tmp_path / 'predictions']) == ['predictions_of_mine/y.jpg', 'x.jpg']
     with pytest.raises(UserError, match='lies in the output folder'):
         names_of([tmp_path / 'predictions/pictures/x.jpg'], [tmp_path / 'predictions'])
 
@@ -96,8 +98,10 @@ def test_all_that_stands_for_nothing_is_named(tmp_path):
     with pytest.raises(UserError) as caught:
         names_of([tmp_path / 'no.jpg', tmp_path / 'notes', tmp_path / '*.png'])
     assert [p.removeprefix(f'{tmp_path}/') for p in caught.value.problems] == [
-        'no.jpg: no such file or folder', 'notes: no image or video in this folder',
-        '*.png: no image or video has such a name']
+        'no.jpg: no such file or folder',
+        'notes: no image or video in this folder',
+        '*.png: no image or video has such a name',
+    ]
 
 
 def test_a_file_that_is_named_may_have_any_suffix(tmp_path):
@@ -108,13 +112,14 @@ def test_a_file_that_is_named_may_have_any_suffix(tmp_path):
 def test_output_names_never_meet():
     names = ['a/x.jpg', 'a/x.png', 'b/x.jpg', 'a/X.bmp', 'a/x_2.png', 'dots.in.name.jpg']
     made = media.output_names(names, ['.jpg'] * 6)
-    assert made == ['a/x.jpg', 'a/x_2.jpg', 'b/x.jpg', 'a/X_3.jpg', 'a/x_2_2.jpg',
-                    'dots.in.name.jpg']
+    assert made == ['a/x.jpg', 'a/x_2.jpg', 'b/x.jpg', 'a/X_3.jpg', 'a/x_2_2.jpg', 'dots.in.name.jpg']
     assert media.output_names(['x.avi', 'x.png'], ['.mp4', '.jpg']) == ['x.mp4', 'x.jpg']
 
 
-@pytest.mark.parametrize('name, content, reason', [
-    ('a.jpg', b'', 'empty file'), ('a.png', b'hello', 'not an image'), ('no.jpg', None, 'missing')])
+@pytest.mark.parametrize(
+    'name, content, reason',
+    [('a.jpg', b'', 'empty file'), ('a.png', b'hello', 'not an image'), ('no.jpg', None, 'missing')],
+)
 def test_damaged_images_are_told(tmp_path, name, content, reason):
     if content is not None:
         (tmp_path / name).write_bytes(content)
@@ -126,7 +131,7 @@ def test_truncated_jpeg_is_told(tmp_path):
     _, data = cv2.imencode('.jpg', np.random.default_rng(0).integers(0, 255, (99, 99, 3), np.uint8))
     (tmp_path / 'a.jpg').write_bytes(data.tobytes())
     media.check_image(tmp_path / 'a.jpg')
-    (tmp_path / 'a.jpg').write_bytes(data.tobytes()[:len(data) // 2])
+    (tmp_path / 'a.jpg').write_bytes(data.tobytes()[: len(data) // 2])
     with pytest.raises(ValueError, match='truncated JPEG'):
         media.check_image(tmp_path / 'a.jpg')
 
@@ -146,7 +151,7 @@ def test_frames_are_rgb(tmp_path):
     writer = cv2.VideoWriter(str(tmp_path / 'v.avi'), cv2.VideoWriter.fourcc(*'MJPG'), 20, (64, 48))
     writer.write(np.full((48, 64, 3), (0, 0, 200), np.uint8))
     writer.release()
-    (_, frame), = media.Video(tmp_path / 'v.avi').read()
+    ((_, frame),) = media.Video(tmp_path / 'v.avi').read()
     assert frame[20, 20, 0] > 150 > 60 > frame[20, 20, 2]
 
 
@@ -166,7 +171,7 @@ def test_half_a_video_gives_its_frames_and_then_says_so(tmp_path):
         writer.write(random.integers(0, 255, (240, 320, 3), np.uint8))
     writer.release()
     data = path.read_bytes()
-    path.write_bytes(data[:len(data) // 2])
+    path.write_bytes(data[: len(data) // 2])
     frames = []
     with pytest.raises(ValueError, match=r'only \d of 10 frames can be read'):
         for frame in media.Video(path).read():

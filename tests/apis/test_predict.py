@@ -17,16 +17,7 @@ from pycocotools.coco import COCO
 from mmfinetune.apis import predict as apis_predict
 from mmfinetune.config import flatten
 from mmfinetune.utils.errors import UserError
-from tests.builders.runs import (
-    TOOLS,
-    Outcome,
-    drive,
-    files_in,
-    inside,
-    random_state_dict,
-    spawn,
-    write_tiny_config,
-)
+from tests.builders.runs import TOOLS, Outcome, drive, files_in, inside, random_state_dict, spawn, write_tiny_config
 
 # Heads with random weights give all classes about 1/21.
 LOW = ('--score-thr', '0.001', '--device', 'cpu')
@@ -37,13 +28,15 @@ PER_IMAGE = 20  # max_per_img of the demo's config
 def run(tmp_path_factory) -> Path:
     """The work dir of a run with random weights."""
     import torch
+
     folder = tmp_path_factory.mktemp('predict')
     work_dir = folder / 'run'
     work_dir.mkdir()
     text = flatten.flatten(write_tiny_config(folder / 'tiny.py'))
     (work_dir / 'tiny.py').write_text(text)
-    torch.save({'meta': {}, 'state_dict': random_state_dict('mask_rcnn_demo.py')},
-               work_dir / 'best_coco_segm_mAP_epoch_1.pth')
+    torch.save(
+        {'meta': {}, 'state_dict': random_state_dict('mask_rcnn_demo.py')}, work_dir / 'best_coco_segm_mAP_epoch_1.pth'
+    )
     return work_dir
 
 
@@ -75,8 +68,14 @@ def test_pictures_sheet_and_json_of_a_folder(run, photos, tmp_path):
     out = tmp_path / 'out'
     done = predict(photos, '--run', run, '--out', out, *LOW)
     assert done.code == 0, done.err
-    assert files_in(out) == ['pictures/a.jpg', 'pictures/b c.jpg', 'pictures/deep/a.jpg',
-                             'predictions.json', 'predictions_coco.json', 'sheet.jpg']
+    assert files_in(out) == [
+        'pictures/a.jpg',
+        'pictures/b c.jpg',
+        'pictures/deep/a.jpg',
+        'predictions.json',
+        'predictions_coco.json',
+        'sheet.jpg',
+    ]
     found, results = done.last_lines()
     assert found.startswith('Found on 3 of 3 images: ')
     assert results == f'Results: {out} (3 images, {3 * PER_IMAGE} objects)'
@@ -99,14 +98,14 @@ def test_json_is_what_pycocotools_reads(run, photos, tmp_path):
         assert (info['height'], info['width']) == image.shape[:2]
         assert (out / info['picture']).is_file()
         sizes[info['id']] = image.shape[:2]
-    for row, result in zip(whole.dataset['annotations'], load(out / 'predictions.json'),
-                           strict=True):
+    for row, result in zip(whole.dataset['annotations'], load(out / 'predictions.json'), strict=True):
         mask = whole.annToMask(row)
         assert mask.shape == sizes[row['image_id']]
         assert row['area'] == mask.sum() == mask_api.area(row['segmentation'])
         assert row['iscrowd'] == 0
-        assert {k: row[k] for k in ('image_id', 'category_id', 'bbox', 'score', 'segmentation')} \
-            == {k: v for k, v in result.items() if k != 'file_name'}
+        assert {k: row[k] for k in ('image_id', 'category_id', 'bbox', 'score', 'segmentation')} == {
+            k: v for k, v in result.items() if k != 'file_name'
+        }
         assert whole.imgs[row['image_id']]['file_name'] == result['file_name']
         x, y, width, height = row['bbox']
         assert x >= 0
@@ -128,11 +127,11 @@ def test_limits_reach_the_model(run, photos, tmp_path):
     every = load(tmp_path / 'all/predictions.json')
     names = {c['id']: c['name'] for c in load(tmp_path / 'all/predictions_coco.json')['categories']}
     wanted = every[5]['category_id']
-    done = predict(photos, '--run', run, '--out', tmp_path / 'out', *LOW, '--max-per-image', '2',
-                   '--classes', names[wanted])
+    done = predict(
+        photos, '--run', run, '--out', tmp_path / 'out', *LOW, '--max-per-image', '2', '--classes', names[wanted]
+    )
     assert done.code == 0, done.err
-    expected = [[r for r in every if r['image_id'] == i and r['category_id'] == wanted][:2]
-                for i in (1, 2, 3)]
+    expected = [[r for r in every if r['image_id'] == i and r['category_id'] == wanted][:2] for i in (1, 2, 3)]
     assert load(tmp_path / 'out/predictions.json') == sum(expected, [])
     assert expected[0]
 
@@ -144,8 +143,7 @@ def test_batches_give_the_same(run, photos, tmp_path):
         # Of one size, since the network sees the padding.
         cv2.imwrite(str(photos / name), pixels[::-1] if name == 'd.png' else pixels[:, ::-1])
     for name, size in (('one', '1'), ('many', '3')):
-        assert predict(photos, '--run', run, '--out', tmp_path / name, '--batch-size', size,
-                       *LOW).code == 0
+        assert predict(photos, '--run', run, '--out', tmp_path / name, '--batch-size', size, *LOW).code == 0
     one, many = (load(tmp_path / n / 'predictions.json') for n in ('one', 'many'))
     assert [r['image_id'] for r in one] == [r['image_id'] for r in many]
     assert one[-1]['image_id'] == 4
@@ -153,18 +151,17 @@ def test_batches_give_the_same(run, photos, tmp_path):
 
 
 def test_proposals_are_drawn_beside(run, photos, tmp_path):
-    done = predict(photos / 'a.jpg', '--run', run, '--out', tmp_path / 'out', '--proposals', '7',
-                   *LOW)
+    done = predict(photos / 'a.jpg', '--run', run, '--out', tmp_path / 'out', '--proposals', '7', *LOW)
     assert done.code == 0, done.err
     picture = cv2.imread(str(tmp_path / 'out/pictures/a.jpg'))
     assert picture.shape[1] > 2 * 480
-    assert files_in(tmp_path / 'out') == ['pictures/a.jpg', 'predictions.json',
-                                          'predictions_coco.json']
+    assert files_in(tmp_path / 'out') == ['pictures/a.jpg', 'predictions.json', 'predictions_coco.json']
 
 
 def test_nothing_found(run, photos, tmp_path):
-    done = predict(photos, '--run', run, '--out', tmp_path / 'out', '--device', 'cpu',
-                   '--score-thr', '0.99', '--proposals')
+    done = predict(
+        photos, '--run', run, '--out', tmp_path / 'out', '--device', 'cpu', '--score-thr', '0.99', '--proposals'
+    )
     assert done.code == 0, done.err
     assert done.out.startswith('Nothing found on 3 images with a score of 0.99 or more')
     assert load(tmp_path / 'out/predictions.json') == []
@@ -173,11 +170,14 @@ def test_nothing_found(run, photos, tmp_path):
     assert (tmp_path / 'out/pictures/a.jpg').is_file()
 
 
-@pytest.mark.parametrize('flags, made', [
-    (['--no-pictures'], ['predictions.json', 'predictions_coco.json']),
-    (['--no-json', '--no-contact-sheet'], ['pictures/a.jpg', 'pictures/b c.jpg',
-                                           'pictures/deep/a.jpg']),
-    (['--no-json', '--no-pictures', '--contact-sheet'], ['sheet.jpg'])])
+@pytest.mark.parametrize(
+    'flags, made',
+    [
+        (['--no-pictures'], ['predictions.json', 'predictions_coco.json']),
+        (['--no-json', '--no-contact-sheet'], ['pictures/a.jpg', 'pictures/b c.jpg', 'pictures/deep/a.jpg']),
+        (['--no-json', '--no-pictures', '--contact-sheet'], ['sheet.jpg']),
+    ],
+)
 def test_only_what_is_wanted_is_made(run, photos, tmp_path, flags, made):
     assert predict(photos, '--run', run, '--out', tmp_path / 'out', *flags, *LOW).code == 0
     assert files_in(tmp_path / 'out') == made
@@ -192,13 +192,20 @@ def test_bad_images_are_told_at_the_end_and_the_others_done(run, photos, tmp_pat
     assert done.code == 1
     lines = done.err.strip().splitlines()
     start = lines.index('4 of 7 inputs could not be used:')
-    assert [line.partition(f'{photos}/')[2].partition(':')[0] for line in lines[start + 1:]] == \
-        ['bad.mp4', 'cut.jpg', 'line.png', 'text.png']
+    assert [line.partition(f'{photos}/')[2].partition(':')[0] for line in lines[start + 1 :]] == [
+        'bad.mp4',
+        'cut.jpg',
+        'line.png',
+        'text.png',
+    ]
     assert 'truncated JPEG' in done.err
     assert 'Traceback' not in done.err
     assert done.last_lines(1)[0].endswith(f'(3 images, {3 * PER_IMAGE} objects, 4 failed)')
-    assert [i['file_name'] for i in load(tmp_path / 'out/predictions_coco.json')['images']] == \
-        ['a.jpg', 'b c.png', 'deep/a.jpg']
+    assert [i['file_name'] for i in load(tmp_path / 'out/predictions_coco.json')['images']] == [
+        'a.jpg',
+        'b c.png',
+        'deep/a.jpg',
+    ]
 
 
 def test_all_images_bad(run, tmp_path):
@@ -226,11 +233,16 @@ def test_video_with_images_beside_it(run, photos, tmp_path):
     assert '(3 images and 4 frames, ' in done.out
     images = load(tmp_path / 'out/predictions_coco.json')['images']
     assert [(i['file_name'], i.get('frame')) for i in images] == [
-        ('a.avi', 0), ('a.avi', 3), ('a.avi', 6), ('a.jpg', None), ('b c.png', None),
-        ('deep/a.jpg', None), ('z.avi', 0)]
+        ('a.avi', 0),
+        ('a.avi', 3),
+        ('a.avi', 6),
+        ('a.jpg', None),
+        ('b c.png', None),
+        ('deep/a.jpg', None),
+        ('z.avi', 0),
+    ]
     rows = load(tmp_path / 'out/predictions.json')
-    assert {(r['file_name'], r.get('frame')) for r in rows} == \
-        {(i['file_name'], i.get('frame')) for i in images}
+    assert {(r['file_name'], r.get('frame')) for r in rows} == {(i['file_name'], i.get('frame')) for i in images}
     capture = cv2.VideoCapture(str(tmp_path / 'out' / images[0]['picture']))
     assert capture.get(cv2.CAP_PROP_FRAME_COUNT) == 3
     assert abs(capture.get(cv2.CAP_PROP_FPS) - 10 / 3) < 0.01
@@ -260,8 +272,19 @@ def test_results_of_earlier_runs_are_neither_overwritten_nor_predicted_on(run, p
         assert done.code == 0, done.err
         assert done.last_lines(1)[0].startswith(f'Results: {work_dir / folder} (3 images')
     with inside(photos):
-        assert predict('.', '--config', 'run/tiny.py', '--checkpoint', next(
-            Path('run').glob('*.pth')), '--classes', 'bird', *LOW).code == 0
+        assert (
+            predict(
+                '.',
+                '--config',
+                'run/tiny.py',
+                '--checkpoint',
+                next(Path('run').glob('*.pth')),
+                '--classes',
+                'bird',
+                *LOW,
+            ).code
+            == 0
+        )
         assert Path('predictions/predictions.json').is_file()
     done = predict(photos / 'a.jpg', '--run', work_dir, '--out', photos / 'predictions', *LOW)
     assert done.code == 2
@@ -285,11 +308,13 @@ def test_objects_lie_where_they_are_in_the_small_pictures(tmp_path):
     sheet = apis_predict._Sheet(tmp_path, 1)
     mask = np.zeros((1, 800, 1600), bool)
     mask[:, 200:600, 400:1200] = True
-    one = apis_predict.Prediction(np.array([[400.0, 200, 1200, 600]]), np.ones(1), np.zeros(1, int),
-                                 mask)
-    sheet.add(apis_predict.Shot(apis_predict.media.Input(Path('x'), 'x'),
-                               np.full((800, 1600, 3), 100, np.uint8)), one, ['cat'])
-    cell, = sheet._cells
+    one = apis_predict.Prediction(np.array([[400.0, 200, 1200, 600]]), np.ones(1), np.zeros(1, int), mask)
+    sheet.add(
+        apis_predict.Shot(apis_predict.media.Input(Path('x'), 'x'), np.full((800, 1600, 3), 100, np.uint8)),
+        one,
+        ['cat'],
+    )
+    (cell,) = sheet._cells
     assert cell.shape == (240, 480, 3)
     changed = (cell != 100).any(2)
     assert changed[70:170, 130:350].all()
@@ -297,20 +322,23 @@ def test_objects_lie_where_they_are_in_the_small_pictures(tmp_path):
     assert not changed[185:].any()
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['no.jpg', '--run', 'run'], 'no.jpg: no such file or folder'),
-    (['empty', '--run', 'run'], 'empty: no image or video in this folder'),
-    (['a.jpg'], 'No model to predict with is named'),
-    (['a.jpg', '--config', 'run/tiny.py'], 'No model to predict with is named'),
-    (['a.jpg', '--run', 'rum'], 'did you mean run?'),
-    (['a.jpg', '--run', 'run', '--checkpoint', 'no.pth'], 'There is no checkpoint no.pth'),
-    (['a.jpg', '--config', 'run/tiny.py', '--checkpoint', 'no.pth'], 'There is no weights file'),
-    (['a.jpg', '--run', 'run', '--no-json', '--no-pictures'], 'There is nothing to write'),
-    (['a.jpg', '--run', 'run', '--out', 'a.jpg'], 'a.jpg is a file'),
-    (['a.jpg', '--run', 'run', '--score-thr', '1.5'], '1.5 is not from 0 to 1'),
-    (['a.jpg', '--run', 'run', '--every', '0'], '0 is less than 1'),
-    (['a.jpg', '--run', 'run', '--proposals', 'x'], "invalid positive value: 'x'"),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        (['no.jpg', '--run', 'run'], 'no.jpg: no such file or folder'),
+        (['empty', '--run', 'run'], 'empty: no image or video in this folder'),
+        (['a.jpg'], 'No model to predict with is named'),
+        (['a.jpg', '--config', 'run/tiny.py'], 'No model to predict with is named'),
+        (['a.jpg', '--run', 'rum'], 'did you mean run?'),
+        (['a.jpg', '--run', 'run', '--checkpoint', 'no.pth'], 'There is no checkpoint no.pth'),
+        (['a.jpg', '--config', 'run/tiny.py', '--checkpoint', 'no.pth'], 'There is no weights file'),
+        (['a.jpg', '--run', 'run', '--no-json', '--no-pictures'], 'There is nothing to write'),
+        (['a.jpg', '--run', 'run', '--out', 'a.jpg'], 'a.jpg is a file'),
+        (['a.jpg', '--run', 'run', '--score-thr', '1.5'], '1.5 is not from 0 to 1'),
+        (['a.jpg', '--run', 'run', '--every', '0'], '0 is less than 1'),
+        (['a.jpg', '--run', 'run', '--proposals', 'x'], "invalid positive value: 'x'"),
+    ],
+)
 def test_errors_are_quick_and_leave_nothing(run, tmp_path, monkeypatch, arguments, message):
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'empty').mkdir()
@@ -325,9 +353,10 @@ def test_errors_are_quick_and_leave_nothing(run, tmp_path, monkeypatch, argument
     assert files_in(tmp_path) == before
 
 
-@pytest.mark.parametrize('arguments, message', [
-    (['--classes', 'brid'], 'brid: did you mean bird?'),
-    (['--device', 'cuda:77'], 'There is no device cuda:77')])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [(['--classes', 'brid'], 'brid: did you mean bird?'), (['--device', 'cuda:77'], 'There is no device cuda:77')],
+)
 def test_errors_that_need_the_model_leave_nothing(run, photos, tmp_path, arguments, message):
     done = predict(photos, '--run', run, '--out', tmp_path / 'out', *arguments)
     assert done.code == 2
@@ -344,6 +373,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
 
 def test_without_memory_on_the_gpu_the_rest_is_done(run, photos, tmp_path, monkeypatch):
     import torch
+
     forward = apis_predict.Predictor.forward
 
     def scarce(self, prepared):

@@ -22,7 +22,7 @@ Box = tuple[int, int, int, int]
 def rle_of(box: Box, size: tuple[int, int] = SIZE) -> dict:
     """The mask of a rectangle of left, top, right, bottom."""
     mask = np.zeros(size, np.uint8)
-    mask[box[1]:box[3], box[0]:box[2]] = 1
+    mask[box[1] : box[3], box[0] : box[2]] = 1
     rle = mask_api.encode(np.asfortranarray(mask))
     return {'size': list(size), 'counts': rle['counts'].decode()}
 
@@ -31,17 +31,28 @@ def xywh(box: Box) -> list[int]:
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
-def data_set(things: Sequence[tuple], images: int = 2, categories: Sequence[dict] = CATEGORIES,
-             size: tuple[int, int] = SIZE) -> dict:
+def data_set(
+    things: Sequence[tuple], images: int = 2, categories: Sequence[dict] = CATEGORIES, size: tuple[int, int] = SIZE
+) -> dict:
     """A COCO data set of (image id, category id, box, crowd or not) with rectangular masks."""
-    return {'images': [{'id': i, 'file_name': f'image_{i}.png', 'height': size[0],
-                        'width': size[1]} for i in range(1, images + 1)],
-            'categories': [dict(c) for c in categories],
-            'annotations': [{'id': number, 'image_id': image, 'category_id': category,
-                             'iscrowd': int(bool(crowd)), 'bbox': xywh(box),
-                             'area': xywh(box)[2] * xywh(box)[3],
-                             'segmentation': rle_of(box, size)}
-                            for number, (image, category, box, *crowd) in enumerate(things, 1)]}
+    return {
+        'images': [
+            {'id': i, 'file_name': f'image_{i}.png', 'height': size[0], 'width': size[1]} for i in range(1, images + 1)
+        ],
+        'categories': [dict(c) for c in categories],
+        'annotations': [
+            {
+                'id': number,
+                'image_id': image,
+                'category_id': category,
+                'iscrowd': int(bool(crowd)),
+                'bbox': xywh(box),
+                'area': xywh(box)[2] * xywh(box)[3],
+                'segmentation': rle_of(box, size),
+            }
+            for number, (image, category, box, *crowd) in enumerate(things, 1)
+        ],
+    }
 
 
 def truth_of(things: Sequence[tuple], **options: Any) -> Truth:
@@ -50,9 +61,15 @@ def truth_of(things: Sequence[tuple], **options: Any) -> Truth:
 
 def rows_of(found: Sequence[tuple], kind: str = 'segm') -> list[dict]:
     """COCO result rows of (image id, category id, box, score)."""
-    return [{'image_id': image, 'category_id': category, 'score': score,
-             **({'segmentation': rle_of(box)} if kind == 'segm' else {'bbox': xywh(box)})}
-            for image, category, box, score in found]
+    return [
+        {
+            'image_id': image,
+            'category_id': category,
+            'score': score,
+            **({'segmentation': rle_of(box)} if kind == 'segm' else {'bbox': xywh(box)}),
+        }
+        for image, category, box, score in found
+    ]
 
 
 def write(path: Path, value: Any) -> Path:
@@ -60,8 +77,9 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def draw(images: int, detections: int, classes: int = 20, seed: int = 0,
-         size: tuple[int, int] = (375, 500)) -> tuple[dict, dict[str, list[dict]]]:
+def draw(
+    images: int, detections: int, classes: int = 20, seed: int = 0, size: tuple[int, int] = (375, 500)
+) -> tuple[dict, dict[str, list[dict]]]:
     """A data set of the size and the number of objects of VOC's, and detections of it.
 
     Objects are polygons, 2.4 an image on average, every tenth a crowd region. Detections are
@@ -101,26 +119,30 @@ def draw(images: int, detections: int, classes: int = 20, seed: int = 0,
             if area:
                 polygon = np.clip(points, 0, np.array(size[::-1]) - 1).ravel().round(2).tolist()
                 crowd = rng.random() < 0.1
-                data['annotations'].append({
-                    'id': len(data['annotations']) + 1, 'image_id': image_id,
-                    'category_id': int(label), 'iscrowd': int(crowd), 'area': area,
-                    'bbox': mask_api.toBbox(rle).tolist(),
-                    'segmentation': {'size': list(size), 'counts': rle['counts'].decode()}
-                    if crowd else [polygon]})
+                data['annotations'].append(
+                    {
+                        'id': len(data['annotations']) + 1,
+                        'image_id': image_id,
+                        'category_id': int(label),
+                        'iscrowd': int(crowd),
+                        'area': area,
+                        'bbox': mask_api.toBbox(rle).tolist(),
+                        'segmentation': {'size': list(size), 'counts': rle['counts'].decode()} if crowd else [polygon],
+                    }
+                )
         times = rng.integers(0, 4, len(things))
         guesses = np.repeat(things, times, 0)
         guesses = guesses + rng.normal(0, 4, (len(guesses), 1, 2)) + rng.normal(0, 2, guesses.shape)
-        known = np.where(rng.random(len(guesses)) < 0.85, np.repeat(labels, times),
-                         rng.integers(1, classes + 1, len(guesses)))
+        known = np.where(
+            rng.random(len(guesses)) < 0.85, np.repeat(labels, times), rng.integers(1, classes + 1, len(guesses))
+        )
         nothing = outline(max(0, detections - len(guesses)))
         points = np.concatenate([guesses, nothing])[:detections]
         label = np.concatenate([known, rng.integers(1, classes + 1, len(nothing))])[:detections]
         score = np.concatenate([rng.beta(5, 2, len(guesses)), rng.beta(1, 6, len(nothing))])
         for rle, category, value in zip(encode(points), label, score[:detections], strict=True):
-            row = {'image_id': image_id, 'category_id': int(category),
-                   'score': round(float(value), 3)}
+            row = {'image_id': image_id, 'category_id': int(category), 'score': round(float(value), 3)}
             x, y, w, h = mask_api.toBbox(rle) + rng.normal(0, 1.5, 4)
-            rows['segm'].append({**row, 'segmentation': {
-                'size': list(size), 'counts': rle['counts'].decode()}})
+            rows['segm'].append({**row, 'segmentation': {'size': list(size), 'counts': rle['counts'].decode()}})
             rows['bbox'].append({**row, 'bbox': [x, y, max(w, 1.0), max(h, 1.0)]})
     return data, rows

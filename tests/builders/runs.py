@@ -6,6 +6,7 @@ import contextlib
 import functools
 import io
 import os
+import re
 import runpy
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ TRAIN_IMAGES, VAL_IMAGES = 8, 4
 EPOCH_STEPS = 2  # 8 images / batch of 4
 
 # The real demo config, only less of it: every part of the path runs, in seconds.
-TINY = '''
+TINY = """
 _base_ = {base!r}
 work_dir = {work_dir!r}
 demo_data = dict(num_train={train}, num_val={val})
@@ -50,7 +51,7 @@ param_scheduler = [dict(type='LinearLR', start_factor=0.5, by_epoch=False, begin
 model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
 test_evaluator = dict(outfile_prefix='predictions')
 default_hooks = dict(logger=dict(interval=1), visualization=dict(num_images=3))
-'''
+"""
 
 
 @dataclass
@@ -61,13 +62,25 @@ class Outcome:
     out: str
     err: str
 
+    @property
+    def error(self) -> str | None:
+        """The code of the error it ended with, as in ``error[CODE]: …``."""
+        found = re.search(r'^error\[([a-z0-9-]+)\]: ', self.err, re.MULTILINE)
+        return found and found.group(1)
+
     def last_lines(self, count: int = 2) -> list[str]:
         return self.out.strip().splitlines()[-count:]
 
 
-def write_tiny_config(path: Path, base: str = 'mask_rcnn_demo.py', work_dir: str = 'work_dirs/tiny',
-                      epochs: int = 2, side: int = 96, weights: Path | str | None = None,
-                      extra: str = '') -> Path:
+def write_tiny_config(
+    path: Path,
+    base: str = 'mask_rcnn_demo.py',
+    work_dir: str = 'work_dirs/tiny',
+    epochs: int = 2,
+    side: int = 96,
+    weights: Path | str | None = None,
+    extra: str = '',
+) -> Path:
     """A config file that inherits one of the repository's and takes seconds.
 
     Args:
@@ -79,8 +92,9 @@ def write_tiny_config(path: Path, base: str = 'mask_rcnn_demo.py', work_dir: str
         weights: Replaces the config's checkpoint.
         extra: More config text, put last.
     """
-    text = TINY.format(base=str(CONFIGS / base), work_dir=work_dir, train=TRAIN_IMAGES,
-                       val=VAL_IMAGES, side=side, epochs=epochs)
+    text = TINY.format(
+        base=str(CONFIGS / base), work_dir=work_dir, train=TRAIN_IMAGES, val=VAL_IMAGES, side=side, epochs=epochs
+    )
     if weights is not None:
         text += f'weights = dict(checkpoint={str(weights)!r})\n'
     path.write_text(text + extra)
@@ -93,6 +107,7 @@ def random_state_dict(name: str = 'mask_rcnn_demo_pretrain.py') -> dict:
     import torch
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
+
     cfg = load.load(CONFIGS / name)
     init_default_scope('mmdet')
     torch.manual_seed(1)
@@ -108,6 +123,7 @@ def random_state_dict(name: str = 'mask_rcnn_demo_pretrain.py') -> dict:
 def save_hashed(content: object, stem: Path) -> Path:
     """Save like the model zoos do: the SHA-256 prefix ends the name."""
     import torch
+
     stem.parent.mkdir(parents=True, exist_ok=True)
     part = stem.with_name(stem.name + '.part')
     torch.save(content, part)
@@ -123,8 +139,9 @@ def make_site(folder: Path, data: bool = True) -> Path:
         The weights file, relative to the folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights = save_hashed({'meta': {}, 'state_dict': random_state_dict()},
-                          folder / 'pretrain' / 'tiny_coco80').relative_to(folder)
+    weights = save_hashed(
+        {'meta': {}, 'state_dict': random_state_dict()}, folder / 'pretrain' / 'tiny_coco80'
+    ).relative_to(folder)
     write_tiny_config(folder / 'tiny.py', weights=weights)
     if data:
         devkit = demo.make_voc(folder / 'data/demo', TRAIN_IMAGES, VAL_IMAGES, progress=False)
@@ -132,10 +149,40 @@ def make_site(folder: Path, data: bool = True) -> Path:
     return weights
 
 
+@dataclass
+class FinishedRun:
+    """A site in which the training tool has run once.
+
+    Attributes:
+        folder: The site.
+        outcome: How the tool ended.
+        weights: The file it started from.
+        work_dir: Of the run.
+        kept: A copy of ``work_dirs/`` and of the predictions as the run left them.
+    """
+
+    folder: Path
+    outcome: Outcome
+    weights: Path
+    work_dir: Path
+    kept: Path
+
+
+def finish_run(folder: Path) -> FinishedRun:
+    """Train and test the tiny config; its data are made on the way."""
+    weights = make_site(folder, data=False)
+    with inside(folder):
+        outcome = train_tool('tiny.py')
+    kept = folder / 'kept'
+    shutil.copytree(folder / 'work_dirs', kept)
+    for kind in ('bbox', 'segm'):
+        shutil.copy(folder / f'predictions.{kind}.json', kept)
+    return FinishedRun(folder, outcome, folder / weights, folder / 'work_dirs/tiny', kept)
+
+
 def copy_site(site: Path, target: Path) -> Path:
     """A copy to spoil; the results of earlier runs stay behind."""
-    return Path(shutil.copytree(site, target, ignore=shutil.ignore_patterns('work_dirs'),
-                                dirs_exist_ok=True))
+    return Path(shutil.copytree(site, target, ignore=shutil.ignore_patterns('work_dirs'), dirs_exist_ok=True))
 
 
 def forget_runs() -> None:
@@ -171,8 +218,7 @@ def drive(tool: str, *args: str | Path) -> Outcome:
     forget_runs()
     out, err = io.StringIO(), io.StringIO()
     path = TOOLS / f'{tool}.py'
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), \
-            contextlib.redirect_stderr(err):
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, 'argv', [str(path), *map(str, args)])
         with pytest.raises(SystemExit) as stop:
             runpy.run_path(str(path), run_name='__main__')
@@ -186,9 +232,14 @@ def train_tool(*args: str | Path) -> Outcome:
 
 def spawn(*args: str | Path, timeout: float = 240) -> Outcome:
     """Run ``python …`` as a real process, on one thread."""
-    done = subprocess.run([sys.executable, *map(str, args)], capture_output=True, text=True,
-                          timeout=timeout, check=False,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    done = subprocess.run(
+        [sys.executable, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 

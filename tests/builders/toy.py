@@ -39,8 +39,7 @@ SCORES = (0.1, 0.3, 0.2, 0.4, 0.4, 0.1)
 class ToyModel(BaseModel):
     def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3),
-                                    nn.Linear(8, 1))
+        self.layers = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Dropout(0.3), nn.Linear(8, 1))
 
     def forward(self, inputs, data_samples=None, mode='tensor'):
         out = self.layers(torch.stack(inputs) if isinstance(inputs, list) else inputs)
@@ -73,8 +72,7 @@ class ToyDataset:
         if self.pid_dir:
             Path(self.pid_dir, str(os.getpid())).touch()
         noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
-        return {'inputs': torch.full((4,), float(index)) + torch.rand(4) * noise,
-                'data_samples': index}
+        return {'inputs': torch.full((4,), float(index)) + torch.rand(4) * noise, 'data_samples': index}
 
 
 @METRICS.register_module(force=True)
@@ -125,30 +123,47 @@ def make_cfg(work_dir: Path, **changes) -> Config:
     """
     workers = changes.pop('workers', 0)
     loader = dict(
-        batch_size=2, num_workers=workers, persistent_workers=bool(workers),
+        batch_size=2,
+        num_workers=workers,
+        persistent_workers=bool(workers),
         sampler=dict(type='DefaultSampler', shuffle=True),
-        dataset=changes.pop('dataset', dict(type='ToyDataset')))
+        dataset=changes.pop('dataset', dict(type='ToyDataset')),
+    )
     cfg = dict(
-        default_scope='mmdet', work_dir=str(work_dir), model=dict(type='ToyModel'),
+        default_scope='mmdet',
+        work_dir=str(work_dir),
+        model=dict(type='ToyModel'),
         train_dataloader={**loader, **changes.pop('train_dataloader', {})},
-        val_dataloader=dict(batch_size=2, num_workers=workers, dataset=dict(type='ToyDataset'),
-                            sampler=dict(type='DefaultSampler', shuffle=False)),
+        val_dataloader=dict(
+            batch_size=2,
+            num_workers=workers,
+            dataset=dict(type='ToyDataset'),
+            sampler=dict(type='DefaultSampler', shuffle=False),
+        ),
         train_cfg={**dict(type='ExactTrainLoop', max_epochs=4), **changes.pop('train_cfg', {})},
-        val_cfg=dict(type='ValLoop'), val_evaluator=dict(type='ToyMetric'),
-        optim_wrapper=dict(type='OptimWrapper', accumulative_counts=changes.pop('accumulate', 1),
-                           optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.01)),
+        val_cfg=dict(type='ValLoop'),
+        val_evaluator=dict(type='ToyMetric'),
+        optim_wrapper=dict(
+            type='OptimWrapper',
+            accumulative_counts=changes.pop('accumulate', 1),
+            optimizer=dict(type='SGD', lr=0.05, momentum=0.9, weight_decay=0.01),
+        ),
         param_scheduler=[
             dict(type='LinearLR', start_factor=0.01, by_epoch=False, begin=0, end=7),
-            dict(type='MultiStepLR', by_epoch=True, begin=0, end=4, milestones=[2], gamma=0.1)],
+            dict(type='MultiStepLR', by_epoch=True, begin=0, end=4, milestones=[2], gamma=0.1),
+        ],
         default_hooks=dict(
             logger=dict(type='LoggerHook', interval=1),
-            checkpoint={**dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=2,
-                               save_best='score', rule='greater'),
-                        **changes.pop('checkpoint', {})}),
-        custom_hooks=[dict(type='SaveValidatedHook'), dict(type='StopHook'),
-                      *changes.pop('hooks', ())],
+            checkpoint={
+                **dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=2, save_best='score', rule='greater'),
+                **changes.pop('checkpoint', {}),
+            },
+        ),
+        custom_hooks=[dict(type='SaveValidatedHook'), dict(type='StopHook'), *changes.pop('hooks', ())],
         env_cfg=dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork')),
-        randomness=dict(seed=3), log_level='WARNING')
+        randomness=dict(seed=3),
+        log_level='WARNING',
+    )
     cfg.update(changes)
     return Config(cfg)
 
@@ -158,8 +173,7 @@ def train(cfg: Config, *hooks: Hook, resume: bool | Path = False) -> Runner:
     forget_runs()
     if resume:
         cfg.resume = True
-        cfg.load_from = str(weights_work_dir.candidates(Path(cfg.work_dir))[0]
-                            if resume is True else resume)
+        cfg.load_from = str(weights_work_dir.candidates(Path(cfg.work_dir))[0] if resume is True else resume)
     runner = Runner.from_cfg(cfg)
     for hook in hooks:
         runner.register_hook(hook)
@@ -175,8 +189,9 @@ def train(cfg: Config, *hooks: Hook, resume: bool | Path = False) -> Runner:
     return runner
 
 
-def stop(cfg: Config, step: int | None, point: str = 'after_train_iter',
-         number: int = signal.SIGTERM, resume: bool = False) -> Stopped:
+def stop(
+    cfg: Config, step: int | None, point: str = 'after_train_iter', number: int = signal.SIGTERM, resume: bool = False
+) -> Stopped:
     """Train a run that gets a signal on its way; see `DoAt` for when."""
     with pytest.raises(Stopped) as caught:
         train(cfg, DoAt(number, step, point), resume=resume)
@@ -192,24 +207,36 @@ def names(folder: Path) -> list[str]:
 def differences(one: object, other: object, at: str = '') -> list[str]:
     """Where two checkpoints differ; paths, durations and what is kept aside."""
     leaf = at.rpartition('/')[2]
-    if leaf in ('cfg', 'time', 'experiment_name', 'last_ckpt', 'best_ckpt', 'data_time', 'eta',
-                'keep_ckpt_ids') or leaf.endswith(('/time', 'eta_hours')):
+    if leaf in (
+        'cfg',
+        'time',
+        'experiment_name',
+        'last_ckpt',
+        'best_ckpt',
+        'data_time',
+        'eta',
+        'keep_ckpt_ids',
+    ) or leaf.endswith(('/time', 'eta_hours')):
         return []
     if isinstance(one, dict) and isinstance(other, dict):
         found = [f'{at}/{key} in one only' for key in one.keys() ^ other.keys()]
-        return found + [line for key in one.keys() & other.keys()
-                        for line in differences(one[key], other[key], f'{at}/{key}')]
+        return found + [
+            line for key in one.keys() & other.keys() for line in differences(one[key], other[key], f'{at}/{key}')
+        ]
     if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         if len(one) != len(other):
             return [f'{at}: {len(one)} and {len(other)} entries']
-        return [line for i, pair in enumerate(zip(one, other, strict=True))
-                for line in differences(*pair, f'{at}/{i}')]
+        return [line for i, pair in enumerate(zip(one, other, strict=True)) for line in differences(*pair, f'{at}/{i}')]
     if type(one).__name__ == 'HistoryBuffer':
         return differences([*map(np.asarray, one.data)], [*map(np.asarray, other.data)], at)
     if isinstance(one, (torch.Tensor, np.ndarray)):
-        same = type(one) is type(other) and one.shape == other.shape and bool(
-            torch.equal(one, other) if isinstance(one, torch.Tensor)
-            else np.array_equal(one, other, equal_nan=True))
+        same = (
+            type(one) is type(other)
+            and one.shape == other.shape
+            and bool(
+                torch.equal(one, other) if isinstance(one, torch.Tensor) else np.array_equal(one, other, equal_nan=True)
+            )
+        )
     else:
         same = one == other
     return [] if same else [f'{at}: {one!r:.60} and {other!r:.60}']

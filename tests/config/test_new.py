@@ -19,19 +19,33 @@ from tests.builders.runs import CONFIGS, REPO, drive, files_in, inside, train_to
 VOC = CONFIGS / 'mask_rcnn_voc_pretrained.py'
 DEMO = CONFIGS / 'mask_rcnn_demo.py'
 # Class names that have broken one writer of Python text or another.
-AWKWARD = ["it's", 'say "hi"', 'a\\nb\\', 'schwarz/weiß 黒', '{x}', 'new\nline', ' ', '# no', '🙂',
-           "'''", '%s', 'a, b']
+AWKWARD = ["it's", 'say "hi"', 'a\\nb\\', 'schwarz/weiß 黒', '{x}', 'new\nline', ' ', '# no', '🙂', "'''", '%s', 'a, b']
 
 
 def rectangle(image: int, label: int, box: tuple[float, ...], number: int, **extra) -> dict:
     x, y, w, h = box
-    return {'id': number, 'image_id': image, 'category_id': label, 'iscrowd': 0, 'bbox': list(box),
-            'area': w * h, 'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]], **extra}
+    return {
+        'id': number,
+        'image_id': image,
+        'category_id': label,
+        'iscrowd': 0,
+        'bbox': list(box),
+        'area': w * h,
+        'segmentation': [[x, y, x + w, y, x + w, y + h, x, y + h]],
+        **extra,
+    }
 
 
-def make_data(root: Path, classes: list[str], splits: dict[str, int],
-              size: tuple[int, int] = (96, 64), objects: tuple[int, int] = (20, 30),
-              each: int = 1, empty: int = 0, draw: bool = True) -> Path:
+def make_data(
+    root: Path,
+    classes: list[str],
+    splits: dict[str, int],
+    size: tuple[int, int] = (96, 64),
+    objects: tuple[int, int] = (20, 30),
+    each: int = 1,
+    empty: int = 0,
+    draw: bool = True,
+) -> Path:
     """A prepared folder with bright rectangles on noise.
 
     Args:
@@ -52,8 +66,7 @@ def make_data(root: Path, classes: list[str], splits: dict[str, int],
         for i in range(1, count + (empty if split == 'train' else 0) + 1):
             name = f'{split}/{i:03d}.png'
             images.append({'id': i, 'file_name': name, 'width': size[0], 'height': size[1]})
-            picture = Image.fromarray(noise.integers(0, 60, (*size[::-1], 3), np.uint8)) \
-                if draw else None
+            picture = Image.fromarray(noise.integers(0, 60, (*size[::-1], 3), np.uint8)) if draw else None
             for k in range(each if i <= count else 0):
                 label = (i + k) % len(classes) + 1
                 x, y = rng.randint(0, size[0] - objects[0]), rng.randint(0, size[1] - objects[1])
@@ -61,21 +74,27 @@ def make_data(root: Path, classes: list[str], splits: dict[str, int],
                 if picture:
                     ImageDraw.Draw(picture).rectangle(
                         (x, y, x + objects[0] - 1, y + objects[1] - 1),
-                        fill=[(255, 80, 0), (0, 200, 255), (255, 255, 255)][label % 3])
+                        fill=[(255, 80, 0), (0, 200, 255), (255, 255, 255)][label % 3],
+                    )
             if picture:
                 (root / 'images' / name).parent.mkdir(parents=True, exist_ok=True)
                 picture.save(root / 'images' / name)
-        (root / f'annotations/instances_{split}.json').write_text(json.dumps({
-            'images': images, 'annotations': annotations,
-            'categories': [{'id': i + 1, 'name': c} for i, c in enumerate(classes)]}))
+        (root / f'annotations/instances_{split}.json').write_text(
+            json.dumps(
+                {
+                    'images': images,
+                    'annotations': annotations,
+                    'categories': [{'id': i + 1, 'name': c} for i, c in enumerate(classes)],
+                }
+            )
+        )
     return root
 
 
 @pytest.fixture(scope='module')
 def tiles(tmp_path_factory) -> Path:
     """12 + 4 + 4 images of 2 classes. Not to be changed."""
-    return make_data(tmp_path_factory.mktemp('data') / 'tiles', ['dot', 'Riß'],
-                     {'train': 12, 'val': 4, 'test': 4})
+    return make_data(tmp_path_factory.mktemp('data') / 'tiles', ['dot', 'Riß'], {'train': 12, 'val': 4, 'test': 4})
 
 
 def made(root: Path, tmp_path: Path, base: Path = VOC, **options):
@@ -87,10 +106,18 @@ def made(root: Path, tmp_path: Path, base: Path = VOC, **options):
 
 def statistics(sizes: list[tuple[int, int]], objects: list[float], **changes) -> Statistics:
     """All objects in the first image."""
-    values = dict(classes=('a',), images={'train': len(sizes), 'val': 1}, with_objects=len(sizes),
-                  usable=len(sizes), per_class=np.array([len(sizes)]),
-                  sizes=np.array(sizes, float), objects=np.array(objects, float),
-                  image_of=np.zeros(len(objects), int), most_objects=1, first_image='a.jpg')
+    values = dict(
+        classes=('a',),
+        images={'train': len(sizes), 'val': 1},
+        with_objects=len(sizes),
+        usable=len(sizes),
+        per_class=np.array([len(sizes)]),
+        sizes=np.array(sizes, float),
+        objects=np.array(objects, float),
+        image_of=np.zeros(len(objects), int),
+        most_objects=1,
+        first_image='a.jpg',
+    )
     return Statistics(**{**values, **changes})
 
 
@@ -100,31 +127,37 @@ def scale_of(size: tuple[int, int], objects: list[float], base=(1333, 800), anch
 
 # ---- Numbers ------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(('size', 'objects', 'expected'), [
-    # 100 px objects need no enlargement; the images' own size is a multiple of 32.
-    ((640, 480), [100], (640, 480)),
-    # 20 px objects want 32/20 of it: 1024 x 768.
-    ((640, 480), [20], (1024, 768)),
-    # 8 px ones want 4 times as much, but the base's 800 px short side is the limit: 1067 -> 1056.
-    ((640, 480), [8], (1056, 800)),
-    # Photographs of large objects: as COCO.
-    ((4000, 3000), [1000], (1056, 800)),
-    # 90 px objects want 32/90 of 4000 = 1422 px.
-    ((4000, 3000), [90], (1408, 1056)),
-    # 40 px objects want 3200 px: twice the pixels of 1333 x 800 is the limit, 1686 px.
-    ((4000, 3000), [40], (1696, 1280)),
-    # Thumbnails are enlarged to 256 px, no further.
-    ((64, 64), [40], (256, 256)),
-    ((3000, 4000), [1000], (1056, 800)),  # the box has no orientation
-    ((2000, 20), [15], (1984, 32))])
+
+@pytest.mark.parametrize(
+    ('size', 'objects', 'expected'),
+    [
+        # 100 px objects need no enlargement; the images' own size is a multiple of 32.
+        ((640, 480), [100], (640, 480)),
+        # 20 px objects want 32/20 of it: 1024 x 768.
+        ((640, 480), [20], (1024, 768)),
+        # 8 px ones want 4 times as much, but the base's 800 px short side is the limit: 1067 -> 1056.
+        ((640, 480), [8], (1056, 800)),
+        # Photographs of large objects: as COCO.
+        ((4000, 3000), [1000], (1056, 800)),
+        # 90 px objects want 32/90 of 4000 = 1422 px.
+        ((4000, 3000), [90], (1408, 1056)),
+        # 40 px objects want 3200 px: twice the pixels of 1333 x 800 is the limit, 1686 px.
+        ((4000, 3000), [40], (1696, 1280)),
+        # Thumbnails are enlarged to 256 px, no further.
+        ((64, 64), [40], (256, 256)),
+        ((3000, 4000), [1000], (1056, 800)),  # the box has no orientation
+        ((2000, 20), [15], (1984, 32)),
+    ],
+)
 def test_input_size(size, objects, expected):
     assert scale_of(size, objects).size == expected
 
 
 def test_input_size_follows_nine_of_ten_objects_and_their_own_image():
     # Objects of 5 % of the long side, in images of two sizes; one speck decides nothing.
-    many = statistics([(1000, 1000), (200, 200)], [50] * 10 + [10] * 10 + [1],
-                      image_of=np.array([0] * 10 + [1] * 10 + [1]))
+    many = statistics(
+        [(1000, 1000), (200, 200)], [50] * 10 + [10] * 10 + [1], image_of=np.array([0] * 10 + [1] * 10 + [1])
+    )
     scale = sizing.plan_scale(many, (1333, 800), [8], [4, 8, 16, 32, 64])
     assert scale.size == (640, 640)
     assert '32 px (smallest anchor) / 0.05 = 640 px' in scale.why
@@ -134,16 +167,23 @@ def test_arithmetic_of_the_input_size_is_told():
     assert scale_of((4000, 3000), [40]).why == (
         '9 of 10 objects span 0.01 of the long side or more: 32 px (smallest anchor) / 0.01 = '
         '3,200 px, kept between 4,000 (the images) and 1,067 (the base), at most 1,686 for memory; '
-        'short / long = 0.75; multiples of 32.')
+        'short / long = 0.75; multiples of 32.'
+    )
     assert 'but 256 at least' in scale_of((64, 64), [40]).why
 
 
-@pytest.mark.parametrize(('size', 'objects', 'anchors'), [
-    ((640, 480), [100], None), ((4000, 3000), [40], None),
-    # 12 px of 4000 are 5 px at 1696: anchors of 16 px are within a factor of 4, of 8 within 2.
-    ((4000, 3000), [12], [2]), ((4000, 3000), [20], [4]),
-    # Small and large objects: no scale suits both, COCO's stays.
-    ((4000, 3000), [12] * 5 + [3000] * 5, None)])
+@pytest.mark.parametrize(
+    ('size', 'objects', 'anchors'),
+    [
+        ((640, 480), [100], None),
+        ((4000, 3000), [40], None),
+        # 12 px of 4000 are 5 px at 1696: anchors of 16 px are within a factor of 4, of 8 within 2.
+        ((4000, 3000), [12], [2]),
+        ((4000, 3000), [20], [4]),
+        # Small and large objects: no scale suits both, COCO's stays.
+        ((4000, 3000), [12] * 5 + [3000] * 5, None),
+    ],
+)
 def test_anchors_follow_where_all_objects_are_tiny(size, objects, anchors):
     scale = scale_of(size, objects)
     assert scale.anchors == anchors
@@ -155,28 +195,34 @@ def test_anchors_grow_with_huge_objects():
     assert scale.anchors == [2]  # 4 to 64 px for objects of 251 px: 8 to 128 px
 
 
-def plan(images: int, batch: int = 2, base_epochs: int = 40, epochs: int | None = None,
-         val: int = 10) -> sizing.Schedule:
-    schedulers = [dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
-                  dict(type='MultiStepLR', by_epoch=True, begin=0, end=40, milestones=[25, 35],
-                       gamma=0.1, _scope_='mmdet')]
+def plan(
+    images: int, batch: int = 2, base_epochs: int = 40, epochs: int | None = None, val: int = 10
+) -> sizing.Schedule:
+    schedulers = [
+        dict(type='LinearLR', start_factor=0.001, by_epoch=False, begin=0, end=500),
+        dict(type='MultiStepLR', by_epoch=True, begin=0, end=40, milestones=[25, 35], gamma=0.1, _scope_='mmdet'),
+    ]
     return sizing.plan_schedule(images, val, batch, base_epochs, schedulers, epochs)
 
 
-@pytest.mark.parametrize(('images', 'epochs'), [
-    (1464, 40),       # VOC itself: 29,280 steps
-    (200, 40),        # 4,000 steps
-    (56, 54),         # 28 x 54 = 1,512 steps
-    (1, 1500),
-    (2000, 30),       # 1000 x 30 = 30,000 steps
-    (118_000, 12)])   # COCO: the model zoo's 1x
+@pytest.mark.parametrize(
+    ('images', 'epochs'),
+    [
+        (1464, 40),  # VOC itself: 29,280 steps
+        (200, 40),  # 4,000 steps
+        (56, 54),  # 28 x 54 = 1,512 steps
+        (1, 1500),
+        (2000, 30),  # 1000 x 30 = 30,000 steps
+        (118_000, 12),
+    ],
+)  # COCO: the model zoo's 1x
 def test_epochs(images, epochs):
     assert plan(images).epochs == epochs
 
 
 def test_a_short_base_is_not_made_longer_than_it_needs():
-    assert plan(1500, 4, base_epochs=3).epochs == 4     # 375 x 4 = 1,500
-    assert plan(40_000, 4, base_epochs=3).epochs == 3   # 30,000 steps
+    assert plan(1500, 4, base_epochs=3).epochs == 4  # 375 x 4 = 1,500
+    assert plan(40_000, 4, base_epochs=3).epochs == 3  # 30,000 steps
 
 
 def test_schedule_of_a_small_data_set():
@@ -184,11 +230,9 @@ def test_schedule_of_a_small_data_set():
     assert schedule.steps == 28
     linear, steps = schedule.schedulers
     assert linear['end'] == 28
-    assert steps == dict(type='MultiStepLR', by_epoch=True, begin=0, end=54, milestones=[34, 47],
-                         gamma=0.1)
+    assert steps == dict(type='MultiStepLR', by_epoch=True, begin=0, end=54, milestones=[34, 47], gamma=0.1)
     assert schedule.val_interval == 2  # 27 validations
-    assert schedule.why == ('56 images / 2 = 28 steps an epoch; 54 epochs (base: 40, to reach '
-                            '1,500) = 1,512 steps')
+    assert schedule.why == ('56 images / 2 = 28 steps an epoch; 54 epochs (base: 40, to reach 1,500) = 1,512 steps')
 
 
 def test_schedule_of_a_large_data_set():
@@ -207,6 +251,7 @@ def test_one_step_an_epoch_keeps_the_learning_rate():
     """A LinearLR of one step would leave it at a thousandth for good."""
     import torch
     from mmengine.optim import LinearLR
+
     linear = plan(1, epochs=1).schedulers[0]
     assert linear['end'] == 2
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -226,6 +271,7 @@ def test_a_base_with_another_schedule_is_refused(tiles, tmp_path):
 
 
 # ---- The file -----------------------------------------------------------------------------------
+
 
 def test_the_config_is_short_and_complete(tiles, tmp_path):
     cfg, text, notes = made(tiles, tmp_path)
@@ -310,17 +356,32 @@ def test_1000_classes(tmp_path):
 
 
 def test_everything_at_once_is_still_under_30_lines(tmp_path):
-    root = make_data(tmp_path / 'd', [f'a class with a long name {i}' for i in range(30)],
-                     {'train': 40, 'val': 2, 'test': 2}, (4000, 3000), (12, 12), each=120,
-                     empty=20, draw=False)
+    root = make_data(
+        tmp_path / 'd',
+        [f'a class with a long name {i}' for i in range(30)],
+        {'train': 40, 'val': 2, 'test': 2},
+        (4000, 3000),
+        (12, 12),
+        each=120,
+        empty=20,
+        draw=False,
+    )
     data = json.loads((root / 'annotations/instances_train.json').read_text())
     data['images'][0]['height'] = 20
     (root / 'annotations/instances_train.json').write_text(json.dumps(data))
     found = data_statistics.gather(new.find_splits(root))
-    text, _ = new.compose(load.load(DEMO), found, base=str(DEMO), run='configs/x.py',
-                                 root=f'{root}/', name='x', prefix='images/',
-                                 splits=('train', 'val', 'test'), images_per_gpu=8,
-                                 flip=new.FLIPS)
+    text, _ = new.compose(
+        load.load(DEMO),
+        found,
+        base=str(DEMO),
+        run='configs/x.py',
+        root=f'{root}/',
+        name='x',
+        prefix='images/',
+        splits=('train', 'val', 'test'),
+        images_per_gpu=8,
+        flip=new.FLIPS,
+    )
     out = tmp_path / 'x.py'
     out.write_text(text)
     cfg = load.load(out)
@@ -328,8 +389,7 @@ def test_everything_at_once_is_still_under_30_lines(tmp_path):
     assert cfg.model.test_cfg.rcnn.max_per_img == 250
     assert cfg.model.test_cfg.rpn.max_per_img == 500
     assert cfg.model.rpn_head.anchor_generator.scales == [1]
-    assert dict(cfg.train_dataloader.dataset.filter_cfg) == {'filter_empty_gt': False,
-                                                             'min_size': 1}
+    assert dict(cfg.train_dataloader.dataset.filter_cfg) == {'filter_empty_gt': False, 'min_size': 1}
     assert cfg.train_dataloader.batch_size == 8
 
 
@@ -346,6 +406,7 @@ def test_steps_are_those_of_the_real_loader(tmp_path):
     """What mmdet leaves out of the training is left out of the count too."""
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
+
     root = make_data(tmp_path / 'd', ['a'], {'train': 9, 'val': 2}, (40, 20), (10, 10), empty=3)
     cfg, text, _ = made(root, tmp_path)
     init_default_scope('mmdet')
@@ -354,10 +415,12 @@ def test_steps_are_those_of_the_real_loader(tmp_path):
     assert '12 images / 2 = 6 steps' in text
 
 
-@pytest.mark.parametrize(('flip', 'prob'), [(['vertical'], [0.5]),
-                                            (['horizontal', 'vertical', 'diagonal'], [0.25] * 3)])
+@pytest.mark.parametrize(
+    ('flip', 'prob'), [(['vertical'], [0.5]), (['horizontal', 'vertical', 'diagonal'], [0.25] * 3)]
+)
 def test_flips(tiles, tmp_path, flip, prob):
     from mmdet.datasets.transforms import RandomFlip
+
     cfg, text, _ = made(tiles, tmp_path, DEMO, flip=flip)
     assert len(text.splitlines()) < 30
     step = cfg.train_dataloader.dataset.pipeline[3]
@@ -369,12 +432,12 @@ def test_flips(tiles, tmp_path, flip, prob):
 def test_warnings_name_classes_that_cannot_be_learnt(tmp_path):
     root = make_data(tmp_path / 'd', ['a', 'b', 'c', 'd'], {'train': 2, 'val': 1})
     notes = made(root, tmp_path)[2]
-    assert 'Warning: 2 of 4 classes without an object in the training images: never found: a, d' \
-        in notes
+    assert 'Warning: 2 of 4 classes without an object in the training images: never found: a, d' in notes
     assert 'Warning: 2 of 4 classes in a single training image: hardly learnt: b, c' in notes
 
 
 # ---- Places -------------------------------------------------------------------------------------
+
 
 def test_paths_are_relative_where_they_can_be(tiles, tmp_path, monkeypatch):
     site = tmp_path / 'site'
@@ -388,8 +451,9 @@ def test_paths_are_relative_where_they_can_be(tiles, tmp_path, monkeypatch):
     new.write(Path('data/tiles'), 'a', **options)
     new.write(Path('data/tiles'), 'b', Path('configs/mine/b.py'), **options)
     new.write(Path('data/tiles'), 'c', tmp_path / 'c.py', **options)
-    text = {n: Path(p).read_text() for n, p in (('a', 'configs/a.py'), ('b', 'configs/mine/b.py'),
-                                                ('c', tmp_path / 'c.py'))}
+    text = {
+        n: Path(p).read_text() for n, p in (('a', 'configs/a.py'), ('b', 'configs/mine/b.py'), ('c', tmp_path / 'c.py'))
+    }
     assert "_base_ = './base.py'" in text['a']
     assert "_base_ = '../base.py'" in text['b']
     assert f'_base_ = {str(base)!r}' in text['c']
@@ -426,19 +490,23 @@ def spoil(root: Path, split: str, change) -> None:
     path.write_text(json.dumps(data))
 
 
-@pytest.mark.parametrize(('split', 'change', 'message'), [
-    ('val', lambda d: d['categories'].reverse(), 'its categories are not the classes'),
-    ('val', lambda d: d['images'][0].update(file_name='gone.png'), 'gone.png: missing'),
-    ('train', lambda d: d['annotations'].clear(), 'nothing to learn'),
-    ('train', lambda d: [a.update(iscrowd=1) for a in d['annotations']], 'nothing to learn'),
-    ('train', lambda d: d.update(categories=[], annotations=[]), 'has no categories'),
-    ('train', lambda d: d['categories'][0].update(name='{{x}}'), "{{ in a config"),
-    ('train', lambda d: d['images'][0].pop('width'), 'without width and height'),
-    ('train', lambda d: d['annotations'][0].pop('bbox'), 'without bbox'),
-    ('train', lambda d: d['annotations'][0].update(bbox=[1, 2]), 'without bbox'),
-    ('train', lambda d: d['images'][0].update(width=0), 'without a positive size'),
-    ('train', lambda d: [a.update(bbox=[1, 1, 0, 0]) for a in d['annotations']], 'no object has'),
-    ('test', lambda d: d.pop('images'), "key 'images' is missing")])
+@pytest.mark.parametrize(
+    ('split', 'change', 'message'),
+    [
+        ('val', lambda d: d['categories'].reverse(), 'its categories are not the classes'),
+        ('val', lambda d: d['images'][0].update(file_name='gone.png'), 'gone.png: missing'),
+        ('train', lambda d: d['annotations'].clear(), 'nothing to learn'),
+        ('train', lambda d: [a.update(iscrowd=1) for a in d['annotations']], 'nothing to learn'),
+        ('train', lambda d: d.update(categories=[], annotations=[]), 'has no categories'),
+        ('train', lambda d: d['categories'][0].update(name='{{x}}'), '{{ in a config'),
+        ('train', lambda d: d['images'][0].pop('width'), 'without width and height'),
+        ('train', lambda d: d['annotations'][0].pop('bbox'), 'without bbox'),
+        ('train', lambda d: d['annotations'][0].update(bbox=[1, 2]), 'without bbox'),
+        ('train', lambda d: d['images'][0].update(width=0), 'without a positive size'),
+        ('train', lambda d: [a.update(bbox=[1, 1, 0, 0]) for a in d['annotations']], 'no object has'),
+        ('test', lambda d: d.pop('images'), "key 'images' is missing"),
+    ],
+)
 def test_data_that_cannot_be_trained_on_leaves_no_config(tmp_path, split, change, message):
     root = make_data(tmp_path / 'd', ['a', 'b'], {'train': 4, 'val': 2, 'test': 2})
     spoil(root, split, change)
@@ -458,14 +526,18 @@ def test_unsplit_data_names_the_tool_that_splits(tmp_path):
     assert 'tools/prepare_data.py' in caught.value.cure
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-    (['--name', '../x'], 'e.g. --name x'),
-    (['--name', 'my tiles.v2'], 'e.g. --name my_tiles_v2'),
-    (['--name', ''], 'e.g. --name tiles'),
-    (['--name', 'x', '--epochs', '0', '--images-per-gpu', '-1'], '  - --epochs 0'),
-    (['--name', 'x', '--out', 'x.txt'], 'e.g. --out x.py'),
-    (['--name', 'x', '--data', 'nowhere'], 'is no folder with split data'),
-    (['--name', 'x', '--base', 'configs/gone.py'], 'There is no config configs/gone.py')])
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['--name', '../x'], 'e.g. --name x'),
+        (['--name', 'my tiles.v2'], 'e.g. --name my_tiles_v2'),
+        (['--name', ''], 'e.g. --name tiles'),
+        (['--name', 'x', '--epochs', '0', '--images-per-gpu', '-1'], '  - --epochs 0'),
+        (['--name', 'x', '--out', 'x.txt'], 'e.g. --out x.py'),
+        (['--name', 'x', '--data', 'nowhere'], 'is no folder with split data'),
+        (['--name', 'x', '--base', 'configs/gone.py'], 'There is no config configs/gone.py'),
+    ],
+)
 def test_mistakes_on_the_command_line(tiles, tmp_path, args, message):
     with inside(tmp_path):
         done = drive('new_config', '--data', tiles, *args)
@@ -477,22 +549,40 @@ def test_mistakes_on_the_command_line(tiles, tmp_path, args, message):
 
 # ---- The real thing -----------------------------------------------------------------------------
 
+
 def test_split_new_config_and_a_short_training(tmp_path):
     """The tools one after the other; with batches without any object, and a name in Chinese."""
     (tmp_path / 'pretrain').symlink_to(REPO / 'pretrain')
     make_data(tmp_path / 'data/tiles', ['dot', '裂纹'], {'all': 24})
-    spoil(tmp_path / 'data/tiles', 'all', lambda d: d.update(
-        annotations=[a for a in d['annotations'] if a['image_id'] % 4]))
+    spoil(
+        tmp_path / 'data/tiles',
+        'all',
+        lambda d: d.update(annotations=[a for a in d['annotations'] if a['image_id'] % 4]),
+    )
     with inside(tmp_path):
         done = drive('split_dataset', 'data/tiles')
         assert done.code == 0, done.err
-        done = drive('new_config', '--data', 'data/tiles', '--name', 'tiles', '--base', DEMO,
-                     '--epochs', 1, '--images-per-gpu', 1)
+        done = drive(
+            'new_config',
+            '--data',
+            'data/tiles',
+            '--name',
+            'tiles',
+            '--base',
+            DEMO,
+            '--epochs',
+            1,
+            '--images-per-gpu',
+            1,
+        )
         assert done.code == 0, done.err
         assert done.last_lines(1) == ['Written: configs/tiles.py']
         assert 'python tools/check_dataset.py' in done.out
-        in_process = [f'{s}_dataloader.{k}' for s in ('train', 'val', 'test')
-                      for k in ('num_workers=0', 'persistent_workers=False')]
+        in_process = [
+            f'{s}_dataloader.{k}'
+            for s in ('train', 'val', 'test')
+            for k in ('num_workers=0', 'persistent_workers=False')
+        ]
         done = train_tool('configs/tiles.py', '--cfg-options', *in_process)
         assert done.code == 0, done.err
         results = json.loads((tmp_path / 'work_dirs/tiles/test_results.json').read_text())
@@ -500,8 +590,9 @@ def test_split_new_config_and_a_short_training(tmp_path):
     assert list((tmp_path / 'work_dirs/tiles').glob('best_coco_segm_mAP_epoch_*.pth'))
 
 
-@pytest.mark.parametrize('base', ['mask_rcnn_voc_pretrained_simple.py', 'mask_rcnn_voc_scratch.py',
-                                  'mask_rcnn_demo_remap.py'])
+@pytest.mark.parametrize(
+    'base', ['mask_rcnn_voc_pretrained_simple.py', 'mask_rcnn_voc_scratch.py', 'mask_rcnn_demo_remap.py']
+)
 def test_other_shipped_configs_serve_as_bases(tiles, tmp_path, base):
     cfg, text, _ = made(tiles, tmp_path, CONFIGS / base)
     assert len(text.splitlines()) < 30

@@ -29,15 +29,19 @@ def cfg(voc_cfg) -> Config:
 # Told before the imports
 
 
-@pytest.mark.parametrize(('wrong', 'says'), [
-    ({'accumulate': 0}, '--accumulate 0: pass a number of at least 1'),
-    ({'save_every': -1}, '--save-every -1: pass a number'),
-    ({'batch_size': '0'}, '--batch-size 0: pass a number of images per GPU, or auto'),
-    ({'batch_size': 'many'}, '--batch-size many'),
-    ({'batch_size': 'auto', 'resume': True}, '--batch-size auto and --resume exclude each other'),
-    ({'resume': 'nowhere.pth'}, 'There is no checkpoint nowhere.pth'),
-    ({'resume': True, 'lr': 0.1}, '--lr would have no effect'),
-    ({'resume': 'auto', 'lr': 0.1}, '--lr would have no effect')])
+@pytest.mark.parametrize(
+    ('wrong', 'says'),
+    [
+        ({'accumulate': 0}, '--accumulate 0: pass a number of at least 1'),
+        ({'save_every': -1}, '--save-every -1: pass a number'),
+        ({'batch_size': '0'}, '--batch-size 0: pass a number of images per GPU, or auto'),
+        ({'batch_size': 'many'}, '--batch-size many'),
+        ({'batch_size': 'auto', 'resume': True}, '--batch-size auto and --resume exclude each other'),
+        ({'resume': 'nowhere.pth'}, 'There is no checkpoint nowhere.pth'),
+        ({'resume': True, 'lr': 0.1}, '--lr would have no effect'),
+        ({'resume': 'auto', 'lr': 0.1}, '--lr would have no effect'),
+    ],
+)
 def test_what_can_be_told_at_once(wrong, says):
     with pytest.raises(UserError, match=says):
         check_early(Options(config=MAIN, **wrong))
@@ -75,8 +79,9 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: True)
 
 
-@pytest.mark.parametrize(('kind', 'dtype', 'scale'), [
-    ('fp16', 'float16', 'dynamic'), ('bf16', 'bfloat16', {'enabled': False})])
+@pytest.mark.parametrize(
+    ('kind', 'dtype', 'scale'), [('fp16', 'float16', 'dynamic'), ('bf16', 'bfloat16', {'enabled': False})]
+)
 def test_amp(cfg, gpu, kind, dtype, scale):
     apply(cfg, Options(config=MAIN, amp=kind), 1)
     wrapper = cfg.optim_wrapper
@@ -110,24 +115,27 @@ def test_amp_needs_a_gpu_that_can(cfg, monkeypatch):
 
 
 def save_run(path: Path, **recipe_of: int) -> Path:
-    torch.save({'state_dict': {}, 'optimizer': {}, 'message_hub': {},
-                'meta': {'seed': 7, 'recipe': recipe_of}}, path)
+    torch.save({'state_dict': {}, 'optimizer': {}, 'message_hub': {}, 'meta': {'seed': 7, 'recipe': recipe_of}}, path)
     return path
 
 
 BEFORE = {'processes': 2, 'batch_size': 2, 'accumulation': 3}
 
 
-@pytest.mark.parametrize(('world', 'batch', 'accumulate', 'flags'), [
-    (1, 2, 3, '--batch-size 4 --accumulate 3 '), (4, 2, 3, '--batch-size 1 --accumulate 3 '),
-    (3, 2, 3, '--gpus 2 --batch-size 2 --accumulate 3 '),
-    (2, 2, 1, '--batch-size 2 --accumulate 3 '), (2, 6, 1, '--batch-size 2 --accumulate 3 ')])
-def test_another_batch_is_refused_with_the_flags_to_use(cfg, tmp_path, world, batch, accumulate,
-                                                        flags):
+@pytest.mark.parametrize(
+    ('world', 'batch', 'accumulate', 'flags'),
+    [
+        (1, 2, 3, '--batch-size 4 --accumulate 3 '),
+        (4, 2, 3, '--batch-size 1 --accumulate 3 '),
+        (3, 2, 3, '--gpus 2 --batch-size 2 --accumulate 3 '),
+        (2, 2, 1, '--batch-size 2 --accumulate 3 '),
+        (2, 6, 1, '--batch-size 2 --accumulate 3 '),
+    ],
+)
+def test_another_batch_is_refused_with_the_flags_to_use(cfg, tmp_path, world, batch, accumulate, flags):
     path = save_run(tmp_path / 'epoch_1.pth', **BEFORE)
     with pytest.raises(UserError, match='comes from a run of 2 processes x 2 images x 3') as caught:
-        apply(cfg, Options(config=MAIN, resume=str(path), batch_size=str(batch),
-                           accumulate=accumulate), world)
+        apply(cfg, Options(config=MAIN, resume=str(path), batch_size=str(batch), accumulate=accumulate), world)
     assert caught.value.cure.startswith(flags)
     assert f'--weights {path}' in caught.value.cure
 
@@ -165,6 +173,7 @@ def load(*overrides: str) -> Config:
 
 def build(cfg: Config):
     from mmdet.registry import MODELS
+
     torch.manual_seed(0)
     return MODELS.build(copy.deepcopy(cfg.model)).train()
 
@@ -172,6 +181,7 @@ def build(cfg: Config):
 @pytest.fixture(scope='module')
 def batch() -> dict:
     from mmdet.testing import demo_mm_inputs
+
     return demo_mm_inputs(1, [(3, 64, 64)], num_classes=20, with_mask=True, num_items=[3])
 
 
@@ -191,13 +201,15 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 def test_activation_checkpointing_computes_the_same(batch, monkeypatch):
     import torch.utils.checkpoint
+
     again = []
     plain = build(load('model.backbone.frozen_stages=-1'))
     checkpointed = build(load('model.backbone.frozen_stages=-1', 'model.backbone.with_cp=True'))
     checkpointed.load_state_dict(plain.state_dict())
     original = torch.utils.checkpoint.checkpoint
-    monkeypatch.setattr(torch.utils.checkpoint, 'checkpoint',
-                        lambda *args, **kwargs: again.append(1) or original(*args, **kwargs))
+    monkeypatch.setattr(
+        torch.utils.checkpoint, 'checkpoint', lambda *args, **kwargs: again.append(1) or original(*args, **kwargs)
+    )
     assert losses_of(plain, batch) == losses_of(checkpointed, batch)
     assert len(again) == 8  # the blocks of a ResNet-18
     first, second = gradients(plain), gradients(checkpointed)
@@ -212,8 +224,7 @@ def test_frozen_stages(batch):
     losses_of(model, batch)
     frozen = {n for n, p in model.backbone.named_parameters() if not p.requires_grad}
     assert {n.split('.')[0] for n in frozen} == {'conv1', 'bn1', 'layer1', 'layer2'}
-    assert {n.split('.')[0] for n, p in model.backbone.named_parameters()
-            if p.grad is not None} == {'layer3', 'layer4'}
+    assert {n.split('.')[0] for n, p in model.backbone.named_parameters() if p.grad is not None} == {'layer3', 'layer4'}
 
 
 @pytest.mark.parametrize(('norm_eval', 'kept'), [(True, True), (False, False)])
@@ -230,12 +241,14 @@ def test_frozen_bn_statistics(batch, norm_eval, kept):
 @pytest.mark.parametrize('max_norm', [0.5, 1e6])
 def test_clipped_gradients(batch, max_norm):
     from mmengine.optim import build_optim_wrapper
+
     cfg = load(f'optim_wrapper.clip_grad.max_norm={max_norm}')
     model = build(cfg)
     wrapper = build_optim_wrapper(model, copy.deepcopy(cfg.optim_wrapper))
     norms = []
-    wrapper.optimizer.register_step_pre_hook(lambda *_: norms.append(float(
-        torch.nn.utils.get_total_norm(list(gradients(model).values())))))
+    wrapper.optimizer.register_step_pre_hook(
+        lambda *_: norms.append(float(torch.nn.utils.get_total_norm(list(gradients(model).values()))))
+    )
     model.train_step(copy.deepcopy(batch), wrapper)
     assert norms[0] == pytest.approx(0.5, rel=1e-3) if max_norm == 0.5 else 0.5 < norms[0] < 1e6
 
@@ -250,9 +263,15 @@ def test_bf16_trains_on_the_cpu_too(batch):
     assert all(torch.isfinite(g).all() for g in gradients(model).values())
 
 
-@pytest.mark.parametrize('line', [
-    'model.backbone.with_cq=True', 'model.backbone.frozen_stage=2', 'optim_wrapper.clip_grads=1',
-    'default_hooks.bad_numbers.nan_polcy=skip'])
+@pytest.mark.parametrize(
+    'line',
+    [
+        'model.backbone.with_cq=True',
+        'model.backbone.frozen_stage=2',
+        'optim_wrapper.clip_grads=1',
+        'default_hooks.bad_numbers.nan_polcy=skip',
+    ],
+)
 def test_a_misspelt_line_is_refused(line):
     with pytest.raises(UserError, match='settings that nothing reads'):
         load(line)

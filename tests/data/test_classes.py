@@ -8,13 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mmfinetune.data.classes import (
-    COCO_CLASSES,
-    VOC_CLASSES,
-    VOC_SUPERCATEGORIES,
-    VOC_TO_COCO,
-    coco_name,
-)
+from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, VOC_SUPERCATEGORIES, VOC_TO_COCO, coco_name
 from mmfinetune.utils.errors import UserError
 
 
@@ -45,8 +39,7 @@ def test_coco_classes_are_those_of_mmdet():
         pytest.skip('mmdet is not installed')
     # Parsed, not imported: the import takes seconds.
     tree = ast.parse(Path(spec.origin).with_name('datasets').joinpath('coco.py').read_text())
-    tuples = [ast.literal_eval(node) for node in ast.walk(tree)
-              if isinstance(node, ast.Tuple) and len(node.elts) == 80]
+    tuples = [ast.literal_eval(node) for node in ast.walk(tree) if isinstance(node, ast.Tuple) and len(node.elts) == 80]
     assert COCO_CLASSES in tuples
 
 

@@ -18,18 +18,26 @@ class Data:
 
     def __init__(self, root: Path) -> None:
         self.root, self.path = root, root / 'instances.json'
-        self.images = [{'id': i, 'file_name': f'{i}.{kind}', 'width': 40, 'height': 30}
-                       for i, kind in ((1, 'jpg'), (2, 'png'), (3, 'jpg'))]
-        self.annotations = [self.annotation(1, 1, 1), self.annotation(2, 1, 2),
-                            self.annotation(3, 2, 1, iscrowd=1)]
+        self.images = [
+            {'id': i, 'file_name': f'{i}.{kind}', 'width': 40, 'height': 30}
+            for i, kind in ((1, 'jpg'), (2, 'png'), (3, 'jpg'))
+        ]
+        self.annotations = [self.annotation(1, 1, 1), self.annotation(2, 1, 2), self.annotation(3, 2, 1, iscrowd=1)]
         self.categories = [{'id': 1, 'name': 'cat'}, {'id': 5, 'name': 'dog'}]
         for image in self.images:
             self.draw(image['file_name'])
 
     @staticmethod
     def annotation(number: int, image: int, category: int, iscrowd: int = 0) -> dict:
-        return {'id': number, 'image_id': image, 'category_id': category, 'iscrowd': iscrowd,
-                'bbox': [1, 1, 5, 5], 'area': 25, 'segmentation': [[1, 1, 6, 1, 6, 6]]}
+        return {
+            'id': number,
+            'image_id': image,
+            'category_id': category,
+            'iscrowd': iscrowd,
+            'bbox': [1, 1, 5, 5],
+            'area': 25,
+            'segmentation': [[1, 1, 6, 1, 6, 6]],
+        }
 
     def draw(self, name: str, size: tuple[int, int] = (40, 30)) -> Path:
         pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
@@ -37,8 +45,9 @@ class Data:
         return self.root / name
 
     def read(self, classes=CLASSES) -> Split:
-        self.path.write_text(json.dumps({'images': self.images, 'annotations': self.annotations,
-                                         'categories': self.categories}))
+        self.path.write_text(
+            json.dumps({'images': self.images, 'annotations': self.annotations, 'categories': self.categories})
+        )
         return read_split(self.path, self.root, classes)
 
     def error(self, classes=CLASSES) -> UserError:
@@ -82,18 +91,21 @@ def test_no_file(tmp_path):
     assert 'prepare_voc.py' in caught.value.cure
 
 
-@pytest.mark.parametrize(('text', 'expected'), [
-    ('{"images": [', 'is no COCO annotation file'),
-    ('', 'is no COCO annotation file'),
-    ('[]', 'is no COCO annotation file'),
-    ('{}', "key 'images' is missing"),
-    ('{"images": [], "annotations": []}', "key 'categories' is missing"),
-    ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "key 'name' is missing"),
-    ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "key 'file_name' is missing"),
-    ('{"images": [], "annotations": [{"id": 1}], "categories": []}', "key 'image_id' is missing"),
-    ('{"images": 1, "annotations": 2, "categories": 3}', 'is no COCO annotation file'),
-    ('{"images": [], "annotations": [], "categories": []}', 'lists no images'),
-])
+@pytest.mark.parametrize(
+    ('text', 'expected'),
+    [
+        ('{"images": [', 'is no COCO annotation file'),
+        ('', 'is no COCO annotation file'),
+        ('[]', 'is no COCO annotation file'),
+        ('{}', "key 'images' is missing"),
+        ('{"images": [], "annotations": []}', "key 'categories' is missing"),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "key 'name' is missing"),
+        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "key 'file_name' is missing"),
+        ('{"images": [], "annotations": [{"id": 1}], "categories": []}', "key 'image_id' is missing"),
+        ('{"images": 1, "annotations": 2, "categories": 3}', 'is no COCO annotation file'),
+        ('{"images": [], "annotations": [], "categories": []}', 'lists no images'),
+    ],
+)
 def test_broken_file(tmp_path, text, expected):
     path = tmp_path / 'a.json'
     path.write_text(text)
@@ -116,8 +128,7 @@ def test_annotation_id_zero(data):
     assert 'from 1' in error.cure
 
 
-@pytest.mark.parametrize('classes', [
-    ('dog', 'cat'), ('cat',), ('cat', 'dog', 'cow'), ('cat', 'Dog'), ()])
+@pytest.mark.parametrize('classes', [('dog', 'cat'), ('cat',), ('cat', 'dog', 'cow'), ('cat', 'Dog'), ()])
 def test_other_classes_or_another_order(data, classes):
     error = data.error(classes)
     assert 'in their order' in error.message
@@ -140,21 +151,29 @@ def spoil(path: Path, kind: str) -> None:
     elif kind == 'text':
         path.write_text('<html>no image</html>')
     elif kind == 'half':
-        path.write_bytes(content[:len(content) // 2])
+        path.write_bytes(content[: len(content) // 2])
     elif kind == 'last bytes gone':
         path.write_bytes(content[:-12])
     elif kind == 'end of zeros':  # a download that was allotted its size but not filled
-        path.write_bytes(content[:len(content) // 2] + bytes(4096))
+        path.write_bytes(content[: len(content) // 2] + bytes(4096))
     elif kind == 'folder':
         path.unlink()
         path.mkdir()
 
 
 @pytest.mark.parametrize('name', ['1.jpg', '2.png'])
-@pytest.mark.parametrize(('kind', 'expected'), [
-    ('missing', 'missing'), ('empty', 'not an image'), ('text', 'not an image'),
-    ('half', 'truncated'), ('last bytes gone', 'truncated'), ('end of zeros', 'truncated'),
-    ('folder', 'directory')])
+@pytest.mark.parametrize(
+    ('kind', 'expected'),
+    [
+        ('missing', 'missing'),
+        ('empty', 'not an image'),
+        ('text', 'not an image'),
+        ('half', 'truncated'),
+        ('last bytes gone', 'truncated'),
+        ('end of zeros', 'truncated'),
+        ('folder', 'directory'),
+    ],
+)
 def test_image_that_cannot_be_used(data, name, kind, expected):
     spoil(data.root / name, kind)
     error = data.error()
@@ -166,8 +185,7 @@ def test_image_that_cannot_be_used(data, name, kind, expected):
 
 def test_image_of_another_size(data):
     data.draw('1.jpg', (50, 30))
-    assert data.error().problems == [
-        f'{data.root / "1.jpg"}: is 50x30, the annotation file says 40x30']
+    assert data.error().problems == [f'{data.root / "1.jpg"}: is 50x30, the annotation file says 40x30']
 
 
 def test_image_that_exif_turns(data):

@@ -17,8 +17,11 @@ TRAIN, VAL = 6, 4
 
 
 def digests(root: Path) -> dict[str, str]:
-    return {p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
-            for p in sorted(root.rglob('*')) if p.is_file()}
+    return {
+        p.relative_to(root).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest()
+        for p in sorted(root.rglob('*'))
+        if p.is_file()
+    }
 
 
 def make_voc(root: Path, num_train: int = TRAIN, seed: int = 0) -> Path:
@@ -43,6 +46,7 @@ def coco_root(tmp_path_factory) -> Path:
 
 
 # Looks
+
 
 def test_all_80_looks_are_distinct():
     assert len({demo.look(i) for i in range(len(COCO_CLASSES))}) == 80
@@ -71,11 +75,12 @@ def test_ring_has_a_hole():
     rng = np.random.default_rng(3)
     objects = demo.render_scene(rng, [ring])[1]
     ys, xs = np.nonzero(objects)
-    box = objects[ys.min():ys.max() + 1, xs.min():xs.max() + 1]
+    box = objects[ys.min() : ys.max() + 1, xs.min() : xs.max() + 1]
     assert box[box.shape[0] // 2, box.shape[1] // 2] == 0
 
 
 # The same files from the same seed
+
 
 def test_same_seed_same_bytes(devkit, tmp_path):
     again = make_voc(tmp_path)
@@ -103,6 +108,7 @@ def test_no_two_images_are_the_same(devkit, coco_root):
 
 # VOC layout
 
+
 def test_layout(devkit):
     assert devkit.name == 'VOC2012'
     for split, count in (('train', TRAIN), ('val', VAL)):
@@ -115,8 +121,16 @@ def test_layout(devkit):
 
 
 def test_palette_is_that_of_voc(devkit):
-    expected = {0: (0, 0, 0), 1: (128, 0, 0), 2: (0, 128, 0), 3: (128, 128, 0), 8: (64, 0, 0),
-                15: (192, 128, 128), 20: (0, 64, 128), 255: (224, 224, 192)}
+    expected = {
+        0: (0, 0, 0),
+        1: (128, 0, 0),
+        2: (0, 128, 0),
+        3: (128, 128, 0),
+        8: (64, 0, 0),
+        15: (192, 128, 128),
+        20: (0, 64, 128),
+        255: (224, 224, 192),
+    }
     for folder in ('SegmentationClass', 'SegmentationObject'):
         png = Image.open(next((devkit / folder).glob('*.png')))
         palette = np.array(png.getpalette()).reshape(-1, 3)
@@ -170,10 +184,10 @@ def test_objects_look_like_their_class(devkit, converted):
 
 # COCO layout
 
+
 def test_coco_set_passes_the_checks(coco_root):
     for split, count in (('train', 8), ('val', 3)):
-        found = read_split(coco_root / f'annotations/instances_{split}.json', coco_root / 'images',
-                           COCO_CLASSES)
+        found = read_split(coco_root / f'annotations/instances_{split}.json', coco_root / 'images', COCO_CLASSES)
         assert (found.images, found.usable) == (count, count)
 
 

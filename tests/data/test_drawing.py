@@ -48,7 +48,7 @@ def test_palette_goes_round_where_there_are_more_classes_than_colours():
     colours = palette(5000)
     distinct = len(set(colours))
     assert distinct < 5000
-    assert colours[distinct:2 * distinct] == colours[:distinct]
+    assert colours[distinct : 2 * distinct] == colours[:distinct]
 
 
 def test_mask_is_tinted_by_alpha_within_it_only():
@@ -82,8 +82,7 @@ def test_a_class_has_one_colour_in_all_pictures():
 
 
 def test_small_image_is_enlarged_and_so_is_what_lies_on_it():
-    picture = draw_instances(grey(24, 48), boxes=np.array([[12, 6, 36, 18]]),
-                             masks=box_mask((24, 48), 12, 6, 36, 18))
+    picture = draw_instances(grey(24, 48), boxes=np.array([[12, 6, 36, 18]]), masks=box_mask((24, 48), 12, 6, 36, 18))
     assert picture.shape == (240, 480, 3)
     rows, columns = np.nonzero(changed(picture))
     assert np.abs(np.array([rows.min(), rows.max()]) - (60, 180)).max() <= 3
@@ -99,10 +98,12 @@ def test_lines_grow_with_the_image():
     def thickness(side: int) -> int:
         box = np.array([[0.2, 0.2, 0.8, 0.8]]) * side
         picture = draw_instances(grey(side, side), boxes=box)
-        return int(changed(picture)[side // 2, :side // 2].sum())
+        return int(changed(picture)[side // 2, : side // 2].sum())
 
     assert thickness(500) == 1
     assert thickness(4000) >= 4
+
+
 def chips(monkeypatch, *args, **kwargs) -> list[tuple[int, int, int, int]]:
     """Places of the chips that a call draws."""
     places, original = [], drawing._free_place
@@ -120,49 +121,60 @@ def chips(monkeypatch, *args, **kwargs) -> list[tuple[int, int, int, int]]:
 def test_text_grows_with_the_image(monkeypatch):
     heights = []
     for side in (500, 3000):
-        (_, top, _, bottom), = chips(monkeypatch, grey(side, side), labels=[0], names=['cat'],
-                                     boxes=np.array([[200, 200, 400, 400]]))
+        ((_, top, _, bottom),) = chips(
+            monkeypatch, grey(side, side), labels=[0], names=['cat'], boxes=np.array([[200, 200, 400, 400]])
+        )
         heights.append(bottom - top)
     assert heights[1] > 3 * heights[0] > 30
 
 
 def test_chip_does_not_hide_a_small_object(monkeypatch):
-    (_, top, _, _), = chips(monkeypatch, grey(500, 500), boxes=np.array([[200, 0, 220, 15]]),
-                            labels=[0], names=['cat'])
+    ((_, top, _, _),) = chips(
+        monkeypatch, grey(500, 500), boxes=np.array([[200, 0, 220, 15]]), labels=[0], names=['cat']
+    )
     assert top >= 15
-    (_, top, _, _), = chips(monkeypatch, grey(500, 500), boxes=np.array([[200, 0, 400, 400]]),
-                            labels=[0], names=['cat'])
+    ((_, top, _, _),) = chips(
+        monkeypatch, grey(500, 500), boxes=np.array([[200, 0, 400, 400]]), labels=[0], names=['cat']
+    )
     assert top == 0
 
 
 def test_chips_stay_in_the_picture(monkeypatch):
-    boxes = np.array([[0, 0, 10, 10], [590, 0, 600, 10], [0, 490, 10, 500], [590, 490, 600, 500],
-                      [-50, -50, 700, 700]])
-    for left, top, right, bottom in chips(monkeypatch, grey(500, 600), boxes=boxes,
-                                          labels=range(5), scores=[0.5] * 5, names=['bus'] * 5):
+    boxes = np.array([[0, 0, 10, 10], [590, 0, 600, 10], [0, 490, 10, 500], [590, 490, 600, 500], [-50, -50, 700, 700]])
+    for left, top, right, bottom in chips(
+        monkeypatch, grey(500, 600), boxes=boxes, labels=range(5), scores=[0.5] * 5, names=['bus'] * 5
+    ):
         assert 0 <= left < right <= 600
         assert 0 <= top < bottom <= 500
 
 
 def test_chips_do_not_hide_each_other_while_there_is_room(monkeypatch):
-    places = chips(monkeypatch, grey(500, 600), boxes=np.array([[200, 200, 400, 400]] * 6),
-                   labels=range(6), scores=np.linspace(0.9, 0.4, 6), names=['sheep'] * 6)
+    places = chips(
+        monkeypatch,
+        grey(500, 600),
+        boxes=np.array([[200, 200, 400, 400]] * 6),
+        labels=range(6),
+        scores=np.linspace(0.9, 0.4, 6),
+        names=['sheep'] * 6,
+    )
     assert len(places) == 6
     for i, (left, top, right, bottom) in enumerate(places):
-        for other in places[i + 1:]:
+        for other in places[i + 1 :]:
             assert other[0] >= right or other[2] <= left or other[1] >= bottom or other[3] <= top
 
 
 def test_the_best_has_the_first_choice_of_place(monkeypatch):
     boxes = np.array([[200, 200, 400, 400]] * 2)
-    best, other = chips(monkeypatch, grey(500, 600), boxes=boxes, labels=[0, 1],
-                        scores=[0.4, 0.9], names=['worse', 'best'])
+    best, other = chips(
+        monkeypatch, grey(500, 600), boxes=boxes, labels=[0, 1], scores=[0.4, 0.9], names=['worse', 'best']
+    )
     assert best[:2] == (200, 200 - (best[3] - best[1]))
     assert other != best
 
 
-@pytest.mark.parametrize('colour, ink', [((0, 116, 232), 255), ((230, 210, 0), 0),
-                                         ((20, 20, 20), 255), ((250, 250, 250), 0)])
+@pytest.mark.parametrize(
+    'colour, ink', [((0, 116, 232), 255), ((230, 210, 0), 0), ((20, 20, 20), 255), ((250, 250, 250), 0)]
+)
 def test_text_contrasts_with_its_chip(colour, ink):
     assert drawing._ink_on(colour) == (ink,) * 3
 
@@ -185,8 +197,9 @@ def test_what_no_font_has_is_written_by_number(monkeypatch):
         assert drawn_text('人 cat') == '\\u4eba cat'
         assert drawn_text('क्या') == '\\u0915\\u094d\\u092f\\u093e'
         assert drawn_text('a\n b\x00') == 'a b\\x00'
-        picture = draw_instances(grey(500, 500), boxes=np.array([[9, 99, 99, 199]]), labels=[0],
-                                 scores=[0.5], names=['人'])
+        picture = draw_instances(
+            grey(500, 500), boxes=np.array([[9, 99, 99, 199]]), labels=[0], scores=[0.5], names=['人']
+        )
         assert changed(picture).any()
     finally:
         drawing._font_sources.cache_clear()
@@ -205,22 +218,29 @@ def test_long_names_are_shortened_but_keep_the_score():
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 7), (3, 2000), (2000, 3)])
 def test_images_of_any_shape(shape):
-    picture = draw_instances(grey(*shape), boxes=np.array([[0, 0, shape[1], shape[0]]]),
-                             masks=np.ones((1, *shape), bool), labels=[0], scores=[1],
-                             names=['dog'])
+    picture = draw_instances(
+        grey(*shape),
+        boxes=np.array([[0, 0, shape[1], shape[0]]]),
+        masks=np.ones((1, *shape), bool),
+        labels=[0],
+        scores=[1],
+        names=['dog'],
+    )
     assert max(picture.shape) >= 480
     assert picture.dtype == np.uint8
 
 
-@pytest.mark.parametrize('nothing', [{}, dict(boxes=np.zeros((0, 4)), labels=[], scores=[]),
-                                     dict(masks=np.zeros((0, 500, 600), bool))])
+@pytest.mark.parametrize(
+    'nothing', [{}, dict(boxes=np.zeros((0, 4)), labels=[], scores=[]), dict(masks=np.zeros((0, 500, 600), bool))]
+)
 def test_no_instance_leaves_the_image_as_it_is(nothing):
     assert not changed(draw_instances(grey(500, 600), **nothing)).any()
 
 
 def test_empty_mask_and_box_of_no_size():
-    picture = draw_instances(grey(500, 600), boxes=np.array([[5.0, 5, 5, 5]]),
-                             masks=np.zeros((1, 500, 600), bool), labels=[0], names=['cat'])
+    picture = draw_instances(
+        grey(500, 600), boxes=np.array([[5.0, 5, 5, 5]]), masks=np.zeros((1, 500, 600), bool), labels=[0], names=['cat']
+    )
     assert changed(picture).any()
 
 
@@ -229,8 +249,7 @@ def test_a_label_without_a_name_is_written_as_its_number():
     assert drawing._texts(1, None, None, ['cat']) == ['']
 
 
-@pytest.mark.parametrize('image', [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)),
-                                   np.zeros((0, 5, 3), np.uint8)])
+@pytest.mark.parametrize('image', [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8)])
 def test_what_is_no_rgb_image_is_refused(image):
     with pytest.raises(ValueError, match='not an RGB uint8 image'):
         draw_instances(image)
@@ -260,14 +279,13 @@ def test_side_by_side_brings_panels_to_one_height():
     assert picture.shape[0] == 400
     gap = (picture == 255).all((0, 2))
     assert picture.shape[1] == 200 + 300 + gap.sum()
-    assert gap[200:200 + gap.sum()].all()
+    assert gap[200 : 200 + gap.sum()].all()
 
 
 def test_side_by_side_titles():
     long = 'a title that is much too long for its panel ' * 3
-    plain, titled = (side_by_side(grey(200, 300), grey(200, 300), titles=titles)
-                     for titles in ((), ('truth', long)))
-    head = titled[:titled.shape[0] - 200]
+    plain, titled = (side_by_side(grey(200, 300), grey(200, 300), titles=titles) for titles in ((), ('truth', long)))
+    head = titled[: titled.shape[0] - 200]
     assert titled.shape[1] == plain.shape[1]
     assert (head[:, :300] < 128).any()
     assert (head[:, -300:] < 128).any()
@@ -281,7 +299,7 @@ def test_contact_sheet_is_a_grid():
     gap = 4
     for i, value in enumerate((10, 60, 110, 160, 210)):
         row, column = divmod(i, 2)
-        cell = sheet[gap + row * (60 + gap):, gap + column * (90 + gap):][:60, :90]
+        cell = sheet[gap + row * (60 + gap) :, gap + column * (90 + gap) :][:60, :90]
         assert (cell == value).all()
     assert sheet.shape == (gap + 3 * (60 + gap), gap + 2 * (90 + gap), 3)
 

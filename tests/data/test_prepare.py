@@ -43,9 +43,15 @@ class FakeSource:
         self.root, self.classes, self.objects = root, ['cat', 'dog'], objects or {}
 
     def items(self) -> list[Item]:
-        return [Item(path.relative_to(self.root).as_posix(), path, None, next(
-            (name for name in ('train', 'val') if name in path.parts), None))
-            for path in find_images(self.root)]
+        return [
+            Item(
+                path.relative_to(self.root).as_posix(),
+                path,
+                None,
+                next((name for name in ('train', 'val') if name in path.parts), None),
+            )
+            for path in find_images(self.root)
+        ]
 
     def read(self, item: Item) -> Record:
         found = self.objects.get(item.image.stem, [Instance('cat', [TRIANGLE])])
@@ -55,8 +61,7 @@ class FakeSource:
         if isinstance(found, str):
             record.problems.append(f'{item.key}: {found}')
         elif isinstance(found, Record):
-            record.instances, record.extra, record.notes = (
-                found.instances, found.extra, found.notes)
+            record.instances, record.extra, record.notes = (found.instances, found.extra, found.notes)
         else:
             record.instances = found
         return record
@@ -74,8 +79,14 @@ def fail() -> list:
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
     """A function that prepares a folder of images with `FakeSource`."""
-    def run(objects: dict[str, Any] | None = None, out: str = 'out', src: Path | None = None,
-            attributes: dict[str, Any] | None = None, **options: Any):
+
+    def run(
+        objects: dict[str, Any] | None = None,
+        out: str = 'out',
+        src: Path | None = None,
+        attributes: dict[str, Any] | None = None,
+        **options: Any,
+    ):
         class Reader:
             @classmethod
             def open(cls, root: Path, options: dict[str, Any]) -> FakeSource:
@@ -84,8 +95,7 @@ def fake(monkeypatch, tmp_path):
                 return source
 
         monkeypatch.setattr(data_prepare, 'reader', lambda kind: Reader)
-        return prepare(src or tmp_path / 'src', tmp_path / out, 'coco', progress=False,
-                       **{'workers': 1, **options})
+        return prepare(src or tmp_path / 'src', tmp_path / out, 'coco', progress=False, **{'workers': 1, **options})
 
     return run
 
@@ -109,8 +119,11 @@ def load(folder: Path, split: str = 'train') -> dict[str, Any]:
 
 def content(folder: Path) -> dict[str, tuple]:
     """Everything about the files below a folder that may not change."""
-    return {str(path.relative_to(folder)): (path.lstat().st_mtime_ns, sha256_of(path))
-            for path in sorted(folder.rglob('*')) if path.is_file()}
+    return {
+        str(path.relative_to(folder)): (path.lstat().st_mtime_ns, sha256_of(path))
+        for path in sorted(folder.rglob('*'))
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize('placing', ['link', 'copy', 'reference'])
@@ -119,24 +132,28 @@ def test_images_are_placed_and_the_source_is_as_before(fake, src, tmp_path, plac
     summary = fake(placing=placing)
     out = tmp_path / 'out'
     assert content(src) == before
-    assert sorted(p.name for p in out.iterdir()) == ['annotations', 'images',
-                                                     'prepare_report.json']
+    assert sorted(p.name for p in out.iterdir()) == ['annotations', 'images', 'prepare_report.json']
     # Two images of one name in two folders stay apart.
     assert [i['file_name'] for i in load(out)['images']] == ['train/a.png', 'train/b.png']
     assert [i['file_name'] for i in load(out, 'val')['images']] == ['val/a.png']
     assert (out / 'images/val/a.png').samefile(src / 'val/a.png') == (placing != 'copy')
     assert (out / 'images').is_symlink() == (placing == 'reference')
-    assert summary.placed == {{'link': 'linked', 'copy': 'copied',
-                               'reference': 'referred to'}[placing]: 3}
+    assert summary.placed == {{'link': 'linked', 'copy': 'copied', 'reference': 'referred to'}[placing]: 3}
     report = json.loads((out / 'prepare_report.json').read_text())
-    assert report['splits']['val'] == {'images': 1, 'objects': 1, 'crowds': 0, 'empty': 0,
-                                       'per_class': {'cat': 1, 'dog': 0}}
+    assert report['splits']['val'] == {
+        'images': 1,
+        'objects': 1,
+        'crowds': 0,
+        'empty': 0,
+        'per_class': {'cat': 1, 'dog': 0},
+    }
     assert report['images_from'] == str(src)
 
 
 def test_copies_where_hard_links_cannot_be(fake, src, tmp_path, monkeypatch):
     def refuse(*_):
         raise OSError(errno.EXDEV, 'Invalid cross-device link')
+
     monkeypatch.setattr(os, 'link', refuse)
     assert fake().placed == {'copied': 3}
     assert (tmp_path / 'out/images/val/a.png').read_bytes() == (src / 'val/a.png').read_bytes()
@@ -159,15 +176,18 @@ def test_one_folder_needs_no_folder_in_the_names(fake, src, tmp_path):
 
 @pytest.mark.parametrize('count', [1, 7, 150])
 def test_bytes_do_not_depend_on_workers(fake, tmp_path, count):
-    write_images(tmp_path / 'src', *(f'train/{k}.png' for k in range(count)),
-                 *(f'val/v{k}.png' for k in range(count)))
+    write_images(tmp_path / 'src', *(f'train/{k}.png' for k in range(count)), *(f'val/v{k}.png' for k in range(count)))
     rng = np.random.default_rng(0)
-    objects = {f'{k}': [Instance('dog', mask_to_rle(rng.random((H, W)) < 0.3)),
-                        Instance('cat', [TRIANGLE], iscrowd=k % 3 == 0)] for k in range(count)}
+    objects = {
+        f'{k}': [
+            Instance('dog', mask_to_rle(rng.random((H, W)) < 0.3)),
+            Instance('cat', [TRIANGLE], iscrowd=k % 3 == 0),
+        ]
+        for k in range(count)
+    }
     for workers, out in ((1, 'a'), (3, 'b'), (None, 'c')):
         fake(objects, out, workers=workers)
-    for name in ('annotations/instances_train.json', 'annotations/instances_val.json',
-                 'prepare_report.json'):
+    for name in ('annotations/instances_train.json', 'annotations/instances_val.json', 'prepare_report.json'):
         texts = {(tmp_path / out / name).read_bytes() for out in 'abc'}
         assert len(texts) == 1
     data = load(tmp_path / 'a')
@@ -243,15 +263,23 @@ def test_what_a_killed_run_left_is_no_obstacle(fake, src, tmp_path):
 def test_nothing_is_left_of_a_run_that_stops(fake, src, tmp_path, monkeypatch, stop):
     def interrupt(*_):
         raise stop
+
     monkeypatch.setattr(data_writer.shutil, 'copyfile', interrupt)
     with pytest.raises(KeyboardInterrupt if stop is KeyboardInterrupt else UserError):
         fake(out='new/folder/out', placing='copy')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['src']
 
 
-@pytest.mark.parametrize('out, message', [
-    ('src', 'lies in the source'), ('src/out', 'lies in the source'),
-    ('link/out', 'lies in the source'), ('.', 'holds the source'), ('file', 'is a file')])
+@pytest.mark.parametrize(
+    'out, message',
+    [
+        ('src', 'lies in the source'),
+        ('src/out', 'lies in the source'),
+        ('link/out', 'lies in the source'),
+        ('.', 'holds the source'),
+        ('file', 'is a file'),
+    ],
+)
 def test_output_and_source_stay_apart(fake, src, tmp_path, out, message):
     (tmp_path / 'link').symlink_to(src)
     (tmp_path / 'file').touch()
@@ -276,7 +304,8 @@ def test_all_problems_come_together_and_skip_bad_goes_on(fake, src, tmp_path):
     assert caught.value.problems == [
         'train/a.png: too dark',
         'train/b.png: cannot be read (RuntimeError: no reader foresees this)',
-        'val/a.png: too dark']
+        'val/a.png: too dark',
+    ]
     assert '3 problems, 3 of 3 images unusable' in caught.value.message
     with pytest.raises(UserError, match='nothing is left to write'):
         fake(objects, skip_bad=True)
@@ -286,15 +315,18 @@ def test_all_problems_come_together_and_skip_bad_goes_on(fake, src, tmp_path):
     assert not (tmp_path / 'out/images/train/b.png').exists()
 
 
-@pytest.mark.parametrize('instance, message', [
-    (Instance('bird', [TRIANGLE], place='shape 3'), "train/a.png: shape 3: unknown class 'bird'"),
-    (Instance('cat', [[0, 0, 1]]), 'train/a.png: a polygon has an odd number'),
-    (Instance('cat', [[0, 0, math.nan, 1, 1, 1]]), 'NaN'),
-    (Instance('cat', {'size': [H, W], 'counts': [3]}), 'an RLE of 3 pixels for 384'),
-    (Instance('cat', {'size': [W, H], 'counts': [H * W]}), 'an RLE of size [24, 16]'),
-    (Instance('cat', 'x'), 'a polygon is str'),
-    (Instance('cat', None), 'cannot be read (TypeError'),
-])
+@pytest.mark.parametrize(
+    'instance, message',
+    [
+        (Instance('bird', [TRIANGLE], place='shape 3'), "train/a.png: shape 3: unknown class 'bird'"),
+        (Instance('cat', [[0, 0, 1]]), 'train/a.png: a polygon has an odd number'),
+        (Instance('cat', [[0, 0, math.nan, 1, 1, 1]]), 'NaN'),
+        (Instance('cat', {'size': [H, W], 'counts': [3]}), 'an RLE of 3 pixels for 384'),
+        (Instance('cat', {'size': [W, H], 'counts': [H * W]}), 'an RLE of size [24, 16]'),
+        (Instance('cat', 'x'), 'a polygon is str'),
+        (Instance('cat', None), 'cannot be read (TypeError'),
+    ],
+)
 def test_what_a_reader_gives_is_checked(fake, src, instance, message):
     with pytest.raises(UserError) as caught:
         fake({'a': [Instance('dog', [TRIANGLE]), instance]})
@@ -305,12 +337,20 @@ def test_objects_are_dropped_for_a_reason_that_is_counted(fake, src):
     small = np.zeros((H, W))
     small[2:4, 2:4] = 1
     shapes = [mask_to_rle(small), [TRIANGLE], mask_to_rle(np.zeros((H, W))), [[1, 1, 2, 2]]]
-    objects = {'a': [*(Instance('cat', shape) for shape in shapes), Instance('dog', [TRIANGLE]),
-                     Instance('cat', mask_to_rle(small), iscrowd=True)]}
+    objects = {
+        'a': [
+            *(Instance('cat', shape) for shape in shapes),
+            Instance('dog', [TRIANGLE]),
+            Instance('cat', mask_to_rle(small), iscrowd=True),
+        ]
+    }
     summary = fake(objects, min_area=5, classes=['cat'])
     assert summary.dropped == {
-        'smaller than 5 pixels': 2, 'without a pixel in the image': 2,
-        'without area (fewer than 3 points)': 2, 'of a class that --classes does not name': 2}
+        'smaller than 5 pixels': 2,
+        'without a pixel in the image': 2,
+        'without area (fewer than 3 points)': 2,
+        'of a class that --classes does not name': 2,
+    }
     assert summary.splits['train'].objects == 2 and summary.splits['train'].crowds == 1
     text = format_summary(summary)
     assert '2 objects dropped: smaller than 5 pixels' in text
@@ -319,8 +359,9 @@ def test_objects_are_dropped_for_a_reason_that_is_counted(fake, src):
 def test_further_keys_never_break_the_file(fake, src, tmp_path):
     extra = {'id': 7, 'bbox': 'x', 'ö': ['ß'], 'note': None}
     good = Record(Path(), W, H, [Instance('cat', [TRIANGLE], extra=extra)], extra={'license': 3})
-    bad = Record(Path(), W, H, [Instance('cat', [TRIANGLE], extra={'score': math.inf})],
-                 extra={'name': '\ud800'}, notes=['seen'])
+    bad = Record(
+        Path(), W, H, [Instance('cat', [TRIANGLE], extra={'score': math.inf})], extra={'name': '\ud800'}, notes=['seen']
+    )
     summary = fake({'a': good, 'b': bad})
     data = load(tmp_path / 'out')
     annotation = data['annotations'][0]
@@ -348,23 +389,30 @@ def test_problems_and_ids_of_the_source_count(fake, src, tmp_path):
     with pytest.raises(UserError, match='x.json: its image is missing') as caught:
         fake(attributes={'problems': ['x.json: its image is missing'], 'cure': 'look again'})
     assert caught.value.cure.startswith('look again; or run again with --skip-bad')
-    fake(attributes={'category_ids': {'cat': 3, 'dog': 9}, 'supercategories': {'dog': 'animal'},
-                     'headers': {'train': {'info': {'year': 1}, 'licenses': [2]}}})
+    fake(
+        attributes={
+            'category_ids': {'cat': 3, 'dog': 9},
+            'supercategories': {'dog': 'animal'},
+            'headers': {'train': {'info': {'year': 1}, 'licenses': [2]}},
+        }
+    )
     data = load(tmp_path / 'out')
-    assert data['categories'] == [{'id': 3, 'name': 'cat'},
-                                  {'id': 9, 'name': 'dog', 'supercategory': 'animal'}]
+    assert data['categories'] == [{'id': 3, 'name': 'cat'}, {'id': 9, 'name': 'dog', 'supercategory': 'animal'}]
     assert (data['info'], data['licenses']) == ({'year': 1}, [2])
     assert load(tmp_path / 'out', 'val')['licenses'] == []
 
 
-@pytest.mark.parametrize('options, message', [
-    (dict(objects={'a': [], 'b': []}), 'but no object of any class'),
-    (dict(classes=['cat', 'cat']), "'cat' comes 2 times"),
-    (dict(classes=['kat']), "did you mean 'cat'"),
-    (dict(classes=['dog']), 'but no object of any class'),
-    (dict(attributes={'classes': []}), 'no class is known'),
-    (dict(src=Path('/nowhere')), 'there is no such folder'),
-])
+@pytest.mark.parametrize(
+    'options, message',
+    [
+        (dict(objects={'a': [], 'b': []}), 'but no object of any class'),
+        (dict(classes=['cat', 'cat']), "'cat' comes 2 times"),
+        (dict(classes=['kat']), "did you mean 'cat'"),
+        (dict(classes=['dog']), 'but no object of any class'),
+        (dict(attributes={'classes': []}), 'no class is known'),
+        (dict(src=Path('/nowhere')), 'there is no such folder'),
+    ],
+)
 def test_what_cannot_be_is_refused(fake, src, tmp_path, options, message):
     with pytest.raises(UserError, match=message):
         fake(**options)
@@ -394,8 +442,7 @@ def test_an_unknown_folder_lists_what_was_looked_for(tmp_path, src):
         recognise(src)
     assert [line.partition(':')[0] for line in caught.value.problems] == list(SOURCES)
     (src / 'inner').mkdir()
-    (src / 'inner/annotations.json').write_text(
-        '{"images": [], "annotations": [], "categories": []}')
+    (src / 'inner/annotations.json').write_text('{"images": [], "annotations": [], "categories": []}')
     with pytest.raises(UserError, match='name one of these folders instead: .*inner .coco'):
         recognise(src)
     with pytest.raises(UserError, match='no data set of a known kind'):
@@ -438,9 +485,11 @@ def test_split_writer_numbers_from_one(tmp_path):
     writer.add(None, '"file_name":"b"', [])
     writer.finish({'info': {}, 'categories': []})
     assert json.loads((tmp_path / 'a.json').read_bytes()) == {
-        'info': {}, 'categories': [],
+        'info': {},
+        'categories': [],
         'images': [{'id': 1, 'file_name': 'ä'}, {'id': 2, 'file_name': 'b'}],
-        'annotations': [{'id': 1, 'image_id': 1, 'area': 1}, {'id': 2, 'image_id': 1, 'area': 2}]}
+        'annotations': [{'id': 1, 'image_id': 1, 'area': 1}, {'id': 2, 'image_id': 1, 'area': 2}],
+    }
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
 
 
@@ -451,27 +500,33 @@ def test_coco_train_size_takes_little_memory(tmp_path):
     rng, path = random.Random(0), tmp_path / 'src/annotations/instances_train2017.json'
     path.parent.mkdir(parents=True)
     with path.open('w') as file:
-        file.write('{"images":[' + ','.join(
-            f'{{"id":{k},"file_name":"{k:012}.jpg","width":640,"height":480}}'
-            for k in range(1, images + 1)) + '],"annotations":[')
+        file.write(
+            '{"images":['
+            + ','.join(f'{{"id":{k},"file_name":"{k:012}.jpg","width":640,"height":480}}' for k in range(1, images + 1))
+            + '],"annotations":['
+        )
         for k in range(annotations):
             count, radius = max(4, int(rng.lognormvariate(2.9, 0.75))), rng.uniform(5, 150)
             x, y = rng.uniform(0, 640), rng.uniform(0, 480)
-            points = [round(v, 2) for j in range(count) for v in (
-                x + radius * rng.uniform(0.7, 1) * math.cos(2 * math.pi * j / count),
-                y + radius * rng.uniform(0.7, 1) * math.sin(2 * math.pi * j / count))]
-            file.write(f'{"," * (k > 0)}{{"id":{k + 1},"image_id":{rng.randint(1, images)},'
-                       f'"category_id":{rng.randint(1, 80)},"iscrowd":0,'
-                       f'"segmentation":[{points}]}}')
-        file.write('],"categories":' + json.dumps(
-            [{'id': k, 'name': f'class {k}'} for k in range(1, 81)]) + '}')
+            points = [
+                round(v, 2)
+                for j in range(count)
+                for v in (
+                    x + radius * rng.uniform(0.7, 1) * math.cos(2 * math.pi * j / count),
+                    y + radius * rng.uniform(0.7, 1) * math.sin(2 * math.pi * j / count),
+                )
+            ]
+            file.write(
+                f'{"," * (k > 0)}{{"id":{k + 1},"image_id":{rng.randint(1, images)},'
+                f'"category_id":{rng.randint(1, 80)},"iscrowd":0,'
+                f'"segmentation":[{points}]}}'
+            )
+        file.write('],"categories":' + json.dumps([{'id': k, 'name': f'class {k}'} for k in range(1, 81)]) + '}')
     size, start = path.stat().st_size, time.perf_counter()
-    summary = prepare(tmp_path / 'src', tmp_path / 'out', placing='reference', trust_sizes=True,
-                      progress=False)
+    summary = prepare(tmp_path / 'src', tmp_path / 'out', placing='reference', trust_sizes=True, progress=False)
     seconds = time.perf_counter() - start
     # Of this process and of the largest worker, in KiB.
-    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF,
-                                                             resource.RUSAGE_CHILDREN)) / 2**20
+    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) / 2**20
     print(f'\n{size / 1e6:.0f} MB of JSON in {seconds:.0f} s, {peak:.2f} GiB')
     assert summary.splits['train'].images == images
     # Outlines that touch the image with a corner only have no pixel in it.

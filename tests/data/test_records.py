@@ -16,13 +16,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.records import Instance, Item, Record
 from mmfinetune.utils.files import find_files, natural_key, read_json, read_text
 from mmfinetune.utils.images import find_images, image_size
-from mmfinetune.utils.masks import (
-    mask_to_rle,
-    masks_to_rles,
-    polygon_problem,
-    rle_problem,
-    rle_runs,
-)
+from mmfinetune.utils.masks import mask_to_rle, masks_to_rles, polygon_problem, rle_problem, rle_runs
 
 
 def save(path: Path, size: tuple[int, int] = (40, 20), orientation: int = 1, **options) -> Path:
@@ -55,7 +49,7 @@ def test_size_of_a_huge_image_needs_no_decoding(tmp_path):
 
 def cut(path: Path, keep: float) -> Path:
     data = path.read_bytes()
-    path.write_bytes(data[:int(len(data) * keep)])
+    path.write_bytes(data[: int(len(data) * keep)])
     return path
 
 
@@ -70,19 +64,22 @@ def written(path: Path, data: bytes) -> Path:
     return path
 
 
-@pytest.mark.parametrize('make, reason', [
-    (lambda d: d / 'none.jpg', 'missing'),
-    (lambda d: written(d / 'a.jpg', b''), 'empty file'),
-    (lambda d: written(d / 'a.jpg', b'hello'), 'not an image'),
-    (lambda d: written(d / 'a.jpg', b'<html>Please log in</html>'), 'a web page'),
-    (lambda d: written(d / 'a.jpg', b'version https://git-lfs.github.com/spec/v1\n'), 'Git LFS'),
-    (lambda d: cut(noise(d / 'a.jpg'), 0.6), 'truncated JPEG'),
-    (lambda d: cut(noise(d / 'a.png'), 0.6), 'truncated PNG'),
-    (lambda d: cut(noise(d / 'a.png'), 0.001), '(unreadable|not an image)'),
-    (lambda d: d, 'unreadable'),
-    (lambda d: save(d / 'a.tif', orientation=6), 'a TIFF turned by its EXIF orientation'),
-    (lambda d: save(d / 'a.webp', orientation=8), 'a WEBP turned by its EXIF orientation'),
-])
+@pytest.mark.parametrize(
+    'make, reason',
+    [
+        (lambda d: d / 'none.jpg', 'missing'),
+        (lambda d: written(d / 'a.jpg', b''), 'empty file'),
+        (lambda d: written(d / 'a.jpg', b'hello'), 'not an image'),
+        (lambda d: written(d / 'a.jpg', b'<html>Please log in</html>'), 'a web page'),
+        (lambda d: written(d / 'a.jpg', b'version https://git-lfs.github.com/spec/v1\n'), 'Git LFS'),
+        (lambda d: cut(noise(d / 'a.jpg'), 0.6), 'truncated JPEG'),
+        (lambda d: cut(noise(d / 'a.png'), 0.6), 'truncated PNG'),
+        (lambda d: cut(noise(d / 'a.png'), 0.001), '(unreadable|not an image)'),
+        (lambda d: d, 'unreadable'),
+        (lambda d: save(d / 'a.tif', orientation=6), 'a TIFF turned by its EXIF orientation'),
+        (lambda d: save(d / 'a.webp', orientation=8), 'a WEBP turned by its EXIF orientation'),
+    ],
+)
 def test_size_of_a_bad_image_is_a_short_reason(tmp_path, make, reason):
     with pytest.raises(ValueError, match=reason) as caught:
         image_size(make(tmp_path))
@@ -90,15 +87,25 @@ def test_size_of_a_bad_image_is_a_short_reason(tmp_path, make, reason):
 
 
 def test_files_are_found_in_natural_order_without_hidden_ones(tmp_path):
-    names = ['img10.jpg', 'img2.JPG', 'b/ünï çode 1.png', 'b/.hidden.png', '.git/a.png',
-             '__MACOSX/a.jpg', 'notes.txt', 'B/a.tiff', 'b/img1.jpeg', 'Thumbs.db', 'c/01.bmp',
-             'c/1.bmp']
+    names = [
+        'img10.jpg',
+        'img2.JPG',
+        'b/ünï çode 1.png',
+        'b/.hidden.png',
+        '.git/a.png',
+        '__MACOSX/a.jpg',
+        'notes.txt',
+        'B/a.tiff',
+        'b/img1.jpeg',
+        'Thumbs.db',
+        'c/01.bmp',
+        'c/1.bmp',
+    ]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
-    assert found == ['B/a.tiff', 'b/img1.jpeg', 'b/ünï çode 1.png', 'c/01.bmp', 'c/1.bmp',
-                     'img2.JPG', 'img10.jpg']
+    assert found == ['B/a.tiff', 'b/img1.jpeg', 'b/ünï çode 1.png', 'c/01.bmp', 'c/1.bmp', 'img2.JPG', 'img10.jpg']
     assert [path.name for path in find_files(tmp_path, {'.txt'})] == ['notes.txt']
 
 
@@ -124,8 +131,7 @@ def test_masks_of_an_index_image_are_those_pixels():
     rng = np.random.default_rng(0)
     for _ in range(60):
         shape = tuple(rng.integers(1, 30, 2))
-        image = rng.integers(0, rng.integers(1, 6) + 1, shape).astype(
-            rng.choice(['uint8', 'uint16', 'int32']))
+        image = rng.integers(0, rng.integers(1, 6) + 1, shape).astype(rng.choice(['uint8', 'uint16', 'int32']))
         values = [0, 1, 2, 5, 9]
         rles = masks_to_rles(image, values)
         assert rles == [mask_to_rle(image == value) for value in values]
@@ -148,67 +154,80 @@ W, H = 40, 20
 GOOD = mask_to_rle(np.eye(H, W, dtype=np.uint8))
 
 
-@pytest.mark.parametrize('rle, reason', [
-    (GOOD, None),
-    ({'size': [H, W], 'counts': [0, H * W]}, None),
-    ({'size': [H, W], 'counts': [H * W]}, None),
-    ({'size': [W, H], 'counts': GOOD['counts']}, 'of size'),
-    ({'size': [H, W]}, "without 'size'"),
-    ([1, 2], "without 'size'"),
-    ({'size': [H, W], 'counts': [1, 2]}, 'of 3 pixels for 800'),
-    ({'size': [H, W], 'counts': []}, 'of 0 pixels'),
-    ({'size': [H, W], 'counts': ''}, 'of 0 pixels'),
-    ({'size': [H, W], 'counts': [H * W + 5, -5]}, 'negative'),
-    ({'size': [H, W], 'counts': [10**30]}, 'longer than the image'),
-    ({'size': [H, W], 'counts': [1.0, 799.0]}, 'neither a string nor'),
-    ({'size': [H, W], 'counts': [True, 799]}, 'neither a string nor'),
-    ({'size': [H, W], 'counts': None}, 'neither a string nor'),
-    ({'size': [H, W], 'counts': GOOD['counts'][:-1]}, '(cut off|pixels|negative)'),
-    ({'size': [H, W], 'counts': 'garbage!'}, '.'),
-    ({'size': [H, W], 'counts': 'ünï'}, 'not ASCII'),
-    ({'size': [H, W], 'counts': 'o' * 500}, '(cut off|no compressed RLE)'),
-])
+@pytest.mark.parametrize(
+    'rle, reason',
+    [
+        (GOOD, None),
+        ({'size': [H, W], 'counts': [0, H * W]}, None),
+        ({'size': [H, W], 'counts': [H * W]}, None),
+        ({'size': [W, H], 'counts': GOOD['counts']}, 'of size'),
+        ({'size': [H, W]}, "without 'size'"),
+        ([1, 2], "without 'size'"),
+        ({'size': [H, W], 'counts': [1, 2]}, 'of 3 pixels for 800'),
+        ({'size': [H, W], 'counts': []}, 'of 0 pixels'),
+        ({'size': [H, W], 'counts': ''}, 'of 0 pixels'),
+        ({'size': [H, W], 'counts': [H * W + 5, -5]}, 'negative'),
+        ({'size': [H, W], 'counts': [10**30]}, 'longer than the image'),
+        ({'size': [H, W], 'counts': [1.0, 799.0]}, 'neither a string nor'),
+        ({'size': [H, W], 'counts': [True, 799]}, 'neither a string nor'),
+        ({'size': [H, W], 'counts': None}, 'neither a string nor'),
+        ({'size': [H, W], 'counts': GOOD['counts'][:-1]}, '(cut off|pixels|negative)'),
+        ({'size': [H, W], 'counts': 'garbage!'}, '.'),
+        ({'size': [H, W], 'counts': 'ünï'}, 'not ASCII'),
+        ({'size': [H, W], 'counts': 'o' * 500}, '(cut off|no compressed RLE)'),
+    ],
+)
 def test_rle_problems(rle, reason):
     problem = rle_problem(rle, W, H)
     if reason is None:
         assert problem is None
     else:
         import re
+
         assert problem and re.search(reason, problem)
 
 
-@pytest.mark.parametrize('points, reason', [
-    ([0, 0, 5, 0, 5, 5], None),
-    ([-3.5, -1, 41, 0, 20, 19.99], None),
-    ([1, 1], None),
-    ([], None),
-    ([0, 0, 5, 0, 5], 'odd number of coordinates (5)'),
-    ([0, 0, 5, 0, float('nan'), 5], 'NaN'),
-    ([0, 0, 5, 0, float('inf'), 5], 'NaN or infinity'),
-    ([0, 0, 5, 0, 10**400, 5], 'far outside the 40x20 image'),
-    ([0, 0, 5, 0, 1e6, 5], 'far outside'),
-    ([0, 0, 5, 0, -41, 5], 'far outside'),
-    ([0, 0, '5', 0, 5, 5], "holds '5'"),
-    ([0, 0, True, 0, 5, 5], 'holds True'),
-    ([0, 0, None, 0, 5, 5], 'holds None'),
-    ('0 0 5 0 5 5', 'is str'),
-    (None, 'is NoneType'),
-])
+@pytest.mark.parametrize(
+    'points, reason',
+    [
+        ([0, 0, 5, 0, 5, 5], None),
+        ([-3.5, -1, 41, 0, 20, 19.99], None),
+        ([1, 1], None),
+        ([], None),
+        ([0, 0, 5, 0, 5], 'odd number of coordinates (5)'),
+        ([0, 0, 5, 0, float('nan'), 5], 'NaN'),
+        ([0, 0, 5, 0, float('inf'), 5], 'NaN or infinity'),
+        ([0, 0, 5, 0, 10**400, 5], 'far outside the 40x20 image'),
+        ([0, 0, 5, 0, 1e6, 5], 'far outside'),
+        ([0, 0, 5, 0, -41, 5], 'far outside'),
+        ([0, 0, '5', 0, 5, 5], "holds '5'"),
+        ([0, 0, True, 0, 5, 5], 'holds True'),
+        ([0, 0, None, 0, 5, 5], 'holds None'),
+        ('0 0 5 0 5 5', 'is str'),
+        (None, 'is NoneType'),
+    ],
+)
 def test_polygon_problems(points, reason):
     problem = polygon_problem(points, W, H)
     assert problem is None if reason is None else reason in problem
 
 
-@pytest.mark.parametrize('data, text', [
-    ('ä\n'.encode(), 'ä\n'), (b'\xef\xbb\xbfx', 'x'), ('ä'.encode('utf-16'), 'ä')])
+@pytest.mark.parametrize('data, text', [('ä\n'.encode(), 'ä\n'), (b'\xef\xbb\xbfx', 'x'), ('ä'.encode('utf-16'), 'ä')])
 def test_text_with_marks(tmp_path, data, text):
     assert read_text(written(tmp_path / 'a.txt', data)) == text
 
 
-@pytest.mark.parametrize('data, reason', [
-    (b'', 'empty file'), (b' \n', 'empty file'), (b'{"a": [1,', 'line 1, column 10'),
-    (b'{\n"a": x}', 'line 2'), (b'\xff\x00\xfe', 'not UTF-8'),
-    (b'[' * 100_000, 'nested too deeply')])
+@pytest.mark.parametrize(
+    'data, reason',
+    [
+        (b'', 'empty file'),
+        (b' \n', 'empty file'),
+        (b'{"a": [1,', 'line 1, column 10'),
+        (b'{\n"a": x}', 'line 2'),
+        (b'\xff\x00\xfe', 'not UTF-8'),
+        (b'[' * 100_000, 'nested too deeply'),
+    ],
+)
 def test_bad_json_is_a_short_reason(tmp_path, data, reason):
     with pytest.raises(ValueError, match=reason):
         read_json(written(tmp_path / 'a.json', data))

@@ -23,20 +23,37 @@ def coco(images: dict[str, list[str]], classes: list[str] | None = None, **extra
     for i, (name, objects) in enumerate(images.items()):
         listed.append({'id': 100 + i, 'file_name': name, 'width': 20, 'height': 10, 'camera': i})
         for c in objects:
-            annotations.append({'id': len(annotations) + 1, 'image_id': 100 + i, 'iscrowd': 0,
-                                'category_id': 7 + classes.index(c), 'bbox': [1, 1, 3, 3],
-                                'area': 9, 'segmentation': [[1, 1, 4, 1, 4, 4, 1, 4]]})
-    return {'images': listed, 'annotations': annotations, **extra,
-            'categories': [{'id': 7 + i, 'name': c} for i, c in enumerate(classes)]}
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': 100 + i,
+                    'iscrowd': 0,
+                    'category_id': 7 + classes.index(c),
+                    'bbox': [1, 1, 3, 3],
+                    'area': 9,
+                    'segmentation': [[1, 1, 4, 1, 4, 4, 1, 4]],
+                }
+            )
+    return {
+        'images': listed,
+        'annotations': annotations,
+        **extra,
+        'categories': [{'id': 7 + i, 'name': c} for i, c in enumerate(classes)],
+    }
 
 
 def many(count: int = 200, seed: int = 0) -> dict[str, list[str]]:
     """Images with several classes each, from common to rare, and some without any."""
     rng = random.Random(seed)
-    return {f'{i:04d}.jpg': [c for c, share in zip('abcdef', (.6, .4, .2, .1, .05, .02),
-                                                   strict=True)
-                             for _ in range(rng.randint(1, 3)) if rng.random() < share]
-            for i in range(count)}
+    return {
+        f'{i:04d}.jpg': [
+            c
+            for c, share in zip('abcdef', (0.6, 0.4, 0.2, 0.1, 0.05, 0.02), strict=True)
+            for _ in range(rng.randint(1, 3))
+            if rng.random() < share
+        ]
+        for i in range(count)
+    }
 
 
 def save(folder: Path, data: dict, name: str = 'instances_all.json') -> Path:
@@ -47,8 +64,7 @@ def save(folder: Path, data: dict, name: str = 'instances_all.json') -> Path:
 
 
 def names_in(report: split.Report) -> dict[str, set[str]]:
-    return {s: {i['file_name'] for i in json.loads(p.read_text())['images']}
-            for s, p in report.files.items()}
+    return {s: {i['file_name'] for i in json.loads(p.read_text())['images']} for s, p in report.files.items()}
 
 
 def test_a_split_loses_and_changes_nothing(tmp_path):
@@ -57,15 +73,19 @@ def test_a_split_loses_and_changes_nothing(tmp_path):
     before = path.read_bytes()
     report = split.split_file(tmp_path)
     parts = [json.loads(p.read_text()) for p in report.files.values()]
-    assert [p.name for p in report.files.values()] == \
-        ['instances_train.json', 'instances_val.json', 'instances_test.json']
+    assert [p.name for p in report.files.values()] == [
+        'instances_train.json',
+        'instances_val.json',
+        'instances_test.json',
+    ]
     assert path.read_bytes() == before
     for key in ('images', 'annotations'):
         together = [x for part in parts for x in part[key]]
         assert sorted(together, key=lambda x: x['id']) == whole[key]
     for part in parts:
-        assert {k: part[k] for k in ('info', 'licenses', 'made_by', 'categories')} == \
-            {k: whole[k] for k in ('info', 'licenses', 'made_by', 'categories')}
+        assert {k: part[k] for k in ('info', 'licenses', 'made_by', 'categories')} == {
+            k: whole[k] for k in ('info', 'licenses', 'made_by', 'categories')
+        }
         ids = [i['id'] for i in part['images']]
         assert ids == sorted(ids)  # the order of the file
         assert {a['image_id'] for a in part['annotations']} <= set(ids)
@@ -80,8 +100,7 @@ def test_every_class_comes_near_its_share(tmp_path):
     assert (np.abs(report.images - wanted) < 1).all()
     assert (np.abs(report.sizes - 400 * ROOMY) <= 4).all()
     objects = report.objects[:, totals >= 40]
-    assert (np.abs(objects / np.maximum(objects.sum(0), 1) - ROOMY[:, None])
-            [:, objects.sum(0) > 0] < 0.05).all()
+    assert (np.abs(objects / np.maximum(objects.sum(0), 1) - ROOMY[:, None])[:, objects.sum(0) > 0] < 0.05).all()
 
 
 def test_better_than_chance():
@@ -159,10 +178,18 @@ def test_images_without_objects_and_with_crowds_only_are_spread(tmp_path):
     images = {f'{i:03d}.jpg': ['a'] if i % 2 else [] for i in range(80)}
     whole = coco(images)
     crowded = [i['id'] for i in whole['images'] if i['id'] % 2 == 0][:20]
-    whole['annotations'] += [{'id': 5000 + i, 'image_id': i, 'category_id': 7, 'iscrowd': 1,
-                              'bbox': [0, 0, 5, 5], 'area': 25,
-                              'segmentation': {'size': [10, 20], 'counts': [0, 200]}}
-                             for i in crowded]
+    whole['annotations'] += [
+        {
+            'id': 5000 + i,
+            'image_id': i,
+            'category_id': 7,
+            'iscrowd': 1,
+            'bbox': [0, 0, 5, 5],
+            'area': 25,
+            'segmentation': {'size': [10, 20], 'counts': [0, 200]},
+        }
+        for i in crowded
+    ]
     save(tmp_path, whole)
     report = split.split_file(tmp_path)
     assert report.names == ['a', split.NO_OBJECTS]
@@ -171,12 +198,12 @@ def test_images_without_objects_and_with_crowds_only_are_spread(tmp_path):
     assert report.objects.sum() == 40
 
 
-@pytest.mark.parametrize(('pattern', 'key'), [(r'^(.+)_\d+\.', lambda n: n.rsplit('_')[0]),
-                                              (r'^[^_]+', lambda n: n.split('_')[0])])
+@pytest.mark.parametrize(
+    ('pattern', 'key'), [(r'^(.+)_\d+\.', lambda n: n.rsplit('_')[0]), (r'^[^_]+', lambda n: n.split('_')[0])]
+)
 def test_a_series_is_never_torn(tmp_path, pattern, key):
     rng = random.Random(1)
-    images = {f'film{f}_{i:02d}.jpg': [rng.choice('abc')] for f in range(30)
-              for i in range(rng.randint(1, 9))}
+    images = {f'film{f}_{i:02d}.jpg': [rng.choice('abc')] for f in range(30) for i in range(rng.randint(1, 9))}
     save(tmp_path, coco(images))
     report = split.split_file(tmp_path, group_by=pattern)
     films = [{key(n) for n in names} for names in names_in(report).values()]
@@ -201,15 +228,23 @@ def test_a_group_that_matches_emptily_is_no_series():
     assert len(set(keys)) == 3
 
 
-@pytest.mark.parametrize(('given', 'result'), [
-    ([70, 15, 15], [.7, .15, .15]), ([7, 1.5, 1.5], [.7, .15, .15]), ([80, 20], [.8, .2]),
-    ([3, 1, 0], [.75, .25]), ([1, 1, 2], [.25, .25, .5])])
+@pytest.mark.parametrize(
+    ('given', 'result'),
+    [
+        ([70, 15, 15], [0.7, 0.15, 0.15]),
+        ([7, 1.5, 1.5], [0.7, 0.15, 0.15]),
+        ([80, 20], [0.8, 0.2]),
+        ([3, 1, 0], [0.75, 0.25]),
+        ([1, 1, 2], [0.25, 0.25, 0.5]),
+    ],
+)
 def test_ratios_are_normalised(given, result):
     assert split.shares(given) == pytest.approx(result)
 
 
-@pytest.mark.parametrize('ratios', [[70], [70, 10, 10, 10], [0, 50, 50], [70, 0, 30], [70, -1, 31],
-                                    [float('nan'), 1, 1], [float('inf'), 1]])
+@pytest.mark.parametrize(
+    'ratios', [[70], [70, 10, 10, 10], [0, 50, 50], [70, 0, 30], [70, -1, 31], [float('nan'), 1, 1], [float('inf'), 1]]
+)
 def test_ratios_that_make_no_split(ratios):
     with pytest.raises(UserError, match='--ratios') as caught:
         split.shares(ratios)
@@ -264,6 +299,7 @@ def broken(**changes):
         for key, change in changes.items():
             data[key] = change(data[key])
         return json.dumps(data)
+
     return make
 
 
@@ -271,24 +307,28 @@ def plus(**item):
     return lambda items: [*items, {**items[0], **item}]
 
 
-@pytest.mark.parametrize(('text', 'message'), [
-    (lambda: '{"images": [', 'no COCO annotation file'),
-    (lambda: '[]', 'no COCO annotation file'),
-    (lambda: 'null', 'no COCO annotation file'),
-    (lambda: '{}', "key 'images' is missing"),
-    (lambda: '[' * 100_000, 'no COCO annotation file'),
-    (broken(images=lambda x: 3), 'no COCO annotation file'),
-    (broken(images=lambda x: []), 'contradicts itself'),
-    (broken(images=lambda x: [{'id': 1}]), "key 'file_name' is missing"),
-    (broken(images=plus(file_name='d.jpg')), 'two images have the same id: 100'),
-    (broken(images=plus(id=9)), "same file_name: 'a.jpg'"),
-    (broken(images=plus(id=9, file_name=None)), 'file_name of image 9 is no text: None'),
-    (broken(images=plus(id=[9])), 'no COCO annotation file'),
-    (broken(categories=plus(id=8)), "two categories have the same name: 'x'"),
-    (broken(categories=plus(name='y')), 'two categories have the same id: 7'),
-    (broken(annotations=plus(image_id=55)), 'an image that is not listed: id 55'),
-    (broken(annotations=plus(category_id=55)), 'a category that is not listed: id 55'),
-    (broken(annotations=lambda x: [3]), 'no COCO annotation file')])
+@pytest.mark.parametrize(
+    ('text', 'message'),
+    [
+        (lambda: '{"images": [', 'no COCO annotation file'),
+        (lambda: '[]', 'no COCO annotation file'),
+        (lambda: 'null', 'no COCO annotation file'),
+        (lambda: '{}', "key 'images' is missing"),
+        (lambda: '[' * 100_000, 'no COCO annotation file'),
+        (broken(images=lambda x: 3), 'no COCO annotation file'),
+        (broken(images=lambda x: []), 'contradicts itself'),
+        (broken(images=lambda x: [{'id': 1}]), "key 'file_name' is missing"),
+        (broken(images=plus(file_name='d.jpg')), 'two images have the same id: 100'),
+        (broken(images=plus(id=9)), "same file_name: 'a.jpg'"),
+        (broken(images=plus(id=9, file_name=None)), 'file_name of image 9 is no text: None'),
+        (broken(images=plus(id=[9])), 'no COCO annotation file'),
+        (broken(categories=plus(id=8)), "two categories have the same name: 'x'"),
+        (broken(categories=plus(name='y')), 'two categories have the same id: 7'),
+        (broken(annotations=plus(image_id=55)), 'an image that is not listed: id 55'),
+        (broken(annotations=plus(category_id=55)), 'a category that is not listed: id 55'),
+        (broken(annotations=lambda x: [3]), 'no COCO annotation file'),
+    ],
+)
 def test_malformed_files_give_one_message(tmp_path, text, message):
     path = save(tmp_path, {})
     path.write_text(text())
@@ -322,8 +362,7 @@ def test_too_few_images_or_series(tmp_path):
     assert split.split_file(tmp_path, [80, 20]).sizes.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(('pattern', 'message'), [('(', 'no regular expression'),
-                                                  ('zzz', 'matches none of the 40')])
+@pytest.mark.parametrize(('pattern', 'message'), [('(', 'no regular expression'), ('zzz', 'matches none of the 40')])
 def test_bad_patterns(tmp_path, pattern, message):
     save(tmp_path, coco(many(40)))
     with pytest.raises(UserError, match=message):

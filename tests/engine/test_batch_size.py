@@ -11,7 +11,7 @@ import torch
 from mmfinetune.config import load
 from mmfinetune.engine import batch_size
 from mmfinetune.utils.errors import UserError
-from tests.builders.runs import inside, make_site
+from tests.builders.runs import inside
 
 
 @pytest.mark.parametrize('limit', [*range(20), 31, 32, 33, 100, 255, 256, 300])
@@ -31,13 +31,6 @@ def test_largest_below_a_limit():
     assert batch_size.largest(lambda size: size < 6, limit=6) == 5
 
 
-@pytest.fixture(scope='module')
-def site(tmp_path_factory):
-    folder = tmp_path_factory.mktemp('site')
-    make_site(folder)
-    return folder
-
-
 @pytest.fixture
 def cfg(site, monkeypatch):
     monkeypatch.chdir(site)
@@ -48,13 +41,19 @@ def samples_of(*shapes: tuple[int, int, int]) -> list[dict]:
     """(height, width, objects) of images."""
     from mmdet.structures import DetDataSample
     from mmengine.structures import InstanceData
-    return [{'inputs': torch.ones(3, height, width, dtype=torch.uint8), 'data_samples':
-             DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(objects, 4)))}
-            for height, width, objects in shapes]
+
+    return [
+        {
+            'inputs': torch.ones(3, height, width, dtype=torch.uint8),
+            'data_samples': DetDataSample(gt_instances=InstanceData(bboxes=torch.zeros(objects, 4))),
+        }
+        for height, width, objects in shapes
+    ]
 
 
 def test_most_objects_come_first_and_all_shapes_are_there(cfg, site, monkeypatch):
     from mmdet.datasets import CocoDataset
+
     ratios = {0: (300, 100), 1: (100, 300), 2: (100, 100), 3: (200, 100)}
     loaded = []
     info = CocoDataset.get_data_info
@@ -66,15 +65,12 @@ def test_most_objects_come_first_and_all_shapes_are_there(cfg, site, monkeypatch
 
     monkeypatch.setattr(CocoDataset, 'get_data_info', shaped)
     get = CocoDataset.__getitem__
-    monkeypatch.setattr(CocoDataset, '__getitem__',
-                        lambda self, index: loaded.append(index) or get(self, index))
+    monkeypatch.setattr(CocoDataset, '__getitem__', lambda self, index: loaded.append(index) or get(self, index))
     samples = batch_size.worst_samples(cfg, count=3)
     objects = [len(s['data_samples'].gt_instances) for s in samples]
     assert objects == sorted(objects, reverse=True)
-    truth = json.loads((site / 'data/demo/VOCdevkit/VOC2012/annotations/instances_train.json')
-                       .read_text())
-    counts = [sum(a['image_id'] == image['id'] for a in truth['annotations'])
-              for image in truth['images']]
+    truth = json.loads((site / 'data/demo/VOCdevkit/VOC2012/annotations/instances_train.json').read_text())
+    counts = [sum(a['image_id'] == image['id'] for a in truth['annotations']) for image in truth['images']]
     assert objects[:3] == sorted(counts, reverse=True)[:3]
     # The widest and the highest, whatever is in them; and each once.
     assert {0, 1} <= set(loaded) and len(loaded) == len(set(loaded)) <= 6
@@ -87,7 +83,12 @@ def test_all_samples_of_a_data_set_smaller_than_asked_for(cfg):
 def test_a_batch_is_padded_to_the_highest_and_the_widest():
     batch = batch_size.worst_batch(samples_of((60, 100, 9), (100, 60, 5), (80, 80, 1)), 5)
     assert [tuple(s['inputs'].shape) for s in batch] == [
-        (3, 100, 100), (3, 100, 60), (3, 80, 80), (3, 60, 100), (3, 100, 60)]
+        (3, 100, 100),
+        (3, 100, 60),
+        (3, 80, 80),
+        (3, 60, 100),
+        (3, 100, 60),
+    ]
     assert batch[0]['inputs'].sum() == 3 * 60 * 100  # zeros around it
     assert [len(s['data_samples'].gt_instances) for s in batch] == [9, 5, 1, 9, 5]
 
@@ -115,6 +116,7 @@ def test_steps_have_updates_and_the_optimizers_state(cfg):
             return super().step(*args, **kwargs)
 
     from mmengine.registry import OPTIMIZERS
+
     OPTIMIZERS.register_module(name='SpySGD', module=Spy, force=True)
     cfg.optim_wrapper.optimizer.type = 'SpySGD'
     batch = batch_size.worst_batch(batch_size.worst_samples(cfg), 2)
@@ -138,8 +140,7 @@ def gpu(monkeypatch):
 
 
 @pytest.mark.parametrize(('bytes_per_image', 'expected'), [(7, 10), (8, 8), (9, 7), (60, 1)])
-def test_the_largest_batch_leaves_a_tenth_of_what_is_free(gpu, monkeypatch, capsys,
-                                                          bytes_per_image, expected):
+def test_the_largest_batch_leaves_a_tenth_of_what_is_free(gpu, monkeypatch, capsys, bytes_per_image, expected):
     def peak(cfg, batch: list) -> int:
         used = bytes_per_image * len(batch)
         if used > 80:

@@ -11,32 +11,91 @@ from torch.utils.tensorboard import SummaryWriter
 from mmfinetune.engine import board
 from mmfinetune.utils.errors import UserError
 
-NUMBERS = ['mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l', 'AR@1', 'AR@10', 'AR@100',
-           'AR_s@100', 'AR_m@100', 'AR_l@100']
-TRAINING = {'base_lr': 0.02, 'lr': 0.002, 'data_time': 0.01, 'lr/backbone': 0.002, 'lr/neck': 0.01,
-            'loss': 2.0, 'loss_rpn_cls': 0.5, 'acc': 90.0, 'grad_norm': 3.0, 'eta_hours': 1.5,
-            'time': 0.3, 'epoch': 1, 'memory': 900, 'iter': 20, 'aux/depth': 7.0}
-VALIDATION = {'coco/bbox_mAP': 0.3, 'coco/segm_mAP': 0.2, 'coco/segm_mAP_50': 0.4,
-              'coco/segm_mAP_l': -1.0, 'coco/segm_AR@100': 0.5, 'coco/segm_AR_s@100': 0.1,
-              'coco/segm_AP/tv/monitor': 0.6, 'coco/bbox_AP/cat': 0.7, 'val/loss': 1.0,
-              'val/loss_mask': 0.4, 'val/acc': 95.0, 'data_time': 0.02, 'time': 0.6, 'mine': -1.0,
-              'panoptic/PQ': 50.0}
+NUMBERS = [
+    'mAP',
+    'mAP_50',
+    'mAP_75',
+    'mAP_s',
+    'mAP_m',
+    'mAP_l',
+    'AR@1',
+    'AR@10',
+    'AR@100',
+    'AR_s@100',
+    'AR_m@100',
+    'AR_l@100',
+]
+TRAINING = {
+    'base_lr': 0.02,
+    'lr': 0.002,
+    'data_time': 0.01,
+    'lr/backbone': 0.002,
+    'lr/neck': 0.01,
+    'loss': 2.0,
+    'loss_rpn_cls': 0.5,
+    'acc': 90.0,
+    'grad_norm': 3.0,
+    'eta_hours': 1.5,
+    'time': 0.3,
+    'epoch': 1,
+    'memory': 900,
+    'iter': 20,
+    'aux/depth': 7.0,
+}
+VALIDATION = {
+    'coco/bbox_mAP': 0.3,
+    'coco/segm_mAP': 0.2,
+    'coco/segm_mAP_50': 0.4,
+    'coco/segm_mAP_l': -1.0,
+    'coco/segm_AR@100': 0.5,
+    'coco/segm_AR_s@100': 0.1,
+    'coco/segm_AP/tv/monitor': 0.6,
+    'coco/bbox_AP/cat': 0.7,
+    'val/loss': 1.0,
+    'val/loss_mask': 0.4,
+    'val/acc': 95.0,
+    'data_time': 0.02,
+    'time': 0.6,
+    'mine': -1.0,
+    'panoptic/PQ': 50.0,
+}
 
 
 def test_record_of_training_steps():
     assert board.tags_of(TRAINING) == {
-        'lr/base': 0.02, 'time/data': 0.01, 'lr/backbone': 0.002, 'lr/neck': 0.01,
-        'loss/train': 2.0, 'train/loss_rpn_cls': 0.5, 'train/acc': 90.0, 'train/grad_norm': 3.0,
-        'time/eta_hours': 1.5, 'time/iter': 0.3, 'time/epoch': 1, 'gpu/memory_MB': 900,
-        'aux/depth': 7.0}
+        'lr/base': 0.02,
+        'time/data': 0.01,
+        'lr/backbone': 0.002,
+        'lr/neck': 0.01,
+        'loss/train': 2.0,
+        'train/loss_rpn_cls': 0.5,
+        'train/acc': 90.0,
+        'train/grad_norm': 3.0,
+        'time/eta_hours': 1.5,
+        'time/iter': 0.3,
+        'time/epoch': 1,
+        'gpu/memory_MB': 900,
+        'aux/depth': 7.0,
+    }
 
 
 def test_record_of_a_validation():
     assert board.tags_of(VALIDATION) == {
-        'mAP/bbox': 0.3, 'mAP/segm': 0.2, 'mAP/segm_50': 0.4, 'AR/segm_100': 0.5,
-        'AR/segm_s_100': 0.1, 'AP_class/tv/monitor': 0.6, 'AP_class_bbox/cat': 0.7,
-        'loss/val': 1.0, 'val/loss_mask': 0.4, 'val/acc': 95.0, 'time/val_data': 0.02,
-        'time/val_iter': 0.6, 'mine': -1.0, 'panoptic/PQ': 50.0}
+        'mAP/bbox': 0.3,
+        'mAP/segm': 0.2,
+        'mAP/segm_50': 0.4,
+        'AR/segm_100': 0.5,
+        'AR/segm_s_100': 0.1,
+        'AP_class/tv/monitor': 0.6,
+        'AP_class_bbox/cat': 0.7,
+        'loss/val': 1.0,
+        'val/loss_mask': 0.4,
+        'val/acc': 95.0,
+        'time/val_data': 0.02,
+        'time/val_iter': 0.6,
+        'mine': -1.0,
+        'panoptic/PQ': 50.0,
+    }
 
 
 def test_lr_of_a_single_group_is_kept():
@@ -44,8 +103,13 @@ def test_lr_of_a_single_group_is_kept():
 
 
 def test_single_scalar_is_found_by_its_name():
-    assert [board.tag_of(name) for name in ('loss', 'time', 'coco/segm_mAP', 'my_own', 'a/b')] == \
-        ['loss/train', 'time/iter', 'mAP/segm', 'my_own', 'a/b']
+    assert [board.tag_of(name) for name in ('loss', 'time', 'coco/segm_mAP', 'my_own', 'a/b')] == [
+        'loss/train',
+        'time/iter',
+        'mAP/segm',
+        'my_own',
+        'a/b',
+    ]
 
 
 def test_all_coco_numbers_have_a_tag_of_their_own():
@@ -62,8 +126,11 @@ def test_other_numbers_called_coco_keep_their_name():
 
 def test_charts_show_what_they_are_meant_to():
     tags = [*board.tags_of(TRAINING), *board.tags_of(VALIDATION), board.EPOCH_LOSS]
-    shown = {title: [tag for pattern in patterns for tag in tags if re.match(pattern, tag)]
-             for charts in board.LAYOUT.values() for title, patterns in charts.items()}
+    shown = {
+        title: [tag for pattern in patterns for tag in tags if re.match(pattern, tag)]
+        for charts in board.LAYOUT.values()
+        for title, patterns in charts.items()
+    }
     assert shown == {
         'training (mean of the epoch) and validation': ['loss/train_epoch', 'loss/val'],
         'training (by step) and validation (by epoch)': ['loss/train', 'loss/val'],
@@ -72,27 +139,48 @@ def test_charts_show_what_they_are_meant_to():
         'boxes, masks, masks at IoU 0.5': ['mAP/bbox', 'mAP/segm', 'mAP/segm_50'],
         'masks by size of the object': [],  # segm_mAP_l is -1 above
         'masks by class': ['AP_class/tv/monitor'],
-        'parts of the model': ['lr/base', 'lr/backbone', 'lr/neck']}
+        'parts of the model': ['lr/base', 'lr/backbone', 'lr/neck'],
+    }
 
 
 def test_hyperparameters(voc_cfg):
     assert board.hparams_of(voc_cfg, world_size=4, seed=3) == {
-        'lr': 0.002, 'optimizer': 'SGD', 'batch_size': 2, 'accumulation': 1, 'world_size': 4,
-        'epochs': 40, 'seed': 3, 'head_init': 'reinit',
-        'weights': Path(voc_cfg.weights.checkpoint).name}
+        'lr': 0.002,
+        'optimizer': 'SGD',
+        'batch_size': 2,
+        'accumulation': 1,
+        'world_size': 4,
+        'epochs': 40,
+        'seed': 3,
+        'head_init': 'reinit',
+        'weights': Path(voc_cfg.weights.checkpoint).name,
+    }
 
 
 def test_hyperparameters_without_weights():
-    cfg = Config({'optim_wrapper': {'optimizer': {'type': 'AdamW', 'lr': 1e-4},
-                                    'accumulative_counts': 4},
-                  'train_cfg': {'max_iters': 90}, 'train_dataloader': {'batch_size': 8}})
+    cfg = Config(
+        {
+            'optim_wrapper': {'optimizer': {'type': 'AdamW', 'lr': 1e-4}, 'accumulative_counts': 4},
+            'train_cfg': {'max_iters': 90},
+            'train_dataloader': {'batch_size': 8},
+        }
+    )
     assert board.hparams_of(cfg, 1, 0) == {
-        'lr': 1e-4, 'optimizer': 'AdamW', 'batch_size': 8, 'accumulation': 4, 'world_size': 1,
-        'iterations': 90, 'seed': 0, 'head_init': 'none', 'weights': 'none'}
+        'lr': 1e-4,
+        'optimizer': 'AdamW',
+        'batch_size': 8,
+        'accumulation': 4,
+        'world_size': 1,
+        'iterations': 90,
+        'seed': 0,
+        'head_init': 'none',
+        'weights': 'none',
+    }
 
 
 def test_text_is_shown_as_it_is():
     from tensorboard.plugin_util import markdown_to_safe_html
+
     html = markdown_to_safe_html(board.fenced('a = 1\n# b\n*c* <d>', 'python'))
     assert html.count('<code') == 1
     assert 'a = 1\n# b\n*c* &lt;d&gt;' in html
@@ -102,8 +190,7 @@ def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """All scalars in a folder as TensorBoard's own reader has them."""
     events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 0})
     events.Reload()
-    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)]
-            for tag in events.Tags()['scalars']}
+    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()['scalars']}
 
 
 def steps(folder: Path) -> dict[str, list[int]]:
@@ -130,14 +217,20 @@ def write_run(folder: Path, first: int = 1, last: int = 3, per_epoch: int = 4) -
         writer.add_scalar('my metric', epoch / 100, epoch)
         writer.add_text('notes', 'read me', epoch)
     writer.close()
-    file, = set(folder.glob('events*')) - before
+    (file,) = set(folder.glob('events*')) - before
     # The time is all that orders files, and here they are made within one second.
     return file.rename(folder / f'events.out.tfevents.{1000000000 + len(before)}.host.1.0')
 
 
-WHOLE = {'loss/train': list(range(1, 13)), 'foreign': list(range(1, 13)),
-         'loss/train_epoch': [1, 2, 3], 'mAP/segm': [1, 2, 3], 'my metric': [1, 2, 3],
-         'notes/text_summary': [1, 2, 3], 'config/text_summary': [0]}
+WHOLE = {
+    'loss/train': list(range(1, 13)),
+    'foreign': list(range(1, 13)),
+    'loss/train_epoch': [1, 2, 3],
+    'mAP/segm': [1, 2, 3],
+    'my metric': [1, 2, 3],
+    'notes/text_summary': [1, 2, 3],
+    'config/text_summary': [0],
+}
 
 
 @pytest.mark.parametrize('epoch', [1, 2, 3])
@@ -146,7 +239,8 @@ def test_rewound_to_the_end_of_an_epoch(tmp_path, epoch):
     left = board.rewind(tmp_path, step=4 * epoch, epoch=epoch)
     assert steps(tmp_path) == {
         tag: [s for s in all_steps if s <= (4 * epoch if len(all_steps) > 3 else epoch)]
-        for tag, all_steps in WHOLE.items()}
+        for tag, all_steps in WHOLE.items()
+    }
     assert left['mAP/segm'] == (epoch, pytest.approx(epoch / 10))
     assert left['loss/train'][0] == 4 * epoch
 
@@ -155,8 +249,14 @@ def test_rewound_into_an_epoch(tmp_path):
     write_run(tmp_path)
     board.rewind(tmp_path, step=6, epoch=1)
     assert steps(tmp_path) == {
-        'loss/train': [1, 2, 3, 4, 5, 6], 'foreign': [1, 2, 3, 4, 5, 6], 'loss/train_epoch': [1],
-        'mAP/segm': [1], 'my metric': [1], 'notes/text_summary': [1], 'config/text_summary': [0]}
+        'loss/train': [1, 2, 3, 4, 5, 6],
+        'foreign': [1, 2, 3, 4, 5, 6],
+        'loss/train_epoch': [1],
+        'mAP/segm': [1],
+        'my metric': [1],
+        'notes/text_summary': [1],
+        'config/text_summary': [0],
+    }
 
 
 def test_resumed_many_times_there_is_one_curve(tmp_path):
@@ -166,10 +266,14 @@ def test_resumed_many_times_there_is_one_curve(tmp_path):
         board.rewind(tmp_path, step=4 * (first - 1), epoch=first - 1)
         write_run(tmp_path, first, last)
     assert steps(tmp_path) == {
-        'loss/train': list(range(1, 21)), 'foreign': list(range(1, 21)),
-        'loss/train_epoch': [1, 2, 3, 4, 5], 'mAP/segm': [1, 2, 3, 4, 5],
-        'my metric': [1, 2, 3, 4, 5], 'notes/text_summary': [1, 2, 3, 4, 5],
-        'config/text_summary': [0, 4, 8]}
+        'loss/train': list(range(1, 21)),
+        'foreign': list(range(1, 21)),
+        'loss/train_epoch': [1, 2, 3, 4, 5],
+        'mAP/segm': [1, 2, 3, 4, 5],
+        'my metric': [1, 2, 3, 4, 5],
+        'notes/text_summary': [1, 2, 3, 4, 5],
+        'config/text_summary': [0, 4, 8],
+    }
     assert points(tmp_path)['mAP/segm'] == [(i, i / 10) for i in range(1, 6)]
 
 
@@ -205,7 +309,7 @@ def test_damage_in_the_middle_ends_the_file(tmp_path):
     data = bytearray(file.read_bytes())
     records = list(board._records(bytes(data)))
     cut = sum(len(record) for record, _ in records[:12])
-    data[cut:cut + 16] = bytes(16)  # a page that was never written
+    data[cut : cut + 16] = bytes(16)  # a page that was never written
     file.write_bytes(data)
     board.rewind(tmp_path, step=8, epoch=2)
     assert file.read_bytes() == bytes(data[:cut])
@@ -214,15 +318,21 @@ def test_damage_in_the_middle_ends_the_file(tmp_path):
 
 def test_events_of_several_values_are_parted(tmp_path):
     from tensorboard.compat.proto.summary_pb2 import Summary
+
     writer = SummaryWriter(str(tmp_path))
     for step in (1, 2, 3):
-        writer.file_writer.add_summary(Summary(value=[
-            Summary.Value(tag='loss/train', simple_value=step / 10),
-            Summary.Value(tag='mAP/segm', simple_value=step / 100)]), step)
+        writer.file_writer.add_summary(
+            Summary(
+                value=[
+                    Summary.Value(tag='loss/train', simple_value=step / 10),
+                    Summary.Value(tag='mAP/segm', simple_value=step / 100),
+                ]
+            ),
+            step,
+        )
     writer.close()
     left = board.rewind(tmp_path, step=3, epoch=1)
-    assert points(tmp_path) == {'loss/train': [(1, 0.1), (2, 0.2), (3, 0.3)],
-                                'mAP/segm': [(1, 0.01)]}
+    assert points(tmp_path) == {'loss/train': [(1, 0.1), (2, 0.2), (3, 0.3)], 'mAP/segm': [(1, 0.01)]}
     assert left == {'loss/train': (3, pytest.approx(0.3)), 'mAP/segm': (1, pytest.approx(0.01))}
 
 
@@ -249,6 +359,7 @@ def test_layout_and_hyperparameters_are_to_be_written_anew(tmp_path):
 
 def test_pictures_are_rewound(tmp_path):
     import numpy as np
+
     writer = SummaryWriter(str(tmp_path))
     blank = np.zeros((2, 2, 3), np.uint8)
     writer.add_image('images/train_batch', blank, 0, dataformats='HWC')

@@ -32,9 +32,16 @@ SLURM_TRAIN = TOOLS / 'slurm_train.sh'
 def no_cluster(monkeypatch):
     """Nothing of a cluster that the tests themselves may run on."""
     for name in list(os.environ):
-        if name.startswith('SLURM_') or name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR',
-                                                 'MASTER_PORT', 'CUDA_VISIBLE_DEVICES',
-                                                 launch.NODE, launch.LAUNCHED):
+        if name.startswith('SLURM_') or name in (
+            'RANK',
+            'LOCAL_RANK',
+            'WORLD_SIZE',
+            'MASTER_ADDR',
+            'MASTER_PORT',
+            'CUDA_VISIBLE_DEVICES',
+            launch.NODE,
+            launch.LAUNCHED,
+        ):
             monkeypatch.delenv(name)
 
 
@@ -65,9 +72,20 @@ def alive(pid: int) -> bool:
 # How many processes
 
 
-@pytest.mark.parametrize(('gpus', 'visible', 'expected'), [
-    (None, 0, 1), ('all', 0, 1), (None, 1, 1), (None, 8, 8), ('all', 4, 4), ('2', 8, 2),
-    ('8', 8, 8), ('1', 8, 1), ('2', 0, 2)])
+@pytest.mark.parametrize(
+    ('gpus', 'visible', 'expected'),
+    [
+        (None, 0, 1),
+        ('all', 0, 1),
+        (None, 1, 1),
+        (None, 8, 8),
+        ('all', 4, 4),
+        ('2', 8, 2),
+        ('8', 8, 8),
+        ('1', 8, 1),
+        ('2', 0, 2),
+    ],
+)
 def test_processes(monkeypatch, gpus, visible, expected):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
     assert launch.processes(gpus) == expected
@@ -75,9 +93,17 @@ def test_processes(monkeypatch, gpus, visible, expected):
     assert launch.processes(gpus) == 3 * expected
 
 
-@pytest.mark.parametrize(('gpus', 'visible', 'says'), [
-    ('0', 4, 'at least 1'), ('-1', 4, 'at least 1'), ('two', 4, 'at least 1'), ('', 4, 'at least'),
-    ('5', 4, '--gpus 5: PyTorch sees 4 GPUs'), ('2', 1, 'PyTorch sees 1 GPU')])
+@pytest.mark.parametrize(
+    ('gpus', 'visible', 'says'),
+    [
+        ('0', 4, 'at least 1'),
+        ('-1', 4, 'at least 1'),
+        ('two', 4, 'at least 1'),
+        ('', 4, 'at least'),
+        ('5', 4, '--gpus 5: PyTorch sees 4 GPUs'),
+        ('2', 1, 'PyTorch sees 1 GPU'),
+    ],
+)
 def test_processes_that_cannot_be(monkeypatch, gpus, visible, says):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
     with pytest.raises(UserError, match=says):
@@ -105,10 +131,13 @@ def scontrol(tmp_path, monkeypatch) -> Path:
     """A folder with a fake ``scontrol``, first in the PATH."""
     folder = tmp_path / 'bin'
     folder.mkdir()
-    fake(folder / 'scontrol', '''
+    fake(
+        folder / 'scontrol',
+        """
         echo "scontrol $*" >> "$(dirname "$0")/calls"
         [[ $1 != show ]] || printf 'node%s\\n' 3 4 5
-        ''')
+        """,
+    )
     monkeypatch.setenv('PATH', f'{folder}:{os.environ["PATH"]}')
     return folder
 
@@ -118,21 +147,30 @@ def fake(path: Path, script: str) -> None:
     path.chmod(0o755)
 
 
-TASK = {'SLURM_STEP_NUM_TASKS': '8', 'SLURM_LOCALID': '3', 'SLURM_PROCID': '7',
-        'SLURM_JOB_ID': '123456', 'SLURM_JOB_NODELIST': 'node[3-5]'}
+TASK = {
+    'SLURM_STEP_NUM_TASKS': '8',
+    'SLURM_LOCALID': '3',
+    'SLURM_PROCID': '7',
+    'SLURM_JOB_ID': '123456',
+    'SLURM_JOB_NODELIST': 'node[3-5]',
+}
 
 
 def joined() -> dict[str, str]:
     launch.adopt_slurm()
-    return {name: os.environ[name] for name in
-            ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
+    return {name: os.environ[name] for name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')}
 
 
 def test_a_task_of_srun_joins(monkeypatch, scontrol):
     set_env(monkeypatch, **TASK)
     assert launch.is_worker()
-    assert joined() == {'RANK': '7', 'LOCAL_RANK': '3', 'WORLD_SIZE': '8', 'MASTER_ADDR': 'node3',
-                        'MASTER_PORT': '23456'}
+    assert joined() == {
+        'RANK': '7',
+        'LOCAL_RANK': '3',
+        'WORLD_SIZE': '8',
+        'MASTER_ADDR': 'node3',
+        'MASTER_PORT': '23456',
+    }
     assert (scontrol / 'calls').read_text() == 'scontrol show hostnames node[3-5]\n'
 
 
@@ -153,11 +191,16 @@ def test_a_task_that_sees_all_gpus_takes_its_own(monkeypatch, scontrol):
     assert joined()['LOCAL_RANK'] == '3'
 
 
-@pytest.mark.parametrize('env', [
-    {}, {**TASK, 'SLURM_STEP_NUM_TASKS': '1'},
-    {'SLURM_JOB_ID': '5', 'SLURM_NTASKS': '8', 'SLURM_PROCID': '0'},
-    {**TASK, launch.NODE: '0/2@a:29500'}],
-    ids=['no Slurm', 'srun of one task', 'batch script', 'task that starts processes of its own'])
+@pytest.mark.parametrize(
+    'env',
+    [
+        {},
+        {**TASK, 'SLURM_STEP_NUM_TASKS': '1'},
+        {'SLURM_JOB_ID': '5', 'SLURM_NTASKS': '8', 'SLURM_PROCID': '0'},
+        {**TASK, launch.NODE: '0/2@a:29500'},
+    ],
+    ids=['no Slurm', 'srun of one task', 'batch script', 'task that starts processes of its own'],
+)
 def test_who_is_alone_joins_nobody(monkeypatch, env):
     set_env(monkeypatch, **env)
     assert not launch.is_worker()
@@ -182,7 +225,7 @@ def test_no_scontrol(monkeypatch, tmp_path):
 # Start, fail, stop
 
 
-WORKER = '''
+WORKER = """
 import os, signal, sys, time
 from pathlib import Path
 from mmfinetune.apis.cli import run
@@ -203,7 +246,7 @@ def main():
     {body}
 
 run(main)
-'''
+"""
 
 
 @pytest.fixture
@@ -239,24 +282,31 @@ def write_worker(folder: Path, body: str) -> Path:
 def test_all_run_with_their_place_and_the_arguments(start, monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.setattr(os, 'sched_getaffinity', lambda _: range(7), raising=False)
-    done = start('''
+    done = start(
+        """
         env = {name: os.environ[name] for name in
                ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'OMP_NUM_THREADS')}
         Path(f'env{rank}').write_text(f'{sorted(env.items())} {sys.argv[1:]}')
-        ''', count=3)
+        """,
+        count=3,
+    )
     assert (done.code, done.err) == (0, '')
     for rank in range(3):
-        assert Path(f'env{rank}').read_text() == str(sorted({
-            'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '3',
-            'OMP_NUM_THREADS': '2'}.items())) + " ['an argument']"
+        assert (
+            Path(f'env{rank}').read_text()
+            == str(
+                sorted({'RANK': str(rank), 'LOCAL_RANK': str(rank), 'WORLD_SIZE': '3', 'OMP_NUM_THREADS': '2'}.items())
+            )
+            + " ['an argument']"
+        )
 
 
 def test_a_user_error_of_one_stops_all_and_is_shown_once(start):
-    done = start('''
+    done = start("""
         if rank == 1:
             raise UserError('a thing is wrong', ['here', 'there'], 'mend it')
         time.sleep(600)
-        ''')
+        """)
     assert done.code == 2
     # Nothing else: neither the launcher's own account nor a traceback.
     assert done.err == 'error: a thing is wrong\n  - here\n  - there\nHow to mend it: mend it\n'
@@ -268,39 +318,40 @@ def test_a_user_error_of_all_is_shown_once(start):
 
 
 def test_a_bug_is_shown_with_its_traceback_once(start):
-    done = start('''
+    done = start("""
         if rank == 0:
             raise ValueError('a bug')
         time.sleep(600)
-        ''')
+        """)
     assert done.code == 1
     assert done.err.count('Traceback') == done.err.count('ValueError: a bug') == 1
 
 
 def test_the_cause_is_shown_and_not_what_followed_from_it(start):
-    done = start('''
+    done = start("""
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         if rank == 1:
             raise ValueError('the cause')
         wait_for_the_end_of(1)
         raise RuntimeError('Connection closed by peer')
-        ''')
+        """)
     assert done.code == 1
     assert 'the cause' in done.err and 'Connection' not in done.err
 
 
 def test_a_killed_process_is_named_and_not_what_its_peers_say(start):
-    done = start('''
+    done = start("""
         if rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         wait_for_the_end_of(1)
         raise RuntimeError('Connection closed by peer')
-        ''')
+        """)
     assert done.code == 1
     assert done.err == (
         'error: process 1 of the run was killed by SIGKILL (the kernel does so when memory runs '
-        'out); the others were stopped.\nHow to mend it: go on with --resume\n')
+        'out); the others were stopped.\nHow to mend it: go on with --resume\n'
+    )
 
 
 def test_an_end_without_a_word(start):
@@ -322,7 +373,7 @@ def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
         os.kill(os.getpid(), number)
 
     threading.Thread(target=stop, daemon=True).start()
-    done = start('''
+    done = start("""
         asked = []
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: asked.append(number))
@@ -332,7 +383,7 @@ def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
         time.sleep(0.5)
         Path(f'saved{rank}').touch()
         raise Stopped(asked[0], Path('epoch_1.pth'))
-        ''')
+        """)
     assert done.code == 128 + number
     assert Path('saved0').exists() and Path('saved1').exists()
     assert done.err == f'Stopped by {number.name}, saved in epoch_1.pth; go on with --resume\n'
@@ -344,14 +395,14 @@ def test_what_goes_wrong_in_a_stop_is_told(start):
         os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop, daemon=True).start()
-    done = start('''
+    done = start("""
         asked = []
         signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
         Path(f'ready{rank}').touch()
         while not asked:
             time.sleep(0.01)
         raise UserError('epoch_1.pth cannot be saved')
-        ''')
+        """)
     assert (done.code, done.err) == (143, 'error: epoch_1.pth cannot be saved\n')
 
 
@@ -360,7 +411,9 @@ def test_nobody_runs_on_when_the_launcher_is_killed(tmp_path):
     write_worker(tmp_path, 'time.sleep(600)')
     launcher = subprocess.Popen(
         [sys.executable, '-c', "from mmfinetune.launch import launch; launch(2, ['worker.py'])"],
-        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(REPO)})
+        cwd=tmp_path,
+        env={**os.environ, 'PYTHONPATH': str(REPO)},
+    )
     wait_for(lambda: len([p for p in tmp_path.glob('pid*') if p.read_text()]) == 2)
     launcher.kill()
     launcher.wait()
@@ -380,15 +433,17 @@ def told(folder: Path, name: str, text: str, at: float) -> Path:
 
 def test_peers_that_nccl_aborts_are_no_cause(tmp_path, capsys):
     # The peers may be reported in the same second, before the one that left with a message.
-    failures = {0: failure(-signal.SIGABRT, 100), 1: failure(-signal.SIGTERM, 100),
-                2: failure(2, 101, told(tmp_path, 'e', 'error: no disk', 101))}
+    failures = {
+        0: failure(-signal.SIGABRT, 100),
+        1: failure(-signal.SIGTERM, 100),
+        2: failure(2, 101, told(tmp_path, 'e', 'error: no disk', 101)),
+    }
     assert launch._show(failures) == 2
     assert capsys.readouterr().err == 'error: no disk\n'
 
 
 def test_peers_that_hang_and_are_killed_by_the_launcher_are_no_cause(tmp_path, capsys):
-    failures = {0: failure(-signal.SIGKILL, 131),
-                1: failure(1, 100, told(tmp_path, 'e', 'ValueError', 100))}
+    failures = {0: failure(-signal.SIGKILL, 131), 1: failure(1, 100, told(tmp_path, 'e', 'ValueError', 100))}
     assert launch._show(failures) == 1
     assert capsys.readouterr().err == 'ValueError\n'
 
@@ -414,6 +469,7 @@ def test_rank_0_speaks_for_all_under_torchrun(monkeypatch, tmp_path, rank, silen
     set_env(monkeypatch, **{launch.ERROR_FILE: str(tmp_path / 'error.json'), 'RANK': rank})
     assert launch.report('error: x', ValueError('x')) is silent
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+
     # What torchrun's summary reads.
     read = ProcessFailure(0, 1, 2, str(tmp_path / 'error.json'))
     assert read.message['message'] == 'error: x' and abs(read.timestamp - time.time()) < 60
@@ -453,12 +509,27 @@ def test_a_machine_0_that_does_not_answer(monkeypatch):
 def machines(folder: Path, *args: str | Path, count: int = 2, **env: str) -> list:
     """``dist_train.sh`` on machines that are processes of this one, with its own ``tools``."""
     port = str(free_port())
-    started = [subprocess.Popen(
-        ['bash', str(args[0]), *map(str, args[1:])], cwd=folder, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        env={**os.environ, 'PYTHONPATH': str(REPO), 'PYTHON': sys.executable, 'PORT': port,
-             'NNODES': str(count), 'NODE_RANK': str(rank), 'MASTER_ADDR': '127.0.0.1',
-             'OMP_NUM_THREADS': '1', **env}) for rank in range(count)]
+    started = [
+        subprocess.Popen(
+            ['bash', str(args[0]), *map(str, args[1:])],
+            cwd=folder,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                'PYTHONPATH': str(REPO),
+                'PYTHON': sys.executable,
+                'PORT': port,
+                'NNODES': str(count),
+                'NODE_RANK': str(rank),
+                'MASTER_ADDR': '127.0.0.1',
+                'OMP_NUM_THREADS': '1',
+                **env,
+            },
+        )
+        for rank in range(count)
+    ]
     done = []
     for process in started:
         out, err = process.communicate(timeout=600)
@@ -473,33 +544,50 @@ def with_own_tool(folder: Path, body: str) -> Path:
     write_worker(folder, body)
     (folder / 'train_pretrained.py').write_text(
         'import sys\nfrom mmfinetune import cli, launch\n'
-        'cli.run(lambda: launch.launch(launch.processes(sys.argv[-1]), ["worker.py"]))\n')
+        'cli.run(lambda: launch.launch(launch.processes(sys.argv[-1]), ["worker.py"]))\n'
+    )
     return script
 
 
 def test_two_machines_of_two_processes(tmp_path):
-    script = with_own_tool(tmp_path, '''
+    script = with_own_tool(
+        tmp_path,
+        """
         Path(f'place{rank}').write_text(
             ' '.join(os.environ[n] for n in ('LOCAL_RANK', 'WORLD_SIZE', 'GROUP_RANK')))
-        ''')
+        """,
+    )
     first, second = machines(tmp_path, script, GPUS='2')
     assert (first.code, second.code) == (0, 0), first.err + second.err
-    assert [(tmp_path / f'place{rank}').read_text() for rank in range(4)] == \
-        ['0 4 0', '1 4 0', '0 4 1', '1 4 1']
+    assert [(tmp_path / f'place{rank}').read_text() for rank in range(4)] == ['0 4 0', '1 4 0', '0 4 1', '1 4 1']
     assert 'Machine 1 of 0 to 1: 2 of 4 processes' in second.out
 
 
 def run_script(script: Path, *args: str, cwd: Path = REPO, **env: str):
-    return subprocess.run(['bash', str(script), *args], capture_output=True, text=True, cwd=cwd,
-                          timeout=120, check=False, env={**os.environ, **env})
+    return subprocess.run(
+        ['bash', str(script), *args],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        timeout=120,
+        check=False,
+        env={**os.environ, **env},
+    )
 
 
-@pytest.mark.parametrize(('env', 'says'), [
-    ({'NNODES': 'two'}, 'NNODES=two'), ({'NNODES': '0'}, 'NNODES=0'),
-    ({'NNODES': '2', 'NODE_RANK': '2', 'MASTER_ADDR': 'a'}, 'NODE_RANK=2 is not between 0 and 1'),
-    ({'NNODES': '2', 'NODE_RANK': '-1', 'MASTER_ADDR': 'a'}, 'NODE_RANK=-1'),
-    ({'NNODES': '2', 'NODE_RANK': '0'}, 'MASTER_ADDR is not set'),
-    ({'PORT': '70000'}, 'PORT=70000'), ({'PORT': '0'}, 'PORT=0'), ({'GPUS': 'x'}, 'GPUS=x')])
+@pytest.mark.parametrize(
+    ('env', 'says'),
+    [
+        ({'NNODES': 'two'}, 'NNODES=two'),
+        ({'NNODES': '0'}, 'NNODES=0'),
+        ({'NNODES': '2', 'NODE_RANK': '2', 'MASTER_ADDR': 'a'}, 'NODE_RANK=2 is not between 0 and 1'),
+        ({'NNODES': '2', 'NODE_RANK': '-1', 'MASTER_ADDR': 'a'}, 'NODE_RANK=-1'),
+        ({'NNODES': '2', 'NODE_RANK': '0'}, 'MASTER_ADDR is not set'),
+        ({'PORT': '70000'}, 'PORT=70000'),
+        ({'PORT': '0'}, 'PORT=0'),
+        ({'GPUS': 'x'}, 'GPUS=x'),
+    ],
+)
 def test_dist_train_says_what_is_wrong_and_how_it_goes(env, says):
     done = run_script(DIST_TRAIN, **env)
     assert done.returncode == 2
@@ -520,11 +608,22 @@ def python(tmp_path) -> Path:
 
 
 def test_dist_train_passes_everything_on(python):
-    done = run_script(DIST_TRAIN, 'a config.py', '--lr', '0.1', PYTHON=str(python), NNODES='2',
-                      NODE_RANK='1', MASTER_ADDR='10.0.0.1', PORT='1234', GPUS='4')
+    done = run_script(
+        DIST_TRAIN,
+        'a config.py',
+        '--lr',
+        '0.1',
+        PYTHON=str(python),
+        NNODES='2',
+        NODE_RANK='1',
+        MASTER_ADDR='10.0.0.1',
+        PORT='1234',
+        GPUS='4',
+    )
     assert (done.returncode, done.stderr) == (0, '')
-    assert done.stdout == (f'{launch.NODE}=1/2@10.0.0.1:1234 {TOOLS}/train_pretrained.py '
-                           'a config.py --lr 0.1 --gpus 4\n')
+    assert done.stdout == (
+        f'{launch.NODE}=1/2@10.0.0.1:1234 {TOOLS}/train_pretrained.py a config.py --lr 0.1 --gpus 4\n'
+    )
 
 
 def test_dist_train_on_one_machine_needs_nothing(python):
@@ -535,14 +634,24 @@ def test_dist_train_on_one_machine_needs_nothing(python):
 @pytest.fixture
 def slurm(scontrol, python, monkeypatch) -> Path:
     """A job on three nodes; ``srun`` runs its tasks one after the other and ends with $CODE."""
-    fake(scontrol / 'srun', '''
+    fake(
+        scontrol / 'srun',
+        """
         echo "srun $*" >> "$(dirname "$0")/calls"
         while [[ $1 == --* ]]; do shift; done
         for rank in 0 1 2; do SLURM_PROCID=$rank "$@" || exit; done
         exit "${CODE:-0}"
-        ''')
-    set_env(monkeypatch, PYTHON=str(python), SLURM_JOB_ID='123456', SLURM_JOB_NUM_NODES='3',
-            SLURM_JOB_NODELIST='node[3-5]', SLURM_SUBMIT_DIR=str(REPO), SLURM_GPUS_ON_NODE='8')
+        """,
+    )
+    set_env(
+        monkeypatch,
+        PYTHON=str(python),
+        SLURM_JOB_ID='123456',
+        SLURM_JOB_NUM_NODES='3',
+        SLURM_JOB_NODELIST='node[3-5]',
+        SLURM_SUBMIT_DIR=str(REPO),
+        SLURM_GPUS_ON_NODE='8',
+    )
     return scontrol / 'calls'
 
 
@@ -550,8 +659,9 @@ def test_slurm_starts_one_launcher_on_each_node(slurm):
     done = run_script(SLURM_TRAIN, 'a config.py', '--amp', 'bf16')
     assert (done.returncode, done.stderr) == (0, '')
     assert done.stdout.splitlines() == [
-        f'{launch.NODE}={rank}/3@node3:23456 tools/train_pretrained.py a config.py --amp bf16 '
-        '--gpus 8' for rank in range(3)]
+        f'{launch.NODE}={rank}/3@node3:23456 tools/train_pretrained.py a config.py --amp bf16 --gpus 8'
+        for rank in range(3)
+    ]
     assert '--nodes=3 --ntasks=3 --ntasks-per-node=1 --kill-on-bad-exit=1' in slurm.read_text()
     assert 'requeue' not in slurm.read_text()
 

@@ -49,15 +49,25 @@ def moved(rng: np.random.Generator, mask: np.ndarray) -> np.ndarray:
 
 def sample(image_id: int, shape: tuple[int, int], labels, scores, masks, boxes) -> dict:
     """What the model hands to a metric for one image."""
-    return {'img_id': image_id, 'ori_shape': shape, 'pred_instances': {
-        'labels': torch.tensor(labels, dtype=torch.int64),
-        'scores': torch.tensor(scores, dtype=torch.float32),
-        'bboxes': torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)),
-        'masks': torch.from_numpy(np.array(masks, bool).reshape(-1, *shape))}}
+    return {
+        'img_id': image_id,
+        'ori_shape': shape,
+        'pred_instances': {
+            'labels': torch.tensor(labels, dtype=torch.int64),
+            'scores': torch.tensor(scores, dtype=torch.float32),
+            'bboxes': torch.tensor(np.array(boxes, np.float32).reshape(-1, 4)),
+            'masks': torch.from_numpy(np.array(masks, bool).reshape(-1, *shape)),
+        },
+    }
 
 
-def predict(rng: np.random.Generator, image_id: int, truth: list[tuple[int, np.ndarray]],
-            shape: tuple[int, int], num_classes: int) -> dict:
+def predict(
+    rng: np.random.Generator,
+    image_id: int,
+    truth: list[tuple[int, np.ndarray]],
+    shape: tuple[int, int],
+    num_classes: int,
+) -> dict:
     """Jittered truth, some of it missed, confused or found twice, and some of nothing."""
     found = []
     for label, mask in truth:
@@ -72,8 +82,7 @@ def predict(rng: np.random.Generator, image_id: int, truth: list[tuple[int, np.n
         boxes.append([x, y, x + max(w, 1), y + max(h, 1)])
     # Rounded, so that ties occur.
     scores = np.round(rng.uniform(0.05, 1, len(found)), 1)
-    return sample(image_id, shape, [label for label, _ in found], scores,
-                  [mask for _, mask in found], boxes)
+    return sample(image_id, shape, [label for label, _ in found], scores, [mask for _, mask in found], boxes)
 
 
 def make_data(root: Path, seed: int) -> tuple[Path, list[dict]]:
@@ -82,25 +91,32 @@ def make_data(root: Path, seed: int) -> tuple[Path, list[dict]]:
     shape, images, annotations, predictions = (HEIGHT, WIDTH), [], [], []
     known = [k for k, name in enumerate(NAMES) if name != 'none']
     for image_id in range(1, 26):
-        images.append({'id': image_id, 'file_name': f'{image_id}.jpg', 'width': WIDTH,
-                       'height': HEIGHT})
+        images.append({'id': image_id, 'file_name': f'{image_id}.jpg', 'width': WIDTH, 'height': HEIGHT})
         truth = []
         for _ in range(0 if image_id == 5 else rng.integers(1, 6)):
             label, mask, crowd = int(rng.choice(known)), blob(rng, shape), rng.random() < 0.15
             if not crowd:
                 truth.append((label, mask))
             rle = rle_of(mask)
-            annotations.append({
-                'id': len(annotations) + 1, 'image_id': image_id, 'iscrowd': int(crowd),
-                'category_id': CATEGORIES[label]['id'], 'area': int(mask.sum()),
-                'bbox': box_of(mask),
-                'segmentation': {'size': list(shape), 'counts': rle['counts'].decode()}})
-        predictions.append(sample(image_id, shape, [], [], [], []) if image_id == 7 else
-                           predict(rng, image_id, truth, shape, len(NAMES)))
+            annotations.append(
+                {
+                    'id': len(annotations) + 1,
+                    'image_id': image_id,
+                    'iscrowd': int(crowd),
+                    'category_id': CATEGORIES[label]['id'],
+                    'area': int(mask.sum()),
+                    'bbox': box_of(mask),
+                    'segmentation': {'size': list(shape), 'counts': rle['counts'].decode()},
+                }
+            )
+        predictions.append(
+            sample(image_id, shape, [], [], [], [])
+            if image_id == 7
+            else predict(rng, image_id, truth, shape, len(NAMES))
+        )
     assert any(a['iscrowd'] for a in annotations)
     path = root / 'truth.json'
-    path.write_text(json.dumps({'images': images, 'annotations': annotations,
-                                'categories': CATEGORIES}))
+    path.write_text(json.dumps({'images': images, 'annotations': annotations, 'categories': CATEGORIES}))
     return path, predictions
 
 
@@ -111,8 +127,7 @@ def make_metric(path: Path, names: list[str] = NAMES, **options) -> InstanceCoco
     return metric
 
 
-def evaluate(path: Path, predictions: list[dict], names: list[str] = NAMES,
-             **options) -> dict[str, float]:
+def evaluate(path: Path, predictions: list[dict], names: list[str] = NAMES, **options) -> dict[str, float]:
     metric = make_metric(path, names, **options)
     for prediction in predictions:
         metric.process({}, [prediction])
@@ -128,13 +143,20 @@ def by_pycocotools(path: Path, predictions: list[dict]) -> dict[str, float]:
         for prediction in predictions:
             pred = prediction['pred_instances']
             for i, label in enumerate(pred['labels'].tolist()):
-                row = {'image_id': prediction['img_id'], 'score': pred['scores'][i].item(),
-                       'category_id': truth.getCatIds()[label]}
+                row = {
+                    'image_id': prediction['img_id'],
+                    'score': pred['scores'][i].item(),
+                    'category_id': truth.getCatIds()[label],
+                }
                 if kind == 'bbox':
                     x1, y1, x2, y2 = pred['bboxes'][i].tolist()
                     # In float32, in which the model computes.
-                    row['bbox'] = [x1, y1, float(np.float32(x2) - np.float32(x1)),
-                                   float(np.float32(y2) - np.float32(y1))]
+                    row['bbox'] = [
+                        x1,
+                        y1,
+                        float(np.float32(x2) - np.float32(x1)),
+                        float(np.float32(y2) - np.float32(y1)),
+                    ]
                 else:
                     row['segmentation'] = rle_of(pred['masks'][i].numpy())
                 rows.append(row)
@@ -142,8 +164,7 @@ def by_pycocotools(path: Path, predictions: list[dict]) -> dict[str, float]:
         evaluator.evaluate()
         evaluator.accumulate()
         evaluator.summarize()
-        found.update({f'coco/{kind}_{name}': value
-                      for name, value in zip(STATS, evaluator.stats, strict=True)})
+        found.update({f'coco/{kind}_{name}': value for name, value in zip(STATS, evaluator.stats, strict=True)})
         for k, category in enumerate(truth.loadCats(truth.getCatIds())):
             values = evaluator.eval['precision'][:, :, k, 0, 2]
             if (values > -1).any():
@@ -170,8 +191,9 @@ def test_both_engines_and_pycocotools_itself_agree(tmp_path, seed):
 
 def test_keys(data):
     found = evaluate(*data)
-    assert set(found) == {f'coco/{kind}_{name}' for kind in TYPES
-                          for name in (*STATS, *(f'AP/{n}' for n in NAMES if n != 'none'))}
+    assert set(found) == {
+        f'coco/{kind}_{name}' for kind in TYPES for name in (*STATS, *(f'AP/{n}' for n in NAMES if n != 'none'))
+    }
     assert all(type(value) is float for value in found.values())
     assert {f'coco/{k}_mAP' for k in TYPES} <= set(found)  # what save_best asks for
 
@@ -189,13 +211,18 @@ def test_exact_predictions_score_one(data, engine):
     content = json.loads(path.read_text())
     predictions = []
     for image in content['images']:
-        own = [a for a in content['annotations']
-               if a['image_id'] == image['id'] and not a['iscrowd']]
+        own = [a for a in content['annotations'] if a['image_id'] == image['id'] and not a['iscrowd']]
         x, y, w, h = np.array([a['bbox'] for a in own]).reshape(-1, 4).T
-        predictions.append(sample(
-            image['id'], (HEIGHT, WIDTH),
-            [[c['id'] for c in CATEGORIES].index(a['category_id']) for a in own], [0.9] * len(own),
-            [mask_api.decode(a['segmentation']) for a in own], np.stack([x, y, x + w, y + h], 1)))
+        predictions.append(
+            sample(
+                image['id'],
+                (HEIGHT, WIDTH),
+                [[c['id'] for c in CATEGORIES].index(a['category_id']) for a in own],
+                [0.9] * len(own),
+                [mask_api.decode(a['segmentation']) for a in own],
+                np.stack([x, y, x + w, y + h], 1),
+            )
+        )
     found = evaluate(path, predictions, engine=engine)
     for kind in TYPES:
         assert found[f'coco/{kind}_mAP'] == pytest.approx(1.0, abs=1e-12)
@@ -205,8 +232,7 @@ def test_exact_predictions_score_one(data, engine):
 def test_order_of_the_images_does_not_matter(data):
     path, predictions = data
     # Ties are broken by order within an image; that of the images is pycocotools' own.
-    assert evaluate(path, predictions[::-1]) == pytest.approx(evaluate(path, predictions),
-                                                             abs=1e-12)
+    assert evaluate(path, predictions[::-1]) == pytest.approx(evaluate(path, predictions), abs=1e-12)
 
 
 @pytest.mark.parametrize('engine', ENGINES)
@@ -214,8 +240,9 @@ def test_no_detections_score_zero(data, engine):
     path, predictions = data
     empty = [sample(p['img_id'], p['ori_shape'], [], [], [], []) for p in predictions]
     found = evaluate(path, empty, engine=engine)
-    assert found == {f'coco/{kind}_{name}': 0.0 for kind in TYPES
-                     for name in (*STATS, *(f'AP/{n}' for n in NAMES if n != 'none'))}
+    assert found == {
+        f'coco/{kind}_{name}': 0.0 for kind in TYPES for name in (*STATS, *(f'AP/{n}' for n in NAMES if n != 'none'))
+    }
 
 
 @pytest.mark.parametrize('engine', ENGINES)
@@ -223,15 +250,26 @@ def test_size_without_truth_is_minus_one(tmp_path, engine):
     mask = np.zeros((HEIGHT, WIDTH), bool)
     mask[10:20, 10:20] = True
     path = tmp_path / 'truth.json'
-    path.write_text(json.dumps({
-        'images': [{'id': 1, 'file_name': 'a.jpg', 'width': WIDTH, 'height': HEIGHT}],
-        'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'iscrowd': 0, 'area': 100,
-                         'bbox': [10, 10, 10, 10],
-                         'segmentation': {**rle_of(mask),
-                                          'counts': rle_of(mask)['counts'].decode()}}],
-        'categories': CATEGORIES}))
-    found = evaluate(path, [sample(1, mask.shape, [0], [0.9], [mask], [[10, 10, 20, 20]])],
-                     engine=engine)
+    path.write_text(
+        json.dumps(
+            {
+                'images': [{'id': 1, 'file_name': 'a.jpg', 'width': WIDTH, 'height': HEIGHT}],
+                'annotations': [
+                    {
+                        'id': 1,
+                        'image_id': 1,
+                        'category_id': 1,
+                        'iscrowd': 0,
+                        'area': 100,
+                        'bbox': [10, 10, 10, 10],
+                        'segmentation': {**rle_of(mask), 'counts': rle_of(mask)['counts'].decode()},
+                    }
+                ],
+                'categories': CATEGORIES,
+            }
+        )
+    )
+    found = evaluate(path, [sample(1, mask.shape, [0], [0.9], [mask], [[10, 10, 20, 20]])], engine=engine)
     for kind in TYPES:
         values = [found[f'coco/{kind}_{name}'] for name in ('mAP', 'mAP_s', 'mAP_m', 'mAP_l')]
         assert values == pytest.approx([1.0, 1.0, -1.0, -1.0])
@@ -320,21 +358,28 @@ def test_rows_are_gathered_and_not_evaluated(data, monkeypatch):
     whole = make_metric(path)
     expected = gathered(whole, predictions)
     assert whole.evaluate_rows(metric.rows['segm'], 'segm').metrics() == {
-        k.removeprefix('coco/'): v for k, v in expected.items()
-        if k.startswith('coco/segm_') and 'AP/' not in k}
+        k.removeprefix('coco/'): v for k, v in expected.items() if k.startswith('coco/segm_') and 'AP/' not in k
+    }
 
 
 def test_without_classwise(data):
-    assert set(evaluate(*data, classwise=False)) == {
-        f'coco/{kind}_{name}' for kind in TYPES for name in STATS}
+    assert set(evaluate(*data, classwise=False)) == {f'coco/{kind}_{name}' for kind in TYPES for name in STATS}
 
 
 def test_mask_scores_rank_masks_only(data):
     path, predictions = data
     rng = np.random.default_rng(0)
     plain = evaluate(path, predictions)
-    scored = [{**p, 'pred_instances': {**p['pred_instances'], 'mask_scores': torch.tensor(
-        rng.random(len(p['pred_instances']['scores'])))}} for p in predictions]
+    scored = [
+        {
+            **p,
+            'pred_instances': {
+                **p['pred_instances'],
+                'mask_scores': torch.tensor(rng.random(len(p['pred_instances']['scores']))),
+            },
+        }
+        for p in predictions
+    ]
     found = evaluate(path, scored)
     assert found['coco/bbox_mAP'] == plain['coco/bbox_mAP']
     assert found['coco/segm_mAP'] != plain['coco/segm_mAP']
@@ -346,16 +391,28 @@ def test_area_of_a_mask_is_its_own_not_its_boxs(tmp_path):
     shape = mask.shape
     path = tmp_path / 'truth.json'
     rle = rle_of(mask)
-    path.write_text(json.dumps({
-        'images': [{'id': 1, 'file_name': 'a.jpg', 'width': HEIGHT, 'height': HEIGHT}],
-        'annotations': [{'id': 1, 'image_id': 1, 'category_id': 1, 'iscrowd': 0,
-                         'area': int(mask.sum()), 'bbox': box_of(mask),
-                         'segmentation': {'size': list(shape), 'counts': rle['counts'].decode()}}],
-        'categories': CATEGORIES}))
+    path.write_text(
+        json.dumps(
+            {
+                'images': [{'id': 1, 'file_name': 'a.jpg', 'width': HEIGHT, 'height': HEIGHT}],
+                'annotations': [
+                    {
+                        'id': 1,
+                        'image_id': 1,
+                        'category_id': 1,
+                        'iscrowd': 0,
+                        'area': int(mask.sum()),
+                        'bbox': box_of(mask),
+                        'segmentation': {'size': list(shape), 'counts': rle['counts'].decode()},
+                    }
+                ],
+                'categories': CATEGORIES,
+            }
+        )
+    )
     # A false one of the same form: not counted among the small ones if its box gave its area.
     wrong = np.fliplr(mask)
-    found = evaluate(path, [sample(1, shape, [0, 0], [0.9, 0.95], [mask, wrong],
-                                   [[0, 0, HEIGHT, HEIGHT]] * 2)])
+    found = evaluate(path, [sample(1, shape, [0, 0], [0.9, 0.95], [mask, wrong], [[0, 0, HEIGHT, HEIGHT]] * 2)])
     assert found['coco/segm_mAP_s'] == pytest.approx(0.5)
 
 
@@ -376,6 +433,7 @@ def test_engines_print_nothing(data, capfd):
 
 def test_table_of_classes_goes_to_the_log(data, caplog):
     from mmengine.logging import MMLogger
+
     logger = MMLogger.get_current_instance()
     logger.addHandler(caplog.handler)
     caplog.set_level(logging.INFO)
@@ -420,6 +478,7 @@ def test_unsupported_metric(data, metric):
 
 def test_built_from_the_config(voc_cfg, data):
     from mmdet.registry import METRICS
+
     metric = METRICS.build({**voc_cfg.val_evaluator, 'ann_file': str(data[0])})
     assert (type(metric), metric.engine) == (InstanceCocoMetric, 'hotcoco')
 
@@ -434,11 +493,16 @@ def test_real_coco(real_data):
     predictions = []
     for image in truth.loadImgs(truth.getImgIds()):
         own = truth.loadAnns(truth.getAnnIds(image['id'], iscrowd=False))
-        predictions.append(predict(
-            rng, image['id'], [(label_of[a['category_id']], truth.annToMask(a) > 0) for a in own],
-            (image['height'], image['width']), len(names)))
+        predictions.append(
+            predict(
+                rng,
+                image['id'],
+                [(label_of[a['category_id']], truth.annToMask(a) > 0) for a in own],
+                (image['height'], image['width']),
+                len(names),
+            )
+        )
     expected = by_pycocotools(path, predictions)
     assert 0.2 < expected['coco/segm_mAP'] < 0.9
     for engine in ENGINES:
-        assert evaluate(path, predictions, names, engine=engine) == pytest.approx(
-            expected, rel=0, abs=1e-9), engine
+        assert evaluate(path, predictions, names, engine=engine) == pytest.approx(expected, rel=0, abs=1e-9), engine

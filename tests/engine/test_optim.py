@@ -45,6 +45,7 @@ def groups_of(keys: dict, model: nn.Module | None = None, optimizer: dict = SGD)
 
 # The real model
 
+
 def test_exactly_four_groups_with_their_learning_rates(wrapper):
     assert [g['name'] for g in wrapper.optimizer.param_groups] == list(EXPECTED)
     groups = wrapper.optimizer.param_groups
@@ -73,15 +74,16 @@ def test_frozen_parameters_are_left_out(model, wrapper):
     assert {'backbone.conv1.weight', 'backbone.layer1.0.conv1.weight'} <= frozen
     assert all(n.startswith(('backbone.conv1', 'backbone.bn1', 'backbone.layer1')) for n in frozen)
     assert sum(len(g['params']) for g in wrapper.optimizer.param_groups) == sum(
-        p.requires_grad for p in model.parameters())
+        p.requires_grad for p in model.parameters()
+    )
 
 
 def test_config_is_not_changed_by_building(model, voc_cfg):
     cfg = copy.deepcopy(voc_cfg.optim_wrapper)
     before = copy.deepcopy(cfg.to_dict())
     constructor = LayeredOptimWrapperConstructor(
-        {k: v for k, v in cfg.items() if k not in ('constructor', 'paramwise_cfg')},
-        cfg.paramwise_cfg)
+        {k: v for k, v in cfg.items() if k not in ('constructor', 'paramwise_cfg')}, cfg.paramwise_cfg
+    )
     first, second = constructor(model), constructor(model)
     assert [g['lr'] for g in first.param_groups] == [g['lr'] for g in second.param_groups]
     assert cfg.to_dict() == before
@@ -107,6 +109,7 @@ def test_unknown_key_names_the_parts_of_the_model(model, voc_cfg):
 
 # A small model
 
+
 def test_rest_takes_what_no_key_covers():
     groups = groups_of({'body': {'lr_mult': 0.5}})
     assert {n: g['lr'] for n, g in groups.items()} == {'body': 0.5, 'rest': 1.0}
@@ -119,8 +122,7 @@ def test_longest_prefix_wins_whatever_the_order():
     for keys in (['body', 'body.1'], ['body.1', 'body']):
         groups = groups_of({k: {'lr_mult': len(k)} for k in keys})
         assert list(groups) == [*keys, 'rest']
-        assert {n: len(g['params']) for n, g in groups.items()} == {
-            'body': 2, 'body.1': 2, 'rest': 3}
+        assert {n: len(g['params']) for n, g in groups.items()} == {'body': 2, 'body.1': 2, 'rest': 3}
 
 
 def test_key_may_be_a_parameter():
@@ -137,8 +139,7 @@ def test_no_keys_make_one_group():
 
 def test_weight_decay_of_each_group():
     groups = groups_of({'body': {'lr_mult': 1.0, 'decay_mult': 0.0}, 'scale': {'decay_mult': 0.5}})
-    assert {n: g['weight_decay'] for n, g in groups.items()} == {
-        'body': 0.0, 'scale': 0.05, 'rest': 0.1}
+    assert {n: g['weight_decay'] for n, g in groups.items()} == {'body': 0.0, 'scale': 0.05, 'rest': 0.1}
     assert groups['scale']['lr'] == 1.0
 
 
@@ -159,7 +160,8 @@ def test_each_group_moves_by_its_own_learning_rate():
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     wrapper = LayeredOptimWrapperConstructor(
         {'optimizer': {'type': 'SGD', 'lr': 0.5}},
-        {'custom_keys': {'body': {'lr_mult': 0.1}, 'scale': {'lr_mult': 2.0}}})(model)
+        {'custom_keys': {'body': {'lr_mult': 0.1}, 'scale': {'lr_mult': 2.0}}},
+    )(model)
     for param in model.parameters():
         param.grad = torch.ones_like(param)
     wrapper.step()
@@ -176,12 +178,15 @@ def test_parallel_wrapper_is_looked_through():
     assert set(groups_of({'body': {'lr_mult': 0.1}}, outer)) == {'body', 'rest'}
 
 
-@pytest.mark.parametrize(('paramwise', 'problem'), [
-    ({'norm_decay_mult': 0.0}, 'paramwise_cfg.norm_decay_mult'),
-    ({'custom_keys': {}, 'bias_lr_mult': 2.0}, 'paramwise_cfg.bias_lr_mult'),
-    ({'custom_keys': {'body': {'lr_mul': 0.1}}}, 'paramwise_cfg.custom_keys.body.lr_mul'),
-    ({'custom_keys': {'body': {'lr': 0.1}}}, 'paramwise_cfg.custom_keys.body.lr'),
-])
+@pytest.mark.parametrize(
+    ('paramwise', 'problem'),
+    [
+        ({'norm_decay_mult': 0.0}, 'paramwise_cfg.norm_decay_mult'),
+        ({'custom_keys': {}, 'bias_lr_mult': 2.0}, 'paramwise_cfg.bias_lr_mult'),
+        ({'custom_keys': {'body': {'lr_mul': 0.1}}}, 'paramwise_cfg.custom_keys.body.lr_mul'),
+        ({'custom_keys': {'body': {'lr': 0.1}}}, 'paramwise_cfg.custom_keys.body.lr'),
+    ],
+)
 def test_unsupported_settings(paramwise, problem):
     with pytest.raises(UserError, match='does not know these settings') as caught:
         LayeredOptimWrapperConstructor({'optimizer': SGD}, paramwise)

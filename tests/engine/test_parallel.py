@@ -39,16 +39,16 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*out of bounds')
 TRAIN = TOOLS / 'train_pretrained.py'
 # Steps of one image. Only epochs change the learning rate: a warm-up by steps has another one at
 # the second of two accumulated steps than at the one step of two processes.
-STEPS_OF_ONE = '''
+STEPS_OF_ONE = """
 train_dataloader.update(batch_size=1)
 param_scheduler = [dict(type='MultiStepLR', by_epoch=True, milestones=[3], gamma=0.1)]
 train_cfg = dict(max_epochs=5, val_interval=5)
 val_cfg = dict(loss=False)
 default_hooks.update(checkpoint=dict(interval=4))
-'''
-TROUBLE = '''
+"""
+TROUBLE = """
 default_hooks.update(trouble=dict(type='TroubleHook', kind={kind!r}))
-'''
+"""
 
 
 @HOOKS.register_module(force=True)
@@ -72,20 +72,32 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('site')
     weights = make_site(folder)
     write_tiny_config(folder / 'ones.py', weights=weights, extra=STEPS_OF_ONE)
-    write_tiny_config(folder / 'remap.py', base='mask_rcnn_demo_remap.py', side=224,
-                      weights=next((REPO / 'pretrain').glob('mask_rcnn_demo_coco80-*.pth')))
+    write_tiny_config(
+        folder / 'remap.py',
+        base='mask_rcnn_demo_remap.py',
+        side=224,
+        weights=next((REPO / 'pretrain').glob('mask_rcnn_demo_coco80-*.pth')),
+    )
     for kind in ('poison', 'memory'):
-        write_tiny_config(folder / f'{kind}.py', weights=weights,
-                          extra="train_dataloader.update(batch_size=2)\n"
-                          + TROUBLE.format(kind=kind))
+        write_tiny_config(
+            folder / f'{kind}.py',
+            weights=weights,
+            extra='train_dataloader.update(batch_size=2)\n' + TROUBLE.format(kind=kind),
+        )
     return folder
 
 
 def one_of_many(rank: int, world: int, port: int, folder: str, args: tuple, out) -> None:
     """Run the tool as one process of a group; the work of a child."""
     os.chdir(folder)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world),
-                      MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), OMP_NUM_THREADS='1')
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(world),
+        MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port),
+        OMP_NUM_THREADS='1',
+    )
     torch.cuda.is_available = lambda: False
     torch.cuda.device_count = lambda: 0
     out.send(train_tool(*args))
@@ -113,15 +125,15 @@ def processes(nursery, site, monkeypatch) -> Callable:
     def run(count: int, *args: str | Path) -> list[Outcome]:
         port = free_port()
         pipes = [nursery.Pipe(duplex=False) for _ in range(count)]
-        started = [nursery.Process(target=one_of_many,
-                                   args=(rank, count, port, str(site), args, out))
-                   for rank, (_, out) in enumerate(pipes)]
+        started = [
+            nursery.Process(target=one_of_many, args=(rank, count, port, str(site), args, out))
+            for rank, (_, out) in enumerate(pipes)
+        ]
         for process, (_, out) in zip(started, pipes, strict=True):
             process.start()
             out.close()  # so that the other end tells when the process has died
         try:
-            return [into.recv() if into.poll(120) else pytest.fail('no answer')
-                    for into, _ in pipes]
+            return [into.recv() if into.poll(120) else pytest.fail('no answer') for into, _ in pipes]
         finally:
             for process in started:
                 process.join(10)
@@ -144,8 +156,11 @@ def largest_difference(first: Path | str, second: Path | str) -> float:
     """Of the parameters of two checkpoints; BN statistics are those of one process's images."""
     first, second = read(first)['state_dict'], read(second)['state_dict']
     assert set(first) == set(second)
-    return max(float((first[name] - second[name]).abs().max()) for name in first
-               if 'running_' not in name and 'num_batches' not in name)
+    return max(
+        float((first[name] - second[name]).abs().max())
+        for name in first
+        if 'running_' not in name and 'num_batches' not in name
+    )
 
 
 def test_two_processes_learn_what_one_with_accumulation_learns(processes):
@@ -159,8 +174,9 @@ def test_two_processes_learn_what_one_with_accumulation_learns(processes):
     assert read('one/epoch_5.pth')['meta']['iter'] == 40
     difference = largest_difference('two/epoch_5.pth', 'one/epoch_5.pth')
     moved = largest_difference('two/epoch_5.pth', 'two/epoch_4.pth')
-    print(f'largest difference of a parameter after 20 steps: {difference:.1e}, '
-          f'largest change in the last 4: {moved:.1e}')
+    print(
+        f'largest difference of a parameter after 20 steps: {difference:.1e}, largest change in the last 4: {moved:.1e}'
+    )
     assert difference < 1e-5 and moved > 10 * difference
     # Rank 0 speaks for both.
     assert 'lr: ' in first.out and 'lr: ' not in second.out
@@ -171,8 +187,7 @@ def test_any_number_of_processes_measures_the_same(processes):
     found = {}
     for count in (1, 2, 3):
         # The demo's weights find something untrained, or all numbers would be 0.
-        outcomes = processes(count, 'remap.py', '--test', '--head-init', 'remap', '--work-dir',
-                             f'test{count}')
+        outcomes = processes(count, 'remap.py', '--test', '--head-init', 'remap', '--work-dir', f'test{count}')
         assert not any(o.code for o in outcomes), outcomes[0].err
         found[count] = json.loads(Path(f'test{count}/zero_shot.json').read_text())['metrics']
     names = [n for n in found[1] if re.fullmatch(r'coco/(bbox|segm)_(mAP|AR)(_\w+|@\d+)*', n)]
@@ -194,8 +209,16 @@ def test_a_bad_number_of_one_stops_all_and_its_images_are_named(processes):
 
 
 def test_all_skip_a_bad_step_of_one(processes):
-    outcomes = processes(2, 'poison.py', '--train', '--work-dir', 'skip', '--cfg-options',
-                         'default_hooks.bad_numbers.nan_policy=skip', 'train_cfg.max_epochs=1')
+    outcomes = processes(
+        2,
+        'poison.py',
+        '--train',
+        '--work-dir',
+        'skip',
+        '--cfg-options',
+        'default_hooks.bad_numbers.nan_policy=skip',
+        'train_cfg.max_epochs=1',
+    )
     assert [o.code for o in outcomes] == [0, 0], outcomes[0].err + outcomes[1].err
     assert 'Step 2 (epoch 1) is skipped' in outcomes[0].out
     state = read('skip/epoch_1.pth')['state_dict']
@@ -207,10 +230,16 @@ def test_memory_that_runs_out_is_told_with_what_helps(site):
         outcome = train_tool('memory.py', '--train', '--work-dir', 'memory')
     assert outcome.code == 2
     assert 'Traceback' not in outcome.err
-    assert 'error: Out of memory with 2 images at a time (CUDA out of memory. Tried to allocate ' \
+    assert (
+        'error: Out of memory with 2 images at a time (CUDA out of memory. Tried to allocate '
         '2.00 GiB.). What helps:' in outcome.err
-    for cure in ('--batch-size 1 --accumulate 2: the same recipe at 50%', '--amp bf16',
-                 'scale=(67, 67) instead of (96, 96)', 'model.backbone.with_cp=True'):
+    )
+    for cure in (
+        '--batch-size 1 --accumulate 2: the same recipe at 50%',
+        '--amp bf16',
+        'scale=(67, 67) instead of (96, 96)',
+        'model.backbone.with_cp=True',
+    ):
         assert cure in outcome.err
 
 
@@ -247,10 +276,13 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(site, tmp_path, monkey
     monkeypatch.setenv('PYTHONPATH', str(tmp_path))
     before = python_processes()
     with inside(site):
-        write_tiny_config(Path('kill.py'), weights=next(Path('pretrain').glob('*.pth')),
-                          extra="train_dataloader.update(batch_size=2)\n"
-                          "custom_imports = dict(imports=['mmfinetune.register', 'trouble'])\n"
-                          "default_hooks.update(kill=dict(type='KillHook'))\n")
+        write_tiny_config(
+            Path('kill.py'),
+            weights=next(Path('pretrain').glob('*.pth')),
+            extra='train_dataloader.update(batch_size=2)\n'
+            "custom_imports = dict(imports=['mmfinetune.register', 'trouble'])\n"
+            "default_hooks.update(kill=dict(type='KillHook'))\n",
+        )
         args = (TRAIN, 'kill.py', '--train', '--gpus', '2', '--work-dir', tmp_path / 'run')
         start = time.monotonic()
         outcome = spawn(*args, timeout=500)
@@ -276,9 +308,11 @@ def two_networks() -> Iterator[list[tuple[str, list[str], str]]]:
         return subprocess.run(['ip', *args], capture_output=True, check=False).returncode == 0
 
     try:
-        made = shutil.which('ip') and all(ip('netns', 'add', name) for name in names) and \
-            ip('link', 'add', 'wa', 'netns', names[0], 'type', 'veth', 'peer', 'name', 'wb',
-               'netns', names[1])
+        made = (
+            shutil.which('ip')
+            and all(ip('netns', 'add', name) for name in names)
+            and ip('link', 'add', 'wa', 'netns', names[0], 'type', 'veth', 'peer', 'name', 'wb', 'netns', names[1])
+        )
         if not made:
             yield [('127.0.0.1', [], 'lo'), ('127.0.0.2', [], 'lo')]
             return
@@ -297,13 +331,27 @@ def two_networks() -> Iterator[list[tuple[str, list[str], str]]]:
 def on_machines(machines: list, *args: str | Path) -> list[Outcome]:
     """``dist_train.sh`` with one process on each machine."""
     port = str(free_port())
-    started = [subprocess.Popen(
-        [*prefix, 'bash', str(TOOLS / 'dist_train.sh'), *map(str, args)], text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={
-            **os.environ, 'PYTHON': sys.executable, 'NNODES': str(len(machines)),
-            'NODE_RANK': str(rank), 'MASTER_ADDR': machines[0][0], 'PORT': port, 'GPUS': '1',
-            'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': '', 'GLOO_SOCKET_IFNAME': wire})
-        for rank, (_, prefix, wire) in enumerate(machines)]
+    started = [
+        subprocess.Popen(
+            [*prefix, 'bash', str(TOOLS / 'dist_train.sh'), *map(str, args)],
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={
+                **os.environ,
+                'PYTHON': sys.executable,
+                'NNODES': str(len(machines)),
+                'NODE_RANK': str(rank),
+                'MASTER_ADDR': machines[0][0],
+                'PORT': port,
+                'GPUS': '1',
+                'OMP_NUM_THREADS': '1',
+                'CUDA_VISIBLE_DEVICES': '',
+                'GLOO_SOCKET_IFNAME': wire,
+            },
+        )
+        for rank, (_, prefix, wire) in enumerate(machines)
+    ]
     outcomes = []
     for process in started:
         out, err = process.communicate(timeout=500)
@@ -315,8 +363,9 @@ def on_machines(machines: list, *args: str | Path) -> list[Outcome]:
 def test_two_machines_train_together_and_fail_together(site, tmp_path):
     with inside(site), two_networks() as machines:
         print('machines:', *(address for address, *_ in machines))
-        first, second = on_machines(machines, 'tiny.py', '--work-dir', tmp_path / 'run',
-                                    '--cfg-options', 'train_cfg.max_epochs=1')
+        first, second = on_machines(
+            machines, 'tiny.py', '--work-dir', tmp_path / 'run', '--cfg-options', 'train_cfg.max_epochs=1'
+        )
         assert (first.code, second.code) == (0, 0), first.err + second.err
         assert 'lr:    0.04 = 0.02 x (2 GPU x 4 images x 1 accumulation) / 4' in first.out
         assert 'Machine 1 of 0 to 1: 1 of 2 processes' in second.out

@@ -18,8 +18,15 @@ from mmfinetune.utils.errors import UserError
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     for name in list(os.environ):
-        if name.startswith('SLURM_') or name in ('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'MASTER_ADDR',
-                                                 'MASTER_PORT', launch.NODE, launch.LAUNCHED):
+        if name.startswith('SLURM_') or name in (
+            'RANK',
+            'LOCAL_RANK',
+            'WORLD_SIZE',
+            'MASTER_ADDR',
+            'MASTER_PORT',
+            launch.NODE,
+            launch.LAUNCHED,
+        ):
             monkeypatch.delenv(name)
 
 
@@ -29,8 +36,7 @@ def started(monkeypatch) -> list:
     begun = []
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
-    monkeypatch.setattr(torch.distributed, 'init_process_group',
-                        lambda *args, **kwargs: begun.append((args, kwargs)))
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: begun.append((args, kwargs)))
     return begun
 
 
@@ -40,9 +46,13 @@ def place(monkeypatch, rank: int = 1, world: int = 2, **more: str) -> None:
 
 
 def make_cfg(**dist_cfg) -> Config:
-    return Config(dict(env_cfg=dict(dist_cfg=dict(backend='nccl', **dist_cfg)),
-                       val_evaluator=dict(type='InstanceCocoMetric'),
-                       test_evaluator=[dict(type='InstanceCocoMetric', collect_device='cpu')]))
+    return Config(
+        dict(
+            env_cfg=dict(dist_cfg=dict(backend='nccl', **dist_cfg)),
+            val_evaluator=dict(type='InstanceCocoMetric'),
+            test_evaluator=[dict(type='InstanceCocoMetric', collect_device='cpu')],
+        )
+    )
 
 
 def test_without_gpus_it_is_gloo_and_no_device(monkeypatch, started):
@@ -79,8 +89,11 @@ def test_a_process_without_a_gpu(monkeypatch, started):
         processes.join_group(make_cfg())
 
 
-@pytest.mark.parametrize('env', [{}, {'WORLD_SIZE': '4'}, {'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}],
-                         ids=['alone', 'cluster without torchrun', 'torchrun of one'])
+@pytest.mark.parametrize(
+    'env',
+    [{}, {'WORLD_SIZE': '4'}, {'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}],
+    ids=['alone', 'cluster without torchrun', 'torchrun of one'],
+)
 def test_nobody_to_join(monkeypatch, started, env):
     for name, value in env.items():
         monkeypatch.setenv(name, value)

@@ -30,17 +30,24 @@ from tests.builders.toy import assert_same_checkpoint, names
 
 EPOCHS, STEPS = 4, 10  # 40 images / batch of 4
 LAST = f'epoch_{EPOCHS}.pth'
-MORE = '''
+MORE = """
 demo_data = dict(num_train=40, num_val=8)
 train_dataloader.update(num_workers=2, persistent_workers=True)
 val_dataloader.update(num_workers=1)
 test_dataloader.update(num_workers=0)
 param_scheduler.append(dict(type='MultiStepLR', by_epoch=True, milestones=[2], gamma=0.1))
-'''
+"""
 # Generous, since the machine may have other work to do.
 PATIENCE = 240
-IMPORTED = ['mmfinetune.register', 'mmfinetune.apis.train', 'mmfinetune.evaluation.plots', 'mmdet.apis',
-            'torch.utils.tensorboard', 'hotcoco', 'runpy']
+IMPORTED = [
+    'mmfinetune.register',
+    'mmfinetune.apis.train',
+    'mmfinetune.evaluation.plots',
+    'mmdet.apis',
+    'torch.utils.tensorboard',
+    'hotcoco',
+    'runpy',
+]
 
 
 @pytest.fixture(scope='module')
@@ -88,8 +95,7 @@ class Run:
             patch.setenv('OMP_NUM_THREADS', '1')
             context = multiprocessing.get_context('forkserver')
             context.set_forkserver_preload(IMPORTED)
-            self.process = context.Process(
-                target=_in_child, args=(folder, self.log, list(args), write_seconds))
+            self.process = context.Process(target=_in_child, args=(folder, self.log, list(args), write_seconds))
             self.process.start()
 
     @property
@@ -97,7 +103,7 @@ class Run:
         """What this run has printed."""
         if not self.log.exists():
             return ''
-        return self.log.read_bytes()[self._start:].decode(errors='replace')
+        return self.log.read_bytes()[self._start :].decode(errors='replace')
 
     def step(self) -> int:
         """The last step of the log; 0 before the first."""
@@ -113,8 +119,7 @@ class Run:
 
     def workers(self) -> list[int]:
         """The processes that load its data."""
-        found = subprocess.run(['pgrep', '-P', str(self.process.pid)], capture_output=True,
-                               text=True, check=False)
+        found = subprocess.run(['pgrep', '-P', str(self.process.pid)], capture_output=True, text=True, check=False)
         return [int(pid) for pid in found.stdout.split()]
 
     def signal(self, number: int) -> None:
@@ -157,8 +162,9 @@ def curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def rows(work_dir: Path) -> list[dict[str, str]]:
     """Of results.csv; times aside."""
     with (work_dir / 'results.csv').open() as file:
-        return [{key: value for key, value in row.items() if not key.endswith('seconds')}
-                for row in csv.DictReader(file)]
+        return [
+            {key: value for key, value in row.items() if not key.endswith('seconds')} for row in csv.DictReader(file)
+        ]
 
 
 def assert_same_run(work_dir: Path, other: Path) -> None:
@@ -191,12 +197,13 @@ def moment(run: Run, phase: str, step: int) -> Callable[[], object]:
     def writing(name: str) -> bool:
         return any(run.work_dir.glob(f'.{name}.pth.*.tmp'))
 
-    return {'step': lambda: run.step() >= step,
-            'write within the epoch': lambda: run.step() >= step - 3 and writing('iter_*'),
-            'write after the epoch': lambda: writing(f'epoch_{step // STEPS}'),
-            'validation': lambda: saved.search(run.text) and (
-                run.work_dir / f'epoch_{step // STEPS}.pth').exists(),
-            'write after the validation': lambda: scored.search(run.text) and writing('*')}[phase]
+    return {
+        'step': lambda: run.step() >= step,
+        'write within the epoch': lambda: run.step() >= step - 3 and writing('iter_*'),
+        'write after the epoch': lambda: writing(f'epoch_{step // STEPS}'),
+        'validation': lambda: saved.search(run.text) and (run.work_dir / f'epoch_{step // STEPS}.pth').exists(),
+        'write after the validation': lambda: scored.search(run.text) and writing('*'),
+    }[phase]
 
 
 @pytest.mark.slow
@@ -207,8 +214,15 @@ def test_twenty_kills_change_nothing(site, uninterrupted, tmp_path):
     for phase, step in kills(rng):
         saved = weights_work_dir.candidates(work_dir)
         resumed += bool(saved)
-        run = Run(site, '--train', '--save-every', '3', *['--resume'] * bool(saved),
-                  work_dir=work_dir, write_seconds=0.2 if 'write' in phase else 0)
+        run = Run(
+            site,
+            '--train',
+            '--save-every',
+            '3',
+            *['--resume'] * bool(saved),
+            work_dir=work_dir,
+            write_seconds=0.2 if 'write' in phase else 0,
+        )
         run.wait_for(moment(run, phase, step))
         time.sleep(rng.uniform(0, 0.3 if phase in ('step', 'validation') else 0.15))
         run.signal(signal.SIGKILL)
@@ -224,25 +238,36 @@ def test_twenty_kills_change_nothing(site, uninterrupted, tmp_path):
     assert_same_run(work_dir, uninterrupted)
     assert not list(work_dir.rglob('.*.tmp'))
     assert resumed >= 18 and half_written >= 8
-    print(f'20 kills, {resumed + 1} resumes, {half_written} within a write, 0 unreadable '
-          f'checkpoints, {lost} steps done again; final weights and optimizer: the same bits')
+    print(
+        f'20 kills, {resumed + 1} resumes, {half_written} within a write, 0 unreadable '
+        f'checkpoints, {lost} steps done again; final weights and optimizer: the same bits'
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(('number', 'code', 'when'), [
-    (signal.SIGTERM, 143, 'step'), (signal.SIGINT, 130, 'step'),
-    (signal.SIGTERM, 143, 'validation'), (signal.SIGINT, 130, 'start')])
+@pytest.mark.parametrize(
+    ('number', 'code', 'when'),
+    [
+        (signal.SIGTERM, 143, 'step'),
+        (signal.SIGINT, 130, 'step'),
+        (signal.SIGTERM, 143, 'validation'),
+        (signal.SIGINT, 130, 'start'),
+    ],
+)
 def test_signal_saves_and_ends_cleanly(site, uninterrupted, tmp_path, number, code, when):
     work_dir = tmp_path / 'run'
     run = Run(site, '--train', work_dir=work_dir)
-    run.wait_for({'step': lambda: run.step() >= STEPS + 3,
-                  'validation': lambda: 'Saving checkpoint at 2 epochs' in run.text,
-                  'start': run.workers}[when])
+    run.wait_for(
+        {
+            'step': lambda: run.step() >= STEPS + 3,
+            'validation': lambda: 'Saving checkpoint at 2 epochs' in run.text,
+            'start': run.workers,
+        }[when]
+    )
     run.signal(number)
     assert run.end() == code, run.text[-2000:]
     assert 'Traceback' not in run.text
-    assert re.search(rf'Stopped by {signal.Signals(number).name}, saved in .*; go on with --resume',
-                     run.text)
+    assert re.search(rf'Stopped by {signal.Signals(number).name}, saved in .*; go on with --resume', run.text)
     whole_files(work_dir)
     run = Run(site, '--train', '--resume', work_dir=work_dir)
     assert run.end() == 0
@@ -264,9 +289,16 @@ def test_killed_worker_ends_the_run_with_a_message(site, uninterrupted, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('spoil', (
-    lambda data: b'', lambda data: data[:len(data) // 2], lambda data: b'\0' * len(data),
-    lambda data: b'<html>' + data[6:]), ids=('empty', 'truncated', 'zeros', 'garbage'))
+@pytest.mark.parametrize(
+    'spoil',
+    (
+        lambda data: b'',
+        lambda data: data[: len(data) // 2],
+        lambda data: b'\0' * len(data),
+        lambda data: b'<html>' + data[6:],
+    ),
+    ids=('empty', 'truncated', 'zeros', 'garbage'),
+)
 def test_damaged_newest_checkpoint(site, uninterrupted, tmp_path, spoil):
     work_dir = tmp_path / 'run'
     run = Run(site, '--train', work_dir=work_dir)
@@ -290,8 +322,7 @@ def test_nothing_whole_to_resume(site):
         (work_dir / name).write_bytes(b'half')
     (work_dir / 'last_checkpoint').write_text(str(work_dir / 'epoch_1.pth'))
     with inside(site):
-        outcome = drive('train_pretrained', 'tiny.py', '--resume', '--gpus', '1',
-                        '--work-dir', str(work_dir))
+        outcome = drive('train_pretrained', 'tiny.py', '--resume', '--gpus', '1', '--work-dir', str(work_dir))
     assert outcome.code == 2 and 'nothing to resume' in outcome.err
     assert 'epoch_1.pth' in outcome.err and 'iter_3.pth' in outcome.err
 
@@ -304,8 +335,7 @@ def mount(tmp_path) -> Iterator[Callable[..., Path]]:
     def mount(*args: str) -> Path:
         target = tmp_path / 'mnt'
         target.mkdir(exist_ok=True)
-        done = subprocess.run(['mount', *args, str(target)], capture_output=True, text=True,
-                              check=False)
+        done = subprocess.run(['mount', *args, str(target)], capture_output=True, text=True, check=False)
         if done.returncode:
             pytest.skip(f'cannot mount here: {done.stderr.strip()}')
         mounted.append(target)
@@ -385,8 +415,7 @@ def test_disk_that_becomes_read_only(site, mount):
 def test_estimate_of_the_room_is_that_of_the_files(uninterrupted):
     loaded = read.read_checkpoint(uninterrupted / LAST)
     momentum = [t for of in loaded['optimizer']['state'].values() for t in of.values()]
-    tensors = sum(t.numel() * t.element_size()
-                  for t in (*loaded['state_dict'].values(), *momentum))
+    tensors = sum(t.numel() * t.element_size() for t in (*loaded['state_dict'].values(), *momentum))
     size = (uninterrupted / LAST).stat().st_size
     print(f'tensors take {tensors:,} of {size:,} bytes')
     assert 0.95 < tensors / size < 1
@@ -414,8 +443,7 @@ def break_images(site) -> Iterator[Callable[[int], list[str]]]:
 @pytest.mark.slow
 @pytest.mark.parametrize('count', (2, 3))
 def test_images_that_break_while_the_run_goes_on(site, tmp_path, break_images, count):
-    run = Run(site, '--train', '--cfg-options', 'train_cfg.max_faulty_images=2',
-              work_dir=tmp_path / 'run')
+    run = Run(site, '--train', '--cfg-options', 'train_cfg.max_faulty_images=2', work_dir=tmp_path / 'run')
     run.wait_for(lambda: run.step() >= STEPS)
     broken = break_images(count)
     code = run.end()
@@ -433,15 +461,15 @@ def test_images_that_break_while_the_run_goes_on(site, tmp_path, break_images, c
 def _private_mb(pid: int) -> float:
     """Memory that a process shares with no other."""
     text = Path(f'/proc/{pid}/smaps_rollup').read_text()
-    return sum(int(line.split()[1]) for line in text.splitlines()
-               if line.startswith('Private_')) / 1024
+    return sum(int(line.split()[1]) for line in text.splitlines() if line.startswith('Private_')) / 1024
 
 
 @pytest.mark.slow
 def test_memory_of_workers_stays_flat(site, tmp_path):
     work_dir = tmp_path / 'run'
-    run = Run(site, '--train', '--cfg-options', 'train_cfg.max_epochs=16',
-              'train_cfg.val_interval=100', work_dir=work_dir)
+    run = Run(
+        site, '--train', '--cfg-options', 'train_cfg.max_epochs=16', 'train_cfg.val_interval=100', work_dir=work_dir
+    )
     used = []
     for epoch in range(1, 15):
         run.wait_for(lambda epoch=epoch: run.step() >= epoch * STEPS + 5)

@@ -27,13 +27,15 @@ CASES = {
     # 3 portraits and 5 landscapes: mmdet's sampler says 4 batches and gives 3.
     'aspect ratio, wrong length': dict(
         dataset=dict(type='ToyDataset', images=8),
-        train_dataloader=dict(batch_sampler=dict(type='AspectRatioBatchSampler', drop_last=True))),
-    'repeated': dict(dataset=dict(type='RepeatDataset', times=2,
-                                  dataset=dict(type='ToyDataset', images=5))),
-    'joined': dict(dataset=dict(type='ConcatDataset', datasets=[
-        dict(type='ToyDataset', images=4), dict(type='ToyDataset', images=6)])),
-    'balanced': dict(dataset=dict(type='ClassBalancedDataset', oversample_thr=0.5,
-                                  dataset=dict(type='ToyDataset'))),
+        train_dataloader=dict(batch_sampler=dict(type='AspectRatioBatchSampler', drop_last=True)),
+    ),
+    'repeated': dict(dataset=dict(type='RepeatDataset', times=2, dataset=dict(type='ToyDataset', images=5))),
+    'joined': dict(
+        dataset=dict(
+            type='ConcatDataset', datasets=[dict(type='ToyDataset', images=4), dict(type='ToyDataset', images=6)]
+        )
+    ),
+    'balanced': dict(dataset=dict(type='ClassBalancedDataset', oversample_thr=0.5, dataset=dict(type='ToyDataset'))),
     'sparse saves': dict(checkpoint=dict(interval=2)),
     'AdamW': dict(optim_wrapper=dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01))),
 }
@@ -42,22 +44,48 @@ CASES = {
 @pytest.fixture(scope='module')
 def whole(tmp_path_factory):
     """The uninterrupted run of a case."""
+
     @functools.cache
     def run(case: str) -> Path:
         folder = tmp_path_factory.mktemp('whole')
         train(make_cfg(folder, **CASES[case]))
         return folder
+
     return run
 
 
 # After the first step, in the middle, after the last step of an epoch and after the very last.
-@pytest.mark.parametrize(('case', 'step'), [
-    ('plain', 9), ('plain', 19), ('workers', 6), ('accumulation', 4), ('aspect ratio', 1),
-    ('aspect ratio, wrong length', 2), ('repeated', 6), ('sparse saves', 4),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('plain', 0), ('plain', 7), ('workers', 1), ('workers', 9), ('accumulation', 0),
-        ('accumulation', 5), ('accumulation', 7), ('aspect ratio', 8), ('joined', 6),
-        ('aspect ratio, wrong length', 4), ('balanced', 6), ('sparse saves', 7), ('AdamW', 3)))])
+@pytest.mark.parametrize(
+    ('case', 'step'),
+    [
+        ('plain', 9),
+        ('plain', 19),
+        ('workers', 6),
+        ('accumulation', 4),
+        ('aspect ratio', 1),
+        ('aspect ratio, wrong length', 2),
+        ('repeated', 6),
+        ('sparse saves', 4),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ('plain', 0),
+                ('plain', 7),
+                ('workers', 1),
+                ('workers', 9),
+                ('accumulation', 0),
+                ('accumulation', 5),
+                ('accumulation', 7),
+                ('aspect ratio', 8),
+                ('joined', 6),
+                ('aspect ratio, wrong length', 4),
+                ('balanced', 6),
+                ('sparse saves', 7),
+                ('AdamW', 3),
+            )
+        ),
+    ],
+)
 def test_stop_and_resume_is_exact(whole, tmp_path, case, step):
     stop(make_cfg(tmp_path, **CASES[case]), step)
     train(make_cfg(tmp_path, **CASES[case]), resume=True)
@@ -89,10 +117,18 @@ def test_another_seed_is_another_run(whole, tmp_path):
         assert_same_checkpoint(whole('plain') / LAST, tmp_path / LAST)
 
 
-@pytest.mark.parametrize(('point', 'step'), [
-    ('before_train_epoch', None), ('before_val', 10), ('after_val_epoch', 20),
-    *(pytest.param(*case, marks=pytest.mark.slow) for case in (
-        ('before_train_iter', 3), ('after_val_iter', 20), ('after_val_epoch', 10)))])
+@pytest.mark.parametrize(
+    ('point', 'step'),
+    [
+        ('before_train_epoch', None),
+        ('before_val', 10),
+        ('after_val_epoch', 20),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (('before_train_iter', 3), ('after_val_iter', 20), ('after_val_epoch', 10))
+        ),
+    ],
+)
 def test_signal_at_other_moments(whole, tmp_path, capfd, point, step):
     stopped = stop(make_cfg(tmp_path), step, point, signal.SIGINT)
     assert str(stopped.checkpoint) == (tmp_path / 'last_checkpoint').read_text()
@@ -131,8 +167,7 @@ def test_epochs_are_validated_as_the_interval_says(tmp_path):
 
 def test_early_stopping_goes_on_counting(tmp_path):
     # 0.1, 0.3, 0.2, 0.4, 0.4, 0.1: the last two are no improvement.
-    changes = dict(hooks=[dict(type='EarlyStopHook', monitor='score', patience=2)],
-                   train_cfg=dict(max_epochs=9))
+    changes = dict(hooks=[dict(type='EarlyStopHook', monitor='score', patience=2)], train_cfg=dict(max_epochs=9))
     train(make_cfg(tmp_path / 'whole', **changes))
     stop(make_cfg(tmp_path / 'cut', **changes), 26)
     runner = train(make_cfg(tmp_path / 'cut', **changes), resume=True)
@@ -156,8 +191,7 @@ def test_faulty_images_are_replaced_and_told(tmp_path, capsys, workers):
 
 def test_too_many_faulty_images_end_the_run(tmp_path):
     with pytest.raises(UserError, match='3 images of the training set cannot be read') as caught:
-        train(make_cfg(tmp_path, dataset=dict(type='ToyDataset', bad=(3, 4, 7)),
-                       train_cfg=dict(max_faulty_images=2)))
+        train(make_cfg(tmp_path, dataset=dict(type='ToyDataset', bad=(3, 4, 7)), train_cfg=dict(max_faulty_images=2)))
     assert all(f'img{i}.jpg cannot be read' in str(caught.value) for i in (3, 4, 7))
 
 
@@ -177,14 +211,17 @@ def test_workers_outlive_a_signal_to_all_processes(whole, tmp_path, number):
         codes.extend(worker.exitcode for worker in workers(runner))
 
     codes: list[int] = []
-    train(make_cfg(tmp_path, workers=2), DoAt(signal_workers, 1), DoAt(signal_workers, 7),
-          DoAt(end_workers, point='after_train'))
+    train(
+        make_cfg(tmp_path, workers=2),
+        DoAt(signal_workers, 1),
+        DoAt(signal_workers, 7),
+        DoAt(end_workers, point='after_train'),
+    )
     assert_same_checkpoint(whole('plain') / LAST, tmp_path / LAST)
     assert codes == [0, 0]
 
 
-@pytest.mark.parametrize(('number', 'told'), [(errno.ENOSPC, True), (errno.EROFS, True),
-                                              (errno.ENOENT, False)])
+@pytest.mark.parametrize(('number', 'told'), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.ENOENT, False)])
 def test_full_disk_is_told_wherever_it_is_met(tmp_path, number, told):
     def fail(runner) -> None:
         raise OSError(number, os.strerror(number), 'events.out')

@@ -37,8 +37,7 @@ def collate(rows):
 
 def read(dataset, workers: int, epoch: int, order=range(6)) -> list[tuple]:
     dataset.set_epoch(epoch)
-    loader = DataLoader(dataset, sampler=list(order), batch_size=1, num_workers=workers,
-                        collate_fn=collate)
+    loader = DataLoader(dataset, sampler=list(order), batch_size=1, num_workers=workers, collate_fn=collate)
     return sorted(row for batch in loader for row in batch)
 
 
@@ -54,8 +53,7 @@ def test_draws_depend_on_seed_epoch_and_sample_only(tmp_path):
 
 def test_living_workers_see_the_next_epoch(tmp_path):
     dataset = TrainingDataset(Draws(), 0, str(tmp_path), 0)
-    loader = DataLoader(dataset, batch_size=1, num_workers=2, persistent_workers=True,
-                        collate_fn=collate)
+    loader = DataLoader(dataset, batch_size=1, num_workers=2, persistent_workers=True, collate_fn=collate)
     epochs = []
     for epoch in range(3):
         dataset.set_epoch(epoch)

@@ -15,7 +15,7 @@ from tests.builders.runs import spawn
 A, B, C = (5, 5, 25, 25), (40, 10, 70, 50), (10, 40, 30, 55)
 THINGS = [(1, CAT, A), (1, DOG, B), (2, CAT, B), (2, COW, C)]
 PERFECT = [(image, category, box, 0.9) for image, category, box in THINGS]
-RUN_ENGINE = '''
+RUN_ENGINE = """
 import json, resource, sys, time
 from pathlib import Path
 from mmfinetune import analysis
@@ -31,7 +31,7 @@ for kind, some in rows.items():
                    'cpu': time.process_time() - cpu}
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps({**found, 'before': before / 1024, 'peak': peak / 1024}))
-'''
+"""
 
 
 @pytest.fixture(scope='module')
@@ -130,8 +130,7 @@ def test_no_detections(engine, kind):
 def test_chosen_images_and_thresholds(engine):
     rows = rows_of([r for r in PERFECT if r[0] == 1])
     both = coco_eval.evaluate(data_set(THINGS), rows, 'segm', engine)
-    first = coco_eval.evaluate(data_set(THINGS), rows, 'segm', engine, img_ids=[1],
-                              iou_thrs=[0.5, 0.9])
+    first = coco_eval.evaluate(data_set(THINGS), rows, 'segm', engine, img_ids=[1], iou_thrs=[0.5, 0.9])
     assert both.ap() < 0.9
     assert first.ap() == pytest.approx(1)
     assert first.precision.shape[0] == 2
@@ -159,8 +158,12 @@ MISTAKES = {
     'Cls': [(i, NEXT[c], box, s) for i, c, box, s in PERFECT],
     'Loc': [(i, c, shifted(box, 0.5), s) for i, c, box, s in PERFECT],
     'Both': [(i, NEXT[c], shifted(box, 0.5), s) for i, c, box, s in PERFECT],
-    'Bkg': [(1, DOG, (0, 57, 3, 60), 0.9), (2, CAT, (0, 0, 3, 3), 0.9), (2, COW, (0, 0, 3, 3), 0.9),
-            (1, CAT, (0, 57, 3, 60), 0.9)],
+    'Bkg': [
+        (1, DOG, (0, 57, 3, 60), 0.9),
+        (2, CAT, (0, 0, 3, 3), 0.9),
+        (2, COW, (0, 0, 3, 3), 0.9),
+        (1, CAT, (0, 57, 3, 60), 0.9),
+    ],
 }
 
 
@@ -170,7 +173,7 @@ def test_tide_names_the_mistake(mistake, kind):
     found = coco_eval.tide(data_set(THINGS), rows_of(MISTAKES[mistake], kind), kind)
     missed = mistake not in ('Cls', 'Loc')
     assert found.ap50 == 0
-    assert found.counts == {e: 4 * (e == mistake or e == 'Miss' and missed) for e in TIDE_ERRORS}
+    assert found.counts == {e: 4 * (e == mistake or (e == 'Miss' and missed)) for e in TIDE_ERRORS}
     # Mended they are right; a detection of nothing can only be taken away.
     assert found.d_ap[mistake] == pytest.approx(0 if missed else 1)
 
@@ -211,24 +214,33 @@ def test_scale(tmp_path):
     """1,449 images with 100 detections each, each engine in a process of its own."""
     start = time.perf_counter()
     data, rows = draw(1449, 100)
-    files = [write(tmp_path / 'truth.json', data),
-             *(write(tmp_path / f'{kind}.json', rows[kind]) for kind in ('segm', 'bbox'))]
-    print(f'\n{len(data["annotations"]):,} objects, {len(rows["segm"]):,} detections, drawn in '
-          f'{time.perf_counter() - start:.0f} s')
+    files = [
+        write(tmp_path / 'truth.json', data),
+        *(write(tmp_path / f'{kind}.json', rows[kind]) for kind in ('segm', 'bbox')),
+    ]
+    print(
+        f'\n{len(data["annotations"]):,} objects, {len(rows["segm"]):,} detections, drawn in '
+        f'{time.perf_counter() - start:.0f} s'
+    )
     del data, rows
     found = {}
     for engine in ENGINES:
         done = spawn('-c', RUN_ENGINE, *files, engine, timeout=1800)
         assert done.code == 0, done.err
         found[engine] = json.loads(done.out)
-        times = ', '.join(f'{KINDS[k]} {found[engine][k]["seconds"]:.2f} s '
-                          f'(CPU {found[engine][k]["cpu"]:.2f} s)' for k in KINDS)
-        print(f'{engine}: {times}, peak {found[engine]["peak"]:,.0f} MiB '
-              f'({found[engine]["before"]:,.0f} MiB of it before: the files as Python objects)')
+        times = ', '.join(
+            f'{KINDS[k]} {found[engine][k]["seconds"]:.2f} s (CPU {found[engine][k]["cpu"]:.2f} s)' for k in KINDS
+        )
+        print(
+            f'{engine}: {times}, peak {found[engine]["peak"]:,.0f} MiB '
+            f'({found[engine]["before"]:,.0f} MiB of it before: the files as Python objects)'
+        )
     hot, own = found['hotcoco'], found['pycocotools']
     for kind in KINDS:
         worst = np.abs(np.subtract(hot[kind]['stats'], own[kind]['stats'])).max()
-        print(f'{kind}: largest difference of the 12 numbers {worst:.1e}; '
-              + ', '.join(f'{n} {v:.3f}' for n, v in zip(STATS, hot[kind]['stats'], strict=True)))
+        print(
+            f'{kind}: largest difference of the 12 numbers {worst:.1e}; '
+            + ', '.join(f'{n} {v:.3f}' for n, v in zip(STATS, hot[kind]['stats'], strict=True))
+        )
         assert worst < 1e-9
         assert all(0.02 < v < 0.9 for v in hot[kind]['stats'])

@@ -23,18 +23,26 @@ TRAIN = {'base_lr': 0.002, 'lr': 0.002, 'loss': 4.4, 'time': 0.9, 'epoch': 1, 'i
 
 def validation(epoch: int, value: float) -> dict:
     """A record as MMEngine's LocalVisBackend writes it after a validation."""
-    return {'coco/bbox_mAP': value + 0.05, 'coco/segm_mAP': value, 'coco/segm_mAP_50': value + 0.2,
-            'coco/segm_mAP_s': NAN, 'data_time': 0.03, 'time': 3.3, 'step': epoch}
+    return {
+        'coco/bbox_mAP': value + 0.05,
+        'coco/segm_mAP': value,
+        'coco/segm_mAP_50': value + 0.2,
+        'coco/segm_mAP_s': NAN,
+        'data_time': 0.03,
+        'time': 3.3,
+        'step': epoch,
+    }
 
 
-def write_log(work_dir: Path, values: dict[int, float], stamp: str = '20260101_000000',
-              end: str = '') -> Path:
+def write_log(work_dir: Path, values: dict[int, float], stamp: str = '20260101_000000', end: str = '') -> Path:
     """A log with training steps, and a validation for each epoch given."""
     path = work_dir / stamp / 'vis_data/scalars.json'
     path.parent.mkdir(parents=True)
-    records = [record for epoch, value in values.items()
-               for record in ({**TRAIN, 'epoch': epoch, 'step': 10 * epoch, 'coco/segm_mAP': 9.0},
-                              validation(epoch, value))]
+    records = [
+        record
+        for epoch, value in values.items()
+        for record in ({**TRAIN, 'epoch': epoch, 'step': 10 * epoch, 'coco/segm_mAP': 9.0}, validation(epoch, value))
+    ]
     path.write_text(''.join(json.dumps(record) + '\n' for record in records or [TRAIN]) + end)
     return work_dir
 
@@ -94,9 +102,9 @@ def test_table_of_a_single_run(tmp_path):
     assert compare.table(runs, 'coco/bbox_mAP').splitlines() == [
         '| coco/bbox_mAP after epoch |   0 |     1 | best (epoch) |',
         '| ------------------------- | --: | ----: | -----------: |',
-        '| one \\| run                |   - | 0.550 |    0.550 (1) |']
-    assert next(csv.DictReader(io.StringIO(compare.csv_text(runs, ['coco/bbox_mAP']))))['run'] == \
-        'one | run'
+        '| one \\| run                |   - | 0.550 |    0.550 (1) |',
+    ]
+    assert next(csv.DictReader(io.StringIO(compare.csv_text(runs, ['coco/bbox_mAP']))))['run'] == 'one | run'
 
 
 def test_resumed_parts_are_one_curve_and_later_results_win(tmp_path):
@@ -150,8 +158,12 @@ def test_best_is_the_first_of_equals_and_never_nan(tmp_path):
 def test_less_loss_is_better_and_no_ground_truth_is_no_number(tmp_path):
     log = tmp_path / '20260101_000000/vis_data/scalars.json'
     log.parent.mkdir(parents=True)
-    log.write_text(''.join(json.dumps({'val/loss': loss, 'coco/segm_mAP_l': -1.0, 'step': epoch})
-                           + '\n' for epoch, loss in enumerate((2.0, 0.5, 0.75), 1)))
+    log.write_text(
+        ''.join(
+            json.dumps({'val/loss': loss, 'coco/segm_mAP_l': -1.0, 'step': epoch}) + '\n'
+            for epoch, loss in enumerate((2.0, 0.5, 0.75), 1)
+        )
+    )
     run = compare.read_run(tmp_path, 'x')
     assert run.best('val/loss') == (2, 0.5)
     assert run.best('coco/segm_mAP_l') is None
@@ -159,15 +171,13 @@ def test_less_loss_is_better_and_no_ground_truth_is_no_number(tmp_path):
     assert [field.strip() for field in row.split('|')[2:-1]] == ['-', 'nan', 'nan', 'nan', '-']
 
 
-@pytest.mark.parametrize('end', ['{"coco/segm_mAP": 0.', '{"coco/segm_mAP": 0.7, "st\u00e4', '12',
-                                 '\n', '\n  \n'])
+@pytest.mark.parametrize('end', ['{"coco/segm_mAP": 0.', '{"coco/segm_mAP": 0.7, "st\u00e4', '12', '\n', '\n  \n'])
 def test_half_written_last_line_is_ignored(tmp_path, end):
     assert read(write_log(tmp_path, {1: 0.5}, end=end)) == {1: 0.5}
 
 
 def test_last_line_that_only_lacks_its_end_counts(tmp_path):
-    assert read(write_log(tmp_path, {1: 0.5}, end=json.dumps(validation(2, 0.6)))) == {1: 0.5,
-                                                                                       2: 0.6}
+    assert read(write_log(tmp_path, {1: 0.5}, end=json.dumps(validation(2, 0.6)))) == {1: 0.5, 2: 0.6}
 
 
 @pytest.mark.parametrize('line', ['{"coco/segm_mAP": 0.\n', '[1]\n', 'null\n{}'])
@@ -206,8 +216,7 @@ def test_unknown_metric_brings_similar_ones(three):
     assert error.value.problems[0] == 'coco/bbox_mAP'
     with pytest.raises(UserError) as error:
         compare.check_metrics(runs, ['xyz'])  # what training logs is none either
-    assert error.value.problems == ['coco/bbox_mAP', 'coco/segm_mAP', 'coco/segm_mAP_50',
-                                    'coco/segm_mAP_s']
+    assert error.value.problems == ['coco/bbox_mAP', 'coco/segm_mAP', 'coco/segm_mAP_50', 'coco/segm_mAP_s']
     with pytest.raises(UserError, match='validated yet'):
         compare.check_metrics(runs[2:], ['coco/segm_mAP'])
 
@@ -238,9 +247,10 @@ def test_validation_loss_is_that_of_the_table_not_the_smoothed_one(tmp_path):
 
 def test_picture_has_two_panels_and_all_colours(tmp_path):
     names = ['_hidden', 'cost $5 or $6', 'a rather long name ' * 5, *'defghijk', '\u5b9e\u9a8c 1']
-    runs = [compare.Run(name, tmp_path, {epoch: validation(epoch, 0.1 * i + 0.02 * epoch)
-                                         for epoch in range(i % 2, 6)})
-            for i, name in enumerate(names)]
+    runs = [
+        compare.Run(name, tmp_path, {epoch: validation(epoch, 0.1 * i + 0.02 * epoch) for epoch in range(i % 2, 6)})
+        for i, name in enumerate(names)
+    ]
     with warnings.catch_warnings():
         warnings.simplefilter('error')  # of a layout that does not fit, or missing letters
         image = Image.open(io.BytesIO(compare.picture(runs, ['coco/segm_mAP'])))
@@ -248,14 +258,13 @@ def test_picture_has_two_panels_and_all_colours(tmp_path):
     assert (image.format, image.size, alone.size) == ('PNG', (1800, 750), (900, 750))
     pixels = np.asarray(image.convert('RGB')).reshape(-1, 3)
     for colour in plots.COLOURS:
-        wanted = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+        wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
         assert (pixels == wanted).all(axis=1).sum() > 500, colour
 
 
 def test_picture_of_several_metrics_and_of_a_loss_that_all_have(tmp_path):
     def run(name: str, **more: float) -> compare.Run:
-        return compare.Run(name, tmp_path, {e: {**validation(e, 0.1 * e), **more}
-                                            for e in (1, 2)})
+        return compare.Run(name, tmp_path, {e: {**validation(e, 0.1 * e), **more} for e in (1, 2)})
 
     lossy, plain = run('a', **{'val/loss': 2.0}), run('b')
 
@@ -280,16 +289,19 @@ def test_command_line(three, tmp_path):
 
 
 def test_several_metrics_on_the_command_line(three, tmp_path):
-    done = drive('compare_runs', *three, '--metric', 'coco/segm_mAP', 'coco/bbox_mAP', '--out',
-                 tmp_path / 'both')
+    done = drive('compare_runs', *three, '--metric', 'coco/segm_mAP', 'coco/bbox_mAP', '--out', tmp_path / 'both')
     assert done.code == 0, done.err
     text = (tmp_path / 'both.md').read_text()
     assert text.startswith(f'{TABLE}\n| coco/bbox_mAP after epoch |') and text.endswith(OVERVIEW)
     rows = list(csv.DictReader((tmp_path / 'both.csv').open()))
     assert [(row['run'], row['metric'], row['best_epoch']) for row in rows] == [
-        ('tuned', 'coco/segm_mAP', '2'), ('scratch', 'coco/segm_mAP', '2'),
-        ('new', 'coco/segm_mAP', ''), ('tuned', 'coco/bbox_mAP', '2'),
-        ('scratch', 'coco/bbox_mAP', '2'), ('new', 'coco/bbox_mAP', '')]
+        ('tuned', 'coco/segm_mAP', '2'),
+        ('scratch', 'coco/segm_mAP', '2'),
+        ('new', 'coco/segm_mAP', ''),
+        ('tuned', 'coco/bbox_mAP', '2'),
+        ('scratch', 'coco/bbox_mAP', '2'),
+        ('new', 'coco/bbox_mAP', ''),
+    ]
 
 
 def test_mistake_on_the_command_line_leaves_no_files(three, tmp_path):
@@ -303,7 +315,8 @@ def test_default_stem_and_a_folder_as_stem(three, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = drive('compare_runs', three[0], '--names', 'fine-tuned', '--metric', 'coco/segm_mAP_50')
     assert done.out.splitlines()[-1] == 'Results: ' + ' '.join(
-        f'work_dirs/comparison{suffix}' for suffix in ('.md', '.csv', '.png'))
+        f'work_dirs/comparison{suffix}' for suffix in ('.md', '.csv', '.png')
+    )
     assert '| fine-tuned ' in done.out
     assert drive('compare_runs', three[0], '--out', tmp_path).code == 0
     assert (tmp_path / 'comparison.png').stat().st_size > 10_000

@@ -26,15 +26,13 @@ def matrix_of(things, found, score_thr: float = 0.3, kind: str = 'segm') -> list
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_perfect_detections_lie_on_the_diagonal(kind):
-    assert matrix_of(THINGS, PERFECT, kind=kind) == [
-        [2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
+    assert matrix_of(THINGS, PERFECT, kind=kind) == [[2, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_swapped_classes(kind):
     found = [(i, NEXT[c], box, s) for i, c, box, s in PERFECT]
-    assert matrix_of(THINGS, found, kind=kind) == [
-        [0, 2, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    assert matrix_of(THINGS, found, kind=kind) == [[0, 2, 0, 0], [0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
 
 
 def test_background():
@@ -42,7 +40,11 @@ def test_background():
     assert matrix_of([], PERFECT) == [[0] * 4, [0] * 4, [0] * 4, [2, 1, 1, 0]]
     # In another image, or too far off.
     assert matrix_of([(1, CAT, A)], [(2, CAT, A, 0.9), (1, CAT, B, 0.9)]) == [
-        [0, 0, 0, 1], [0] * 4, [0] * 4, [2, 0, 0, 0]]
+        [0, 0, 0, 1],
+        [0] * 4,
+        [0] * 4,
+        [2, 0, 0, 0],
+    ]
 
 
 def test_half_is_enough():
@@ -57,8 +59,7 @@ def test_masks_and_boxes_are_different_things(tmp_path):
     data['annotations'][0]['segmentation'] = [[0, 0, 40, 0, 0, 40]]
     truth = Truth(tmp_path, data)
     other = truth.rle({'image_id': 1, 'segmentation': [[40, 40, 40, 0, 0, 40]]})
-    row = {'image_id': 1, 'category_id': CAT, 'score': 0.9, 'bbox': [0, 0, 40, 40],
-           'segmentation': other}
+    row = {'image_id': 1, 'category_id': CAT, 'score': 0.9, 'bbox': [0, 0, 40, 40], 'segmentation': other}
     assert match(truth, [row], 'bbox').confusion(0)[0].tolist() == [1, 0, 0, 0]
     assert match(truth, [row], 'segm').confusion(0)[0].tolist() == [0, 0, 0, 1]
 
@@ -91,11 +92,11 @@ def test_crowd_regions_are_neither_found_nor_missed():
 @pytest.mark.parametrize('score_thr', [0.0, 0.3, 0.6])
 def test_same_as_hotcoco_but_for_crowd_regions(kind, score_thr):
     import hotcoco
+
     data, rows = draw(30, 40, classes=6, seed=1)
     data['annotations'] = [a for a in data['annotations'] if not a['iscrowd']]
     coco = hotcoco.COCO(data)
-    expected = hotcoco.COCOeval(coco, coco.load_res(rows[kind]), kind).confusion_matrix(
-        0.5, 100, score_thr)
+    expected = hotcoco.COCOeval(coco, coco.load_res(rows[kind]), kind).confusion_matrix(0.5, 100, score_thr)
     found = match(Truth(None, data), rows[kind], kind).confusion(score_thr)
     assert found.tolist() == expected['matrix'].tolist()
     assert found[:-1, :-1].trace() > 10
@@ -118,8 +119,7 @@ def test_order_of_the_rows_does_not_matter():
 def test_f1_by_hand():
     # Right: 0.9, 0.6, 0.5; wrong class 0.7; nothing there 0.2; one object missed for ever.
     things = [*THINGS, (2, DOG, (40, 52, 60, 58))]
-    found = [(1, CAT, A, 0.9), (1, COW, B, 0.7), (2, CAT, B, 0.6), (2, COW, C, 0.5),
-             (2, COW, EMPTY, 0.2)]
+    found = [(1, CAT, A, 0.9), (1, COW, B, 0.7), (2, CAT, B, 0.6), (2, COW, C, 0.5), (2, COW, EMPTY, 0.2)]
     m = match(truth_of(things), rows_of(found), 'segm')
     assert m.f1(0) == pytest.approx(2 * 3 / (5 + 5))
     assert m.f1(0.3) == pytest.approx(2 * 3 / (4 + 5))
@@ -164,22 +164,23 @@ def test_worst_images_by_hand():
     # Image 1: one right. 2: one taken for another. 3: missed and false. 4: missed. 5: nothing.
     # 6: one right, one missed.
     things = [(1, CAT, A), (2, CAT, A), (3, CAT, A), (4, DOG, A), (6, DOG, A), (6, CAT, B)]
-    found = [(1, CAT, A, 0.9), (2, COW, A, 0.9), (3, CAT, EMPTY, 0.9), (6, DOG, A, 0.9),
-             (1, DOG, EMPTY, 0.2)]
+    found = [(1, CAT, A, 0.9), (2, COW, A, 0.9), (3, CAT, EMPTY, 0.9), (6, DOG, A, 0.9), (1, DOG, EMPTY, 0.2)]
     m = match(truth_of(things, images=6), rows_of(found), 'segm')
     worst = m.errors(0.3)
-    assert [(e.image_id, e.count, e.right) for e in worst] == [
-        (3, 2, 0), (2, 1, 0), (4, 1, 0), (6, 1, 1)]
+    assert [(e.image_id, e.count, e.right) for e in worst] == [(3, 2, 0), (2, 1, 0), (4, 1, 0), (6, 1, 1)]
     assert [e.f1 for e in worst] == pytest.approx([0, 0, 0, 2 / 3])
     assert [m.describe(e) for e in worst] == [
-        'missed: cat; false: cat', 'confused: cat taken for cow', 'missed: dog', 'missed: cat']
+        'missed: cat; false: cat',
+        'confused: cat taken for cow',
+        'missed: dog',
+        'missed: cat',
+    ]
     assert [e.image_id for e in m.errors(0.1)][:2] == [3, 2]
     assert 1 in [e.image_id for e in m.errors(0.1)]
 
 
 def test_words_for_false_detections():
-    found = [(1, CAT, A, 0.9), (1, CAT, A, 0.8), (1, DOG, A, 0.7), (1, COW, EMPTY, 0.6),
-             (1, COW, EMPTY, 0.5)]
+    found = [(1, CAT, A, 0.9), (1, CAT, A, 0.8), (1, DOG, A, 0.7), (1, COW, EMPTY, 0.6), (1, COW, EMPTY, 0.5)]
     m = match(truth_of([(1, CAT, A)]), rows_of(found), 'segm')
     assert m.describe(m.errors(0)[0]) == 'false: second cat, dog on cat, 2 cow'
 
@@ -196,8 +197,11 @@ def test_errors_add_up_to_the_matrix():
 
 def test_real_coco(real_data):
     truth = read_truth(real_data / 'coco2017_real/annotations/instances_val2017.json')
-    rows = [{'image_id': a['image_id'], 'category_id': a['category_id'], 'score': 0.9,
-             'segmentation': truth.rle(a)} for a in truth.data['annotations'] if not a['iscrowd']]
+    rows = [
+        {'image_id': a['image_id'], 'category_id': a['category_id'], 'score': 0.9, 'segmentation': truth.rle(a)}
+        for a in truth.data['annotations']
+        if not a['iscrowd']
+    ]
     m = match(truth, rows, 'segm')
     assert m.confusion(0.5).trace() == len(m.objects) == len(rows)
     assert m.errors(0.5) == []
@@ -207,8 +211,12 @@ def test_real_coco(real_data):
 def test_picture_of_the_matrix(count):
     rng = np.random.default_rng(count)
     matrix = rng.poisson(0.5, (count + 1, count + 1))
-    names = ['人', 'a $price$', 'a very long name of a class with more than forty letters',
-             *(f'class {i}' for i in range(count))][:count]
+    names = [
+        '人',
+        'a $price$',
+        'a very long name of a class with more than forty letters',
+        *(f'class {i}' for i in range(count)),
+    ][:count]
     picture = Image.open(io.BytesIO(error_plots.confusion_picture(matrix, names, 'masks')))
     assert picture.format == 'PNG'
     # Names stay legible: each has at least 13 pixels.
@@ -218,6 +226,7 @@ def test_picture_of_the_matrix(count):
 
 def test_picture_of_the_matrix_has_numbers_where_there_is_room(monkeypatch):
     from matplotlib.axes import Axes
+
     written = []
     monkeypatch.setattr(Axes, 'text', lambda self, x, y, text, **_: written.append(text))
     error_plots.confusion_picture(np.array([[12345, 7], [0, 0]]), ['cat'], 'masks')

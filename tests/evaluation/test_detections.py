@@ -10,13 +10,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 
 from mmfinetune.evaluation import detections
-from mmfinetune.evaluation.detections import (
-    Truth,
-    checked_rows,
-    image_folder,
-    read_rows,
-    read_truth,
-)
+from mmfinetune.evaluation.detections import Truth, checked_rows, image_folder, read_rows, read_truth
 from mmfinetune.utils.errors import UserError
 from tests.builders.results import CAT, DOG, data_set, rows_of, write
 
@@ -62,22 +56,32 @@ def test_masks_of_the_truth(truth, shape):
     rle = truth.data['annotations'][0]['segmentation']
     mask = mask_api.decode(rle)
     runs = np.diff(np.flatnonzero(np.diff(np.concatenate([[2], mask.ravel('F'), [2]])))).tolist()
-    value = {'rle': rle, 'polygons': [[5, 5, 25, 5, 25, 15, 5, 15], [5, 15, 25, 15, 25, 25, 5, 25]],
-             'counts': {'size': rle['size'], 'counts': runs}}[shape]
+    value = {
+        'rle': rle,
+        'polygons': [[5, 5, 25, 5, 25, 15, 5, 15], [5, 15, 25, 15, 25, 25, 5, 25]],
+        'counts': {'size': rle['size'], 'counts': runs},
+    }[shape]
     found = truth.rle({'image_id': 1, 'segmentation': value})
     assert mask_api.decode(found).tolist() == mask.tolist()
 
 
-@pytest.mark.parametrize('content, parts', [
-    ('{"images"', ('a.json is not JSON', 'line 1')),
-    ('[]', ('no COCO annotation file: no list of images, annotations, categories',)),
-    ('{"images": [], "annotations": {}}', ('no list of annotations, categories',)),
-    ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}',
-     ('lists no images',)),
-    ('{"images": [{"id": 1}, 5], "annotations": [], "categories": []}',
-     ('images that cannot be used', '1 without width, height, file_name: number 1',
-      '1 without id, width, height, file_name: number 2')),
-])
+@pytest.mark.parametrize(
+    'content, parts',
+    [
+        ('{"images"', ('a.json is not JSON', 'line 1')),
+        ('[]', ('no COCO annotation file: no list of images, annotations, categories',)),
+        ('{"images": [], "annotations": {}}', ('no list of annotations, categories',)),
+        ('{"images": [], "annotations": [], "categories": [{"id": 1, "name": "a"}]}', ('lists no images',)),
+        (
+            '{"images": [{"id": 1}, 5], "annotations": [], "categories": []}',
+            (
+                'images that cannot be used',
+                '1 without width, height, file_name: number 1',
+                '1 without id, width, height, file_name: number 2',
+            ),
+        ),
+    ],
+)
 def test_broken_annotation_files(tmp_path, content, parts):
     path = tmp_path / 'a.json'
     path.write_text(content)
@@ -92,19 +96,21 @@ def test_missing_annotation_file(tmp_path):
         read_truth(tmp_path)
 
 
-@pytest.mark.parametrize('data, parts', [
-    (spoilt('annotations', area=None), ('annotations that cannot be used', 'without area')),
-    (spoilt('annotations', id=0), ('1 id 0, which COCO evaluation takes',)),
-    (spoilt('annotations', id=2), ('annotations with the same id', 'id 2')),
-    (spoilt('annotations', image_id=99), ('of an image that is not in the file: id 1',)),
-    (spoilt('annotations', category_id=99), ('of a category that is not in the file: id 1',)),
-    (spoilt('annotations', segmentation=None), ('1 without a segmentation: id 1', '--boxes')),
-    (spoilt('annotations', segmentation=[]), ('1 without a segmentation: id 1',)),
-    (spoilt('annotations', segmentation={'size': [80, 60], 'counts': ''}),
-     ('whose mask has another size',)),
-    (spoilt('categories', name='dog'), ('categories with the same name', 'dog')),
-    (spoilt('images', id=2), ('images with the same id', 'id 2')),
-])
+@pytest.mark.parametrize(
+    'data, parts',
+    [
+        (spoilt('annotations', area=None), ('annotations that cannot be used', 'without area')),
+        (spoilt('annotations', id=0), ('1 id 0, which COCO evaluation takes',)),
+        (spoilt('annotations', id=2), ('annotations with the same id', 'id 2')),
+        (spoilt('annotations', image_id=99), ('of an image that is not in the file: id 1',)),
+        (spoilt('annotations', category_id=99), ('of a category that is not in the file: id 1',)),
+        (spoilt('annotations', segmentation=None), ('1 without a segmentation: id 1', '--boxes')),
+        (spoilt('annotations', segmentation=[]), ('1 without a segmentation: id 1',)),
+        (spoilt('annotations', segmentation={'size': [80, 60], 'counts': ''}), ('whose mask has another size',)),
+        (spoilt('categories', name='dog'), ('categories with the same name', 'dog')),
+        (spoilt('images', id=2), ('images with the same id', 'id 2')),
+    ],
+)
 def test_annotations_that_cannot_be_evaluated(tmp_path, data, parts):
     with refused(*parts):
         read_truth(write(tmp_path / 'a.json', data))
@@ -124,8 +130,10 @@ def test_many_problems_of_one_kind_are_one_line(tmp_path):
 
 
 def test_rows(tmp_path, truth):
-    both = [{**row, 'bbox': [0, 0, 1, 1], 'id': 3, 'more': None,
-             'file_name': f'/elsewhere/image_{row["image_id"]}.png'} for row in ROWS]
+    both = [
+        {**row, 'bbox': [0, 0, 1, 1], 'id': 3, 'more': None, 'file_name': f'/elsewhere/image_{row["image_id"]}.png'}
+        for row in ROWS
+    ]
     found = read_rows(write(tmp_path / 'p.json', both))
     assert checked_rows(tmp_path, found, truth, 'segm') == ROWS
     assert [r['bbox'] for r in checked_rows(tmp_path, found, truth, 'bbox')] == [[0, 0, 1, 1]] * 2
@@ -140,12 +148,15 @@ def test_run_lengths_as_numbers(truth):
     assert checked_rows(Path('p.json'), [row], truth, 'segm') == ROWS[:1]
 
 
-@pytest.mark.parametrize('content, parts', [
-    ('', ('p.json is not JSON',)),
-    ('[]', ('p.json is an empty list: nothing was predicted, so every AP is 0',)),
-    ('{}', ('a COCO result file is a list',)),
-    ('{"annotations": []}', ('a COCO result file is a list', 'not a data set')),
-])
+@pytest.mark.parametrize(
+    'content, parts',
+    [
+        ('', ('p.json is not JSON',)),
+        ('[]', ('p.json is an empty list: nothing was predicted, so every AP is 0',)),
+        ('{}', ('a COCO result file is a list',)),
+        ('{"annotations": []}', ('a COCO result file is a list', 'not a data set')),
+    ],
+)
 def test_files_without_rows(tmp_path, content, parts):
     path = tmp_path / 'p.json'
     path.write_text(content)
@@ -167,35 +178,43 @@ def changed(**changes) -> list[dict]:
     return rows
 
 
-@pytest.mark.parametrize('rows, parts', [
-    (changed(image_id=99), ('1 of 2 image ids are not in made.json', 'image id 99: 1 predictions')),
-    ([{**r, 'image_id': 90 + r['image_id']} for r in ROWS],
-     ('none of the 2 image ids is in made.json', 'of the split that was predicted')),
-    (changed(category_id=1), ('1 of 2 category ids are not', 'not label numbers: 7 cat, 2 dog')),
-    (changed(score=None), ('1 without score: row 2',)),
-    (changed(score=float('nan')), ('whose score is no number: row 2',)),
-    (changed(score='0.5'), ('whose score is no number: row 2',)),
-    (changed(image_id=None), ('1 without image_id: row 2',)),
-    (changed(image_id=[1]), ('whose image_id or category_id is no id: row 2',)),
-    (changed(segmentation=[[1, 2, 3, 4, 5, 6]]), ('not in run lengths: .*: row 2',)),
-    (changed(segmentation={'size': [60], 'counts': 'a'}), ('not in run lengths',)),
-    (changed(segmentation={'size': [80, 60], 'counts': ROWS[1]['segmentation']['counts']}),
-     (r'another size \(height, width\) than its image: row 2 \[80, 60\] in image 2 of \[60',)),
-    (changed(segmentation={'size': [60, 80], 'counts': 'hello world'}),
-     ('1 whose mask is damaged: row 2: ',)),
-    (changed(segmentation={'size': [60, 80], 'counts': [9000, 9000]}),
-     ('1 whose mask is damaged: row 2: ',)),
-    (changed(file_name='train/image_7.png'),
-     ('of another split.: row 2 of train/image_7.png, image 2 is image_2.png', '--ann')),
-    ([*ROWS, 5], ('1 that are no JSON objects: row 3',)),
-])
+@pytest.mark.parametrize(
+    'rows, parts',
+    [
+        (changed(image_id=99), ('1 of 2 image ids are not in made.json', 'image id 99: 1 predictions')),
+        (
+            [{**r, 'image_id': 90 + r['image_id']} for r in ROWS],
+            ('none of the 2 image ids is in made.json', 'of the split that was predicted'),
+        ),
+        (changed(category_id=1), ('1 of 2 category ids are not', 'not label numbers: 7 cat, 2 dog')),
+        (changed(score=None), ('1 without score: row 2',)),
+        (changed(score=float('nan')), ('whose score is no number: row 2',)),
+        (changed(score='0.5'), ('whose score is no number: row 2',)),
+        (changed(image_id=None), ('1 without image_id: row 2',)),
+        (changed(image_id=[1]), ('whose image_id or category_id is no id: row 2',)),
+        (changed(segmentation=[[1, 2, 3, 4, 5, 6]]), ('not in run lengths: .*: row 2',)),
+        (changed(segmentation={'size': [60], 'counts': 'a'}), ('not in run lengths',)),
+        (
+            changed(segmentation={'size': [80, 60], 'counts': ROWS[1]['segmentation']['counts']}),
+            (r'another size \(height, width\) than its image: row 2 \[80, 60\] in image 2 of \[60',),
+        ),
+        (changed(segmentation={'size': [60, 80], 'counts': 'hello world'}), ('1 whose mask is damaged: row 2: ',)),
+        (changed(segmentation={'size': [60, 80], 'counts': [9000, 9000]}), ('1 whose mask is damaged: row 2: ',)),
+        (
+            changed(file_name='train/image_7.png'),
+            ('of another split.: row 2 of train/image_7.png, image 2 is image_2.png', '--ann'),
+        ),
+        ([*ROWS, 5], ('1 that are no JSON objects: row 3',)),
+    ],
+)
 def test_rows_that_cannot_be_evaluated(truth, rows, parts):
     with refused('p.json', *parts):
         checked_rows(Path('p.json'), rows, truth, 'segm')
 
 
-@pytest.mark.parametrize('box', [[1, 2, 3], [1, 2, -3, 4], [1, 2, 3, None], 'box',
-                                 [1, 2, 3, float('inf')], [True, 2, 3, 4]])
+@pytest.mark.parametrize(
+    'box', [[1, 2, 3], [1, 2, -3, 4], [1, 2, 3, None], 'box', [1, 2, 3, float('inf')], [True, 2, 3, 4]]
+)
 def test_boxes_that_cannot_be_evaluated(truth, box):
     rows = [*rows_of([(1, CAT, A, 0.9)], 'bbox'), {**ROWS[0], 'bbox': box}]
     with refused('whose bbox is not left, top, width, height: row 2'):

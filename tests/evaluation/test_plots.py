@@ -47,30 +47,37 @@ def pixels(png: bytes) -> np.ndarray:
 
 
 def count(png: bytes, colour: str) -> int:
-    wanted = [int(colour[i:i + 2], 16) for i in (1, 3, 5)]
+    wanted = [int(colour[i : i + 2], 16) for i in (1, 3, 5)]
     return int((pixels(png) == wanted).all(axis=-1).sum())
 
 
 def history(epochs: int, **names: float) -> History:
-    return History({'epoch': e, 'iter': e, **{k: v / e for k, v in names.items()}}
-                   for e in range(1, epochs + 1))
+    return History({'epoch': e, 'iter': e, **{k: v / e for k, v in names.items()}} for e in range(1, epochs + 1))
 
 
-FULL = {'train/loss': 2.0, 'val/loss': 2.5, 'coco/bbox_mAP': 0.3, 'coco/segm_mAP': 0.2,
-        'coco/segm_mAP_50': 0.4, 'lr': 0.02, 'lr/neck': 0.01, 'lr/roi_head': 0.02}
+FULL = {
+    'train/loss': 2.0,
+    'val/loss': 2.5,
+    'coco/bbox_mAP': 0.3,
+    'coco/segm_mAP': 0.2,
+    'coco/segm_mAP_50': 0.4,
+    'lr': 0.02,
+    'lr/neck': 0.01,
+    'lr/roi_head': 0.02,
+}
 
 
 def test_titles():
-    assert [plots.title_of(m) for m in ('coco/segm_mAP', 'coco/segm_mAP_50', 'coco/bbox_mAP_s',
-                                        'coco/segm_AP/person', 'val/loss')] == \
-        ['mask AP', 'mask AP50', 'box APs', 'coco/segm_AP/person', 'val/loss']
+    assert [
+        plots.title_of(m)
+        for m in ('coco/segm_mAP', 'coco/segm_mAP_50', 'coco/bbox_mAP_s', 'coco/segm_AP/person', 'val/loss')
+    ] == ['mask AP', 'mask AP50', 'box APs', 'coco/segm_AP/person', 'val/loss']
 
 
 def test_panels_show_what_there_is():
     losses, aps, rates = plots._panels(history(2, **FULL))
     assert losses[1] == {'training': {1: 2.0, 2: 1.0}, 'validation': {1: 2.5, 2: 1.25}}
-    assert aps[1] == {'box AP': {1: 0.3, 2: 0.15}, 'mask AP': {1: 0.2, 2: 0.1},
-                      'mask AP50': {1: 0.4, 2: 0.2}}
+    assert aps[1] == {'box AP': {1: 0.3, 2: 0.15}, 'mask AP': {1: 0.2, 2: 0.1}, 'mask AP50': {1: 0.4, 2: 0.2}}
     assert rates[1] == {'neck': {1: 0.01, 2: 0.005}, 'roi_head': {1: 0.02, 2: 0.01}}
     # Of one group, or of no ground truth.
     _, aps, rates = plots._panels(history(1, lr=0.5, **{'coco/bbox_mAP': -1.0}))
@@ -99,12 +106,13 @@ def test_same_history_same_picture():
 
 
 def classes(number: int) -> dict[str, dict[str, float]]:
-    return {f'class {i}': {'segm_AP': i / number / 2, 'segm_AP50': i / number} if i % 5 else {}
-            for i in range(1, number + 1)}
+    return {
+        f'class {i}': {'segm_AP': i / number / 2, 'segm_AP50': i / number} if i % 5 else {}
+        for i in range(1, number + 1)
+    }
 
 
-@pytest.mark.parametrize('number, size', [(0, (715, 202)), (1, (715, 202)), (20, (715, 704)),
-                                          (203, (2420, 1522))])
+@pytest.mark.parametrize('number, size', [(0, (715, 202)), (1, (715, 202)), (20, (715, 704)), (203, (2420, 1522))])
 def test_bars_of_few_and_many_classes(number, size):
     image = plots.class_bars(classes(number), 'validation after epoch 3')
     assert pixels(image).shape[1::-1] == size
@@ -114,9 +122,10 @@ def test_bars_of_few_and_many_classes(number, size):
 
 
 def test_the_best_class_is_on_top():
-    image = pixels(plots.class_bars({
-        'low': {'segm_AP': 0.1}, 'none': {}, 'high': {'segm_AP': 0.9}, 'mean': {'segm_AP': 0.5}}))
-    wanted = [int(plots.COLOURS[0][i:i + 2], 16) for i in (1, 3, 5)]
+    image = pixels(
+        plots.class_bars({'low': {'segm_AP': 0.1}, 'none': {}, 'high': {'segm_AP': 0.9}, 'mean': {'segm_AP': 0.5}})
+    )
+    wanted = [int(plots.COLOURS[0][i : i + 2], 16) for i in (1, 3, 5)]
     widths = (image == wanted).all(axis=-1).sum(axis=1)
     bars = [w for i, w in enumerate(widths) if w and w != widths[i - 1]]
     assert len(bars) == 3 and bars == sorted(bars, reverse=True)
@@ -130,11 +139,20 @@ def test_boxes_are_shown_where_there_are_no_masks():
 
 
 def test_names_that_cannot_be_written_show_their_number(no_wide_fonts):
-    names = ['person', CHINESE, f'{CHINESE} 2', 'a\nb', '', '\x07', '$5 or $6', 'na\u00efve',
-             '_x', 'e\u0301', 'x' * 50]
+    names = ['person', CHINESE, f'{CHINESE} 2', 'a\nb', '', '\x07', '$5 or $6', 'na\u00efve', '_x', 'e\u0301', 'x' * 50]
     assert plots.legible(names) == [
-        'person', '#1 \u25a1\u25a1\u25a1', '#2 \u25a1\u25a1\u25a1 2', 'a b', '#4', '#5',
-        '$5 or $6', 'na\u00efve', '_x', 'e\u0301', 'x' * 39 + '\u2026']
+        'person',
+        '#1 \u25a1\u25a1\u25a1',
+        '#2 \u25a1\u25a1\u25a1 2',
+        'a b',
+        '#4',
+        '#5',
+        '$5 or $6',
+        'na\u00efve',
+        '_x',
+        'e\u0301',
+        'x' * 39 + '\u2026',
+    ]
 
 
 def test_pictures_with_names_of_any_script(no_wide_fonts):
@@ -156,6 +174,7 @@ def test_an_installed_font_with_the_letters_is_used(monkeypatch):
 
 def test_a_font_installed_since_matplotlib_looked_is_found(monkeypatch, tmp_path):
     from matplotlib import font_manager
+
     other = Path(font_manager.findfont(OTHER_FONT))
     new = tmp_path / 'new.ttf'
     new.write_bytes(other.read_bytes())
@@ -169,7 +188,9 @@ def test_a_font_installed_since_matplotlib_looked_is_found(monkeypatch, tmp_path
 
 
 def test_import_is_cheap():
-    code = 'import sys, mmfinetune.evaluation.plots, mmfinetune.evaluation.run_results; ' \
+    code = (
+        'import sys, mmfinetune.evaluation.plots, mmfinetune.evaluation.run_results; '
         'print(*{"matplotlib", "numpy", "torch", "mmengine"} & set(sys.modules))'
+    )
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ''

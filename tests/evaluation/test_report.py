@@ -55,22 +55,23 @@ def test_numbers_without_truth_are_dashes_and_none():
 def test_ap70_is_not_ap50():
     # 16 of 20 columns: IoU 0.8; 12 of 20: 0.6.
     found = made([(1, CAT, (5, 5, 17, 25), 0.9)], things=[(1, CAT, A)])
-    assert found.per_class()['cat'] == pytest.approx({
-        'segm_AP': 0.3, 'segm_AP50': 1, 'segm_AP70': 0,
-        'bbox_AP': 0.3, 'bbox_AP50': 1, 'bbox_AP70': 0})
+    assert found.per_class()['cat'] == pytest.approx(
+        {'segm_AP': 0.3, 'segm_AP50': 1, 'segm_AP70': 0, 'bbox_AP': 0.3, 'bbox_AP50': 1, 'bbox_AP70': 0}
+    )
     assert found.voc_line() == 'mask AP at IoU 0.5: 1.000, 0.7: 0.000 (mAP^r of VOC)'
 
 
 def test_notes():
     assert made().notes() == ['1 of 3 classes have no objects here and count in no mean: cow']
-    assert made(kinds=['segm']).notes()[1:] == [
-        'No boxes were given (--boxes): the numbers are those of masks.']
-    assert made(kinds=['bbox']).notes()[1:] == [
-        'No masks were given: the numbers are those of boxes.']
+    assert made(kinds=['segm']).notes()[1:] == ['No boxes were given (--boxes): the numbers are those of masks.']
+    assert made(kinds=['bbox']).notes()[1:] == ['No masks were given: the numbers are those of boxes.']
     assert made(FOUND[:1], kinds=['segm', 'bbox'], images=3).notes()[1:] == [
-        'There is no detection in 2 of 3 images: is this the right split?']
-    assert made([]).notes()[1:] == ['There is no mask detection at all: every AP is 0.',
-                                    'There is no box detection at all: every AP is 0.']
+        'There is no detection in 2 of 3 images: is this the right split?'
+    ]
+    assert made([]).notes()[1:] == [
+        'There is no mask detection at all: every AP is 0.',
+        'There is no box detection at all: every AP is 0.',
+    ]
 
 
 @pytest.mark.parametrize('engine', ['hotcoco', 'pycocotools'])
@@ -79,8 +80,13 @@ def test_nothing_found(engine):
     assert set(found.metrics().values()) == {0, -1}
     assert table(found.class_rows())['mean'][1:] == ['0.000'] * 4
     assert [e.count for e in found.worst] == [2, 1]
-    assert found.as_dict()['f1'] == {'kind': 'segm', 'score_thr': 0.3, 'f1': 0.0, 'best_f1': None,
-                                     'best_score_thr': None}
+    assert found.as_dict()['f1'] == {
+        'kind': 'segm',
+        'score_thr': 0.3,
+        'f1': 0.0,
+        'best_f1': None,
+        'best_score_thr': None,
+    }
     assert found.text() and found.markdown() and found.charts()
 
 
@@ -107,9 +113,13 @@ def test_csv_files():
     assert float(rows[0]['segm_AP50']) == found.per_class()['cat']['segm_AP50']
     assert rows[2]['segm_AP'] == rows[2]['bbox_AP70'] == ''
     matrix = list(csv.reader(io.StringIO(found.confusion_csv())))
-    assert matrix == [['true \\ predicted', 'cat', 'dog', 'cow', 'background'],
-                      ['cat', '1', '0', '0', '1'], ['dog', '0', '0', '1', '0'],
-                      ['cow', '0', '0', '0', '0'], ['background', '0', '1', '0', '0']]
+    assert matrix == [
+        ['true \\ predicted', 'cat', 'dog', 'cow', 'background'],
+        ['cat', '1', '0', '0', '1'],
+        ['dog', '0', '0', '1', '0'],
+        ['cow', '0', '0', '0', '0'],
+        ['background', '0', '1', '0', '0'],
+    ]
 
 
 def test_page():
@@ -134,12 +144,12 @@ def test_everything_is_json():
     assert data['images'] == 2
     assert data['objects'] == 3
     assert data['detections'] == {'segm': 3, 'bbox': 3}
-    assert data['tide']['segm']['counts'] == {
-        'Cls': 1, 'Loc': 0, 'Both': 0, 'Dupe': 0, 'Bkg': 1, 'Miss': 1}
+    assert data['tide']['segm']['counts'] == {'Cls': 1, 'Loc': 0, 'Both': 0, 'Dupe': 0, 'Bkg': 1, 'Miss': 1}
     assert data['confusion']['classes'] == ['cat', 'dog', 'cow', 'background']
     assert [(w['file_name'], w['errors'], w['what']) for w in data['worst']] == [
         ('image_2.png', 2, 'missed: cat; false: dog'),
-        ('image_1.png', 1, 'confused: dog taken for cow')]
+        ('image_1.png', 1, 'confused: dog taken for cow'),
+    ]
 
 
 def test_number_and_threshold_of_the_worst():
@@ -164,6 +174,7 @@ def test_pictures(tmp_path, kinds, factor):
         rows[kind] = rows_of(big(FOUND), kind)
         if kind == 'segm':
             from tests.builders.results import rle_of
+
             for row, (_, _, box, _) in zip(rows[kind], big(FOUND), strict=True):
                 row['segmentation'] = rle_of(box, size)
     for image in data['images']:
@@ -181,7 +192,7 @@ def test_pictures(tmp_path, kinds, factor):
 
     def tinted(panel: int, place: tuple[float, float]) -> bool:
         y, x = int(top + place[0] * (picture.shape[0] - top)), int(panel * third + place[1] * third)
-        return bool(np.ptp(picture[y - 2:y + 3, x - 2:x + 3].mean((0, 1))) > 25)
+        return bool(np.ptp(picture[y - 2 : y + 3, x - 2 : x + 3].mean((0, 1))) > 25)
 
     if kinds[0] == 'segm':
         assert [tinted(0, dog), tinted(2, dog)] == [True, True]

@@ -18,9 +18,11 @@ from mmfinetune.utils import text as utils_text
 from mmfinetune.utils.errors import UserError
 
 NAMES = [stat[0] for stat in run_results.STATS]
-PER_CLASS = {'cat': {'bbox_AP': 0.25, 'bbox_AP50': 0.5, 'segm_AP': 0.125, 'segm_AP50': 0.375},
-             'no | such <b>': {},
-             '\u72d7': {'bbox_AP': 1.0, 'bbox_AP50': 1.0, 'segm_AP': 0.75, 'segm_AP50': 1 / 3}}
+PER_CLASS = {
+    'cat': {'bbox_AP': 0.25, 'bbox_AP50': 0.5, 'segm_AP': 0.125, 'segm_AP50': 0.375},
+    'no | such <b>': {},
+    '\u72d7': {'bbox_AP': 1.0, 'bbox_AP50': 1.0, 'segm_AP': 0.75, 'segm_AP50': 1 / 3},
+}
 
 
 def coco(kind: str, start: float = 0.0) -> dict[str, float]:
@@ -35,24 +37,44 @@ def row(epoch: int | None, iteration: int, **more: float) -> dict[str, float]:
 
 @pytest.fixture
 def history() -> History:
-    return History([row(1, 10, **coco('bbox'), **coco('segm', 0.1), **{'val/loss': 1 / 3}),
-                    row(2, 20, **coco('bbox', 0.2), **coco('segm', 0.3), train_seconds=3725.4)])
+    return History(
+        [
+            row(1, 10, **coco('bbox'), **coco('segm', 0.1), **{'val/loss': 1 / 3}),
+            row(2, 20, **coco('bbox', 0.2), **coco('segm', 0.3), train_seconds=3725.4),
+        ]
+    )
 
 
 def test_columns_are_grouped_whatever_their_order_in_a_row():
-    found = History([{'val_seconds': 1.0, 'lr/neck': 0.1, 'coco/segm_mAP': 0.5, 'iter': 1,
-                      'train/acc': 1.0}, {'lr': 0.1, 'val/acc': 2.0, 'epoch': 2, 'iter': 2,
-                                          'train_seconds': 3.0, 'own': 1.0}]).columns()
-    assert found == ['epoch', 'iter', 'train/acc', 'val/acc', 'coco/segm_mAP', 'own', 'lr/neck',
-                     'lr', 'train_seconds', 'val_seconds']
+    found = History(
+        [
+            {'val_seconds': 1.0, 'lr/neck': 0.1, 'coco/segm_mAP': 0.5, 'iter': 1, 'train/acc': 1.0},
+            {'lr': 0.1, 'val/acc': 2.0, 'epoch': 2, 'iter': 2, 'train_seconds': 3.0, 'own': 1.0},
+        ]
+    ).columns()
+    assert found == [
+        'epoch',
+        'iter',
+        'train/acc',
+        'val/acc',
+        'coco/segm_mAP',
+        'own',
+        'lr/neck',
+        'lr',
+        'train_seconds',
+        'val_seconds',
+    ]
 
 
 def test_csv_keeps_every_digit():
-    rows = [{'epoch': 1, 'iter': 7, 'train/loss': 1 / 3, 'coco/segm_mAP': -1.0},
-            {'epoch': 2, 'iter': 14, 'train/loss': math.nan, 'lr/head': 0.1 + 0.2}]
+    rows = [
+        {'epoch': 1, 'iter': 7, 'train/loss': 1 / 3, 'coco/segm_mAP': -1.0},
+        {'epoch': 2, 'iter': 14, 'train/loss': math.nan, 'lr/head': 0.1 + 0.2},
+    ]
     text = History(rows).to_csv()
-    assert text == ('epoch,iter,train/loss,coco/segm_mAP,lr/head\n'
-                    '1,7,0.3333333333333333,-1.0,\n2,14,nan,,0.30000000000000004\n')
+    assert text == (
+        'epoch,iter,train/loss,coco/segm_mAP,lr/head\n1,7,0.3333333333333333,-1.0,\n2,14,nan,,0.30000000000000004\n'
+    )
     again = History.from_csv(text.encode())
     assert again.rows[0] == rows[0]
     assert again.rows[1].pop('train/loss') != 0
@@ -65,20 +87,24 @@ def test_csv_saved_by_a_spreadsheet_is_read():
     assert found.rows == [{'epoch': 1, 'iter': 10, 'train/loss': 0.5}]
 
 
-@pytest.mark.parametrize('text, message', [
-    (b'', 'not a table'),
-    (b'\xff\xfe', 'not a table'),
-    (b'epoch,iter\n1,"2\n', 'not a table'),
-    (b'epoch;iter\n1;2\n', 'line 1'),
-    (b'epoch,loss\n1,2\n', 'line 1'),
-    (b'epoch,iter,a,a\n', 'line 1'),
-    (b'epoch,iter,a\n1,2\n', 'line 2: 2 fields, not 3'),
-    (b'epoch,iter,a\n\n1,2\n', 'line 3: 2 fields, not 3'),
-    (b'epoch,iter,a\n1,2,x\n', "line 2: could not convert string to float: 'x'"),
-    (b'epoch,iter,a\n1,2.5,1\n', 'line 2'),
-    (b'epoch,iter,a\n1,,1\n', 'line 2: iter does not ascend'),
-    (b'epoch,iter\n2,20\n1,10\n', 'line 3: iter does not ascend'),
-    (b'epoch,iter\n1,10\n1,10\n', 'line 3: iter does not ascend')])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        (b'', 'not a table'),
+        (b'\xff\xfe', 'not a table'),
+        (b'epoch,iter\n1,"2\n', 'not a table'),
+        (b'epoch;iter\n1;2\n', 'line 1'),
+        (b'epoch,loss\n1,2\n', 'line 1'),
+        (b'epoch,iter,a,a\n', 'line 1'),
+        (b'epoch,iter,a\n1,2\n', 'line 2: 2 fields, not 3'),
+        (b'epoch,iter,a\n\n1,2\n', 'line 3: 2 fields, not 3'),
+        (b'epoch,iter,a\n1,2,x\n', "line 2: could not convert string to float: 'x'"),
+        (b'epoch,iter,a\n1,2.5,1\n', 'line 2'),
+        (b'epoch,iter,a\n1,,1\n', 'line 2: iter does not ascend'),
+        (b'epoch,iter\n2,20\n1,10\n', 'line 3: iter does not ascend'),
+        (b'epoch,iter\n1,10\n1,10\n', 'line 3: iter does not ascend'),
+    ],
+)
 def test_damaged_csv_is_told(text, message):
     with pytest.raises(ValueError, match=message):
         History.from_csv(text)
@@ -109,15 +135,16 @@ def test_result_lines_are_those_of_the_reference_projects(history):
     def reference(epoch: int, info: list[float], mean_loss: float, lr: float) -> str:
         # As train.py of those projects has it.
         result_info = [f'{i:.4f}' for i in [*info, mean_loss]] + [f'{lr:.6f}']
-        return 'epoch:{} {}'.format(epoch, '  '.join(result_info)) + '\n'  # noqa: UP032
+        return 'epoch:{} {}'.format(epoch, '  '.join(result_info)) + '\n'
 
     for kind, starts in (('bbox', (0, 0.2)), ('segm', (0.1, 0.3))):
         assert run_results.result_lines(history, kind) == ''.join(
-            reference(i, [starts[i - 1] + n / 32 for n in range(12)], 0.4 / i, 0.002)
-            for i in (1, 2))
+            reference(i, [starts[i - 1] + n / 32 for n in range(12)], 0.4 / i, 0.002) for i in (1, 2)
+        )
     assert run_results.result_lines(history, 'segm').splitlines()[0] == (
         'epoch:1 0.1000  0.1313  0.1625  0.1938  0.2250  0.2562  0.2875  0.3187  0.3500  0.3812  '
-        '0.4125  0.4437  0.4000  0.002000')
+        '0.4125  0.4437  0.4000  0.002000'
+    )
 
 
 def test_result_lines_without_the_metric_or_without_epochs():
@@ -129,19 +156,41 @@ def test_result_lines_without_the_metric_or_without_epochs():
 def test_record_map_has_the_lines_of_pycocotools():
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
+
     names = ('cat', 'dog', 'cow')
     with contextlib.redirect_stdout(io.StringIO()) as out:
         truth = COCO()
         truth.dataset = {
             'images': [{'id': 1, 'width': 200, 'height': 200}],
             'categories': [{'id': i, 'name': n} for i, n in enumerate(names, 1)],
-            'annotations': [{'id': i, 'image_id': 1, 'category_id': 1 + i % 2, 'iscrowd': 0,
-                             'bbox': [10 * i, 10 * i, 20 + i, 20], 'area': 20 * (20 + i)}
-                            for i in range(1, 6)]}
+            'annotations': [
+                {
+                    'id': i,
+                    'image_id': 1,
+                    'category_id': 1 + i % 2,
+                    'iscrowd': 0,
+                    'bbox': [10 * i, 10 * i, 20 + i, 20],
+                    'area': 20 * (20 + i),
+                }
+                for i in range(1, 6)
+            ],
+        }
         truth.createIndex()
-        evaluation = COCOeval(truth, truth.loadRes(
-            [{'image_id': 1, 'category_id': 1 + i % 2, 'score': 0.9 - i / 10,
-              'bbox': [10 * i + i % 3, 10 * i, 20, 20]} for i in range(1, 5)]), 'bbox')
+        evaluation = COCOeval(
+            truth,
+            truth.loadRes(
+                [
+                    {
+                        'image_id': 1,
+                        'category_id': 1 + i % 2,
+                        'score': 0.9 - i / 10,
+                        'bbox': [10 * i + i % 3, 10 * i, 20, 20],
+                    }
+                    for i in range(1, 5)
+                ]
+            ),
+            'bbox',
+        )
         evaluation.evaluate()
         evaluation.accumulate()
         out.truncate(0)
@@ -152,10 +201,12 @@ def test_record_map_has_the_lines_of_pycocotools():
     per_class = {n: {'bbox_AP50': half[n]} if n != 'cow' else {} for n in names}
     assert -1 in stats.values() and 0 < stats['coco/bbox_mAP'] < 1
     text = run_results.record_map_text(stats, per_class, 'Validation after epoch 3')
-    assert text == (f'Validation after epoch 3\n\nIoU metric: bbox\nCOCO results:\n{out.getvalue()}'
-                    '\nmAP(IoU=0.5) for each category:\n'
-                    f' cat            : {half["cat"]}\n dog            : {half["dog"]}\n'
-                    f' cow            : -1\n total          : {stats["coco/bbox_mAP_50"]}\n')
+    assert text == (
+        f'Validation after epoch 3\n\nIoU metric: bbox\nCOCO results:\n{out.getvalue()}'
+        '\nmAP(IoU=0.5) for each category:\n'
+        f' cat            : {half["cat"]}\n dog            : {half["dog"]}\n'
+        f' cow            : -1\n total          : {stats["coco/bbox_mAP_50"]}\n'
+    )
     # What is called the total is the mean over the classes that have ground truth.
     assert stats['coco/bbox_mAP_50'] == pytest.approx((half['cat'] + half['dog']) / 2)
 
@@ -164,26 +215,33 @@ def test_record_map_of_boxes_and_masks(tmp_path):
     path = tmp_path / 'new/record_mAP.txt'
     run_results.write_record_map(path, {**coco('segm', 0.5), **coco('bbox')}, PER_CLASS)
     boxes, masks = path.read_text(encoding='utf-8').split('\nIoU metric: segm\n')
-    assert boxes.startswith('IoU metric: bbox\nCOCO results:\n Average Precision  (AP) @[ IoU=0.50:'
-                            '0.95 | area=   all | maxDets=100 ] = 0.000\n')
-    assert ' Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = 0.844\n' \
-        in masks
-    assert masks.endswith('mAP(IoU=0.5) for each category:\n cat            : 0.375\n'
-                          ' no | such <b>  : -1\n \u72d7              : 0.3333333333333333\n'
-                          ' total          : 0.53125\n')
+    assert boxes.startswith(
+        'IoU metric: bbox\nCOCO results:\n Average Precision  (AP) @[ IoU=0.50:'
+        '0.95 | area=   all | maxDets=100 ] = 0.000\n'
+    )
+    assert ' Average Recall     (AR) @[ IoU=0.50:0.95 | area= large | maxDets=100 ] = 0.844\n' in masks
+    assert masks.endswith(
+        'mAP(IoU=0.5) for each category:\n cat            : 0.375\n'
+        ' no | such <b>  : -1\n \u72d7              : 0.3333333333333333\n'
+        ' total          : 0.53125\n'
+    )
 
 
 def test_record_map_says_so_where_only_ap_is_known():
     text = run_results.record_map_text(coco('segm', 0.5), {'cat': {'segm_AP': 0.5}})
-    assert text.endswith('mAP(IoU=0.50:0.95) for each category:\n cat            : 0.5\n'
-                         ' total          : 0.5\n')
+    assert text.endswith('mAP(IoU=0.50:0.95) for each category:\n cat            : 0.5\n total          : 0.5\n')
     assert 'category' not in run_results.record_map_text(coco('segm'), {})
     assert run_results.record_map_text({}, PER_CLASS) == ''
 
 
 def test_per_class_of_the_metric_or_of_the_numbers():
-    metrics = {'coco/segm_mAP': 0.5, 'coco/segm_AP/cat': 0.25, 'coco/bbox_AP/a_AP/b': 0.75,
-               'coco/segm_AP/a_AP/b': 0.125, 'own_AP/cat': 1.0}
+    metrics = {
+        'coco/segm_mAP': 0.5,
+        'coco/segm_AP/cat': 0.25,
+        'coco/bbox_AP/a_AP/b': 0.75,
+        'coco/segm_AP/a_AP/b': 0.125,
+        'own_AP/cat': 1.0,
+    }
     expected = {'cat': {'segm_AP': 0.25}, 'a_AP/b': {'bbox_AP': 0.75, 'segm_AP': 0.125}}
     plain = SimpleNamespace(metrics=[SimpleNamespace(), SimpleNamespace(per_class={})])
     assert run_results.per_class_of(plain, metrics) == expected
@@ -198,16 +256,31 @@ def test_files_set_aside_keep_each_other(tmp_path):
         path.write_text(content)
         run_results.set_aside(path)
     assert {p.name: p.read_text() for p in tmp_path.iterdir()} == {
-        'results.csv.bak': 'a', 'results.csv.bak2': 'b', 'results.csv.bak3': 'c'}
+        'results.csv.bak': 'a',
+        'results.csv.bak2': 'b',
+        'results.csv.bak3': 'c',
+    }
 
 
 def test_duration():
-    assert [utils_text.duration(s) for s in (0, 2.54, 59.4, 59.9, 3725.4, 360000)] == \
-        ['0.0 s', '2.5 s', '59.4 s', '0:01:00', '1:02:05', '100:00:00']
+    assert [utils_text.duration(s) for s in (0, 2.54, 59.4, 59.9, 3725.4, 360000)] == [
+        '0.0 s',
+        '2.5 s',
+        '59.4 s',
+        '0:01:00',
+        '1:02:05',
+        '100:00:00',
+    ]
 
 
-FACTS = run_results.RunFacts('a run', 'python x.py --y', 3, best={'coco/segm_mAP': False},
-                         setup={'weights': 'w.pth'}, data=[['train', '8', '26', '2', 'a.json']])
+FACTS = run_results.RunFacts(
+    'a run',
+    'python x.py --y',
+    3,
+    best={'coco/segm_mAP': False},
+    setup={'weights': 'w.pth'},
+    data=[['train', '8', '26', '2', 'a.json']],
+)
 
 
 def test_summary(history, tmp_path):
@@ -215,15 +288,20 @@ def test_summary(history, tmp_path):
     (tmp_path / 'best_coco_segm_mAP_epoch_2.pth').touch()
     text = run_results.summary_text(FACTS, history, 2, 'Unfinished', PER_CLASS, tmp_path)
     assert text.startswith('# a run\n\n**Unfinished: epoch 2 of 3** (')
-    assert ('Best coco/segm_mAP: **0.3000** after epoch 2, '
-            '[best_coco_segm_mAP_epoch_2.pth](best_coco_segm_mAP_epoch_2.pth)\n') in text
+    assert (
+        'Best coco/segm_mAP: **0.3000** after epoch 2, '
+        '[best_coco_segm_mAP_epoch_2.pth](best_coco_segm_mAP_epoch_2.pth)\n'
+    ) in text
     assert '![Loss, AP and learning rates](curves.png)' in text
-    assert '''\
+    assert (
+        """\
 | epoch | training loss | validation loss | box AP | box AP50 | mask AP | mask AP50 |    lr | training |
 | ----: | ------------: | --------------: | -----: | -------: | ------: | --------: | ----: | -------: |
 |     1 |        0.4000 |          0.3333 | 0.0000 |   0.0312 |  0.1000 |    0.1313 | 0.002 |        - |
 |     2 |        0.2000 |               - | 0.2000 |   0.2313 |  0.3000 |    0.3312 | 0.002 |  1:02:05 |
-''' in text  # noqa: E501
+"""
+        in text
+    )
     assert 'Validation after epoch 2.\n' in text
     assert '| no \\| such \\<b> |     1 |       - |         - |      - |        - |' in text
     assert '```bash\npython x.py --y\n```' in text
@@ -240,17 +318,24 @@ def test_summary_before_the_first_epoch(tmp_path):
 
 
 def test_test_goes_into_the_summary_once(history, tmp_path):
-    (tmp_path / 'summary.md').write_text(
-        run_results.summary_text(FACTS, history, 3, 'Finished', PER_CLASS, tmp_path))
+    (tmp_path / 'summary.md').write_text(run_results.summary_text(FACTS, history, 3, 'Finished', PER_CLASS, tmp_path))
     for loss in (0.5, 0.25):
         files = run_results.report_test(
-            tmp_path, Path('elsewhere/best.pth'),
+            tmp_path,
+            Path('elsewhere/best.pth'),
             {**coco('bbox', 0.5), **coco('segm'), 'coco/segm_mAP_l': -1.0, 'test/loss': loss},
-            PER_CLASS)
+            PER_CLASS,
+        )
     assert [f.name for f in files] == ['record_mAP.txt', 'per_class.png', 'summary.md']
     text = (tmp_path / 'summary.md').read_text(encoding='utf-8')
-    assert [line for line in text.splitlines() if line.startswith('## ')] == \
-        ['## Test', '## Epochs', '## Classes', '## Run', '## Data', '## Files']
+    assert [line for line in text.splitlines() if line.startswith('## ')] == [
+        '## Test',
+        '## Epochs',
+        '## Classes',
+        '## Run',
+        '## Data',
+        '## Files',
+    ]
     assert '## Test\n\n`best.pth`, loss 0.2500\n\n|      |     AP |   AP50 |' in text
     assert '| mask | 0.0000 | 0.0312 | 0.0625 | 0.0938 | 0.1250 |      - | 0.1875 |' in text
     assert 'Test of best.pth.\n' in text and 'Validation after' not in text

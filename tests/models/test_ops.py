@@ -20,10 +20,13 @@ from mmfinetune.models import ops
 from mmfinetune.utils.errors import UserError
 
 pytestmark = pytest.mark.skipif(
-    ops.install() == 'compiled', reason='this mmcv has compiled ops; there is nothing to stand in')
+    ops.install() == 'compiled', reason='this mmcv has compiled ops; there is nothing to stand in'
+)
 
-DEVICES = ['cpu', pytest.param('cuda', marks=pytest.mark.skipif(
-    not torch.cuda.is_available(), reason='needs a CUDA GPU'))]
+DEVICES = [
+    'cpu',
+    pytest.param('cuda', marks=pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a CUDA GPU')),
+]
 HALVES = [torch.float16, torch.bfloat16]
 
 
@@ -31,9 +34,12 @@ def run_script(tmp_path: Path, code: str) -> str:
     script = tmp_path / 'script.py'
     script.write_text(textwrap.dedent(code))
     done = subprocess.run(
-        [sys.executable, str(script)], capture_output=True, text=True, cwd=tmp_path,
-        env={'PYTHONPATH': str(Path(mmfinetune.__file__).parents[1]), 'OMP_NUM_THREADS': '1',
-             'HOME': str(tmp_path)})
+        [sys.executable, str(script)],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={'PYTHONPATH': str(Path(mmfinetune.__file__).parents[1]), 'OMP_NUM_THREADS': '1', 'HOME': str(tmp_path)},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
 
@@ -70,7 +76,7 @@ def naive_soft_nms(boxes, scores, threshold, sigma, min_score, method, offset):
         for i in list(left):
             overlap = iou(boxes[best].astype(float), boxes[i].astype(float), offset)
             if method == 'gaussian':
-                left[i] *= math.exp(-overlap ** 2 / sigma)
+                left[i] *= math.exp(-(overlap**2) / sigma)
             elif overlap >= threshold:
                 left[i] *= 0 if method == 'naive' else 1 - overlap
             if left[i] < min_score:
@@ -86,8 +92,9 @@ def bilinear(plane, y, x):
     y0, x0 = int(y), int(x)
     y1, x1 = min(y0 + 1, height - 1), min(x0 + 1, width - 1)
     fy, fx = y - y0, x - x0
-    return ((1 - fy) * ((1 - fx) * plane[y0, x0] + fx * plane[y0, x1])
-            + fy * ((1 - fx) * plane[y1, x0] + fx * plane[y1, x1]))
+    return (1 - fy) * ((1 - fx) * plane[y0, x0] + fx * plane[y0, x1]) + fy * (
+        (1 - fx) * plane[y1, x0] + fx * plane[y1, x1]
+    )
 
 
 def naive_roi_align(features, rois, size, scale, ratio, aligned):
@@ -101,9 +108,11 @@ def naive_roi_align(features, rois, size, scale, ratio, aligned):
         rows, cols = (ratio, ratio) if ratio else (math.ceil(bin_h), math.ceil(bin_w))
         for c, i, j in np.ndindex(out.shape[1:]):
             samples = [
-                bilinear(features[int(image), c], y1 + (i + (a + 0.5) / rows) * bin_h,
-                         x1 + (j + (b + 0.5) / cols) * bin_w)
-                for a, b in itertools.product(range(rows), range(cols))]
+                bilinear(
+                    features[int(image), c], y1 + (i + (a + 0.5) / rows) * bin_h, x1 + (j + (b + 0.5) / cols) * bin_w
+                )
+                for a, b in itertools.product(range(rows), range(cols))
+            ]
             out[k, c, i, j] = sum(samples) / max(len(samples), 1)
     return out
 
@@ -128,22 +137,30 @@ def naive_roi_pool(features, rois, size, scale):
 
 
 FEATURES = np.random.default_rng(1).permutation(2 * 3 * 8 * 10).reshape(2, 3, 8, 10) / 100
-ROIS = np.array([
-    [0, 2.3, 1.1, 15.7, 9.2], [1, 0, 0, 19, 15], [1, 4.4, 6.1, 4.9, 6.3],
-    [0, -7, -5, 6, 30], [1, 13.2, 3.3, 45, 12], [0, 60, 60, 90, 90]])
+ROIS = np.array(
+    [
+        [0, 2.3, 1.1, 15.7, 9.2],
+        [1, 0, 0, 19, 15],
+        [1, 4.4, 6.1, 4.9, 6.3],
+        [0, -7, -5, 6, 30],
+        [1, 13.2, 3.3, 45, 12],
+        [0, 60, 60, 90, 90],
+    ]
+)
 
 
 # --- NMS ---
+
 
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('offset', [0, 1])
 def test_nms_brute_force(offset, device):
     from mmcv.ops import nms
+
     boxes, scores = random_boxes(120, seed=0)
     keep = naive_nms(boxes.astype(float), scores, 0.4, offset)
     assert 5 < len(keep) < 100
-    dets, inds = nms(torch.tensor(boxes, device=device), torch.tensor(scores, device=device),
-                     0.4, offset=offset)
+    dets, inds = nms(torch.tensor(boxes, device=device), torch.tensor(scores, device=device), 0.4, offset=offset)
     assert inds.device.type == device
     assert inds.tolist() == keep
     np.testing.assert_array_equal(dets.cpu(), np.column_stack([boxes, scores])[keep])
@@ -152,7 +169,7 @@ def test_nms_brute_force(offset, device):
 @pytest.mark.parametrize('device', DEVICES)
 def test_nms_offset_decides(device):
     # 5 x 10 of 15 x 10 overlap: 1/3. With offset 1, 6 x 11 of 16 x 11: 0.375.
-    boxes = torch.tensor([[0., 0, 10, 10], [5, 0, 15, 10]], device=device)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [5, 0, 15, 10]], device=device)
     scores = torch.tensor([0.5, 0.9], device=device)
     assert ops.nms(boxes, scores, iou_threshold=0.35, offset=0).tolist() == [1, 0]
     assert ops.nms(boxes, scores, iou_threshold=0.35, offset=1).tolist() == [1]
@@ -161,7 +178,7 @@ def test_nms_offset_decides(device):
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('tenths', range(1, 10))
 def test_nms_keeps_a_box_at_the_threshold(tenths, device):
-    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, tenths, 10]], device=device)
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, tenths, 10]], device=device)
     scores = torch.tensor([0.9, 0.5], device=device)
     assert ops.nms(boxes, scores, tenths / 10, 0).tolist() == [0, 1]
     assert ops.nms(boxes, scores, tenths / 10 - 0.01, 0).tolist() == [0]
@@ -179,6 +196,7 @@ def test_nms_dtypes(dtype, device):
 
 def test_nms_nothing_in_nothing_out():
     from mmcv.ops import nms, soft_nms
+
     for op in nms, soft_nms:
         dets, inds = op(torch.zeros(0, 4), torch.zeros(0), 0.5)
         assert dets.shape == (0, 5)
@@ -191,12 +209,13 @@ def test_nms_nothing_in_nothing_out():
 @pytest.mark.parametrize('method', ['naive', 'linear', 'gaussian'])
 def test_soft_nms_naive_reference(method, offset, device):
     from mmcv.ops import soft_nms
+
     boxes, scores = random_boxes(80, seed=5)
     inds, new_scores = naive_soft_nms(boxes, scores, 0.3, 0.5, 0.05, method, offset)
     assert 3 < len(inds) < 80
     dets, got = soft_nms(
-        torch.tensor(boxes, device=device), torch.tensor(scores, device=device), 0.3, 0.5, 0.05,
-        method, offset)
+        torch.tensor(boxes, device=device), torch.tensor(scores, device=device), 0.3, 0.5, 0.05, method, offset
+    )
     assert got.device.type == device
     assert got.tolist() == inds
     np.testing.assert_array_equal(dets[:, :4].cpu(), boxes[inds])
@@ -205,8 +224,9 @@ def test_soft_nms_naive_reference(method, offset, device):
 
 def test_soft_nms_by_hand():
     from mmcv.ops import soft_nms
+
     # The second box covers 0.6 of the first, the third touches neither.
-    boxes = torch.tensor([[0., 0, 10, 10], [0, 0, 6, 10], [20, 20, 30, 30]])
+    boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 6, 10], [20, 20, 30, 30]])
     scores = torch.tensor([0.9, 0.8, 0.5])
     for method, second in ('linear', 0.8 * 0.4), ('gaussian', 0.8 * math.exp(-0.36 / 0.5)):
         dets, inds = soft_nms(boxes, scores, 0.3, 0.5, 0.01, method)
@@ -221,18 +241,20 @@ def test_soft_nms_by_hand():
 
 def test_soft_nms_order_of_ties():
     from mmcv.ops import soft_nms
+
     # Boxes 1 and 2 are dropped: the last box takes the first place free, the one before it the
     # second, so both come before box 3, their equal.
-    boxes = torch.tensor([[0., 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9],
-                          [40, 0, 49, 9], [60, 0, 69, 9]])
+    boxes = torch.tensor([[0.0, 0, 9, 9], [0, 0, 9, 9], [0, 0, 9, 8], [20, 0, 29, 9], [40, 0, 49, 9], [60, 0, 69, 9]])
     scores = torch.tensor([0.9, 0.8, 0.8, 0.5, 0.5, 0.5])
     assert soft_nms(boxes, scores, 0.3, method='naive')[1].tolist() == [0, 5, 4, 3]
 
 
 def test_soft_nms_boxes_without_area():
     from mmcv.ops import soft_nms
-    boxes = np.array([[4, 3, 5, 3], [4, 3, 5, 4], [3, 1, 3, 1], [3, 1, 3, 1], [3, 1, 3, 1],
-                      [3, 1, 3, 1]], dtype=np.float32)
+
+    boxes = np.array(
+        [[4, 3, 5, 3], [4, 3, 5, 4], [3, 1, 3, 1], [3, 1, 3, 1], [3, 1, 3, 1], [3, 1, 3, 1]], dtype=np.float32
+    )
     scores = np.array([0.9, 0.9, 0.5, 0.5, 0.4, 0.0], dtype=np.float32)
     dets, inds = soft_nms(boxes, scores, iou_threshold=0.6, sigma=0.5)
     assert inds.tolist() == [0, 1, 2, 3, 4]
@@ -242,6 +264,7 @@ def test_soft_nms_boxes_without_area():
 @pytest.mark.parametrize('dtype', HALVES)
 def test_soft_nms_halves(dtype):
     from mmcv.ops import soft_nms
+
     boxes, scores = (torch.tensor(a).to(dtype) for a in random_boxes(40, seed=5))
     dets, inds = soft_nms(boxes, scores, 0.3, 0.5, 0.05, 'linear')
     wide, expected = soft_nms(boxes.float(), scores.float(), 0.3, 0.5, 0.05, 'linear')
@@ -252,27 +275,27 @@ def test_soft_nms_halves(dtype):
 
 def test_nms_match_groups():
     from mmcv.ops import nms_match
-    dets = torch.tensor([[0., 0, 10, 8, 0.5], [20, 20, 30, 30, 0.6], [0, 0, 10, 10, 0.9],
-                         [0, 0, 10, 6, 0.7]])
+
+    dets = torch.tensor([[0.0, 0, 10, 8, 0.5], [20, 20, 30, 30, 0.6], [0, 0, 10, 10, 0.9], [0, 0, 10, 6, 0.7]])
     groups = [g.tolist() for g in nms_match(dets, 0.6)]
     assert groups == [[2, 3, 0], [1]]
 
 
 # --- RoIAlign and RoIPool ---
 
+
 @pytest.mark.parametrize('device', DEVICES)
 @pytest.mark.parametrize('ratio', [0, 2])
 @pytest.mark.parametrize('aligned', [True, False])
 def test_roi_align_brute_force(aligned, ratio, device):
     from mmcv.ops import roi_align
+
     features = torch.tensor(FEATURES, device=device)
-    got = roi_align(features, torch.tensor(ROIS, device=device), (3, 2), 0.5, ratio, 'avg',
-                    aligned)
+    got = roi_align(features, torch.tensor(ROIS, device=device), (3, 2), 0.5, ratio, 'avg', aligned)
     expected = naive_roi_align(FEATURES, ROIS, (3, 2), 0.5, ratio, aligned)
     assert np.abs(expected).max() > 1
     np.testing.assert_allclose(got.cpu(), expected, atol=1e-9)
-    single = roi_align(features.float(), torch.tensor(ROIS, device=device).float(), (3, 2), 0.5,
-                       ratio, 'avg', aligned)
+    single = roi_align(features.float(), torch.tensor(ROIS, device=device).float(), (3, 2), 0.5, ratio, 'avg', aligned)
     assert single.dtype == torch.float32
     np.testing.assert_allclose(single.cpu(), expected, atol=1e-4)
 
@@ -281,20 +304,20 @@ def test_roi_align_brute_force(aligned, ratio, device):
 @pytest.mark.parametrize('aligned', [True, False])
 def test_roi_align_gradcheck(aligned, device):
     from mmcv.ops import roi_align
+
     features = torch.tensor(FEATURES[:, :1, :5, :6], device=device, requires_grad=True)
     rois = torch.tensor(ROIS, device=device)
-    assert torch.autograd.gradcheck(
-        lambda f: roi_align(f, rois, (2, 2), 0.5, 2, 'avg', aligned), (features,))
+    assert torch.autograd.gradcheck(lambda f: roi_align(f, rois, (2, 2), 0.5, 2, 'avg', aligned), (features,))
 
 
 @pytest.mark.parametrize('device', DEVICES)
 def test_roi_pool_brute_force(device):
     from mmcv.ops import roi_pool
+
     # Corners at odd places, empty bins, a region that is all outside, two turned inside out.
     rois = np.concatenate([ROIS, [[1, 9, 9, 3, 12], [1, 9, 9, 7.5, 12]]])
     for scale in 0.5, 1.0:
-        got = roi_pool(torch.tensor(FEATURES, device=device), torch.tensor(rois, device=device),
-                       (3, 2), scale)
+        got = roi_pool(torch.tensor(FEATURES, device=device), torch.tensor(rois, device=device), (3, 2), scale)
         expected = naive_roi_pool(FEATURES, rois, (3, 2), scale)
         np.testing.assert_array_equal(got.cpu(), expected)
         assert (expected[5:] == 0).all()
@@ -303,6 +326,7 @@ def test_roi_pool_brute_force(device):
 @pytest.mark.parametrize('device', DEVICES)
 def test_roi_pool_gradcheck(device):
     from mmcv.ops import roi_pool
+
     features = torch.tensor(FEATURES[:, :2, :5, :6], device=device, requires_grad=True)
     rois = torch.tensor(ROIS, device=device)
     assert torch.autograd.gradcheck(lambda f: roi_pool(f, rois, (2, 3), 0.5), (features,))
@@ -326,6 +350,7 @@ def test_roi_pool_argmax():
 @pytest.mark.parametrize('name', ['roi_align', 'roi_pool'])
 def test_roi_halves_close_to_single(name, dtype, device):
     import mmcv.ops
+
     # Corners and values that the half types hold exactly: what differs is the op's own doing.
     rois = torch.tensor([[0, 2.5, 1, 15.5, 9], [1, 0, 0, 19, 15]], device=device)
     values = torch.tensor(FEATURES, device=device).to(dtype)
@@ -340,13 +365,13 @@ def test_roi_halves_close_to_single(name, dtype, device):
         results.append((out.detach().float(), features.grad.float()))
     assert results[1][1].abs().sum() > 1
     for half, single in zip(*results, strict=True):
-        torch.testing.assert_close(
-            half, single, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
+        torch.testing.assert_close(half, single, rtol=torch.finfo(dtype).eps, atol=torch.finfo(dtype).tiny)
 
 
 @pytest.mark.parametrize('name', ['RoIAlign', 'RoIPool'])
 def test_roi_without_regions(name):
     import mmcv.ops
+
     features = torch.rand(1, 2, 6, 6, requires_grad=True)
     out = getattr(mmcv.ops, name)((7, 7), 0.5)(features, torch.zeros(0, 5))
     assert out.shape == (0, 2, 7, 7)
@@ -356,8 +381,10 @@ def test_roi_without_regions(name):
 
 # --- Ops that are not there ---
 
+
 def test_missing_op_names_itself_and_the_cure():
     from mmcv.ops import deform_conv2d
+
     with pytest.raises(NotImplementedError) as caught:
         deform_conv2d(torch.rand(1, 2, 5, 5), torch.rand(1, 18, 3, 3), torch.rand(2, 2, 3, 3))
     assert isinstance(caught.value, ops.MissingOpError)
@@ -374,12 +401,14 @@ def test_missing_op_names_itself_and_the_cure():
 
 def test_max_pooling_is_missing():
     from mmcv.ops import roi_align
+
     with pytest.raises(ops.MissingOpError, match='roi_align with max pooling'):
-        roi_align(torch.rand(1, 1, 4, 4), torch.tensor([[0., 0, 0, 3, 3]]), (2, 2), 1.0, 2, 'max')
+        roi_align(torch.rand(1, 1, 4, 4), torch.tensor([[0.0, 0, 0, 3, 3]]), (2, 2), 1.0, 2, 'max')
 
 
 def test_stand_in_answers_public_names_only():
     import mmcv._ext
+
     assert mmcv._ext.nms is ops.nms
     assert callable(mmcv._ext.no_such_op)
     pickle.loads(pickle.dumps(mmcv._ext.no_such_op))
@@ -390,14 +419,18 @@ def test_stand_in_answers_public_names_only():
 
 def test_collect_env_names_torchvision():
     from mmcv.ops import get_compiler_version, get_compiling_cuda_version
+
     assert 'torchvision' in get_compiler_version()
     assert get_compiling_cuda_version().startswith('n/a')
 
 
 # --- How they become mmcv._ext ---
 
+
 def test_import_is_cheap_and_idempotent(tmp_path):
-    assert run_script(tmp_path, '''
+    assert run_script(
+        tmp_path,
+        """
         import importlib, sys
         import mmfinetune
         importlib.reload(mmfinetune)
@@ -406,7 +439,8 @@ def test_import_is_cheap_and_idempotent(tmp_path):
         names = [type(f).__name__ for f in sys.meta_path]
         print(names.count('_OpsFinder'), names[-1])
         print(sorted({'torch', 'torchvision', 'mmcv', 'numpy'} & set(sys.modules)))
-    ''').splitlines() == ['1 _OpsFinder', '[]']
+    """,
+    ).splitlines() == ['1 _OpsFinder', '[]']
 
 
 def test_compiled_module_wins(tmp_path):
@@ -416,8 +450,11 @@ def test_compiled_module_wins(tmp_path):
         'def nms(*args, **kwargs): return torch.tensor([1])\n'
         'def __getattr__(name):\n'
         "    if name.startswith('_'): raise AttributeError(name)\n"
-        '    return lambda *args, **kwargs: None\n')
-    assert run_script(tmp_path, '''
+        '    return lambda *args, **kwargs: None\n'
+    )
+    assert run_script(
+        tmp_path,
+        """
         import mmfinetune
         import mmcv
         mmcv.__path__.append('compiled')
@@ -428,7 +465,8 @@ def test_compiled_module_wins(tmp_path):
         print(mmcv.ops.nms(boxes, torch.tensor([.9, .8]), .5)[1].tolist())
         from mmfinetune.models.ops import install
         print(install())
-    ''').splitlines() == ['False', '[1]', 'compiled']
+    """,
+    ).splitlines() == ['False', '[1]', 'compiled']
 
 
 def test_install_says_torchvision():
@@ -436,7 +474,10 @@ def test_install_says_torchvision():
 
 
 def test_spawned_loader_worker_has_the_ops(tmp_path):
-    assert run_script(tmp_path, '''
+    assert (
+        run_script(
+            tmp_path,
+            """
         import os
         import mmfinetune
         import torch
@@ -459,4 +500,7 @@ def test_spawned_loader_worker_has_the_ops(tmp_path):
             loader = DataLoader(Boxes(), 2, num_workers=1, multiprocessing_context='spawn')
             batch = next(iter(loader))
             print(batch[:, :2].tolist(), os.getpid() in batch[:, 2].tolist())
-    ''') == '[[1, 2], [1, 2]] False'
+    """,
+        )
+        == '[[1, 2], [1, 2]] False'
+    )

@@ -15,15 +15,7 @@ from PIL import Image
 
 from mmfinetune.data import demo
 from mmfinetune.data.formats import voc
-from tests.builders.runs import (
-    CONFIGS,
-    TRAIN_IMAGES,
-    VAL_IMAGES,
-    drive,
-    files_in,
-    spawn,
-    write_tiny_config,
-)
+from tests.builders.runs import CONFIGS, TRAIN_IMAGES, VAL_IMAGES, drive, files_in, spawn, write_tiny_config
 
 TOOL = 'check_dataset'
 
@@ -81,8 +73,9 @@ def test_errors_give_code_1_and_all_of_them(site):
     for code in ('annotation-id-zero', 'box-mask', 'image-size'):
         assert f'[{code}]' in done.out
     assert 'is 224x224, the file says 7x224' in done.out
-    assert done.out.count('    cure: ') == done.out.count('\nerror: ') + done.out.count(
-        '\nwarning: ') + done.out.count('\nnote: ')
+    assert done.out.count('    cure: ') == done.out.count('\nerror: ') + done.out.count('\nwarning: ') + done.out.count(
+        '\nnote: '
+    )
 
 
 def test_json(site):
@@ -176,17 +169,20 @@ def test_fix_writes_a_copy_without_errors(site):
     assert len(json.loads(Path('fixed/changes.json').read_text())) > 1
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-    (['set/images'], 'no annotation files in it'),
-    (['set', '--images', 'nowhere'], 'There is no folder nowhere'),
-    (['set', '--fix', 'set'], 'is there already'),
-    (['set', '--fix', 'new', '--no-images'], '--fix needs to see the images'),
-    (['--config', 'nowhere.py'], 'There is no config nowhere.py'),
-    ([], 'pass annotation files, a folder, or --config'),
-    (['set', '--config', 'tiny.py'], 'pass annotation files, a folder, or --config'),
-    (['set', '--workers', '0'], '--workers 1 or more'),
-    (['--config', 'tiny.py', '--images', 'set'], 'leave --images out'),
-])
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['set/images'], 'no annotation files in it'),
+        (['set', '--images', 'nowhere'], 'There is no folder nowhere'),
+        (['set', '--fix', 'set'], 'is there already'),
+        (['set', '--fix', 'new', '--no-images'], '--fix needs to see the images'),
+        (['--config', 'nowhere.py'], 'There is no config nowhere.py'),
+        ([], 'pass annotation files, a folder, or --config'),
+        (['set', '--config', 'tiny.py'], 'pass annotation files, a folder, or --config'),
+        (['set', '--workers', '0'], '--workers 1 or more'),
+        (['--config', 'tiny.py', '--images', 'set'], 'leave --images out'),
+    ],
+)
 def test_wrong_arguments(site, args, message):
     before = files_in(site)
     done = drive(TOOL, *args)
@@ -203,12 +199,16 @@ def test_file_that_is_missing_is_a_finding(site):
 
 
 def test_annotation_errors_do_not_load_torch(site):
-    code = ('import sys, runpy; sys.argv = ["check_dataset.py", "set"]\n'
-            'try: runpy.run_path(sys.path[0] or sys.argv[0])\nexcept SystemExit: pass\n')
+    code = (
+        'import sys, runpy; sys.argv = ["check_dataset.py", "set"]\n'
+        'try: runpy.run_path(sys.path[0] or sys.argv[0])\nexcept SystemExit: pass\n'
+    )
     script = Path('probe.py')
-    script.write_text(code.replace('sys.path[0] or sys.argv[0]',
-                                   f'{str(CONFIGS.parent / "tools/check_dataset.py")!r}, '
-                                   'run_name="__main__"')
-                      + 'print([m for m in ("torch", "mmdet", "mmengine") if m in sys.modules])')
+    script.write_text(
+        code.replace(
+            'sys.path[0] or sys.argv[0]', f'{str(CONFIGS.parent / "tools/check_dataset.py")!r}, run_name="__main__"'
+        )
+        + 'print([m for m in ("torch", "mmdet", "mmengine") if m in sys.modules])'
+    )
     done = spawn(script)
     assert done.out.strip().endswith('[]'), done.out + done.err

@@ -15,15 +15,19 @@ HEAVY = ('torch', 'torchvision', 'mmengine', 'mmdet', 'mmcv')
 
 def imported(err: str) -> set[str]:
     """Of the output of ``python -X importtime``."""
-    return {line.rpartition('|')[2].strip() for line in err.splitlines()
-            if line.startswith('import time:')}
+    return {line.rpartition('|')[2].strip() for line in err.splitlines() if line.startswith('import time:')}
 
 
 @pytest.fixture
 def files(tmp_path: Path) -> list:
-    return ['--predictions', write(tmp_path / 'p.json', rows_of([(1, CAT, A, 0.9)])),
-            '--ann', write(tmp_path / 'a.json', data_set([(1, CAT, A), (2, DOG, B)])),
-            '--out', tmp_path / 'out']
+    return [
+        '--predictions',
+        write(tmp_path / 'p.json', rows_of([(1, CAT, A, 0.9)])),
+        '--ann',
+        write(tmp_path / 'a.json', data_set([(1, CAT, A), (2, DOG, B)])),
+        '--out',
+        tmp_path / 'out',
+    ]
 
 
 def test_saved_predictions_need_no_torch(files, tmp_path):
@@ -35,12 +39,15 @@ def test_saved_predictions_need_no_torch(files, tmp_path):
     assert json.loads((tmp_path / 'out/evaluation.json').read_text())['objects'] == 2
 
 
-@pytest.mark.parametrize('arguments, message', [
-    ([], 'There is nothing to evaluate'),
-    (['no_such_run'], 'There is no folder no_such_run'),
-    (['--predictions', 'p.json'], '--predictions needs the ground truth'),
-    (['--predictions', 'p.json', '--ann', 'a.json'], 'There is no annotation file a.json'),
-])
+@pytest.mark.parametrize(
+    'arguments, message',
+    [
+        ([], 'There is nothing to evaluate'),
+        (['no_such_run'], 'There is no folder no_such_run'),
+        (['--predictions', 'p.json'], '--predictions needs the ground truth'),
+        (['--predictions', 'p.json', '--ann', 'a.json'], 'There is no annotation file a.json'),
+    ],
+)
 def test_errors_are_quick_and_clear(arguments, message):
     done = spawn('-X', 'importtime', TOOL, *arguments)
     assert done.code == 2
@@ -50,8 +57,9 @@ def test_errors_are_quick_and_clear(arguments, message):
 
 
 def test_options_reach_the_evaluation(files, tmp_path):
-    done = drive('evaluate', *files, '--engine', 'pycocotools', '--score-thr', '0.95', '--worst',
-                 '1', '--no-pictures', '--json')
+    done = drive(
+        'evaluate', *files, '--engine', 'pycocotools', '--score-thr', '0.95', '--worst', '1', '--no-pictures', '--json'
+    )
     assert done.code == 0, done.err
     data = json.loads(done.out)
     assert data['engine'] == 'pycocotools'

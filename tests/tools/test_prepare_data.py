@@ -20,11 +20,15 @@ def write_coco(src: Path, *splits: str) -> None:
         Image.new('RGB', (30, 20)).save(image)
         path = src / f'annotations/instances_{split}.json'
         path.parent.mkdir(exist_ok=True)
-        path.write_text(json.dumps({
-            'images': [{'id': 0, 'file_name': image.name, 'width': 30, 'height': 20}],
-            'annotations': [{'id': 0, 'image_id': 0, 'category_id': 0,
-                             'segmentation': [[1, 1, 9, 1, 9, 9]]}],
-            'categories': [{'id': 0, 'name': 'cat'}, {'id': 1, 'name': 'dog'}]}))
+        path.write_text(
+            json.dumps(
+                {
+                    'images': [{'id': 0, 'file_name': image.name, 'width': 30, 'height': 20}],
+                    'annotations': [{'id': 0, 'image_id': 0, 'category_id': 0, 'segmentation': [[1, 1, 9, 1, 9, 9]]}],
+                    'categories': [{'id': 0, 'name': 'cat'}, {'id': 1, 'name': 'dog'}],
+                }
+            )
+        )
 
 
 def tool(*args: str | Path) -> Outcome:
@@ -40,8 +44,9 @@ def test_a_data_set_is_prepared(tmp_path):
     assert lines[0].startswith('read as coco: annotations/instances_train.json and 1 more')
     assert ['train', '1', '1', '0', '0'] in [line.split() for line in lines]
     assert ['cat', '1', '1'] in [line.split() for line in lines]
-    assert lines[-2] == (f'next: python tools/check_dataset.py {out}, then '
-                         f'python tools/new_config.py --data {out} --name NAME')
+    assert lines[-2] == (
+        f'next: python tools/check_dataset.py {out}, then python tools/new_config.py --data {out} --name NAME'
+    )
     assert lines[-1].startswith('written: ')
     for path in lines[-1].split()[1:]:
         assert Path(path).exists()
@@ -81,25 +86,31 @@ def test_problems_end_with_2_and_skip_bad_with_0(tmp_path):
     assert done.code == 0 and 'left out:' in done.out and 'empty file' in done.out
 
 
-@pytest.mark.parametrize('args, message', [
-    ((), 'the following arguments are required: SRC, OUT'),
-    (('a',), 'the following arguments are required: OUT'),
-    (('nowhere', 'out'), 'nowhere: there is no such folder'),
-    (('.', 'out', '--kind', 'pascal'), "invalid choice: 'pascal'"),
-    (('.', 'out', '--workers', '0'), "'0' is no number from 1 on"),
-    (('.', 'out', '--min-area', 'x'), "'x' is no number from 1 on"),
-    (('.', 'out', '--classes', 'a,,b'), 'names separated by commas'),
-    (('.', 'out', '--images', 'move'), 'invalid choice'),
-])
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        ((), 'the following arguments are required: SRC, OUT'),
+        (('a',), 'the following arguments are required: OUT'),
+        (('nowhere', 'out'), 'nowhere: there is no such folder'),
+        (('.', 'out', '--kind', 'pascal'), "invalid choice: 'pascal'"),
+        (('.', 'out', '--workers', '0'), "'0' is no number from 1 on"),
+        (('.', 'out', '--min-area', 'x'), "'x' is no number from 1 on"),
+        (('.', 'out', '--classes', 'a,,b'), 'names separated by commas'),
+        (('.', 'out', '--images', 'move'), 'invalid choice'),
+    ],
+)
 def test_mistakes_are_told_in_one_message(tmp_path, args, message):
     done = spawn(TOOL, *args)
     assert done.code == 2 and message in done.err and 'Traceback' not in done.err
 
 
 def test_real_data_sets_are_recognised(real_data, tmp_path):
-    for name, kind, images in (('coco2017_real', 'coco2017', 80), ('voc2012_real', 'voc', 29),
-                               ('labelme_real', 'labelme', 3),
-                               ('magnetic_tile_real', 'binary-masks', 80)):
+    for name, kind, images in (
+        ('coco2017_real', 'coco2017', 80),
+        ('voc2012_real', 'voc', 29),
+        ('labelme_real', 'labelme', 3),
+        ('magnetic_tile_real', 'binary-masks', 80),
+    ):
         done = tool(real_data / name, tmp_path / name, '--images', 'reference')
         assert done.code == 0, done.err
         assert done.out.startswith(f'read as {kind}: ')

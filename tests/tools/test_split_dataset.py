@@ -43,11 +43,15 @@ def test_no_hash_seed_changes_the_split(tmp_path):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize(('args', 'message'), [
-    (['missing.json'], 'There is no annotation file'),
-    (['.', '--ratios', '70'], '--ratios takes 2 or 3 numbers'),
-    (['.', '--group-by', '('], 'is no regular expression'),
-    (['.', '--seed', '-1'], 'must be 0 or more')])
+@pytest.mark.parametrize(
+    ('args', 'message'),
+    [
+        (['missing.json'], 'There is no annotation file'),
+        (['.', '--ratios', '70'], '--ratios takes 2 or 3 numbers'),
+        (['.', '--group-by', '('], 'is no regular expression'),
+        (['.', '--seed', '-1'], 'must be 0 or more'),
+    ],
+)
 def test_mistakes_are_one_message_and_leave_nothing(tmp_path, monkeypatch, args, message):
     save(tmp_path, coco(many(20)))
     monkeypatch.chdir(tmp_path)

@@ -23,7 +23,6 @@ from tests.builders.runs import (
     copy_site,
     drive,
     files_in,
-    make_site,
     random_state_dict,
     save_hashed,
     spawn,
@@ -32,13 +31,6 @@ from tests.builders.runs import (
 
 ALL_TOOLS = sorted(p.stem for p in TOOLS.glob('*.py'))
 WITH_HELP = [t for t in ALL_TOOLS if t != 'check_platform']  # it must run on any Python 3
-
-
-@pytest.fixture(scope='module')
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp('site')
-    make_site(folder)
-    return folder
 
 
 @pytest.fixture
@@ -133,6 +125,7 @@ class Evil:
 
     def __reduce__(self):
         import os
+
         return os.mkdir, ('executed',)
 
 
@@ -144,8 +137,9 @@ def a_pickle_that_runs_code(folder):
 
 @weights_file
 def weights_of_another_architecture(folder):
-    file = save_hashed({'state_dict': {
-        **random_state_dict(), 'backbone.layer3.22.conv1.weight': torch.zeros(1)}}, Path('r101'))
+    file = save_hashed(
+        {'state_dict': {**random_state_dict(), 'backbone.layer3.22.conv1.weight': torch.zeros(1)}}, Path('r101')
+    )
     return ['--weights', file], ['backbone.layer3.22.conv1.weight', 'same architecture']
 
 
@@ -157,8 +151,12 @@ def a_data_root_that_is_not_there(folder):
 @other
 def an_empty_data_root(folder):
     (folder / 'empty').mkdir()
-    return ['--data-root', 'empty'], ['empty holds no data', 'empty/annotations/instances_train',
-                                      'JPEGImages', 'prepare_voc.py']
+    return ['--data-root', 'empty'], [
+        'empty holds no data',
+        'empty/annotations/instances_train',
+        'JPEGImages',
+        'prepare_voc.py',
+    ]
 
 
 @other
@@ -184,8 +182,7 @@ def _change_annotations(folder: Path, split: str, change: Callable[[dict], None]
 
 @other
 def categories_in_another_order(folder):
-    _change_annotations(folder, 'val', lambda d: d['categories'].sort(
-        key=lambda c: c['name'], reverse=True))
+    _change_annotations(folder, 'val', lambda d: d['categories'].sort(key=lambda c: c['name'], reverse=True))
     return [], ['instances_val.json', 'order', 'config: aeroplane', 'file:   tvmonitor']
 
 
@@ -203,8 +200,10 @@ def a_list_of_images_that_is_empty(folder):
 
 @other
 def a_class_count_that_does_not_match(folder):
-    return ['--cfg-options', 'model.roi_head.bbox_head.num_classes=7'], \
-        ['20 classes', 'model.roi_head.bbox_head.num_classes = 7']
+    return ['--cfg-options', 'model.roi_head.bbox_head.num_classes=7'], [
+        '20 classes',
+        'model.roi_head.bbox_head.num_classes = 7',
+    ]
 
 
 @other
@@ -219,8 +218,7 @@ def several_bad_images_all_named(folder):
     images = folder / DEVKIT / 'JPEGImages'
     (images / 'demo_train_0001.jpg').write_text('<html>not found</html>')
     (images / 'demo_train_0005.jpg').unlink()
-    return [], ['2 of 8 images', 'demo_train_0001.jpg: not an image',
-                'demo_train_0005.jpg: missing']
+    return [], ['2 of 8 images', 'demo_train_0001.jpg: not an image', 'demo_train_0005.jpg: missing']
 
 
 @other
@@ -250,8 +248,7 @@ def an_override_without_a_value(folder):
 
 @other
 def a_misspelt_key_in_the_config(folder):
-    (folder / 'tiny.py').write_text((folder / 'tiny.py').read_text()
-                                    + 'train_dataloder = dict(batch_size=1)\n')
+    (folder / 'tiny.py').write_text((folder / 'tiny.py').read_text() + 'train_dataloder = dict(batch_size=1)\n')
     return [], ['tiny.py', 'train_dataloder', 'did you mean train_dataloader?']
 
 
@@ -295,8 +292,7 @@ def _assert_refused(spoilt: Path, make: Mistake, parts: list[str]) -> None:
     assert not (spoilt / 'executed').exists()
 
 
-@pytest.mark.parametrize('parts', [[], ['--check-weights'], ['--test']],
-                         ids=['default', 'check', 'test'])
+@pytest.mark.parametrize('parts', [[], ['--check-weights'], ['--test']], ids=['default', 'check', 'test'])
 @pytest.mark.parametrize('make', WEIGHTS, ids=_id)
 def test_bad_weights(spoilt, make, parts):
     _assert_refused(spoilt, make, parts)
@@ -320,8 +316,7 @@ def test_config_near_one_that_exists(spoilt):
     assert re.search(r'did you mean .*configs/mask_rcnn_demo\.py', outcome.err), outcome.err
 
 
-@pytest.mark.parametrize('flags', [['--wieghts', 'x'], ['--lr', 'fast'], ['a.py', 'b.py']],
-                         ids=' '.join)
+@pytest.mark.parametrize('flags', [['--wieghts', 'x'], ['--lr', 'fast'], ['a.py', 'b.py']], ids=' '.join)
 def test_flags_that_the_parser_refuses(spoilt, flags):
     outcome = train_tool(*flags)
     assert outcome.code == 2 and 'usage:' in outcome.err and 'error:' in outcome.err
@@ -331,8 +326,7 @@ def test_flags_that_the_parser_refuses(spoilt, flags):
 
 
 def test_a_mistake_in_a_real_process(spoilt):
-    outcome = spawn(TOOLS / 'train_pretrained.py', 'tiny.py', '--cfg-options',
-                    'model.roi_head.mask_head.num_classes=3')
+    outcome = spawn(TOOLS / 'train_pretrained.py', 'tiny.py', '--cfg-options', 'model.roi_head.mask_head.num_classes=3')
     assert outcome.code == 2
     assert outcome.err.startswith('error: ') and 'Traceback' not in outcome.err
     assert 'model.roi_head.mask_head.num_classes = 3' in outcome.err
@@ -370,8 +364,20 @@ def test_help_imports_nothing_heavy(tool):
 def test_help_names_every_flag_of_the_issue():
     outcome = train_tool('--help')
     assert outcome.code == 0
-    for flag in ('--check-weights', '--train', '--test', '--weights', '--data-root', '--work-dir',
-                 '--resume', '--amp', '--lr', '--no-scale-lr', '--cfg-options', '--dry-run'):
+    for flag in (
+        '--check-weights',
+        '--train',
+        '--test',
+        '--weights',
+        '--data-root',
+        '--work-dir',
+        '--resume',
+        '--amp',
+        '--lr',
+        '--no-scale-lr',
+        '--cfg-options',
+        '--dry-run',
+    ):
         assert flag in outcome.out
     assert '(default: configs/mask_rcnn_voc_pretrained.py)' in ' '.join(outcome.out.split())
 
@@ -394,8 +400,7 @@ def test_run_tells_the_message_problems_and_cure(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: _raise(UserError('It broke', ['here', 'there'], 'glue it')))
     assert stop.value.code == 2
-    assert capsys.readouterr().err == \
-        'error: It broke\n  - here\n  - there\nHow to mend it: glue it\n'
+    assert capsys.readouterr().err == 'error: It broke\n  - here\n  - there\nHow to mend it: glue it\n'
 
 
 def test_run_on_ctrl_c(capsys):
@@ -411,6 +416,7 @@ def test_run_leaves_faults_of_the_program_their_traceback():
 
 def test_run_takes_the_workers_traceback_off(capsys):
     from torch._utils import ExceptionWrapper
+
     try:
         raise UserError('Cannot read the image x.jpg: bad', cure='put back a good copy')
     except UserError:
@@ -419,18 +425,21 @@ def test_run_takes_the_workers_traceback_off(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(wrapped.reraise)
     assert stop.value.code == 2
-    assert capsys.readouterr().err == ('error: Cannot read the image x.jpg: bad\n'
-                                       'How to mend it: put back a good copy\n')
+    assert capsys.readouterr().err == (
+        'error: Cannot read the image x.jpg: bad\nHow to mend it: put back a good copy\n'
+    )
 
 
 def test_output_into_a_closed_pipe(spoilt):
     # `tool | head -1`: the reader goes away while the tool still prints.
-    script = ('import sys, os, subprocess\n'
-              f'tool = subprocess.Popen([sys.executable, {str(TOOLS / "prepare_voc.py")!r}, '
-              "'--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
-              'tool.stdout.close()\n'
-              'err = tool.stderr.read().decode()\n'
-              'print(tool.wait(), err)')
+    script = (
+        'import sys, os, subprocess\n'
+        f'tool = subprocess.Popen([sys.executable, {str(TOOLS / "prepare_voc.py")!r}, '
+        "'--help'], stdout=subprocess.PIPE, stderr=subprocess.PIPE)\n"
+        'tool.stdout.close()\n'
+        'err = tool.stderr.read().decode()\n'
+        'print(tool.wait(), err)'
+    )
     outcome = spawn('-c', script)
     assert 'Traceback' not in outcome.out, outcome.out
 

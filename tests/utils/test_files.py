@@ -27,9 +27,9 @@ class Server(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         self.body = DATA
-        self.ranges = True       # whether Range is honoured
-        self.cuts: list[int] = []   # bytes after which the next answers break off
-        self.errors: list[int] = []   # status codes of the next answers
+        self.ranges = True  # whether Range is honoured
+        self.cuts: list[int] = []  # bytes after which the next answers break off
+        self.errors: list[int] = []  # status codes of the next answers
         self.tag = '"v1"'
         self.seen: list[str | None] = []
         super().__init__(('127.0.0.1', 0), Handler)
@@ -58,8 +58,7 @@ class Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 return
             self.send_response(206)
-            self.send_header('Content-Range',
-                             f'bytes {start}-{len(server.body) - 1}/{len(server.body)}')
+            self.send_header('Content-Range', f'bytes {start}-{len(server.body) - 1}/{len(server.body)}')
         else:
             self.send_response(200)
         self.send_header('ETag', server.tag)
@@ -258,8 +257,7 @@ def test_other_schemes_are_refused(tmp_path):
 
 
 def test_full_disk(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, 'disk_usage',
-                        lambda path: type('Usage', (), {'free': 1000}))
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 1000}))
     with pytest.raises(UserError, match='0.00 GB free'):
         fetch(server, tmp_path / 'model.bin')
 
@@ -336,8 +334,9 @@ def folder() -> tarfile.TarInfo:
 
 
 def test_unpack(tmp_path):
-    archive = make_tar(tmp_path / 'a.tar', {
-        'kit': folder(), './kit/VOC/': folder(), 'kit/VOC/x/1.txt': b'1', 'kit/VOC/2.txt': b'2'})
+    archive = make_tar(
+        tmp_path / 'a.tar', {'kit': folder(), './kit/VOC/': folder(), 'kit/VOC/x/1.txt': b'1', 'kit/VOC/2.txt': b'2'}
+    )
     target = download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
     assert (target / 'x' / '1.txt').read_bytes() == b'1'
     assert names(target) == ['2.txt', 'x']
@@ -347,8 +346,15 @@ def test_unpack(tmp_path):
 
 
 def test_unpack_lists_all_members_that_do_not_belong(tmp_path):
-    bad = {'/kit/VOC/a': b'', '../b': b'', 'kit/VOC/../../c': b'', 'other/d': b'', 'kit': b'',
-           'kit/VOC/e': link('/etc/passwd'), 'kit/VOC/f': link('kit/VOC/g', tarfile.LNKTYPE)}
+    bad = {
+        '/kit/VOC/a': b'',
+        '../b': b'',
+        'kit/VOC/../../c': b'',
+        'other/d': b'',
+        'kit': b'',
+        'kit/VOC/e': link('/etc/passwd'),
+        'kit/VOC/f': link('kit/VOC/g', tarfile.LNKTYPE),
+    }
     archive = make_tar(tmp_path / 'a.tar', {'kit/VOC/good': b'', **bad})
     with pytest.raises(UserError) as caught:
         download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
@@ -359,14 +365,13 @@ def test_unpack_lists_all_members_that_do_not_belong(tmp_path):
 def test_unpack_of_damaged_archives(tmp_path, monkeypatch):
     archive = make_tar(tmp_path / 'a.tar', {'kit/VOC/a': DATA, 'kit/VOC/b': DATA})
     whole = archive.read_bytes()
-    for damaged in (b'', b'no tar', whole[:len(whole) // 2], whole[:1000]):
+    for damaged in (b'', b'no tar', whole[: len(whole) // 2], whole[:1000]):
         archive.write_bytes(damaged)
         with pytest.raises(UserError, match=r'a\.tar'):
             download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
         assert names(tmp_path / 'out') == []
     archive.write_bytes(whole)
-    monkeypatch.setattr(files.shutil, 'disk_usage',
-                        lambda path: type('Usage', (), {'free': len(DATA)}))
+    monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': len(DATA)}))
     with pytest.raises(UserError, match='make room'):
         download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
     assert names(tmp_path / 'out') == []

@@ -55,9 +55,13 @@ def hashed(folder: Path, content: bytes = b'some bytes' * 50) -> Path:
 
 
 def recipe(address: str, name: str, fallback: str) -> dict:
-    return {'weights': {'checkpoint': f'pretrain/{name}', 'url': f'{address}/{name}',
-                        'fallbacks': [{'checkpoint': f'pretrain/{fallback}',
-                                       'url': f'{address}/{fallback}'}]}}
+    return {
+        'weights': {
+            'checkpoint': f'pretrain/{name}',
+            'url': f'{address}/{name}',
+            'fallbacks': [{'checkpoint': f'pretrain/{fallback}', 'url': f'{address}/{fallback}'}],
+        }
+    }
 
 
 def test_the_next_source_is_taken_and_said(home, served, capsys):
@@ -118,6 +122,7 @@ def test_report_for_machines(cfg):
 def test_style_and_normalisation_are_compared(cfg, official_like, tmp_path):
     """What the shapes do not show."""
     from mmfinetune.weights import publish, sources
+
     source = sources.read_source(official_like)
     source.style, source.rgb = 'caffe', False
     source.mean, source.std = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
@@ -130,6 +135,7 @@ def test_style_and_normalisation_are_compared(cfg, official_like, tmp_path):
 
 def test_a_backbone_file_is_reported(voc_cfg, tmp_path):
     from torchvision.models import resnet50
+
     torch.save(resnet50(weights=None).state_dict(), tmp_path / 'r50.pth')
     cfg = copy.deepcopy(voc_cfg)
     recipe = {'into': 'backbone', 'ignore': ['fc.']}

@@ -12,9 +12,11 @@ from mmfinetune.utils.errors import UserError
 from mmfinetune.weights.class_map import SYNONYMS, match_classes
 from mmfinetune.weights.transfer import transfer
 
-HEADS = {'roi_head.bbox_head.fc_cls': {'std': 0.01},
-         'roi_head.bbox_head.fc_reg': {'std': 0.001},
-         'roi_head.mask_head.conv_logits': {'std': 0.001}}
+HEADS = {
+    'roi_head.bbox_head.fc_cls': {'std': 0.01},
+    'roi_head.bbox_head.fc_reg': {'std': 0.001},
+    'roi_head.mask_head.conv_logits': {'std': 0.001},
+}
 
 
 def sources(targets, **options) -> list[str | None]:
@@ -26,10 +28,21 @@ def test_all_voc_classes_are_found():
     assert sources(VOC_CLASSES) == [VOC_TO_COCO.get(name, name) for name in VOC_CLASSES]
 
 
-@pytest.mark.parametrize(('name', 'source'), [
-    ('Dining_Table', 'dining table'), ('TV', 'tv'), ('tv-monitor', 'tv'), ('CAR', 'car'),
-    ('cellphone', 'cell phone'), ('Television Set', 'tv'), ('pedestrian', 'person'),
-    ('scratch', None), ('', None), ('carpet', None)])
+@pytest.mark.parametrize(
+    ('name', 'source'),
+    [
+        ('Dining_Table', 'dining table'),
+        ('TV', 'tv'),
+        ('tv-monitor', 'tv'),
+        ('CAR', 'car'),
+        ('cellphone', 'cell phone'),
+        ('Television Set', 'tv'),
+        ('pedestrian', 'person'),
+        ('scratch', None),
+        ('', None),
+        ('carpet', None),
+    ],
+)
 def test_spelling_and_synonyms(name, source):
     assert sources([name]) == [source]
 
@@ -44,8 +57,11 @@ def test_synonyms_name_coco_classes():
 
 
 def test_aliases_win():
-    assert sources(['lorry', 'cat', 'dog'], aliases={'lorry': 'truck', 'cat': 'dog', 'dog': None}) \
-        == ['truck', 'dog', None]
+    assert sources(['lorry', 'cat', 'dog'], aliases={'lorry': 'truck', 'cat': 'dog', 'dog': None}) == [
+        'truck',
+        'dog',
+        None,
+    ]
 
 
 def test_wrong_aliases_are_told_together():
@@ -95,16 +111,22 @@ def test_remapped_heads_give_the_logits_of_the_original_rows(moved):
         torch.testing.assert_close(
             boxes.fc_cls(features),
             torch.nn.functional.linear(features, *original('bbox_head.fc_cls', [*rows, 80])),
-            rtol=0, atol=0)
+            rtol=0,
+            atol=0,
+        )
         deltas = [4 * r + k for r in rows for k in range(4)]
         torch.testing.assert_close(
             boxes.fc_reg(features),
             torch.nn.functional.linear(features, *original('bbox_head.fc_reg', deltas)),
-            rtol=0, atol=0)
+            rtol=0,
+            atol=0,
+        )
         torch.testing.assert_close(
             masks.conv_logits(pixels),
             torch.nn.functional.conv2d(pixels, *original('mask_head.conv_logits', rows)),
-            rtol=0, atol=0)
+            rtol=0,
+            atol=0,
+        )
     assert len(report.remapped) == 6 and not report.reinit and not report.dropped
 
 
@@ -121,6 +143,7 @@ def test_class_without_a_source_is_drawn_anew(build_model, official_like):
 def test_eighty_classes_of_ones_own_are_not_kept(voc_cfg, official_like):
     """Every shape fits then, and MMEngine alone would keep the COCO head without a word."""
     from mmdet.registry import MODELS
+
     cfg = copy.deepcopy(voc_cfg.model)
     cfg.roi_head.bbox_head.num_classes = cfg.roi_head.mask_head.num_classes = 80
     model = MODELS.build(cfg)

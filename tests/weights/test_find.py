@@ -24,9 +24,11 @@ from mmfinetune.weights.read import read_checkpoint, state_dict_of
 from mmfinetune.weights.transfer import check_transfer, plan_transfer, transfer
 from mmfinetune.weights.work_dir import best_checkpoint, candidates
 
-HEADS = {'roi_head.bbox_head.fc_cls': {'std': 0.01},
-         'roi_head.bbox_head.fc_reg': {'std': 0.001},
-         'roi_head.mask_head.conv_logits': {'std': 0.001}}
+HEADS = {
+    'roi_head.bbox_head.fc_cls': {'std': 0.01},
+    'roi_head.bbox_head.fc_reg': {'std': 0.001},
+    'roi_head.mask_head.conv_logits': {'std': 0.001},
+}
 GOOD = b'any bytes will do here' * 40
 SHA = hashlib.sha256(GOOD).hexdigest()
 NAME = f'weights-{SHA[:8]}.pth'
@@ -46,6 +48,7 @@ def home(tmp_path: Path, monkeypatch) -> Path:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     """Address and folder of a web server."""
+
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *args) -> None:
             pass
@@ -72,19 +75,23 @@ def names_in(folder: Path) -> list[str]:
 
 # Names and files
 
-@pytest.mark.parametrize(('name', 'expected'), [
-    ('mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth', 'd4b0c5d6'),
-    ('resnet50-0676ba61.pth', '0676ba61'),
-    ('/a/b-12345678/resnet50_0676ba61.pt', '0676ba61'),
-    (f'x-{SHA}.pth', SHA),
-    ('mask_rcnn_20200205.pth', '20200205'),  # a date looks like a hash to torch hub too
-    ('epoch_12.pth', None),
-    ('best_coco_segm_mAP_epoch_3.pth', None),
-    ('x-d4b0c5d.pth', None),
-    ('x-d4b0c5dg.pth', None),
-    ('x-d4b0c5d6.pth.part', None),
-    ('d4b0c5d6.pth', None),
-])
+
+@pytest.mark.parametrize(
+    ('name', 'expected'),
+    [
+        ('mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth', 'd4b0c5d6'),
+        ('resnet50-0676ba61.pth', '0676ba61'),
+        ('/a/b-12345678/resnet50_0676ba61.pt', '0676ba61'),
+        (f'x-{SHA}.pth', SHA),
+        ('mask_rcnn_20200205.pth', '20200205'),  # a date looks like a hash to torch hub too
+        ('epoch_12.pth', None),
+        ('best_coco_segm_mAP_epoch_3.pth', None),
+        ('x-d4b0c5d.pth', None),
+        ('x-d4b0c5dg.pth', None),
+        ('x-d4b0c5d6.pth.part', None),
+        ('d4b0c5d6.pth', None),
+    ],
+)
 def test_hash_in_name(name, expected):
     assert hash_in_name(name) == expected
     assert hash_in_name(Path(name)) == expected
@@ -98,14 +105,17 @@ def test_good_file_without_a_hash(tmp_path):
     assert 'no hash' in verify_file(put(tmp_path / 'epoch_1.pth'))
 
 
-@pytest.mark.parametrize(('data', 'name', 'expected'), [
-    (b'', NAME, 'is empty'),
-    (b'<!DOCTYPE html><html><body>Log in', NAME, 'a web page'),
-    (b'\n<html lang="en">', 'a.pth', 'a web page'),
-    (b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'a.pth', 'Git LFS pointer'),
-    (GOOD + b'.', NAME, 'is damaged: its SHA-256 begins with'),
-    (GOOD[:-1], NAME, f'but its name says {SHA[:8]}'),
-])
+@pytest.mark.parametrize(
+    ('data', 'name', 'expected'),
+    [
+        (b'', NAME, 'is empty'),
+        (b'<!DOCTYPE html><html><body>Log in', NAME, 'a web page'),
+        (b'\n<html lang="en">', 'a.pth', 'a web page'),
+        (b'version https://git-lfs.github.com/spec/v1\noid sha256:1\n', 'a.pth', 'Git LFS pointer'),
+        (GOOD + b'.', NAME, 'is damaged: its SHA-256 begins with'),
+        (GOOD[:-1], NAME, f'but its name says {SHA[:8]}'),
+    ],
+)
 def test_bad_file(tmp_path, data, name, expected):
     path = put(tmp_path / name, data)
     with pytest.raises(UserError, match=expected) as caught:
@@ -126,6 +136,7 @@ def test_folder_in_place_of_a_file(tmp_path):
 
 
 # Finding
+
 
 def test_own_path_is_best(home):
     mine = put(home / 'mine' / NAME)
@@ -231,6 +242,7 @@ def test_nowhere_and_no_address(home):
 
 # Reading
 
+
 class Evil:
     """Runs a command when it is unpickled."""
 
@@ -249,8 +261,7 @@ def write_pickle(protocol: int, obj, path: Path) -> None:
     path.write_bytes(pickle.dumps(obj, protocol=protocol))
 
 
-@pytest.mark.parametrize('write', [torch.save, write_legacy, partial(write_pickle, 2)],
-                         ids=['zip', 'legacy', 'pickle'])
+@pytest.mark.parametrize('write', [torch.save, write_legacy, partial(write_pickle, 2)], ids=['zip', 'legacy', 'pickle'])
 def test_pickle_that_runs_code_is_refused(tmp_path, write):
     trace, path = tmp_path / 'trace', tmp_path / 'a.pth'
     write({'state_dict': {}, 'x': Evil(trace)}, path)
@@ -260,8 +271,7 @@ def test_pickle_that_runs_code_is_refused(tmp_path, write):
     assert 'trust' in caught.value.cure
     assert not trace.exists()
     # The file does run its command where nothing holds it back.
-    (pickle.loads(path.read_bytes()) if isinstance(write, partial)
-     else torch.load(path, weights_only=False))
+    (pickle.loads(path.read_bytes()) if isinstance(write, partial) else torch.load(path, weights_only=False))
     assert trace.exists()
 
 
@@ -285,8 +295,10 @@ def test_truncated_file(tmp_path):
             read_checkpoint(path)
 
 
-@pytest.mark.parametrize('data', [b'garbage, no pickle', b'\x00' * 100, b'\x80\x02.', b'PK\x03\x04',
-                                  b'Not Found\n', bytes(range(255, 0, -1)) * 20])
+@pytest.mark.parametrize(
+    'data',
+    [b'garbage, no pickle', b'\x00' * 100, b'\x80\x02.', b'PK\x03\x04', b'Not Found\n', bytes(range(255, 0, -1)) * 20],
+)
 def test_garbage(tmp_path, data):
     with pytest.raises(UserError, match=r'a\.pth'):
         read_checkpoint(put(tmp_path / 'a.pth', data))
@@ -299,7 +311,7 @@ def test_legacy_file_cut_or_changed_anywhere(tmp_path):
     data = path.read_bytes()
     rng = random.Random(0)
     for _ in range(300):
-        changed = bytearray(data[:rng.randrange(len(data) + 1)])
+        changed = bytearray(data[: rng.randrange(len(data) + 1)])
         for _ in range(rng.randrange(3) if changed else 0):
             changed[rng.randrange(len(changed))] = rng.randrange(256)
         path.write_bytes(changed)
@@ -318,10 +330,19 @@ def test_file_of_something_else(tmp_path):
 def test_own_checkpoint_of_mmengine_is_read(tmp_path):
     import numpy as np
     from mmengine.logging import HistoryBuffer
+
     path = tmp_path / 'epoch_1.pth'
-    torch.save({'state_dict': {'a': torch.ones(2)}, 'optimizer': {'param_groups': []},
-                'message_hub': {'log_scalars': {'loss': HistoryBuffer([1.0], [1])},
-                                'runtime_info': {'best': np.float64(0.5)}}}, path)
+    torch.save(
+        {
+            'state_dict': {'a': torch.ones(2)},
+            'optimizer': {'param_groups': []},
+            'message_hub': {
+                'log_scalars': {'loss': HistoryBuffer([1.0], [1])},
+                'runtime_info': {'best': np.float64(0.5)},
+            },
+        },
+        path,
+    )
     assert torch.equal(read_checkpoint(path)['state_dict']['a'], torch.ones(2))
 
 
@@ -330,24 +351,30 @@ class ThroughGetattr:
 
     def __reduce__(self):
         from mmengine.logging import HistoryBuffer
-        return (getattr, (HistoryBuffer.__init__, '__globals__'), None, None,
-                iter([('poisoned', 'yes')]))
+
+        return (getattr, (HistoryBuffer.__init__, '__globals__'), None, None, iter([('poisoned', 'yes')]))
 
 
 def test_getattr_reaches_nothing_but_statistics(tmp_path):
     from mmengine.logging import HistoryBuffer
+
     torch.save({'state_dict': {'a': torch.ones(1)}, 'bad': ThroughGetattr()}, tmp_path / 'a.pth')
     with pytest.raises(UserError, match='refused.*builtins.getattr'):
         read_checkpoint(tmp_path / 'a.pth')
     assert 'poisoned' not in HistoryBuffer.__init__.__globals__
-    torch.save({'state_dict': {'a': torch.ones(1)}, 'log': HistoryBuffer([1.0], [1])},
-               tmp_path / 'b.pth')
+    torch.save({'state_dict': {'a': torch.ones(1)}, 'log': HistoryBuffer([1.0], [1])}, tmp_path / 'b.pth')
     assert read_checkpoint(tmp_path / 'b.pth')['log'].mean() == 1
 
 
-@pytest.mark.parametrize('wrap', [
-    lambda t: t, lambda t: {'state_dict': t}, lambda t: {'model': t, 'epoch': 3},
-    lambda t: {'state_dict': {f'module.{k}': v for k, v in t.items()}}])
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda t: t,
+        lambda t: {'state_dict': t},
+        lambda t: {'model': t, 'epoch': 3},
+        lambda t: {'state_dict': {f'module.{k}': v for k, v in t.items()}},
+    ],
+)
 def test_state_dict_of(tmp_path, wrap):
     tensors = {'conv.weight': torch.randn(3), 'bn.num_batches_tracked': torch.tensor(3)}
     found = state_dict_of(wrap(tensors), tmp_path)
@@ -360,8 +387,10 @@ def test_module_prefix_goes_only_if_all_have_it(tmp_path):
     assert list(state_dict_of(tensors, tmp_path)) == ['module.a', 'b']
 
 
-@pytest.mark.parametrize('loaded', [{}, {'optimizer': {'state': {}}, 'epoch': 3},
-                                    {'state_dict': {}}, {'state_dict': None}, {'state_dict': [1]}])
+@pytest.mark.parametrize(
+    'loaded',
+    [{}, {'optimizer': {'state': {}}, 'epoch': 3}, {'state_dict': {}}, {'state_dict': None}, {'state_dict': [1]}],
+)
 def test_no_weights_in_it(loaded):
     with pytest.raises(UserError, match=r'a\.pth holds no weights; its keys are') as caught:
         state_dict_of(loaded, Path('a.pth'))
@@ -369,6 +398,7 @@ def test_no_weights_in_it(loaded):
 
 
 # Planning
+
 
 def shapes(**sizes) -> dict[str, torch.Tensor]:
     return {k.replace('__', '.'): torch.zeros(v) for k, v in sizes.items()}
@@ -382,26 +412,36 @@ def test_plan_when_everything_fits():
     check_transfer(report, Path('a.pth'))
 
 
-@pytest.mark.parametrize(('target', 'source', 'options', 'problem'), [
-    ({'head__w': (21, 4)}, {'head__w': (81, 4)}, {},
-     'head.w: the model has (21, 4), the file (81, 4)'),
-    ({'a__w': (1,), 'b__w': (1,)}, {'a__w': (1,)}, {}, 'b.w: not in the file'),
-    ({'a__w': (1,)}, {'a__w': (1,), 'b__w': (1,)}, {},
-     'b.w: in the file, but the model has no such tensor'),
-    ({'head__w': (1,)}, {'head__w': (1,)}, {'reinit': ['haed']},
-     'weights.reinit names haed, which the model does not have'),
-    # `head` is a module, not the beginning of a name.
-    ({'head2__w': (2,)}, {'head2__w': (3,)}, {'reinit': ['head']},
-     'head2.w: the model has (2,), the file (3,)'),
-    ({'backbone__w': (1,)}, {'w': (2,)}, {'into': 'backbone'},
-     'backbone.w: the model has (1,), the file (2,)'),
-    ({'backbone__w': (1,)}, {'w': (1,), 'fc__w': (1,)}, {'into': 'backbone'},
-     'in the file, but the model has no such tensor'),
-    ({'backbone__w': (1,)}, {'w': (1,), 'fc2__w': (1,)}, {'into': 'backbone', 'ignore': ['fc.']},
-     'fc2.w: in the file, but the model has no such tensor'),
-    ({'backbone__w': (1,), 'backbone__v': (1,)}, {'w': (1,)}, {'into': 'backbone'},
-     'backbone.v: not in the file'),
-])
+@pytest.mark.parametrize(
+    ('target', 'source', 'options', 'problem'),
+    [
+        ({'head__w': (21, 4)}, {'head__w': (81, 4)}, {}, 'head.w: the model has (21, 4), the file (81, 4)'),
+        ({'a__w': (1,), 'b__w': (1,)}, {'a__w': (1,)}, {}, 'b.w: not in the file'),
+        ({'a__w': (1,)}, {'a__w': (1,), 'b__w': (1,)}, {}, 'b.w: in the file, but the model has no such tensor'),
+        (
+            {'head__w': (1,)},
+            {'head__w': (1,)},
+            {'reinit': ['haed']},
+            'weights.reinit names haed, which the model does not have',
+        ),
+        # `head` is a module, not the beginning of a name.
+        ({'head2__w': (2,)}, {'head2__w': (3,)}, {'reinit': ['head']}, 'head2.w: the model has (2,), the file (3,)'),
+        ({'backbone__w': (1,)}, {'w': (2,)}, {'into': 'backbone'}, 'backbone.w: the model has (1,), the file (2,)'),
+        (
+            {'backbone__w': (1,)},
+            {'w': (1,), 'fc__w': (1,)},
+            {'into': 'backbone'},
+            'in the file, but the model has no such tensor',
+        ),
+        (
+            {'backbone__w': (1,)},
+            {'w': (1,), 'fc2__w': (1,)},
+            {'into': 'backbone', 'ignore': ['fc.']},
+            'fc2.w: in the file, but the model has no such tensor',
+        ),
+        ({'backbone__w': (1,), 'backbone__v': (1,)}, {'w': (1,)}, {'into': 'backbone'}, 'backbone.v: not in the file'),
+    ],
+)
 def test_plan_with_a_problem(target, source, options, problem):
     report = plan_transfer(shapes(**target), shapes(**source), **options)
     assert any(problem in line for line in report.problems), report.problems
@@ -426,8 +466,9 @@ def test_head_drawn_anew_need_not_be_in_the_file():
 
 def test_into_a_part_of_the_model():
     target = shapes(backbone__conv__w=(3,), neck__w=(2,), backbone2__w=(1,))
-    report = plan_transfer(target, shapes(conv__w=(3,), fc__weight=(5,), fc__bias=(5,)),
-                           into='backbone', ignore=['fc.'])
+    report = plan_transfer(
+        target, shapes(conv__w=(3,), fc__weight=(5,), fc__bias=(5,)), into='backbone', ignore=['fc.']
+    )
     assert not report.problems
     assert report.loaded == ['backbone.conv.w']
     assert report.kept == ['neck.w', 'backbone2.w']
@@ -439,8 +480,7 @@ def test_count_of_batches_may_be_absent_but_nothing_else():
     full = shapes(bn__weight=(2,), bn__running_mean=(2,))
     assert plan_transfer(target, full).problems == []
     assert plan_transfer(target, full).kept == ['bn.num_batches_tracked']
-    assert plan_transfer(target, shapes(bn__weight=(2,))).problems == [
-        'bn.running_mean: not in the file']
+    assert plan_transfer(target, shapes(bn__weight=(2,))).problems == ['bn.running_mean: not in the file']
 
 
 def test_all_problems_at_once():
@@ -449,6 +489,7 @@ def test_all_problems_at_once():
 
 
 # The real model
+
 
 @pytest.fixture(scope='module')
 def moved(build_model, official_like):
@@ -473,10 +514,14 @@ def test_everything_but_the_heads_comes_from_the_file(moved):
     assert report.kept == report.ignored == report.problems == []
 
 
-@pytest.mark.parametrize(('name', 'shape', 'std'), [
-    ('roi_head.bbox_head.fc_cls', (21, 1024), 0.01),
-    ('roi_head.bbox_head.fc_reg', (80, 1024), 0.001),
-    ('roi_head.mask_head.conv_logits', (20, 256, 1, 1), 0.001)])
+@pytest.mark.parametrize(
+    ('name', 'shape', 'std'),
+    [
+        ('roi_head.bbox_head.fc_cls', (21, 1024), 0.01),
+        ('roi_head.bbox_head.fc_reg', (80, 1024), 0.001),
+        ('roi_head.mask_head.conv_logits', (20, 256, 1, 1), 0.001),
+    ],
+)
 def test_heads_are_drawn_as_asked(moved, name, shape, std):
     weight, bias = (moved[0][f'{name}.{k}'] for k in ('weight', 'bias'))
     assert weight.shape == shape
@@ -502,12 +547,11 @@ def test_draw_depends_on_the_seed_only(build_model, official_like, moved):
     assert differing == {f'{name}.weight' for name in HEADS}
 
 
-@pytest.mark.parametrize(('reinit', 'expected'), [
-    ({}, 6),
-    ({k: HEADS[k] for k in list(HEADS)[:2]}, 2),
-    ({**HEADS, 'roi_head.no': {'std': 1}}, 1)])
-def test_model_is_untouched_when_something_does_not_fit(build_model, official_like, reinit,
-                                                        expected):
+@pytest.mark.parametrize(
+    ('reinit', 'expected'),
+    [({}, 6), ({k: HEADS[k] for k in list(HEADS)[:2]}, 2), ({**HEADS, 'roi_head.no': {'std': 1}}, 1)],
+)
+def test_model_is_untouched_when_something_does_not_fit(build_model, official_like, reinit, expected):
     model = build_model()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(UserError, match='does not fit the model') as caught:
@@ -519,6 +563,7 @@ def test_model_is_untouched_when_something_does_not_fit(build_model, official_li
 
 def test_backbone_of_torchvision(build_model, tmp_path):
     from torchvision.models import resnet50
+
     source = resnet50(weights=None).state_dict()
     path = tmp_path / 'resnet50.pth'
     torch.save(source, path)
@@ -537,10 +582,10 @@ def test_backbone_of_torchvision(build_model, tmp_path):
 
 # Small models
 
+
 def test_half_precision_file(tmp_path):
     model = nn.Linear(4, 2)
-    torch.save({k: torch.full_like(v, 0.5).half() for k, v in model.state_dict().items()},
-               tmp_path / 'a.pth')
+    torch.save({k: torch.full_like(v, 0.5).half() for k, v in model.state_dict().items()}, tmp_path / 'a.pth')
     transfer(model, tmp_path / 'a.pth')
     assert model.weight.dtype == torch.float32
     assert (model.weight == 0.5).all()
@@ -558,11 +603,17 @@ def test_transfer_keeps_the_parameters(tmp_path):
 
 # Publishing
 
+
 def train_checkpoint(path: Path, value: float = 1.0) -> Path:
-    torch.save({'meta': {'dataset_meta': {'classes': ['cat', 'dog']}, 'cfg': 'secret = 1',
-                         'experiment_name': 'x'},
-                'state_dict': {'module.w': torch.full((3,), value)},
-                'optimizer': {'state': {0: torch.ones(1000)}}, 'message_hub': {}}, path)
+    torch.save(
+        {
+            'meta': {'dataset_meta': {'classes': ['cat', 'dog']}, 'cfg': 'secret = 1', 'experiment_name': 'x'},
+            'state_dict': {'module.w': torch.full((3,), value)},
+            'optimizer': {'state': {0: torch.ones(1000)}},
+            'message_hub': {},
+        },
+        path,
+    )
     return path
 
 
@@ -601,8 +652,11 @@ def test_publish_of_nothing(tmp_path):
 
 
 def test_best_checkpoint_is_the_newest_best(tmp_path):
-    for age, name in ((20, 'best_coco_segm_mAP_epoch_9.pth'),
-                      (10, 'best_coco_segm_mAP_epoch_10.pth'), (0, 'epoch_12.pth')):
+    for age, name in (
+        (20, 'best_coco_segm_mAP_epoch_9.pth'),
+        (10, 'best_coco_segm_mAP_epoch_10.pth'),
+        (0, 'epoch_12.pth'),
+    ):
         put(tmp_path / name)
         now = (tmp_path / name).stat().st_mtime
         os.utime(tmp_path / name, (now - age, now - age))
@@ -628,8 +682,12 @@ def test_no_checkpoint(tmp_path, pointer):
 @pytest.fixture
 def saved(tmp_path) -> Path:
     """A work dir: epochs 1 and 2, then 30 steps; the best is none to resume from."""
-    for age, name in ((30, 'epoch_1.pth'), (20, 'epoch_2.pth'), (10, 'iter_30.pth'),
-                      (0, 'best_coco_segm_mAP_epoch_2.pth')):
+    for age, name in (
+        (30, 'epoch_1.pth'),
+        (20, 'epoch_2.pth'),
+        (10, 'iter_30.pth'),
+        (0, 'best_coco_segm_mAP_epoch_2.pth'),
+    ):
         put(tmp_path / name)
         now = (tmp_path / name).stat().st_mtime
         os.utime(tmp_path / name, (now - age, now - age))
@@ -637,13 +695,17 @@ def saved(tmp_path) -> Path:
 
 
 # Empty: killed as it was written; gone: killed before the file came, or the file was removed.
-@pytest.mark.parametrize(('pointer', 'expected'), [
-    (None, ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
-    ('', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
-    ('runs/iter_40.pth', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
-    ('/other/machine/iter_30.pth\n', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
-    # As in a copy that did not keep the times.
-    ('epoch_2.pth', ['epoch_2.pth', 'iter_30.pth', 'epoch_1.pth'])])
+@pytest.mark.parametrize(
+    ('pointer', 'expected'),
+    [
+        (None, ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+        ('', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+        ('runs/iter_40.pth', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+        ('/other/machine/iter_30.pth\n', ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']),
+        # As in a copy that did not keep the times.
+        ('epoch_2.pth', ['epoch_2.pth', 'iter_30.pth', 'epoch_1.pth']),
+    ],
+)
 def test_candidates_to_resume_from(saved, pointer, expected):
     if pointer is not None:
         (saved / 'last_checkpoint').write_text(pointer)

@@ -35,10 +35,13 @@ SLOTS = [i for i in range(1, 91) if i not in UNUSED]
 
 # --- A torchvision model with random weights, and the same in MMDetection -----------------------
 
+
 def torchvision_model(num_classes: int = 91):
     from torchvision.models.detection import maskrcnn_resnet50_fpn
-    return maskrcnn_resnet50_fpn(weights=None, weights_backbone=None, num_classes=num_classes,
-                                 min_size=HEIGHT, max_size=WIDTH).eval()
+
+    return maskrcnn_resnet50_fpn(
+        weights=None, weights_backbone=None, num_classes=num_classes, min_size=HEIGHT, max_size=WIDTH
+    ).eval()
 
 
 @pytest.fixture(scope='module')
@@ -58,8 +61,7 @@ def theirs():
             for norm in norms:
                 # Near the true statistics, or the activations would grow from layer to layer.
                 norm.running_var.mul_(torch.empty_like(norm.running_var).uniform_(0.7, 1.5))
-                norm.running_mean.add_(0.1 * norm.running_var.sqrt()
-                                       * torch.randn_like(norm.running_mean))
+                norm.running_mean.add_(0.1 * norm.running_var.sqrt() * torch.randn_like(norm.running_mean))
                 norm.momentum = 0.1
             for name, parameter in model.named_parameters():
                 if name.endswith('bias') and 'backbone.body' not in name:
@@ -93,6 +95,7 @@ def coco_model(voc_cfg):
     import mmdet
     from mmdet.registry import MODELS
     from mmengine.config import Config
+
     base = Path(mmdet.__file__).parent / '.mim/configs/_base_/models/mask-rcnn_r50_fpn.py'
     cfg = Config.fromfile(base).model
     cfg.backbone.init_cfg = None
@@ -116,6 +119,7 @@ def images() -> torch.Tensor:
     files = sorted(Path(folder).rglob('*.jpg'))[:2] if folder else []
     if len(files) == 2:
         from PIL import Image
+
         arrays = [np.asarray(Image.open(f).convert('RGB').resize((WIDTH, HEIGHT))) for f in files]
         return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
     generator = torch.Generator().manual_seed(1)
@@ -129,9 +133,12 @@ def images() -> torch.Tensor:
 def inputs(theirs, ours, images):
     """The images as each of the two models normalises them: (theirs, ours, our data samples)."""
     from mmdet.structures import DetDataSample
+
     normalised, _ = theirs.transform([i / 255 for i in images])
-    samples = [DetDataSample(metainfo=dict(img_shape=(HEIGHT, WIDTH), ori_shape=(HEIGHT, WIDTH),
-                                           scale_factor=(1.0, 1.0))) for _ in images]
+    samples = [
+        DetDataSample(metainfo=dict(img_shape=(HEIGHT, WIDTH), ori_shape=(HEIGHT, WIDTH), scale_factor=(1.0, 1.0)))
+        for _ in images
+    ]
     # MMDetection reads BGR and turns it to RGB itself.
     data = ours.data_preprocessor({'inputs': list(images.flip(1)), 'data_samples': samples})
     return normalised.tensors, data['inputs'], data['data_samples']
@@ -191,12 +198,9 @@ def test_heads_are_equal_on_given_rois(theirs, ours, features, rois):
     with torch.no_grad():
         pyramid = dict(zip(['0', '1', '2', '3', 'pool'], features[0], strict=True))
         heads = theirs.roi_heads
-        logits, deltas = heads.box_predictor(
-            heads.box_head(heads.box_roi_pool(pyramid, [rois, rois], sizes)))
-        masks = heads.mask_predictor(
-            heads.mask_head(heads.mask_roi_pool(pyramid, [rois, rois], sizes)))
-        numbered = torch.cat([torch.cat([torch.full((len(rois), 1), float(i)), rois], 1)
-                              for i in range(2)])
+        logits, deltas = heads.box_predictor(heads.box_head(heads.box_roi_pool(pyramid, [rois, rois], sizes)))
+        masks = heads.mask_predictor(heads.mask_head(heads.mask_roi_pool(pyramid, [rois, rois], sizes)))
+        numbered = torch.cat([torch.cat([torch.full((len(rois), 1), float(i)), rois], 1) for i in range(2)])
         mine = ours.roi_head._bbox_forward(features[1], numbered)
         my_masks = ours.roi_head._mask_forward(features[1], numbered)['mask_preds']
     close(logits[:, [*SLOTS, 0]], mine['cls_score'], 'box logits')
@@ -226,7 +230,8 @@ def test_detections_are_equal_with_torchvisions_anchors(theirs, ours, inputs, im
     model.rpn_head.prior_generator.base_anchors = [c.float() for c in cells]
     grids = []
     hook = theirs.roi_heads.register_forward_hook(
-        lambda _, args, output: grids.extend(found['masks'][:, 0] for found in output[0]))
+        lambda _, args, output: grids.extend(found['masks'][:, 0] for found in output[0])
+    )
     with torch.no_grad():
         left = theirs([i / 255 for i in images])
         hook.remove()
@@ -257,10 +262,10 @@ def test_pasting_differs_at_edges_only():
     """
     from mmdet.models.roi_heads.mask_heads.fcn_mask_head import _do_paste_mask
     from torchvision.models.detection.roi_heads import paste_masks_in_image
+
     y, x = torch.meshgrid(*[torch.linspace(-1, 1, 28)] * 2, indexing='ij')
-    disc = torch.sigmoid(20 * (0.8 - (x ** 2 + y ** 2).sqrt()))
-    boxes = torch.tensor([[20.3, 30.6, 120.7, 90.2], [5.5, 6.5, 250.4, 200.5],
-                          [100.1, 100.9, 160.5, 180.2]])
+    disc = torch.sigmoid(20 * (0.8 - (x**2 + y**2).sqrt()))
+    boxes = torch.tensor([[20.3, 30.6, 120.7, 90.2], [5.5, 6.5, 250.4, 200.5], [100.1, 100.9, 160.5, 180.2]])
     masks = disc[None, None].repeat(3, 1, 1, 1)
     left = paste_masks_in_image(masks, boxes, (HEIGHT, WIDTH))[:, 0] > 0.5
     right = _do_paste_mask(masks, boxes, HEIGHT, WIDTH, skip_empty=False)[0] > 0.5
@@ -283,6 +288,7 @@ def test_rounded_anchors_are_what_differs(theirs, ours):
 
 
 # --- There and back ----------------------------------------------------------------------------
+
 
 def same(left: dict, right: dict) -> None:
     """Bit for bit."""
@@ -310,6 +316,7 @@ def test_source_of_torchvision(source):
 
 def test_rows_follow_the_names_of_torchvision(theirs, source):
     from torchvision.models.detection import MaskRCNN_ResNet50_FPN_Weights
+
     names = MaskRCNN_ResNet50_FPN_Weights.COCO_V1.meta['categories']
     predictor = theirs.roi_heads.box_predictor
     fc_cls = source.tensors['roi_head.bbox_head.fc_cls.weight']
@@ -318,10 +325,8 @@ def test_rows_follow_the_names_of_torchvision(theirs, source):
     for row, name in enumerate(COCO_CLASSES):
         slot = names.index(name)
         assert torch.equal(fc_cls[row], predictor.cls_score.weight[slot])
-        assert torch.equal(fc_reg[4 * row:4 * row + 4],
-                           predictor.bbox_pred.bias[4 * slot:4 * slot + 4])
-        assert torch.equal(
-            logits[row], theirs.roi_heads.mask_predictor.mask_fcn_logits.weight[slot])
+        assert torch.equal(fc_reg[4 * row : 4 * row + 4], predictor.bbox_pred.bias[4 * slot : 4 * slot + 4])
+        assert torch.equal(logits[row], theirs.roi_heads.mask_predictor.mask_fcn_logits.weight[slot])
     assert torch.equal(fc_cls[80], predictor.cls_score.weight[0])
 
 
@@ -363,13 +368,15 @@ def old_names(state: dict) -> dict:
 
 def test_old_names_give_the_same(theirs, source, tmp_path):
     state = old_names(theirs.state_dict())
-    assert {'rpn.head.conv.weight', 'backbone.fpn.inner_blocks.0.weight',
-            'roi_heads.mask_head.mask_fcn1.weight'} <= set(state)
+    assert {
+        'rpn.head.conv.weight',
+        'backbone.fpn.inner_blocks.0.weight',
+        'roi_heads.mask_head.mask_fcn1.weight',
+    } <= set(state)
     torch.save(state, tmp_path / 'old.pth')
     old = read_source(tmp_path / 'old.pth')
     assert any('--bn-eps 0' in note for note in old.notes)
-    same(old.tensors, {k: v for k, v in source.tensors.items()
-                       if not k.endswith('num_batches_tracked')})
+    same(old.tensors, {k: v for k, v in source.tensors.items() if not k.endswith('num_batches_tracked')})
 
 
 @pytest.mark.parametrize('slots', [2, 21, 81])
@@ -378,8 +385,7 @@ def test_fine_tuned_models_have_no_holes(slots, tmp_path, source):
     torch.save({'model': tensors, 'epoch': 3}, tmp_path / 'own.pth')
     own = read_source(tmp_path / 'own.pth')
     head = tensors['roi_heads.box_predictor.cls_score.weight']
-    assert torch.equal(own.tensors['roi_head.bbox_head.fc_cls.weight'],
-                       torch.cat([head[1:], head[:1]]))
+    assert torch.equal(own.tensors['roi_head.bbox_head.fc_cls.weight'], torch.cat([head[1:], head[:1]]))
     assert own.classes == (COCO_CLASSES if slots == 81 else None)
     assert any('taken to be' in n for n in own.notes) == (slots == 81)
     same(to_torchvision(own.tensors, own.extra), tensors)
@@ -389,13 +395,15 @@ def torchvision_state(slots: int) -> dict:
     """A small model under torchvision's names; conversion looks at names and rows only."""
     generator = torch.Generator().manual_seed(slots)
     state = {}
-    for module, shape in (('backbone.body.conv1', (4, 3, 7, 7)),
-                          ('backbone.fpn.inner_blocks.0.0', (4, 4, 1, 1)),
-                          ('rpn.head.conv.0.0', (4, 4, 3, 3)),
-                          ('roi_heads.box_head.fc6', (4, 4)),
-                          ('roi_heads.box_predictor.cls_score', (slots, 4)),
-                          ('roi_heads.box_predictor.bbox_pred', (4 * slots, 4)),
-                          ('roi_heads.mask_predictor.mask_fcn_logits', (slots, 4, 1, 1))):
+    for module, shape in (
+        ('backbone.body.conv1', (4, 3, 7, 7)),
+        ('backbone.fpn.inner_blocks.0.0', (4, 4, 1, 1)),
+        ('rpn.head.conv.0.0', (4, 4, 3, 3)),
+        ('roi_heads.box_head.fc6', (4, 4)),
+        ('roi_heads.box_predictor.cls_score', (slots, 4)),
+        ('roi_heads.box_predictor.bbox_pred', (4 * slots, 4)),
+        ('roi_heads.mask_predictor.mask_fcn_logits', (slots, 4, 1, 1)),
+    ):
         state[f'{module}.weight'] = torch.randn(shape, generator=generator)
         if 'body' not in module:
             state[f'{module}.bias'] = torch.randn(shape[0], generator=generator)
@@ -406,6 +414,7 @@ def torchvision_state(slots: int) -> dict:
 
 
 # --- BN's eps ----------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope='module')
 def released(theirs, tmp_path_factory) -> Path:
@@ -437,6 +446,7 @@ def released(theirs, tmp_path_factory) -> Path:
 def test_eps_of_the_released_file(released, theirs, coco_model, inputs, monkeypatch, tmp_path):
     from torchvision.models.detection._utils import overwrite_eps
     from torchvision.models.detection.backbone_utils import resnet_fpn_backbone
+
     digest = sha256_of(released)[:8]
     monkeypatch.setattr(torchvision, 'RELEASED_EPS', {digest: 0.0})
     source = read_source(released)
@@ -444,8 +454,7 @@ def test_eps_of_the_released_file(released, theirs, coco_model, inputs, monkeypa
     frozen = resnet_fpn_backbone(backbone_name='resnet50', weights=None)
     state = torch.load(released, weights_only=True)
     prefix = 'backbone.'
-    frozen.load_state_dict({k.removeprefix(prefix): v for k, v in state.items()
-                            if k.startswith(prefix)})
+    frozen.load_state_dict({k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)})
     overwrite_eps(frozen, 0.0)  # what torchvision does after loading its file
     # In fp64, so that what is left is the rounding of the folded numbers alone.
     frozen.eval().double()
@@ -474,9 +483,14 @@ def test_eps_of_the_released_file(released, theirs, coco_model, inputs, monkeypa
 
 
 def test_folded_bn_is_the_same_function_and_comes_back_after_changes():
-    source = weights_source.Source(Path('x'), 'torchvision', {
-        'backbone.bn1.weight': torch.tensor([1.0, 0.5, 2.0, 0.3, 0.1]),
-        'backbone.bn1.running_var': torch.tensor([1.0, 1e-3, 1.5e-5, 1e-6, 1e-10])})
+    source = weights_source.Source(
+        Path('x'),
+        'torchvision',
+        {
+            'backbone.bn1.weight': torch.tensor([1.0, 0.5, 2.0, 0.3, 0.1]),
+            'backbone.bn1.running_var': torch.tensor([1.0, 1e-3, 1.5e-5, 1e-6, 1e-10]),
+        },
+    )
     before = {k: v.double() for k, v in source.tensors.items()}
     torchvision.fold_all(source, 0.0)
     after = {k: v.double() for k, v in source.tensors.items()}
@@ -493,8 +507,7 @@ def test_folded_bn_is_the_same_function_and_comes_back_after_changes():
     back = {k.replace('backbone.body', 'backbone'): v.double() for k, v in renamed.items()}
     factor = torch.tensor([2.0, 1, 1, 1, 2], dtype=torch.float64)
     torch.testing.assert_close(gain(back, 0.0), gain(before, 0.0) * factor, rtol=2e-7, atol=0)
-    assert torch.equal(back['backbone.bn1.running_var'][1:4],
-                       before['backbone.bn1.running_var'][1:4])
+    assert torch.equal(back['backbone.bn1.running_var'][1:4], before['backbone.bn1.running_var'][1:4])
 
 
 def test_eps_is_for_torchvision_only(official_like):
@@ -506,6 +519,7 @@ def test_eps_is_for_torchvision_only(official_like):
 
 # --- Detectron2 --------------------------------------------------------------------------------
 
+
 def detectron2_state() -> dict[str, np.ndarray]:
     """Names and shapes of Detectron2's mask_rcnn_R_50_FPN, written without our table."""
     rng = np.random.default_rng(4)
@@ -514,8 +528,7 @@ def detectron2_state() -> dict[str, np.ndarray]:
     def add(name: str, *shape: int, bias: bool = True) -> None:
         state[f'{name}.weight'] = rng.standard_normal(shape, np.float32)
         if bias:
-            state[f'{name}.bias'] = rng.standard_normal(shape[1 if 'deconv' in name else 0],
-                                                        np.float32)
+            state[f'{name}.bias'] = rng.standard_normal(shape[1 if 'deconv' in name else 0], np.float32)
 
     def conv_bn(name: str, *shape: int) -> None:
         add(name, *shape, bias=False)
@@ -540,8 +553,7 @@ def detectron2_state() -> dict[str, np.ndarray]:
     add('proposal_generator.rpn_head.objectness_logits', 3, 256, 1, 1)
     add('proposal_generator.rpn_head.anchor_deltas', 12, 256, 1, 1)
     for level in range(5):
-        state[f'proposal_generator.anchor_generator.cell_anchors.{level}'] = np.zeros(
-            (3, 4), np.float32)
+        state[f'proposal_generator.anchor_generator.cell_anchors.{level}'] = np.zeros((3, 4), np.float32)
     add('roi_heads.box_head.fc1', 1024, 12544)
     add('roi_heads.box_head.fc2', 1024, 1024)
     add('roi_heads.box_predictor.cls_score', 81, 1024)
@@ -561,39 +573,42 @@ def arrays() -> dict[str, np.ndarray]:
 @pytest.fixture(scope='module')
 def model_final(arrays, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp('detectron2') / 'model_final_f10217.pkl'
-    path.write_bytes(pickle.dumps({'model': arrays, '__author__': 'Detectron2 Model Zoo'},
-                                  protocol=2))
+    path.write_bytes(pickle.dumps({'model': arrays, '__author__': 'Detectron2 Model Zoo'}, protocol=2))
     return path
 
 
 def test_detectron2_fills_every_tensor(model_final, arrays, coco_model):
     source = read_source(model_final)
-    target = {k: v for k, v in coco_model().state_dict().items()
-              if not k.endswith('num_batches_tracked')}
-    assert {k: v.shape for k, v in source.tensors.items()} == {
-        k: v.shape for k, v in target.items()}
+    target = {k: v for k, v in coco_model().state_dict().items() if not k.endswith('num_batches_tracked')}
+    assert {k: v.shape for k, v in source.tensors.items()} == {k: v.shape for k, v in target.items()}
     assert source.kind == 'detectron2'
     assert source.classes == COCO_CLASSES
     assert (source.style, source.rgb, source.std) == ('caffe', False, (1.0, 1.0, 1.0))
     assert source.mean == (103.53, 116.28, 123.675)
     for ours, theirs in (
-            ('backbone.bn1.running_var', 'backbone.bottom_up.stem.conv1.norm.running_var'),
-            ('backbone.layer3.5.conv2.weight', 'backbone.bottom_up.res4.5.conv2.weight'),
-            ('backbone.layer1.0.downsample.1.bias', 'backbone.bottom_up.res2.0.shortcut.norm.bias'),
-            ('neck.lateral_convs.3.conv.weight', 'backbone.fpn_lateral5.weight'),
-            ('neck.fpn_convs.0.conv.bias', 'backbone.fpn_output2.bias'),
-            ('rpn_head.rpn_reg.weight', 'proposal_generator.rpn_head.anchor_deltas.weight'),
-            ('roi_head.bbox_head.shared_fcs.1.bias', 'roi_heads.box_head.fc2.bias'),
-            ('roi_head.bbox_head.fc_cls.weight', 'roi_heads.box_predictor.cls_score.weight'),
-            ('roi_head.mask_head.convs.3.conv.bias', 'roi_heads.mask_head.mask_fcn4.bias')):
+        ('backbone.bn1.running_var', 'backbone.bottom_up.stem.conv1.norm.running_var'),
+        ('backbone.layer3.5.conv2.weight', 'backbone.bottom_up.res4.5.conv2.weight'),
+        ('backbone.layer1.0.downsample.1.bias', 'backbone.bottom_up.res2.0.shortcut.norm.bias'),
+        ('neck.lateral_convs.3.conv.weight', 'backbone.fpn_lateral5.weight'),
+        ('neck.fpn_convs.0.conv.bias', 'backbone.fpn_output2.bias'),
+        ('rpn_head.rpn_reg.weight', 'proposal_generator.rpn_head.anchor_deltas.weight'),
+        ('roi_head.bbox_head.shared_fcs.1.bias', 'roi_heads.box_head.fc2.bias'),
+        ('roi_head.bbox_head.fc_cls.weight', 'roi_heads.box_predictor.cls_score.weight'),
+        ('roi_head.mask_head.convs.3.conv.bias', 'roi_heads.mask_head.mask_fcn4.bias'),
+    ):
         assert torch.equal(source.tensors[ours], torch.from_numpy(arrays[theirs])), ours
 
 
 @pytest.mark.parametrize('protocol', [2, 4, 5])
 def test_pickles_of_any_protocol_and_core(protocol, tmp_path):
-    values = {'f4': np.arange(6, dtype='f4').reshape(2, 3), 'f2': np.ones(3, 'f2'),
-              'big': np.arange(3, dtype='>f4'), 'fortran': np.asfortranarray(np.eye(3)[:2]),
-              'scalar': np.float32(2.5), 'name': 'x'}
+    values = {
+        'f4': np.arange(6, dtype='f4').reshape(2, 3),
+        'f2': np.ones(3, 'f2'),
+        'big': np.arange(3, dtype='>f4'),
+        'fortran': np.asfortranarray(np.eye(3)[:2]),
+        'scalar': np.float32(2.5),
+        'name': 'x',
+    }
     data = pickle.dumps({'model': values, 'matching_heuristics': True}, protocol=protocol)
     for other in (data, data.replace(b'numpy._core.', b'numpy.core.') if protocol == 2 else data):
         path = tmp_path / 'x.pkl'
@@ -607,13 +622,17 @@ def test_pickles_of_any_protocol_and_core(protocol, tmp_path):
 
 def small(state: dict, width: int = 2) -> dict:
     """The same names with small tensors; rows by class stay."""
-    return {k: torch.as_tensor(v)[(slice(None), *[slice(0, width)] * (v.ndim - 1))].clone()
-            if 'predictor' in k else torch.as_tensor(v).flatten()[:width].clone()
-            for k, v in state.items()}
+    return {
+        k: torch.as_tensor(v)[(slice(None), *[slice(0, width)] * (v.ndim - 1))].clone()
+        if 'predictor' in k
+        else torch.as_tensor(v).flatten()[:width].clone()
+        for k, v in state.items()
+    }
 
 
 def test_detectron2_as_torch_file_and_safetensors(arrays, tmp_path):
     from safetensors.torch import save_file
+
     state = small(arrays)
     state['pixel_mean'] = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
     state['pixel_std'] = torch.tensor([58.395, 57.12, 57.375]).reshape(3, 1, 1)
@@ -630,6 +649,7 @@ def test_detectron2_as_torch_file_and_safetensors(arrays, tmp_path):
 
 def test_safetensors_of_the_other_names(source, official_like, tmp_path):
     from safetensors.torch import save_file
+
     official = torch.load(official_like, weights_only=True)['state_dict']
     save_file(torchvision_state(91), tmp_path / 'tv.safetensors')
     save_file(official, tmp_path / 'mmdet.safetensors')
@@ -637,20 +657,20 @@ def test_safetensors_of_the_other_names(source, official_like, tmp_path):
     mmdet = read_source(tmp_path / 'mmdet.safetensors')
     assert mmdet.kind == 'mmdet'
     same(mmdet.tensors, official)
-    (tmp_path / 'cut.safetensors').write_bytes(
-        (tmp_path / 'mmdet.safetensors').read_bytes()[:-100])
+    (tmp_path / 'cut.safetensors').write_bytes((tmp_path / 'mmdet.safetensors').read_bytes()[:-100])
     with pytest.raises(UserError, match='truncated or no safetensors file'):
         read_source(tmp_path / 'cut.safetensors')
 
 
 # --- MMDetection's own -------------------------------------------------------------------------
 
+
 def mmdet_state(classes: int = 80) -> dict:
     converted = {}
     for key, value in torchvision_state(classes + 1).items():
         for theirs, ours in torchvision.NAMES.items():
             if key.startswith(theirs):
-                converted[ours + key[len(theirs):]] = value
+                converted[ours + key[len(theirs) :]] = value
                 break
     drop = {'roi_head.bbox_head.fc_reg.': 4, 'roi_head.mask_head.conv_logits.': 1}
     for prefix, rows in drop.items():
@@ -659,17 +679,17 @@ def mmdet_state(classes: int = 80) -> dict:
     return converted
 
 
-CONFIG_2X = '''
+CONFIG_2X = """
 img_norm_cfg = dict(
     mean=[103.53, 116.28, 123.675], std=[1.0, 1.0, 1.0], to_rgb=False)
 model = dict(type='MaskRCNN', backbone=dict(type='ResNet', depth=50, style='caffe'))
-'''
-CONFIG_3X = '''
+"""
+CONFIG_3X = """
 model = dict(
     backbone=dict(depth=50, style='pytorch', type='ResNet'),
     data_preprocessor=dict(bgr_to_rgb=True, mean=[123.675, 116.28, 103.53],
                            std=[58.395, 57.12, 57.375], type='DetDataPreprocessor'))
-'''
+"""
 
 
 def test_official_file_passes_unchanged(official_like):
@@ -682,16 +702,26 @@ def test_official_file_passes_unchanged(official_like):
     assert (source.style, source.mean) == (None, None)
 
 
-@pytest.mark.parametrize(('key', 'text', 'expected'), [
-    ('config', CONFIG_2X, ('caffe', (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), False)),
-    ('cfg', CONFIG_3X, ('pytorch', sources.RGB_MEAN, sources.RGB_STD, True)),
-    ('cfg', 'not ( python', (None, None, None, None)),
-    ('cfg', "backbone=dict(depth=50, style=open('x'))", (None, None, None, None)),
-])
+@pytest.mark.parametrize(
+    ('key', 'text', 'expected'),
+    [
+        ('config', CONFIG_2X, ('caffe', (103.53, 116.28, 123.675), (1.0, 1.0, 1.0), False)),
+        ('cfg', CONFIG_3X, ('pytorch', sources.RGB_MEAN, sources.RGB_STD, True)),
+        ('cfg', 'not ( python', (None, None, None, None)),
+        ('cfg', "backbone=dict(depth=50, style=open('x'))", (None, None, None, None)),
+    ],
+)
 def test_config_in_the_file_tells_the_normalisation(key, text, expected, tmp_path):
     path = tmp_path / 'epoch_1.pth'
-    torch.save({'meta': {key: text, 'dataset_meta': {'classes': ('a', 'b', 'c')}},
-                'state_dict': mmdet_state(3), 'optimizer': {'state': {}}, 'message_hub': {}}, path)
+    torch.save(
+        {
+            'meta': {key: text, 'dataset_meta': {'classes': ('a', 'b', 'c')}},
+            'state_dict': mmdet_state(3),
+            'optimizer': {'state': {}},
+            'message_hub': {},
+        },
+        path,
+    )
     source = read_source(path)
     assert (source.style, source.mean, source.std, source.rgb) == expected
     assert (source.kind, source.classes) == ('mmdet run', ('a', 'b', 'c'))
@@ -710,6 +740,7 @@ def test_caffe_in_the_name(tmp_path):
 
 def test_backbone_passes_unchanged(tmp_path):
     from torchvision.models import resnet18
+
     path = tmp_path / 'resnet.pth'
     state = resnet18().state_dict()
     torch.save(state, path)
@@ -719,14 +750,17 @@ def test_backbone_passes_unchanged(tmp_path):
     same_source(read_source(save(source, tmp_path / 'again.pth')), source)
 
 
-@pytest.mark.parametrize(('dtype', 'note'), [
-    (torch.float16, 'float16 tensors were widened'),
-    (torch.bfloat16, 'bfloat16 tensors were widened'),
-    (torch.float64, 'float64 tensors were rounded')])
+@pytest.mark.parametrize(
+    ('dtype', 'note'),
+    [
+        (torch.float16, 'float16 tensors were widened'),
+        (torch.bfloat16, 'bfloat16 tensors were widened'),
+        (torch.float64, 'float64 tensors were rounded'),
+    ],
+)
 def test_other_precision_and_wrapper(dtype, note, tmp_path):
     state = mmdet_state(3)
-    torch.save({'state_dict': {f'module.{k}': v.to(dtype) for k, v in state.items()}},
-               tmp_path / 'x.pth')
+    torch.save({'state_dict': {f'module.{k}': v.to(dtype) for k, v in state.items()}}, tmp_path / 'x.pth')
     source = read_source(tmp_path / 'x.pth')
     assert set(source.tensors) == set(state)
     assert {t.dtype for t in source.tensors.values()} == {torch.float32}
@@ -736,6 +770,7 @@ def test_other_precision_and_wrapper(dtype, note, tmp_path):
 
 
 # --- Bad input ---------------------------------------------------------------------------------
+
 
 def nan_state() -> dict:
     state = mmdet_state(3)
@@ -760,40 +795,53 @@ BAD = {
     'empty': ({'state_dict': {}}, 'empty state dict'),
     'empty dict': ({}, 'empty state dict'),
     'optimizer': ({'optimizer': {'state': {}, 'param_groups': []}}, 'state of an optimizer'),
-    'optimizer bare': ({'state': {0: {'exp_avg': torch.ones(2)}}, 'param_groups': []},
-                       'state of an optimizer'),
+    'optimizer bare': ({'state': {0: {'exp_avg': torch.ones(2)}}, 'param_groups': []}, 'state of an optimizer'),
     'no tensors': ({'epoch': 3, 'note': 'x'}, 'holds no weights'),
-    'nan': (nan_state(), 'NaN or infinite weights in 2 tensors:\n  - rpn_head.rpn_conv.weight: '
-            '2 of 144 numbers\n  - roi_head.bbox_head.fc_cls.bias: 1 of 4'),
+    'nan': (
+        nan_state(),
+        'NaN or infinite weights in 2 tensors:\n  - rpn_head.rpn_conv.weight: '
+        '2 of 144 numbers\n  - roi_head.bbox_head.fc_cls.bias: 1 of 4',
+    ),
     'r101': (with_keys('backbone.layer3.22.conv1.weight'), 'ResNet-101'),
     'r101 detectron2': (only('backbone.bottom_up.res4.22.conv1.weight'), 'ResNet-101'),
     'c4': (with_keys('roi_head.shared_head.layer4.0.conv1.weight'), 'C4'),
-    'c4 detectron2': (only('backbone.res4.0.conv1.weight', 'roi_heads.res5.0.conv1.weight',
-                           'proposal_generator.rpn_head.conv.weight'), 'C4'),
+    'c4 detectron2': (
+        only(
+            'backbone.res4.0.conv1.weight', 'roi_heads.res5.0.conv1.weight', 'proposal_generator.rpn_head.conv.weight'
+        ),
+        'C4',
+    ),
     'no fpn': (without(mmdet_state(3), 'neck'), 'without an FPN'),
     'no masks': (without(mmdet_state(3), 'mask_head'), 'without masks'),
     'no masks torchvision': (without(torchvision_state(91), 'mask'), 'without masks'),
     'cascade': (with_keys('roi_head.bbox_head.0.fc_cls.weight'), 'Cascade'),
     'v2': (torchvision_state(91) | only('rpn.head.conv.1.0.weight'), r'second version \(v2\)'),
-    'retinanet': (only('backbone.conv1.weight', 'neck.x', 'bbox_head.retina_cls.weight'),
-                  'RetinaNet'),
-    'retinanet torchvision': (only('backbone.body.conv1.weight',
-                                   'head.classification_head.cls_logits.weight'), 'RetinaNet'),
-    'detr': (only('transformer.encoder.layers.0.linear1.weight', 'class_embed.weight'),
-             'DETR-like'),
-    'detr mmdet': (only('backbone.conv1.weight', 'encoder.layers.0.ffn.weight',
-                        'bbox_head.fc_cls.weight'), 'DETR-like'),
+    'retinanet': (only('backbone.conv1.weight', 'neck.x', 'bbox_head.retina_cls.weight'), 'RetinaNet'),
+    'retinanet torchvision': (
+        only('backbone.body.conv1.weight', 'head.classification_head.cls_logits.weight'),
+        'RetinaNet',
+    ),
+    'detr': (only('transformer.encoder.layers.0.linear1.weight', 'class_embed.weight'), 'DETR-like'),
+    'detr mmdet': (
+        only('backbone.conv1.weight', 'encoder.layers.0.ffn.weight', 'bbox_head.fc_cls.weight'),
+        'DETR-like',
+    ),
     'yolo': (only('model.0.conv.weight', 'model.22.cv2.0.0.conv.weight'), 'YOLO-like'),
     'one stage': (only('backbone.conv1.weight', 'bbox_head.conv_cls.weight'), 'one-stage'),
     'mmdet 1.x': (only('backbone.conv1.weight', 'bbox_head.fc_cls.weight'), '1.x'),
-    'other': (only('embed.weight', 'lm_head.weight'),
-              'not a Mask R-CNN: its keys begin with embed.weight, lm_head.weight'),
-    'unknown key': (torchvision_state(91) | only('backbone.fpn.more.weight'),
-                    'no plain Mask R-CNN R50-FPN:\n  - backbone.fpn.more.weight'),
-    'missing head': (without(torchvision_state(91), 'cls_score.bias'),
-                     'roi_head.bbox_head.fc_cls.bias is not there'),
-    'heads disagree': (torchvision_state(91) | {
-        'roi_heads.box_predictor.bbox_pred.weight': torch.zeros(8, 4)}, 'do not agree on 91'),
+    'other': (
+        only('embed.weight', 'lm_head.weight'),
+        'not a Mask R-CNN: its keys begin with embed.weight, lm_head.weight',
+    ),
+    'unknown key': (
+        torchvision_state(91) | only('backbone.fpn.more.weight'),
+        'no plain Mask R-CNN R50-FPN:\n  - backbone.fpn.more.weight',
+    ),
+    'missing head': (without(torchvision_state(91), 'cls_score.bias'), 'roi_head.bbox_head.fc_cls.bias is not there'),
+    'heads disagree': (
+        torchvision_state(91) | {'roi_heads.box_predictor.bbox_pred.weight': torch.zeros(8, 4)},
+        'do not agree on 91',
+    ),
     'sparse': (mmdet_state(3) | {'x': torch.zeros(3).to_sparse()}, 'sparse'),
 }
 
@@ -809,17 +857,20 @@ def test_bad_contents_have_their_own_message(name, tmp_path):
     assert caught.value.cure
 
 
-@pytest.mark.parametrize(('name', 'data', 'message'), [
-    ('x.pth', b'<!DOCTYPE html><html>login</html>', 'a web page'),
-    ('x.pkl', b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
-    ('x.pth', b'', 'is empty'),
-    ('x.pth', b'PK\x03\x04' + bytes(500), 'truncated or no weights file'),
-    ('x-0123abcd.pth', b'PK\x03\x04' + bytes(500), 'is damaged'),
-    ('x.pkl', b'\x80\x04junk', 'truncated or no pickle of arrays'),
-    ('x.pkl', pickle.dumps([1, 2]), 'holds a list'),
-    ('x.pkl', pickle.dumps({'model': {}}), 'empty state dict'),
-    ('x.pkl', pickle.dumps({'blobs': {'conv1_w': np.zeros(2)}}), 'holds no weights'),
-])
+@pytest.mark.parametrize(
+    ('name', 'data', 'message'),
+    [
+        ('x.pth', b'<!DOCTYPE html><html>login</html>', 'a web page'),
+        ('x.pkl', b'version https://git-lfs.github.com/spec/v1\noid', 'a Git LFS pointer'),
+        ('x.pth', b'', 'is empty'),
+        ('x.pth', b'PK\x03\x04' + bytes(500), 'truncated or no weights file'),
+        ('x-0123abcd.pth', b'PK\x03\x04' + bytes(500), 'is damaged'),
+        ('x.pkl', b'\x80\x04junk', 'truncated or no pickle of arrays'),
+        ('x.pkl', pickle.dumps([1, 2]), 'holds a list'),
+        ('x.pkl', pickle.dumps({'model': {}}), 'empty state dict'),
+        ('x.pkl', pickle.dumps({'blobs': {'conv1_w': np.zeros(2)}}), 'holds no weights'),
+    ],
+)
 def test_bad_files_have_their_own_message(name, data, message, tmp_path):
     path = tmp_path / name
     path.write_bytes(data)
@@ -874,9 +925,16 @@ def test_malicious_pickle_leaves_no_trace(kind, suffix, tmp_path):
         assert trace.exists()
 
 
-@pytest.mark.parametrize('array', [
-    np.array([Path('x')], dtype=object), np.array(['a']), np.array([(1, 2.0)], 'i4,f4'),
-    np.array(['2020-01-01'], 'M8[D]')], ids=['object', 'text', 'record', 'date'])
+@pytest.mark.parametrize(
+    'array',
+    [
+        np.array([Path('x')], dtype=object),
+        np.array(['a']),
+        np.array([(1, 2.0)], 'i4,f4'),
+        np.array(['2020-01-01'], 'M8[D]'),
+    ],
+    ids=['object', 'text', 'record', 'date'],
+)
 def test_arrays_of_other_things_are_refused(array, tmp_path):
     path = tmp_path / 'x.pkl'
     path.write_bytes(pickle.dumps({'model': {'w': array}}))
@@ -884,12 +942,16 @@ def test_arrays_of_other_things_are_refused(array, tmp_path):
         read_source(path)
 
 
-@pytest.mark.parametrize('data', [
-    b'\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.',
-    b'\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R(K\x03b.',
-    b'\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n)X\x01\x00\x00\x00b\x87R'
-    b'(K\x01K\x64\x85cnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R\x89X\x01\x00\x00\x00atb.',
-], ids=['codec', 'state', 'short data'])
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'\x80\x02c_codecs\nencode\nX\x01\x00\x00\x00aX\x03\x00\x00\x00hex\x86R.',
+        b'\x80\x02cnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R(K\x03b.',
+        b'\x80\x02cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\n)X\x01\x00\x00\x00b\x87R'
+        b'(K\x01K\x64\x85cnumpy\ndtype\nX\x02\x00\x00\x00f4\x85R\x89X\x01\x00\x00\x00atb.',
+    ],
+    ids=['codec', 'state', 'short data'],
+)
 def test_crafted_array_pickles_end_in_a_message(data, tmp_path):
     path = tmp_path / 'x.pkl'
     path.write_bytes(data)
@@ -899,9 +961,16 @@ def test_crafted_array_pickles_end_in_a_message(data, tmp_path):
 
 # --- Writing and the tool ----------------------------------------------------------------------
 
-@pytest.mark.parametrize(('name', 'message'), [
-    ('there.pth', 'exists and is not overwritten'), ('folder', 'exists'),
-    ('x.pkl', 'must end in .pth'), ('x-0123abcd.pth', 'ends in a hash')])
+
+@pytest.mark.parametrize(
+    ('name', 'message'),
+    [
+        ('there.pth', 'exists and is not overwritten'),
+        ('folder', 'exists'),
+        ('x.pkl', 'must end in .pth'),
+        ('x-0123abcd.pth', 'ends in a hash'),
+    ],
+)
 def test_targets_that_are_refused(name, message, tmp_path):
     (tmp_path / 'there.pth').write_text('precious')
     (tmp_path / 'folder').mkdir()
@@ -916,8 +985,7 @@ def test_to_torchvision_names_what_does_not_fit():
     state = mmdet_state(3)
     with pytest.raises(UserError, match='do not fit a torchvision') as caught:
         to_torchvision(without(state, 'conv_logits.bias') | only('roi_head.mask_iou_head.x'))
-    assert caught.value.problems == ['roi_head.mask_iou_head.x',
-                                     'roi_head.mask_head.conv_logits.bias is not there']
+    assert caught.value.problems == ['roi_head.mask_iou_head.x', 'roi_head.mask_head.conv_logits.bias is not there']
     with pytest.raises(UserError, match='rows'):
         to_torchvision(state | {'roi_head.bbox_head.fc_reg.weight': torch.zeros(4, 4)})
     with pytest.raises(UserError, match='slots are for 80'):
@@ -926,8 +994,7 @@ def test_to_torchvision_names_what_does_not_fit():
 
 def test_own_80_classes_get_no_holes(tmp_path):
     names = tuple(f'class {i}' for i in range(80))
-    torch.save({'meta': {'dataset_meta': {'classes': names}}, 'state_dict': mmdet_state()},
-               tmp_path / 'own.pth')
+    torch.save({'meta': {'dataset_meta': {'classes': names}}, 'state_dict': mmdet_state()}, tmp_path / 'own.pth')
     convert_file(tmp_path / 'own.pth', tmp_path / 'tv.pth', 'torchvision')
     state = torch.load(tmp_path / 'tv.pth', weights_only=True)
     assert len(state['roi_heads.box_predictor.cls_score.bias']) == 81
@@ -938,13 +1005,22 @@ def test_tool(tmp_path):
     torch.save(state, tmp_path / 'tv.pth')
 
     def tool(*args: object) -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, str(ROOT / 'tools/convert_weights.py'),
-                               *map(str, args)], capture_output=True, text=True, cwd=tmp_path)
+        return subprocess.run(
+            [sys.executable, str(ROOT / 'tools/convert_weights.py'), *map(str, args)],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+        )
 
     done = tool('tv.pth', 'ours.pth', '--bn-eps', '0')
     assert done.returncode == 0, done.stderr
-    for expected in ('kind:          torchvision', '80: person, bicycle, car, …', 'pytorch',
-                     'RGB, mean [123.675', 'eps 0'):
+    for expected in (
+        'kind:          torchvision',
+        '80: person, bicycle, car, …',
+        'pytorch',
+        'RGB, mean [123.675',
+        'eps 0',
+    ):
         assert expected in done.stdout
     assert done.stdout.splitlines()[-1] == 'Written: ours.pth'
     again = tool('tv.pth', 'ours.pth')

@@ -54,8 +54,7 @@ def test_misspelt_folder_names_the_nearest_runs(tmp_path):
     (tmp_path / 'no_run').mkdir()
     with pytest.raises(UserError, match='There is no folder') as caught:
         find_run(tmp_path / 'mask_rcn')
-    assert caught.value.cure == \
-        f'did you mean {tmp_path / "mask_rcnn"} or {tmp_path / "zebra"}?'
+    assert caught.value.cure == f'did you mean {tmp_path / "mask_rcnn"} or {tmp_path / "zebra"}?'
 
 
 @pytest.mark.parametrize('given', ['work_dirs', 'work_dirs/run/20260101_000000'])

@@ -3,9 +3,29 @@
 data_root = 'data/VOCdevkit/VOC2012/'
 # The order is VOC's own and that of the categories in the annotation files; labels follow it.
 metainfo = dict(
-    classes=('aeroplane', 'bicycle', 'bird', 'boat', 'bottle', 'bus', 'car', 'cat', 'chair', 'cow',
-             'diningtable', 'dog', 'horse', 'motorbike', 'person', 'pottedplant', 'sheep', 'sofa',
-             'train', 'tvmonitor'))
+    classes=(
+        'aeroplane',
+        'bicycle',
+        'bird',
+        'boat',
+        'bottle',
+        'bus',
+        'car',
+        'cat',
+        'chair',
+        'cow',
+        'diningtable',
+        'dog',
+        'horse',
+        'motorbike',
+        'person',
+        'pottedplant',
+        'sheep',
+        'sofa',
+        'train',
+        'tvmonitor',
+    )
+)
 
 train_pipeline = [
     dict(type='LoadImage'),
@@ -22,8 +42,7 @@ test_pipeline = [
     dict(type='Resize', scale=(1333, 800), keep_ratio=True),
     # After Resize, so that the ground truth stays in the image's own coordinates.
     dict(type='LoadAnnotations', with_bbox=True, with_mask=True),
-    dict(type='PackDetInputs',
-         meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
+    dict(type='PackDetInputs', meta_keys=('img_id', 'img_path', 'ori_shape', 'img_shape', 'scale_factor')),
 ]
 
 train_dataloader = dict(
@@ -39,7 +58,9 @@ train_dataloader = dict(
         data_prefix=dict(img=''),
         metainfo=metainfo,
         filter_cfg=dict(filter_empty_gt=True, min_size=32),
-        pipeline=train_pipeline))
+        pipeline=train_pipeline,
+    ),
+)
 val_dataloader = dict(
     batch_size=1,
     num_workers=2,
@@ -53,7 +74,9 @@ val_dataloader = dict(
         data_prefix=dict(img=''),
         metainfo=metainfo,
         test_mode=True,
-        pipeline=test_pipeline))
+        pipeline=test_pipeline,
+    ),
+)
 # VOC keeps the labels of its test split to itself: val is also the split of the final test.
 test_dataloader = val_dataloader
 
@@ -62,5 +85,6 @@ val_evaluator = dict(
     ann_file=data_root + 'annotations/instances_val.json',
     metric=['bbox', 'segm'],
     engine='hotcoco',  # or 'pycocotools': the same numbers, slower
-    classwise=True)
+    classwise=True,
+)
 test_evaluator = val_evaluator

@@ -1,7 +1,7 @@
 # 40 epochs of SGD with one learning rate for each part of the model.
 # VOC 2012: 1464 images / 2 per step = 732 steps an epoch, 29,280 steps in all on one GPU.
 train_cfg = dict(type='ExactTrainLoop', max_epochs=40, val_interval=1)
-val_cfg = dict(type='ValLossLoop')    # validation loss too; loss=False leaves it out
+val_cfg = dict(type='ValLossLoop')  # validation loss too; loss=False leaves it out
 test_cfg = dict(type='TestLossLoop')
 
 optim_wrapper = dict(
@@ -11,10 +11,13 @@ optim_wrapper = dict(
     optimizer=dict(type='SGD', lr=0.002, momentum=0.9, weight_decay=0.0001),
     paramwise_cfg=dict(
         custom_keys=dict(
-            backbone=dict(lr_mult=0.1),    # 0.0002
-            neck=dict(lr_mult=0.5),        # 0.001
-            rpn_head=dict(lr_mult=1.0),    # 0.002
-            roi_head=dict(lr_mult=1.0))))  # 0.002
+            backbone=dict(lr_mult=0.1),  # 0.0002
+            neck=dict(lr_mult=0.5),  # 0.001
+            rpn_head=dict(lr_mult=1.0),  # 0.002
+            roi_head=dict(lr_mult=1.0),
+        )
+    ),
+)  # 0.002
 
 param_scheduler = [
     # From 0.001 x lr to lr over the first 500 of 732 steps of epoch 1.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import contextlib
 import hashlib
 import json
@@ -10,13 +9,9 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
+from mmfinetune.data.check.findings import Report
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_bytes, sha256_of
-from mmfinetune.data.check.findings import Report
-
-
-
-
 
 # Of the checks; a new one makes earlier results invalid.
 VERSION = 1
@@ -38,22 +33,23 @@ class Cache:
     A cache that cannot be read or written is done without.
     """
 
-    def __init__(self, splits: Mapping[str, tuple[Path, Path | None]],
-                 classes: Sequence[str] | None, options: Sequence[object]) -> None:
+    def __init__(
+        self, splits: Mapping[str, tuple[Path, Path | None]], classes: Sequence[str] | None, options: Sequence[object]
+    ) -> None:
         self.folder = cache_folder()
         self.file: Path | None = None
         with contextlib.suppress(OSError, ValueError):
-            places = [(name, str(Path(path).resolve()), root and str(Path(root).resolve()),
-                       self._sha256(Path(path))) for name, (path, root) in splits.items()]
-            text = json.dumps([VERSION, list(options), classes and list(classes), str(Path.cwd()),
-                               places])
+            places = [
+                (name, str(Path(path).resolve()), root and str(Path(root).resolve()), self._sha256(Path(path)))
+                for name, (path, root) in splits.items()
+            ]
+            text = json.dumps([VERSION, list(options), classes and list(classes), str(Path.cwd()), places])
             self.file = self.folder / f'{hashlib.sha256(text.encode()).hexdigest()}.json'
 
     def find(self) -> Report | None:
         """The result of the same check, if no image has changed since."""
         # A damaged file can be anything.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError,
-                                 RecursionError):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             if self.file is not None:
                 kept = json.loads(self.file.read_bytes())
                 if kept['stamp'] == _stamp(kept['images']):
@@ -65,8 +61,7 @@ class Cache:
             return
         names = [str(path) for path in images if path is not None]
         with contextlib.suppress(UserError, OSError, ValueError):
-            content = json.dumps({'stamp': _stamp(names), 'images': names,
-                                  'report': report.to_cache()})
+            content = json.dumps({'stamp': _stamp(names), 'images': names, 'report': report.to_cache()})
             atomic_write_bytes(self.file, content.encode())
             kept = sorted(self.folder.glob('*.json'), key=lambda p: p.stat().st_mtime)
             for old in kept[:-_KEPT]:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.check.kinds import KINDS, SEVERITIES, Kind
-
-
-
-
+from mmfinetune.utils.errors import UserError
 
 
 def printable(text: str) -> str:
     """Text of a file, for a terminal: control characters and lone surrogates replaced."""
-    return text if text.isprintable() else ''.join(
-        c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
+    return text if text.isprintable() else ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
 
 
 @dataclass
@@ -73,17 +67,24 @@ class Finding:
     def line(self, examples: int = 3) -> str:
         unit = self.kind.unit
         if self.count == 1:
-            unit = {'categories': 'category', 'classes': 'class', 'entries': 'entry'}.get(
-                unit, unit[:-1])
+            unit = {'categories': 'category', 'classes': 'class', 'entries': 'entry'}.get(unit, unit[:-1])
         shown = '; '.join(str(e) for e in self.examples[:examples])
         more = ', …' if self.count > min(examples, len(self.examples)) else ''
         return f'{self.split}: {self.count:,} {unit} {self.kind.title} [{self.code}]' + (
-            f': {shown}{more}' if shown else '')
+            f': {shown}{more}' if shown else ''
+        )
 
     def as_dict(self) -> dict:
-        return {'code': self.code, 'severity': self.severity, 'split': self.split,
-                'count': self.count, 'unit': self.kind.unit, 'title': self.kind.title,
-                'cure': self.kind.cure, 'examples': [e.as_dict() for e in self.examples]}
+        return {
+            'code': self.code,
+            'severity': self.severity,
+            'split': self.split,
+            'count': self.count,
+            'unit': self.kind.unit,
+            'title': self.kind.title,
+            'cure': self.kind.cure,
+            'examples': [e.as_dict() for e in self.examples],
+        }
 
 
 @dataclass
@@ -140,11 +141,12 @@ class Report:
         errors = self.of('error')
         if errors:
             paths = list(dict.fromkeys(s.path for s in self.splits))
-            raise UserError(f'The data set has {len(errors)} kinds of errors '
-                            f'({", ".join(paths)}):',
-                            [f'{f.line()}. Cure: {f.kind.cure}' for f in errors],
-                            f'`python tools/check_dataset.py {" ".join(paths)}` shows all of '
-                            'them, its --fix OUT writes a repaired copy')
+            raise UserError(
+                f'The data set has {len(errors)} kinds of errors ({", ".join(paths)}):',
+                [f'{f.line()}. Cure: {f.kind.cure}' for f in errors],
+                f'`python tools/check_dataset.py {" ".join(paths)}` shows all of '
+                'them, its --fix OUT writes a repaired copy',
+            )
 
     def lines(self, limit: int = 10) -> list[str]:
         """Errors, then warnings, one line each, at most `limit`; notes are only counted."""
@@ -155,11 +157,15 @@ class Report:
         return lines
 
     def as_dict(self) -> dict:
-        return {'good': self.good, 'seconds': round(self.seconds, 2), 'cached': self.cached,
-                'images_read': self.images_read,
-                'counts': {s: len(self.of(s)) for s in SEVERITIES},
-                'splits': [dataclasses.asdict(s) for s in self.splits],
-                'findings': [f.as_dict() for f in self.findings]}
+        return {
+            'good': self.good,
+            'seconds': round(self.seconds, 2),
+            'cached': self.cached,
+            'images_read': self.images_read,
+            'counts': {s: len(self.of(s)) for s in SEVERITIES},
+            'splits': [dataclasses.asdict(s) for s in self.splits],
+            'findings': [f.as_dict() for f in self.findings],
+        }
 
     def to_cache(self) -> dict:
         return dataclasses.asdict(self)
@@ -167,19 +173,22 @@ class Report:
     @classmethod
     def from_cache(cls, data: dict) -> Report:
         """The inverse of `to_cache`; KeyError or TypeError if the data is no report."""
-        findings = [Finding(**{**f, 'examples': [Example(**e) for e in f['examples']]})
-                    for f in data['findings']]
+        findings = [Finding(**{**f, 'examples': [Example(**e) for e in f['examples']]}) for f in data['findings']]
         if any(f.code not in KINDS for f in findings):
             raise KeyError('a finding of another version')
-        return cls([SplitStats(**s) for s in data['splits']], findings,
-                   bool(data['images_read']), float(data['seconds']), cached=True)
+        return cls(
+            [SplitStats(**s) for s in data['splits']],
+            findings,
+            bool(data['images_read']),
+            float(data['seconds']),
+            cached=True,
+        )
 
 
 def in_order(findings: Sequence[Finding]) -> list[Finding]:
     """Errors first, then as the kinds are listed."""
     codes = list(KINDS)
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code),
-                                           f.split))
+    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
 
 
 class Marks:
@@ -194,9 +203,13 @@ class Marks:
         self._scores: dict[str, dict[int, float]] = {}
         self._details: dict[str, dict[int, str] | Callable[[int], str] | str] = {}
 
-    def add(self, code: str, rows: Sequence[int] | np.ndarray,
-            detail: dict[int, str] | Callable[[int], str] | str = '',
-            scores: Mapping[int, float] | np.ndarray | None = None) -> None:
+    def add(
+        self,
+        code: str,
+        rows: Sequence[int] | np.ndarray,
+        detail: dict[int, str] | Callable[[int], str] | str = '',
+        scores: Mapping[int, float] | np.ndarray | None = None,
+    ) -> None:
         """Add entries.
 
         Args:
@@ -244,4 +257,5 @@ def _either(first: object, second: object) -> Callable[[int], str]:
         if isinstance(detail, dict):
             return detail.get(row, '')
         return detail(row) if callable(detail) else str(detail)
+
     return lambda row: word(first, row) or word(second, row)

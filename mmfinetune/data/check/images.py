@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import hashlib
 import io
 import os
@@ -17,18 +16,20 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 from mmfinetune.data.check.table import Table
 from mmfinetune.utils.workers import in_order
 
-
-
-
-
 # OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
 _MOST_PIXELS = 1 << 30
 _CHUNK = 32  # images per task of a worker
 _EXIF_ORIENTATION = 0x0112
 # Upper-case suffixes that name each of Pillow's formats.
-_SUFFIXES = {'JPEG': ('.JPG', '.JPEG', '.JPE', '.JFIF'), 'PNG': ('.PNG',), 'BMP': ('.BMP', '.DIB'),
-             'TIFF': ('.TIF', '.TIFF'), 'WEBP': ('.WEBP',), 'GIF': ('.GIF',),
-             'MPO': ('.JPG', '.JPEG', '.MPO')}
+_SUFFIXES = {
+    'JPEG': ('.JPG', '.JPEG', '.JPE', '.JFIF'),
+    'PNG': ('.PNG',),
+    'BMP': ('.BMP', '.DIB'),
+    'TIFF': ('.TIF', '.TIFF'),
+    'WEBP': ('.WEBP',),
+    'GIF': ('.GIF',),
+    'MPO': ('.JPG', '.JPEG', '.MPO'),
+}
 # dHash: 64 comparisons of neighbours in a row of a 9x8 thumbnail (N. Krawetz, 2013).
 _HASH_BITS = 3  # that two hashes may differ in
 _HASH_SIDE = (9, 8)
@@ -90,8 +91,9 @@ def look_at(path: Path) -> ImageFacts:
             facts.width, facts.height = image.size
             facts.mode, facts.format = image.mode, image.format or ''
             if facts.width * facts.height > _MOST_PIXELS:
-                return ImageFacts('image-unreadable', f'{facts.width}x{facts.height}: more than '
-                                  '2^30 pixels, which OpenCV refuses')
+                return ImageFacts(
+                    'image-unreadable', f'{facts.width}x{facts.height}: more than 2^30 pixels, which OpenCV refuses'
+                )
             facts.turned = _orientation(image)
             # All bytes are still decoded, but a JPEG to an eighth of its size at once.
             image.draft('L', (9 * 8, 8 * 8))
@@ -105,8 +107,9 @@ def look_at(path: Path) -> ImageFacts:
         return ImageFacts('image-truncated' if short else 'image-unreadable', text)
     finally:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
-    if facts.format == 'JPEG' and b'\xff\xd9' not in content[-2048:] or \
-            facts.format == 'PNG' and b'IEND' not in content[-2048:]:
+    if (facts.format == 'JPEG' and b'\xff\xd9' not in content[-2048:]) or (
+        facts.format == 'PNG' and b'IEND' not in content[-2048:]
+    ):
         # Pillow forgives a JPEG of which only the end mark is gone.
         return ImageFacts('image-truncated', 'the end mark is missing')
     return facts
@@ -140,16 +143,22 @@ def _dhash(image: Image.Image) -> int | None:
     return int.from_bytes(bits.tobytes(), 'big')
 
 
-def read_images(paths: Sequence[Path], workers: int | None = None,
-                progress: bool = True) -> dict[Path, ImageFacts]:
+def read_images(paths: Sequence[Path], workers: int | None = None, progress: bool = True) -> dict[Path, ImageFacts]:
     """Look at image files in several processes.
 
     Raises:
         UserError: A worker was killed.
     """
     paths = list(dict.fromkeys(paths))
-    facts = in_order(look_at, paths, workers or os.cpu_count() or 1, _CHUNK, desc='images',
-                     disable=None if progress else True, leave=False)
+    facts = in_order(
+        look_at,
+        paths,
+        workers or os.cpu_count() or 1,
+        _CHUNK,
+        desc='images',
+        disable=None if progress else True,
+        leave=False,
+    )
     return dict(zip(paths, facts, strict=True))
 
 
@@ -178,11 +187,11 @@ def _judge(fact: ImageFacts, name: str, width: int, height: int) -> list[tuple[s
     upright, stored = fact.upright, (fact.width, fact.height)
     if width and (width, height) != upright:
         if (width, height) == stored:
-            found.append(('image-exif', f'{width}x{height} becomes {upright[0]}x{upright[1]} '
-                          f'(orientation {fact.turned})'))
+            found.append(
+                ('image-exif', f'{width}x{height} becomes {upright[0]}x{upright[1]} (orientation {fact.turned})')
+            )
         else:
-            found.append(('image-size', f'is {upright[0]}x{upright[1]}, the file says '
-                          f'{width}x{height}'))
+            found.append(('image-size', f'is {upright[0]}x{upright[1]}, the file says {width}x{height}'))
     elif fact.turned > 1 and (fact.turned < 5 or fact.width == fact.height):
         found.append(('image-exif-same-size', f'orientation {fact.turned}'))
     if fact.mode.startswith(('I', 'F')):
@@ -196,16 +205,13 @@ def _judge(fact: ImageFacts, name: str, width: int, height: int) -> list[tuple[s
     return found
 
 
-def similar(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]
-            ) -> list[tuple[Path, Path]]:
+def similar(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list[tuple[Path, Path]]:
     """Pairs of images, one of each, that show the same picture; verified by looking at both."""
     pairs = _near(first, second)
-    return [pair for pair in pairs if first[pair[0]].digest != second[pair[1]].digest
-            and _same_picture(*pair)]
+    return [pair for pair in pairs if first[pair[0]].digest != second[pair[1]].digest and _same_picture(*pair)]
 
 
-def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]
-          ) -> list[tuple[Path, Path]]:
+def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list[tuple[Path, Path]]:
     """Pairs whose hashes differ in at most `_HASH_BITS` bits."""
     ours = [(p, f.dhash) for p, f in first.items() if f.dhash is not None]
     theirs = [(p, f.dhash) for p, f in second.items() if f.dhash is not None]
@@ -216,8 +222,9 @@ def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]
         for i, (_, value) in enumerate(ours):
             bins.setdefault(value >> shift & 0xFFFF, []).append(i)
         for k, (_, value) in enumerate(theirs):
-            found.update((i, k) for i in bins.get(value >> shift & 0xFFFF, ())
-                         if (ours[i][1] ^ value).bit_count() <= _HASH_BITS)
+            found.update(
+                (i, k) for i in bins.get(value >> shift & 0xFFFF, ()) if (ours[i][1] ^ value).bit_count() <= _HASH_BITS
+            )
     return [(ours[i][0], theirs[k][0]) for i, k in sorted(found)]
 
 
@@ -226,10 +233,8 @@ def _same_picture(one: Path, two: Path) -> bool:
         with Image.open(one) as a, Image.open(two) as b:
             if abs(a.width * b.height - b.width * a.height) > 0.05 * a.width * b.height:
                 return False
-            pixels = [np.asarray(image.convert('RGB').resize((_LOOK_SIDE,) * 2), np.float32)
-                      for image in (a, b)]
+            pixels = [np.asarray(image.convert('RGB').resize((_LOOK_SIDE,) * 2), np.float32) for image in (a, b)]
     except (OSError, ValueError):
         return False
     correlation = np.corrcoef(pixels[0].ravel(), pixels[1].ravel())[0, 1]
-    return bool(np.abs(pixels[0] - pixels[1]).mean() <= _LOOK_DIFFERENCE
-                and correlation >= _LOOK_CORRELATION)
+    return bool(np.abs(pixels[0] - pixels[1]).mean() <= _LOOK_DIFFERENCE and correlation >= _LOOK_CORRELATION)

@@ -6,7 +6,6 @@ their annotation are drawn.
 
 from __future__ import annotations
 
-
 import itertools
 from array import array
 from collections.abc import Iterator
@@ -16,14 +15,17 @@ import numpy as np
 from pycocotools import mask as mask_api
 from tqdm import tqdm
 
-from mmfinetune.utils.masks import as_bytes, run_lengths
-from mmfinetune.data.check.table import Table
-from mmfinetune.data.check.kinds import AREA_TOLERANCE, BOX_TOLERANCE_PX, BOX_TOLERANCE_SHARE, CROSSING_SHARE, DUPLICATE_IOU, TINY_PX
 from mmfinetune.data.check.findings import Marks
-
-
-
-
+from mmfinetune.data.check.kinds import (
+    AREA_TOLERANCE,
+    BOX_TOLERANCE_PX,
+    BOX_TOLERANCE_SHARE,
+    CROSSING_SHARE,
+    DUPLICATE_IOU,
+    TINY_PX,
+)
+from mmfinetune.data.check.table import Table
+from mmfinetune.utils.masks import as_bytes, run_lengths
 
 _BLOCK = 20_000  # annotations: their coordinates stay within the processor's cache
 _CROSSING_PX = 16
@@ -55,13 +57,13 @@ class Masks:
 def check_masks(table: Table, progress: bool = True) -> Masks:
     """Mark the annotations of a table whose masks, boxes or areas are wrong."""
     count = len(table.annotations)
-    masks = Masks(np.full((count, 4), np.nan), np.full(count, np.nan), np.zeros(count),
-                  np.zeros(count, bool))
+    masks = Masks(np.full((count, 4), np.nan), np.full(count, np.nan), np.zeros(count), np.zeros(count, bool))
     shapes = [entry.get('segmentation') for entry in table.annotations]
     polygons, rles = _sort_out(table, shapes)
     # None leaves the bar out where the output is no terminal.
-    with tqdm(total=count, desc=f'masks of {table.name}', unit='mask',
-              disable=None if progress else True, leave=False) as bar:
+    with tqdm(
+        total=count, desc=f'masks of {table.name}', unit='mask', disable=None if progress else True, leave=False
+    ) as bar:
         for rows in _blocks(polygons):
             _measure_polygons(table, shapes, rows, masks)
             bar.update(len(rows))
@@ -75,7 +77,7 @@ def check_masks(table: Table, progress: bool = True) -> Masks:
 
 
 def _blocks(rows: np.ndarray) -> Iterator[np.ndarray]:
-    return (rows[start:start + _BLOCK] for start in range(0, len(rows), _BLOCK))
+    return (rows[start : start + _BLOCK] for start in range(0, len(rows), _BLOCK))
 
 
 def _sort_out(table: Table, shapes: list[object]) -> tuple[np.ndarray, np.ndarray]:
@@ -126,8 +128,7 @@ def _measure_polygons(table: Table, shapes: list, rows: np.ndarray, masks: Masks
     bad_number = np.zeros(len(parts), bool)
     wild = np.flatnonzero(~(np.abs(flat) < 1e9))
     bad_number[np.searchsorted(starts, wild, 'right') - 1] = True
-    marks.add('polygon-points', owner[short & ~odd],
-              lambda i: f'{min(map(len, shapes[i])) // 2} points')
+    marks.add('polygon-points', owner[short & ~odd], lambda i: f'{min(map(len, shapes[i])) // 2} points')
     marks.add('polygon-odd', owner[odd])
     marks.add('polygon-number', owner[bad_number])
     good = ~(odd | short | bad_number)
@@ -162,6 +163,7 @@ def _measure_polygons(table: Table, shapes: list, rows: np.ndarray, masks: Masks
         at = np.flatnonzero(owner == i)
         (x1, y1), (x2, y2) = low[at].min(0), high[at].max(0)
         return f'from ({x1:g}, {y1:g}) to ({x2:g}, {y2:g}) in {width[at[0]]}x{height[at[0]]}'
+
     # Worded now, since the block is gone when the report is written.
     for code, found in (('polygon-far', far), ('polygon-over-edge', over)):
         which = np.unique(owner[found])
@@ -177,8 +179,7 @@ def _measure_polygons(table: Table, shapes: list, rows: np.ndarray, masks: Masks
     masks.borders[which] = np.add.reduceat(borders, first)
     sides = masks.extents[which, 2:] - masks.extents[which, :2]
     alone = np.diff(first, append=len(owner)) == 1
-    masks.rectangle[which] = alone & (masks.areas[which] >= 0.99 * sides.prod(1)) & \
-        (sides.min(1) >= _RECTANGLE_SIDE)
+    masks.rectangle[which] = alone & (masks.areas[which] >= 0.99 * sides.prod(1)) & (sides.min(1) >= _RECTANGLE_SIDE)
     # What is thinner than a pixel may miss all centres of pixels.
     drawn = which[(masks.areas[which] <= masks.borders[which] / 2 + 2)]
     gone = set(owner[far].tolist())
@@ -187,15 +188,23 @@ def _measure_polygons(table: Table, shapes: list, rows: np.ndarray, masks: Masks
             masks.areas[i] = mask_api.area(_draw(table, shapes[i], i))
 
 
-def _find_crossings(marks: Marks, owner: np.ndarray, points: np.ndarray, counts: np.ndarray,
-                    starts: np.ndarray, areas: np.ndarray, borders: np.ndarray,
-                    sane: np.ndarray) -> None:
+def _find_crossings(
+    marks: Marks,
+    owner: np.ndarray,
+    points: np.ndarray,
+    counts: np.ndarray,
+    starts: np.ndarray,
+    areas: np.ndarray,
+    borders: np.ndarray,
+    sane: np.ndarray,
+) -> None:
     """Mark polygons of which a good part is filled the wrong way.
 
     Real outlines touch or cross themselves by a pixel here and there, which does no harm. What
     counts is by how much the area as drawn (even-odd) differs from the area as traversed.
     """
     import shapely
+
     closed = (points[starts] == points[starts + counts - 1]).all(1)
     # A triangle cannot cross itself.
     ring = (counts - closed >= 4) & sane
@@ -207,16 +216,18 @@ def _find_crossings(marks: Marks, owner: np.ndarray, points: np.ndarray, counts:
     shapes = shapely.polygons(shapely.linearrings(points[keep], indices=of_point))
     invalid = np.flatnonzero(~shapely.is_valid(shapes))
     suspects = chosen[invalid]
-    drawn = np.array([_drawn_area(points[starts[k]:starts[k] + counts[k]]) for k in suspects])
+    drawn = np.array([_drawn_area(points[starts[k] : starts[k] + counts[k]]) for k in suspects])
     wrong = np.abs(drawn - areas[suspects])
     total = np.maximum(drawn, areas[suspects])
     # An outline drawn is off by up to half a pixel of the enlarged picture.
-    bad = (wrong >= CROSSING_SHARE * total) & (
-        wrong >= np.maximum(_CROSSING_PX, borders[suspects] / 2 / _ENLARGED))
+    bad = (wrong >= CROSSING_SHARE * total) & (wrong >= np.maximum(_CROSSING_PX, borders[suspects] / 2 / _ENLARGED))
     rows = owner[chosen[invalid[bad]]].tolist()
-    marks.add('polygon-crossing', rows, {i: f'{w:.0f} of {t:.0f} px' for i, w, t in
-                                         zip(rows, wrong[bad], total[bad], strict=True)},
-              dict(zip(rows, wrong[bad] / total[bad], strict=True)))
+    marks.add(
+        'polygon-crossing',
+        rows,
+        {i: f'{w:.0f} of {t:.0f} px' for i, w, t in zip(rows, wrong[bad], total[bad], strict=True)},
+        dict(zip(rows, wrong[bad] / total[bad], strict=True)),
+    )
 
 
 def _drawn_area(points: np.ndarray) -> float:
@@ -229,7 +240,7 @@ def _drawn_area(points: np.ndarray) -> float:
     points = (points - low) * enlarged
     width, height = np.ceil(points.max(0)).astype(int).tolist()
     rle = mask_api.frPyObjects([points.ravel()], max(height, 1), max(width, 1))[0]
-    return float(mask_api.area(rle)) / enlarged ** 2
+    return float(mask_api.area(rle)) / enlarged**2
 
 
 def _draw(table: Table, shape: list, row: int) -> dict:
@@ -239,8 +250,10 @@ def _draw(table: Table, shape: list, row: int) -> dict:
     parts = [np.asarray(p) for p in shape if len(p) >= 6 and len(p) % 2 == 0]
     parts = [p for p in parts if (np.abs(p) < 4 * max(height, width)).all()]
     if not parts:
-        return {'size': [height, width], 'counts': mask_api.encode(
-            np.zeros((height, width), np.uint8, order='F'))['counts']}
+        return {
+            'size': [height, width],
+            'counts': mask_api.encode(np.zeros((height, width), np.uint8, order='F'))['counts'],
+        }
     return mask_api.merge(mask_api.frPyObjects(parts, height, width))
 
 
@@ -250,8 +263,7 @@ def _measure_rles(table: Table, shapes: list, rows: np.ndarray, masks: Masks) ->
     usable, encoded, wrong_size, wrong_counts = [], [], {}, {}
     for i, w, h in zip(rows.tolist(), width.tolist(), height.tolist(), strict=True):
         size, counts = shapes[i].get('size'), shapes[i].get('counts')
-        if not (isinstance(size, list) and len(size) == 2
-                and all(type(v) is int and 0 < v < 1 << 31 for v in size)):
+        if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 1 << 31 for v in size)):
             wrong_size[i] = f'size {size!r}'
         elif w and size != [h, w]:
             wrong_size[i] = f'size {size}, the image is {[h, w]}'
@@ -279,7 +291,8 @@ def _measure_rles(table: Table, shapes: list, rows: np.ndarray, masks: Masks) ->
             masks.areas[which] = areas[good]
             masks.extents[which] = np.concatenate([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], 1)
             masks.rectangle[which] = (areas[good] == boxes[:, 2] * boxes[:, 3]) & (
-                boxes[:, 2:].min(1) >= _RECTANGLE_SIDE)
+                boxes[:, 2:].min(1) >= _RECTANGLE_SIDE
+            )
     marks.add('rle-size', list(wrong_size), wrong_size)
     marks.add('rle-counts', list(wrong_counts), wrong_counts)
 
@@ -293,8 +306,11 @@ def _compare(table: Table, shapes: list, masks: Masks) -> None:
         x1, y1, x2, y2 = masks.extents.T
         away = (width > 0) & ((x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height))
         marks.add('mask-empty', np.flatnonzero(measured & ((areas == 0) | away)))
-        marks.add('mask-tiny', np.flatnonzero(measured & ~away & (areas > 0) & (areas < TINY_PX)),
-                  lambda i: f'{areas[i]:.0f} px')
+        marks.add(
+            'mask-tiny',
+            np.flatnonzero(measured & ~away & (areas > 0) & (areas < TINY_PX)),
+            lambda i: f'{areas[i]:.0f} px',
+        )
 
         box = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
         limit = np.where(width[:, None] > 0, np.stack([width, height] * 2, 1), np.inf)
@@ -304,10 +320,16 @@ def _compare(table: Table, shapes: list, masks: Masks) -> None:
         wrong = off > np.maximum(BOX_TOLERANCE_PX, BOX_TOLERANCE_SHARE * longer)
     # Without area there is an error already.
     wrong &= (table.boxes[:, 2] > 0) & (table.boxes[:, 3] > 0) & (areas > 0)
-    marks.add('box-mask', np.flatnonzero(wrong), lambda i: (
-        f'off by {off[i]:.1f} px: bbox '
-        f'[{", ".join(f"{v:g}" for v in table.boxes[i].round(2))}], mask '
-        f'[{x1[i]:g}, {y1[i]:g}, {x2[i] - x1[i]:g}, {y2[i] - y1[i]:g}]'), off)
+    marks.add(
+        'box-mask',
+        np.flatnonzero(wrong),
+        lambda i: (
+            f'off by {off[i]:.1f} px: bbox '
+            f'[{", ".join(f"{v:g}" for v in table.boxes[i].round(2))}], mask '
+            f'[{x1[i]:g}, {y1[i]:g}, {x2[i] - x1[i]:g}, {y2[i] - y1[i]:g}]'
+        ),
+        off,
+    )
     _compare_areas(table, shapes, masks)
 
 
@@ -318,8 +340,7 @@ def _compare_areas(table: Table, shapes: list, masks: Masks) -> None:
     with np.errstate(invalid='ignore'):
         # Pixels drawn and area enclosed differ by up to half the outline.
         free = np.maximum(AREA_TOLERANCE * masks.areas, masks.borders / 2 + 2)
-        suspects = np.flatnonzero((np.abs(table.areas - masks.areas) > free) & (masks.areas > 0)
-                                  & ~table.crowd)
+        suspects = np.flatnonzero((np.abs(table.areas - masks.areas) > free) & (masks.areas > 0) & ~table.crowd)
     wrong, ratio = {}, {}
     for i in suspects.tolist():
         if i in skipped:
@@ -331,7 +352,8 @@ def _compare_areas(table: Table, shapes: list, masks: Masks) -> None:
         if abs(table.areas[i] - pixels) > max(AREA_TOLERANCE * pixels, masks.borders[i] / 2 + 2):
             box = table.boxes[i, 2] * table.boxes[i, 3]
             wrong[i] = f'area {table.areas[i]:g}, mask {pixels:.0f} px' + (
-                ', area of the bbox' if abs(box - table.areas[i]) <= 0.01 * box else '')
+                ', area of the bbox' if abs(box - table.areas[i]) <= 0.01 * box else ''
+            )
             ratio[i] = abs(np.log(table.areas[i] / max(pixels, 1)))
     marks.add('area-mismatch', list(wrong), wrong, ratio)
 
@@ -343,8 +365,7 @@ def _find_rectangles(table: Table, masks: Masks) -> None:
     rectangles = np.flatnonzero(masks.rectangle & judged)
     if len(rectangles) >= max(_RECTANGLE_LEAST, _RECTANGLE_SHARE * judged.sum()):
         share = len(rectangles) / judged.sum()
-        table.marks.add('rectangle-masks', rectangles, f'{share:.0%} of the masks of '
-                        f'{_RECTANGLE_SIDE} px or more')
+        table.marks.add('rectangle-masks', rectangles, f'{share:.0%} of the masks of {_RECTANGLE_SIDE} px or more')
 
 
 def _find_duplicates(table: Table, shapes: list, masks: Masks) -> None:
@@ -355,8 +376,7 @@ def _find_duplicates(table: Table, shapes: list, masks: Masks) -> None:
     if len(table.widths):
         usable &= table.widths[table.image_rows] > 0
     rows = np.flatnonzero(usable)
-    rows = rows[np.lexsort((masks.areas[rows], table.category_rows[rows],
-                            table.image_rows[rows]))]
+    rows = rows[np.lexsort((masks.areas[rows], table.category_rows[rows], table.image_rows[rows]))]
     group = table.image_rows[rows] * (len(table.categories) + 1) + table.category_rows[rows]
     areas, extents = masks.areas[rows], masks.extents[rows]
     boxes = extents[:, 2:] - extents[:, :2]
@@ -365,8 +385,7 @@ def _find_duplicates(table: Table, shapes: list, masks: Masks) -> None:
     for step in range(1, _NEIGHBOURS + 1):
         at = at[at + step < len(rows)]
         # An outline measured and a mask drawn differ a little, so twice the tolerance.
-        near = (group[at] == group[at + step]) & (
-            areas[at] >= (1 - 2 * (1 - DUPLICATE_IOU)) * areas[at + step] - 2)
+        near = (group[at] == group[at + step]) & (areas[at] >= (1 - 2 * (1 - DUPLICATE_IOU)) * areas[at + step] - 2)
         at = at[near]
         if not len(at):
             break
@@ -379,8 +398,11 @@ def _find_duplicates(table: Table, shapes: list, masks: Masks) -> None:
             if second in duplicate:
                 continue
             # Most duplicates are copies, which need not be drawn.
-            iou = 1.0 if shapes[first] == shapes[second] else float(mask_api.iou(
-                [_rle(table, shapes, second)], [_rle(table, shapes, first)], [0])[0, 0])
+            iou = (
+                1.0
+                if shapes[first] == shapes[second]
+                else float(mask_api.iou([_rle(table, shapes, second)], [_rle(table, shapes, first)], [0])[0, 0])
+            )
             if iou > DUPLICATE_IOU:
                 other = table.annotations[first].get('id')
                 duplicate[second] = f'IoU {iou:.3f} with #{other}'

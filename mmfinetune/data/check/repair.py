@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import os
 import shutil
 from collections import Counter
@@ -13,28 +12,33 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_api
 
+from mmfinetune.data.check.findings import Report
 from mmfinetune.data.check.images import look_at
+from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
+from mmfinetune.data.check.run import Options, Splits, check, examine
 from mmfinetune.data.check.shapes import as_json, clip, measure, to_rle, turn_mask, turn_polygons, usable_polygons
 from mmfinetune.data.check.table import SECTIONS, Table
 from mmfinetune.data.coco_json import load
-from mmfinetune.data.check.run import Options, Splits, check, examine
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
-from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
-from mmfinetune.data.check.findings import Report
-
-
-
-
 
 CHANGES = 'changes.json'
 _PASSES = 3
 # What only a person can mend.
-_BY_HAND = ('no-file', 'file-unreadable', 'not-json', 'nesting', 'top-level', 'section-missing',
-            'section-type', 'no-images', 'no-categories', 'category-name')
+_BY_HAND = (
+    'no-file',
+    'file-unreadable',
+    'not-json',
+    'nesting',
+    'top-level',
+    'section-missing',
+    'section-type',
+    'no-images',
+    'no-categories',
+    'category-name',
+)
 _BAD_IMAGES = ('image-missing', 'image-unreadable', 'image-truncated', 'image-size', 'file-name')
-_BAD_OBJECTS = ('image-id-unknown', 'category-id-unknown', 'mask-missing', 'rle-size',
-                'rle-counts', 'mask-empty')
+_BAD_OBJECTS = ('image-id-unknown', 'category-id-unknown', 'mask-missing', 'rle-size', 'rle-counts', 'mask-empty')
 _BAD_SHAPES = ('mask-type', 'polygon-points', 'polygon-odd', 'polygon-number')
 _BAD_BOXES = ('box-invalid', 'box-degenerate', 'box-outside', 'box-over-edge', 'box-mask')
 _BAD_AREAS = ('area-invalid', 'area-zero', 'area-mismatch')
@@ -60,12 +64,12 @@ class Fixed:
     def text(self) -> str:
         kinds = Counter((c['split'], c['change']) for c in self.changes)
         lines = [f'  {split}: {number:,} x {change}' for (split, change), number in kinds.items()]
-        return '\n'.join([f'{len(self.changes):,} changes (all of them: {self.out / CHANGES})',
-                          *lines, f'Repaired copy: {self.out}'])
+        return '\n'.join(
+            [f'{len(self.changes):,} changes (all of them: {self.out / CHANGES})', *lines, f'Repaired copy: {self.out}']
+        )
 
 
-def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None,
-        options: Options = Options()) -> Fixed:  # noqa: B008 (frozen)
+def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options: Options = Options()) -> Fixed:  # noqa: B008 (frozen)
     """Write a repaired copy of annotation files; the images are linked, the originals left alone.
 
     ``OUT/annotations/instances_<split>.json``, ``OUT/images`` and ``OUT/changes.json`` appear
@@ -96,15 +100,19 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None,
             if report.good or len(changes) == known:
                 break
         if not report.good:
-            raise UserError('These errors cannot be repaired without a guess; nothing was written:',
-                            [f.line() for f in report.of('error')], 'mend them by hand')
+            raise UserError(
+                'These errors cannot be repaired without a guess; nothing was written:',
+                [f.line() for f in report.of('error')],
+                'mend them by hand',
+            )
         atomic_write_all({part / CHANGES: json_bytes(changes, indent=1)})
         if out.is_dir():
             out.rmdir()
         part.rename(out)
     except OSError as error:
-        raise UserError(f'{out}: cannot be written: {error.strerror or error}',
-                        cure='choose a folder you may write to') from error
+        raise UserError(
+            f'{out}: cannot be written: {error.strerror or error}', cure='choose a folder you may write to'
+        ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     done = {name: out / path.relative_to(part) for name, path in paths.items()}
@@ -118,8 +126,9 @@ def _refuse(report: Report) -> None:
         raise UserError('These errors must be mended by hand first; nothing was written:', problems)
 
 
-def _write(tables: Sequence[Table], out: Path, classes: Sequence[str] | None, changes: list[dict],
-           first: bool) -> dict[str, Path]:
+def _write(
+    tables: Sequence[Table], out: Path, classes: Sequence[str] | None, changes: list[dict], first: bool
+) -> dict[str, Path]:
     """Write the repaired files of all tables and link their images; paths by split."""
     roots = list(dict.fromkeys(t.root.resolve() for t in tables)) if first else []
     folders = _link(roots, out) if first else {}
@@ -194,25 +203,30 @@ class _Repair:
         data['images'] = [images[row] for row in sorted(images)]
         data['categories'] = categories
         if not data['images'] or not data['annotations']:
-            raise UserError(f'{table.path}: nothing is left after the repair; nothing was written',
-                            [f'{n:,} x {c}' for c, n in
-                             Counter(c['change'] for c in self.changes).items()],
-                            'look at the findings without --fix first')
+            raise UserError(
+                f'{table.path}: nothing is left after the repair; nothing was written',
+                [f'{n:,} x {c}' for c, n in Counter(c['change'] for c in self.changes).items()],
+                'look at the findings without --fix first',
+            )
         return data
 
     def _note(self, change: str, image: int | None = None, annotation: int | None = None) -> None:
         table = self.table
         if annotation is not None and image is None and table.image_rows[annotation] >= 0:
             image = int(table.image_rows[annotation])
-        self.changes.append({
-            'split': table.name, 'change': change,
-            'image': None if image is None else table.files[image],
-            'annotation': None if annotation is None
-            else table.annotations[annotation].get('id', f'position {annotation}')})
+        self.changes.append(
+            {
+                'split': table.name,
+                'change': change,
+                'image': None if image is None else table.files[image],
+                'annotation': None
+                if annotation is None
+                else table.annotations[annotation].get('id', f'position {annotation}'),
+            }
+        )
 
     def _renumber(self, unit: str) -> bool:
-        codes = [f'{unit}-id-{what}' for what in _BAD_IDS] + ['annotation-id-zero'] * (
-            unit == 'annotation')
+        codes = [f'{unit}-id-{what}' for what in _BAD_IDS] + ['annotation-id-zero'] * (unit == 'annotation')
         return bool(self.table.marks.marked(*codes))
 
     def _categories(self, entries: list[dict]) -> tuple[list[dict], dict[int, int]]:
@@ -222,21 +236,24 @@ class _Repair:
             names = names or {repr(e.get('id')): e['name'] for e in reversed(entries) if e}
             key = repr(entries[row]['id'])
             if names[key] != entries[row]['name']:
-                raise UserError(f'{self.table.path}: category id {key} is that of {names[key]!r} '
-                                f'and of {entries[row]["name"]!r}; nothing was written',
-                                cure='only you know which objects are which')
+                raise UserError(
+                    f'{self.table.path}: category id {key} is that of {names[key]!r} '
+                    f'and of {entries[row]["name"]!r}; nothing was written',
+                    cure='only you know which objects are which',
+                )
         kept: dict[str, dict] = {}
         for entry in entries:
             if entry and kept.setdefault(entry['name'], dict(entry)) != entry:
                 self._note(f'category {entry["name"]!r} merged with the one of that name')
         order = list(self.classes or kept)
         counts = Counter(self.table.category_rows.tolist())
-        extra = [e['name'] for row, e in enumerate(entries)
-                 if e and e['name'] not in order and counts[row]]
+        extra = [e['name'] for row, e in enumerate(entries) if e and e['name'] not in order and counts[row]]
         if extra and not self.told:
-            raise UserError(f'{self.table.path} has objects of classes that the first file has '
-                            'not; nothing was written', extra, 'correct the names, add the classes '
-                            'to the first file, or pass --config to keep its classes only')
+            raise UserError(
+                f'{self.table.path} has objects of classes that the first file has not; nothing was written',
+                extra,
+                'correct the names, add the classes to the first file, or pass --config to keep its classes only',
+            )
         if order != list(kept):
             self._note('categories put into the expected order')
         if self._renumber('category'):
@@ -250,7 +267,8 @@ class _Repair:
                 kept[name] = {'id': highest, 'name': name}
         new = {name: kept[name]['id'] for name in order}
         return [kept[name] for name in order], {
-            row: new[e['name']] for row, e in enumerate(entries) if e and e['name'] in new}
+            row: new[e['name']] for row, e in enumerate(entries) if e and e['name'] in new
+        }
 
     def _images(self, entries: list[dict]) -> tuple[dict[int, dict], dict[int, int]]:
         """Images that stay, by row, and the new id by row."""
@@ -276,8 +294,9 @@ class _Repair:
                 images[row]['id'] = number
         return images, {row: image['id'] for row, image in images.items()}
 
-    def _annotations(self, entries: list[dict], images: dict[int, dict], image_of: dict[int, int],
-                     category_of: dict[int, int]) -> list[dict]:
+    def _annotations(
+        self, entries: list[dict], images: dict[int, dict], image_of: dict[int, int], category_of: dict[int, int]
+    ) -> list[dict]:
         table, marks = self.table, self.table.marks
         dropped = {row: code for code in reversed(_BAD_OBJECTS) for row in marks.marked(code)}
         turned, later = self._turn(entries, images, dropped)
@@ -298,9 +317,9 @@ class _Repair:
                 reason = 'iscrowd-value'
             new = row in turned or row in shapes or row in outside
             if reason is None and row not in later and (new or row in boxes or row in areas):
-                reason = self._reshape(row, entry, images[image], row in shapes, row in outside) \
-                    or self._measure(row, entry, images[image], new or row in boxes,
-                                     new or row in areas)
+                reason = self._reshape(row, entry, images[image], row in shapes, row in outside) or self._measure(
+                    row, entry, images[image], new or row in boxes, new or row in areas
+                )
             if reason:
                 self._note(f'object dropped: {reason}', annotation=row)
                 continue
@@ -315,8 +334,7 @@ class _Repair:
                 entry['id'] = number
         return kept
 
-    def _reshape(self, row: int, entry: dict, image: dict, shape: bool,
-                 outside: bool) -> str | None:
+    def _reshape(self, row: int, entry: dict, image: dict, shape: bool, outside: bool) -> str | None:
         """Put a mask right; the reason if nothing of it is left."""
         if shape:
             entry['segmentation'] = usable_polygons(entry['segmentation'])
@@ -343,8 +361,7 @@ class _Repair:
             self._note('area made from the mask', annotation=row)
         return None
 
-    def _turn(self, entries: list[dict], images: dict[int, dict],
-              dropped: dict[int, str]) -> tuple[set[int], set[int]]:
+    def _turn(self, entries: list[dict], images: dict[int, dict], dropped: dict[int, str]) -> tuple[set[int], set[int]]:
         """Give images that EXIF turns their true size.
 
         Returns:
@@ -368,8 +385,7 @@ class _Repair:
             self._note('size put right, masks turned like the image', image)
             for row in rows:
                 if row not in dropped:
-                    entries[row]['segmentation'] = _turned(entries[row]['segmentation'],
-                                                           facts.turned, *stored)
+                    entries[row]['segmentation'] = _turned(entries[row]['segmentation'], facts.turned, *stored)
                     turned.add(row)
         return turned, later
 
@@ -392,5 +408,4 @@ def _beyond(entry: dict, width: int, height: int) -> bool:
         return shape.get('size') == [width, height]
     points = [value for part in usable_polygons(shape) or () for value in part]
     xs, ys = points[::2], points[1::2]
-    return bool(points) and (max(xs) > width + BOX_TOLERANCE_PX
-                             or max(ys) > height + BOX_TOLERANCE_PX)
+    return bool(points) and (max(xs) > width + BOX_TOLERANCE_PX or max(ys) > height + BOX_TOLERANCE_PX)

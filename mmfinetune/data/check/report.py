@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-
 import base64
 import io
 from pathlib import Path
 
 import numpy as np
 
-from mmfinetune.data.check.kinds import SEVERITIES
 from mmfinetune.data.check.findings import Example, Report
-
-
-
-
+from mmfinetune.data.check.kinds import SEVERITIES
 
 _PICTURES = 60  # on a page, each about 15 kB
 _SIDE = 300  # px of a picture
@@ -37,8 +32,10 @@ def as_text(report: Report, examples: int = 5) -> str:
     """The report for the terminal."""
     width = max([5, *(len(s.name) for s in report.splits)])
     lines = [f'{"split":{width}}{"images":>10}{"objects":>10}{"crowd":>8}{"classes":>9}']
-    lines += [f'{s.name:{width}}{s.images:>10,}{s.annotations - s.crowd:>10,}{s.crowd:>8,}'
-              f'{len(s.per_class):>9}  {s.path}' for s in report.splits]
+    lines += [
+        f'{s.name:{width}}{s.images:>10,}{s.annotations - s.crowd:>10,}{s.crowd:>8,}{len(s.per_class):>9}  {s.path}'
+        for s in report.splits
+    ]
     for finding in report.findings:
         lines += ['', f'{finding.severity}: {finding.line(0)}']
         lines += [f'    {example}' for example in finding.examples[:examples]]
@@ -55,6 +52,7 @@ def as_text(report: Report, examples: int = 5) -> str:
 def as_html(report: Report, title: str = 'Data set report') -> str:
     """One page that needs no other file; all text of the data is escaped."""
     from jinja2 import Environment
+
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
     left = _PICTURES
     shown = []
@@ -66,12 +64,23 @@ def as_html(report: Report, title: str = 'Data set report') -> str:
                 pictures.append((str(example), source))
         left -= len(pictures)
         shown.append((finding, pictures))
-    splits = [(split, [(name, _bars(values)) for name, values in (
-        ('Objects of each class', split.per_class), ('Objects in an image', split.per_image),
-        ('Mask side, √area in px', split.mask_sides), ('Image sizes', split.sizes),
-        ('Width / height', split.aspects))]) for split in report.splits]
-    return template.render(title=title, report=report, shown=shown, splits=splits,
-                           counts=counts(report))
+    splits = [
+        (
+            split,
+            [
+                (name, _bars(values))
+                for name, values in (
+                    ('Objects of each class', split.per_class),
+                    ('Objects in an image', split.per_image),
+                    ('Mask side, √area in px', split.mask_sides),
+                    ('Image sizes', split.sizes),
+                    ('Width / height', split.aspects),
+                )
+            ],
+        )
+        for split in report.splits
+    ]
+    return template.render(title=title, report=report, shown=shown, splits=splits, counts=counts(report))
 
 
 def _bars(values: dict[str, int]) -> list[tuple[str, int, float]]:
@@ -85,6 +94,7 @@ def picture(example: Example) -> str:
     from PIL import Image, ImageDraw
 
     from mmfinetune.data.drawing import draw_instances, side_by_side
+
     pixels = _read(example.path)
     if pixels is None:
         return ''
@@ -117,6 +127,7 @@ def picture(example: Example) -> str:
 def _read(path: str) -> np.ndarray | None:
     """An image (H, W, 3) as training reads it, RGB."""
     from PIL import Image, ImageOps
+
     try:
         with Image.open(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
@@ -125,8 +136,7 @@ def _read(path: str) -> np.ndarray | None:
         return None
 
 
-def _region(mask: np.ndarray | None, box: np.ndarray | None, width: int, height: int
-            ) -> tuple[int, int, int, int]:
+def _region(mask: np.ndarray | None, box: np.ndarray | None, width: int, height: int) -> tuple[int, int, int, int]:
     """Left, top, right, bottom of what is shown: the object and as much around it."""
     corners = [] if box is None else [box]
     if mask is not None and mask.any():
@@ -148,9 +158,10 @@ def _mask(shape: object, height: int, width: int) -> np.ndarray | None:
     from pycocotools import mask as mask_api
 
     from mmfinetune.utils.masks import run_lengths
+
     if isinstance(shape, list):
         parts = [np.asarray(part, float) for part in shape if len(part) >= 6]
-        parts = [part[:len(part) // 2 * 2] for part in parts]
+        parts = [part[: len(part) // 2 * 2] for part in parts]
         limit = 4 * max(height, width)
         parts = [part for part in parts if (np.abs(part) < limit).all()]
         if not parts:
@@ -164,8 +175,7 @@ def _mask(shape: object, height: int, width: int) -> np.ndarray | None:
         if run_lengths([counts.encode()])[0][0] != height * width:
             return None
         return mask_api.decode({'size': [height, width], 'counts': counts.encode()}).astype(bool)
-    if isinstance(counts, list) and all(type(v) is int and v >= 0 for v in counts) \
-            and sum(counts) == height * width:
+    if isinstance(counts, list) and all(type(v) is int and v >= 0 for v in counts) and sum(counts) == height * width:
         return mask_api.decode(mask_api.frPyObjects(shape, height, width)).astype(bool)
     return None
 
@@ -177,6 +187,7 @@ def write_html(report: Report, path: Path) -> None:
         UserError: It cannot be written.
     """
     from mmfinetune.utils.files import atomic_write_text
+
     atomic_write_text(path, as_html(report))
 
 

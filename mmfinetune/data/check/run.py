@@ -4,7 +4,7 @@ The result is kept in a cache, so that a check before every training costs next 
 """
 
 from __future__ import annotations
-import contextlib
+
 import itertools
 import time
 from collections import Counter
@@ -12,19 +12,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
+
 import numpy as np
+
 from mmfinetune.data.check.cache import Cache
+from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats, in_order
 from mmfinetune.data.check.images import ImageFacts, check_images, read_images, similar
+from mmfinetune.data.check.kinds import IMBALANCE, RARE
 from mmfinetune.data.check.masks import Masks, check_masks
 from mmfinetune.data.check.table import Table, read_table
-from mmfinetune.utils.errors import UserError
-from mmfinetune.data.check.kinds import IMBALANCE, RARE
-from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats, in_order
 from mmfinetune.data.layout import guess_root
 
 if TYPE_CHECKING:
-    from mmengine.config import Config
-
+    pass
 
 
 Splits = Mapping[str, tuple[Path, Path | None]]
@@ -55,8 +55,7 @@ class Options:
     progress: bool = True
 
 
-def check(splits: Splits, classes: Sequence[str] | None = None,
-          options: Options = Options()) -> Report:  # noqa: B008 (frozen)
+def check(splits: Splits, classes: Sequence[str] | None = None, options: Options = Options()) -> Report:
     """Check the splits of a data set by themselves and against each other.
 
     Args:
@@ -69,21 +68,19 @@ def check(splits: Splits, classes: Sequence[str] | None = None,
         All that was found. Bad data never raises; see `Report.require_good`.
     """
     start = time.perf_counter()
-    cache = Cache(splits, classes, (options.images, options.max_examples)) if options.cache \
-        else None
+    cache = Cache(splits, classes, (options.images, options.max_examples)) if options.cache else None
     report = cache.find() if cache else None
     if report is None:
         report, tables = examine(splits, classes, options)
         if cache:
-            cache.keep(report, [t.image_path(i) for t in tables for i in range(len(t.files))]
-                       if options.images else [])
+            cache.keep(report, [t.image_path(i) for t in tables for i in range(len(t.files))] if options.images else [])
     report.seconds = time.perf_counter() - start
     return report
 
 
-def examine(splits: Splits, classes: Sequence[str] | None = None,
-            options: Options = Options(),  # noqa: B008 (frozen)
-            keep: bool = False) -> tuple[Report, list[Table]]:
+def examine(
+    splits: Splits, classes: Sequence[str] | None = None, options: Options = Options(), keep: bool = False
+) -> tuple[Report, list[Table]]:
     """`check` without the cache, and the tables that it read.
 
     Args:
@@ -102,20 +99,19 @@ def examine(splits: Splits, classes: Sequence[str] | None = None,
         masks = check_masks(table, options.progress)
         facts.append({})
         if options.images:
-            facts[-1] = read_images([table.root / f for f in table.files if f is not None],
-                                    options.workers, options.progress)
+            facts[-1] = read_images(
+                [table.root / f for f in table.files if f is not None], options.workers, options.progress
+            )
             check_images(table, facts[-1])
         counts = _count(table)
         findings += _of_table(table, options.max_examples)
-        findings += _of_classes(table, counts, classes or tables and tables[0].classes,
-                                options.max_examples)
+        findings += _of_classes(table, counts, classes or (tables and tables[0].classes), options.max_examples)
         stats.append(_statistics(table, masks, counts))
         if not keep:
             table.annotations = []
         tables.append(table)
     for one, two in itertools.combinations(range(len(tables)), 2):
-        findings += _between(tables[one], tables[two], facts[one], facts[two],
-                             options.max_examples)
+        findings += _between(tables[one], tables[two], facts[one], facts[two], options.max_examples)
     return Report(stats, in_order(findings), options.images), tables
 
 
@@ -126,8 +122,13 @@ def _is_training(name: str) -> bool:
 def _usable(table: Table) -> np.ndarray:
     """(A,) bool: the objects that training learns from (mmdet's CocoDataset.parse_data_info)."""
     with np.errstate(invalid='ignore'):
-        usable = (table.image_rows >= 0) & (table.category_rows >= 0) & ~table.crowd & \
-            (table.areas > 0) & (table.boxes[:, 2:] >= 1).all(1)
+        usable = (
+            (table.image_rows >= 0)
+            & (table.category_rows >= 0)
+            & ~table.crowd
+            & (table.areas > 0)
+            & (table.boxes[:, 2:] >= 1).all(1)
+        )
     for code in ('box-outside', 'mask-missing', 'mask-type', 'mask-empty'):
         usable[list(table.marks.marked(code))] = False
     return usable
@@ -148,9 +149,12 @@ def _of_table(table: Table, most: int) -> list[Finding]:
     fatal: dict[str, list[str]] = {}
     for code, detail in table.fatal:
         fatal.setdefault(code, []).append(detail)
-    findings = [Finding(code, table.name, len(details),
-                        [Example(detail=f'{table.path}{f": {d}" if d else ""}') for d in details])
-                for code, details in fatal.items()]
+    findings = [
+        Finding(
+            code, table.name, len(details), [Example(detail=f'{table.path}{f": {d}" if d else ""}') for d in details]
+        )
+        for code, details in fatal.items()
+    ]
     if any(code.startswith(('section', 'top')) for code in fatal) or not table.images:
         return findings
     marks = table.marks
@@ -160,12 +164,16 @@ def _of_table(table: Table, most: int) -> list[Finding]:
     if not empty.all():
         marks.add('image-empty', np.flatnonzero(empty))
     if table.images and not _usable(table).any():
-        findings.append(Finding('no-objects', table.name, 1, [Example(
-            detail=f'{table.path}: {len(table.annotations)} annotations')]))
+        findings.append(
+            Finding(
+                'no-objects', table.name, 1, [Example(detail=f'{table.path}: {len(table.annotations)} annotations')]
+            )
+        )
     for code, rows in marks.rows.items():
         finding = Finding(code, table.name, len(rows))
         make = {'images': _image_example, 'annotations': _annotation_example}.get(
-            finding.kind.unit, lambda _table, _row: Example())
+            finding.kind.unit, lambda _table, _row: Example()
+        )
         for row in marks.worst(code, most):
             example = make(table, row)
             example.detail = marks.detail(code, row)
@@ -176,8 +184,10 @@ def _of_table(table: Table, most: int) -> list[Finding]:
 
 def _image_example(table: Table, row: int) -> Example:
     name = table.files[row]
-    return Example(name or f'image {table.images[row].get("id", f"at position {row}")!r}',
-                   path=str(table.root / name) if name else '')
+    return Example(
+        name or f'image {table.images[row].get("id", f"at position {row}")!r}',
+        path=str(table.root / name) if name else '',
+    )
 
 
 def _annotation_example(table: Table, row: int) -> Example:
@@ -197,21 +207,32 @@ def _annotation_example(table: Table, row: int) -> Example:
     return example
 
 
-def _of_classes(table: Table, counts: Mapping[str, int], expected: Sequence[str] | None,
-                most: int) -> list[Finding]:
+def _of_classes(table: Table, counts: Mapping[str, int], expected: Sequence[str] | None, most: int) -> list[Finding]:
     """Findings about class order, and classes with too few objects."""
     findings = []
     if expected and table.classes and list(expected) != table.classes:
-        findings.append(Finding('class-order', table.name, 1, [Example(
-            detail=f'{table.path}: {_difference(table.classes, list(expected))}')]))
+        findings.append(
+            Finding(
+                'class-order',
+                table.name,
+                1,
+                [Example(detail=f'{table.path}: {_difference(table.classes, list(expected))}')],
+            )
+        )
     if not counts:
         return findings
 
     def add(code: str, chosen: Sequence[str]) -> None:
         if chosen:
-            findings.append(Finding(code, table.name, len(chosen), [
-                Example(detail=f'{name} ({counts[name]:,})' if counts[name] else name)
-                for name in chosen[:most]]))
+            findings.append(
+                Finding(
+                    code,
+                    table.name,
+                    len(chosen),
+                    [Example(detail=f'{name} ({counts[name]:,})' if counts[name] else name) for name in chosen[:most]],
+                )
+            )
+
     largest = max(counts.values())
     few = sorted(table.classes, key=lambda name: counts[name])
     absent = [name for name in few if not counts[name]]
@@ -220,46 +241,68 @@ def _of_classes(table: Table, counts: Mapping[str, int], expected: Sequence[str]
         return findings
     add('class-absent', absent)
     add('class-rare', [name for name in few if 0 < counts[name] < RARE])
-    add('class-imbalance', [name for name in few
-                            if RARE <= counts[name] <= largest / IMBALANCE])
+    add('class-imbalance', [name for name in few if RARE <= counts[name] <= largest / IMBALANCE])
     return findings
 
 
 def _difference(found: list[str], expected: list[str]) -> str:
     """How two class lists differ: the first place, then names that only one has."""
     place = next((k for k, (a, b) in enumerate(zip(found, expected, strict=False)) if a != b), None)
-    words = [] if place is None else [
-        f'class {place + 1} is {found[place]!r}, expected is {expected[place]!r}']
-    for verb, names in (('has not', [n for n in expected if n not in found]),
-                        ('has beyond', [n for n in found if n not in expected])):
+    words = [] if place is None else [f'class {place + 1} is {found[place]!r}, expected is {expected[place]!r}']
+    for verb, names in (
+        ('has not', [n for n in expected if n not in found]),
+        ('has beyond', [n for n in found if n not in expected]),
+    ):
         if names:
             more = f', … ({len(names)})' if len(names) > 5 else ''
             words.append(f'{verb} {", ".join(map(repr, names[:5]))}{more}')
     return '; '.join(words)
 
 
-def _between(one: Table, two: Table, ours: dict[Path, ImageFacts], theirs: dict[Path, ImageFacts],
-             most: int) -> list[Finding]:
+def _between(
+    one: Table, two: Table, ours: dict[Path, ImageFacts], theirs: dict[Path, ImageFacts], most: int
+) -> list[Finding]:
     """Findings about images that are in two splits."""
     if one.path.resolve() == two.path.resolve():
         return []
     name = f'{one.name} / {two.name}'
     if not (ours and theirs):
         both = {one.root / f for f in one.files if f} & {two.root / f for f in two.files if f}
-        return [Finding('leak-content', name, len(both), [
-            Example(p.name, detail='the same file', path=str(p)) for p in sorted(both)[:most]])
-        ] if both else []
+        return (
+            [
+                Finding(
+                    'leak-content',
+                    name,
+                    len(both),
+                    [Example(p.name, detail='the same file', path=str(p)) for p in sorted(both)[:most]],
+                )
+            ]
+            if both
+            else []
+        )
     by_digest = {fact.digest: path for path, fact in ours.items() if not fact.problem}
-    same = [(by_digest[fact.digest], path) for path, fact in theirs.items()
-            if not fact.problem and fact.digest in by_digest]
+    same = [
+        (by_digest[fact.digest], path) for path, fact in theirs.items() if not fact.problem and fact.digest in by_digest
+    ]
     found = []
-    for code, pairs, word in (('leak-content', same, 'is'),
-                              ('leak-similar', similar(ours, theirs), 'looks like')):
+    for code, pairs, word in (('leak-content', same, 'is'), ('leak-similar', similar(ours, theirs), 'looks like')):
         if pairs:
-            found.append(Finding(code, name, len({second for _, second in pairs}), [
-                Example(_inside(second, two.root), detail=f'{word} {_inside(first, one.root)}',
-                        path=str(second), other=str(first))
-                for first, second in pairs[:most]]))
+            found.append(
+                Finding(
+                    code,
+                    name,
+                    len({second for _, second in pairs}),
+                    [
+                        Example(
+                            _inside(second, two.root),
+                            detail=f'{word} {_inside(first, one.root)}',
+                            path=str(second),
+                            other=str(first),
+                        )
+                        for first, second in pairs[:most]
+                    ],
+                )
+            )
     return found
 
 
@@ -278,17 +321,26 @@ def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitS
         shown[f'{len(sizes) - _SIZES_SHOWN} others'] = int(sized.sum()) - sum(shown.values())
     areas = masks.areas[np.isfinite(masks.areas) & ~table.crowd]
     return SplitStats(
-        table.name, str(table.path), str(table.root), len(table.images), len(table.annotations),
-        int(table.crowd.sum()), {name: counts[name] for name in table.classes},
-        _histogram(per_image, _PER_IMAGE, whole=True), _histogram(np.sqrt(areas), _SIDES),
-        shown, _histogram(widths / np.maximum(heights, 1), _ASPECTS))
+        table.name,
+        str(table.path),
+        str(table.root),
+        len(table.images),
+        len(table.annotations),
+        int(table.crowd.sum()),
+        {name: counts[name] for name in table.classes},
+        _histogram(per_image, _PER_IMAGE, whole=True),
+        _histogram(np.sqrt(areas), _SIDES),
+        shown,
+        _histogram(widths / np.maximum(heights, 1), _ASPECTS),
+    )
 
 
-def _histogram(values: Sequence[float] | np.ndarray, edges: Sequence[float],
-               whole: bool = False) -> dict[str, int]:
+def _histogram(values: Sequence[float] | np.ndarray, edges: Sequence[float], whole: bool = False) -> dict[str, int]:
     """Counts by bin; the last bin is open."""
     counts, _ = np.histogram(values, [*edges, np.inf])
     ends = [*edges[1:], None]
-    labels = [f'{a:g}+' if b is None else f'{a:g}' if whole and b == a + 1
-              else f'{a:g}-{b - 1 if whole else b:g}' for a, b in zip(edges, ends, strict=True)]
+    labels = [
+        f'{a:g}+' if b is None else f'{a:g}' if whole and b == a + 1 else f'{a:g}-{b - 1 if whole else b:g}'
+        for a, b in zip(edges, ends, strict=True)
+    ]
     return dict(zip(labels, counts.tolist(), strict=True))

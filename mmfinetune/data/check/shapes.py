@@ -1,16 +1,15 @@
 """Repairs of one segmentation: clip, turn, measure. Polygons stay polygons."""
 
 from __future__ import annotations
+
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
+
 import numpy as np
 from pycocotools import mask as mask_api
 
 if TYPE_CHECKING:
     from shapely import Polygon
-
-
-
 
 
 Segmentation = list[list[float]] | dict
@@ -22,13 +21,20 @@ def usable_polygons(shape: object) -> list[list[float]] | None:
         return None
     if shape and all(type(value) in (int, float) for value in shape):
         shape = [shape]
-    return [part for part in shape if isinstance(part, list) and len(part) >= 6
-            and len(part) % 2 == 0 and all(type(v) in (int, float) and abs(v) < 1e9 for v in part)]
+    return [
+        part
+        for part in shape
+        if isinstance(part, list)
+        and len(part) >= 6
+        and len(part) % 2 == 0
+        and all(type(v) in (int, float) and abs(v) < 1e9 for v in part)
+    ]
 
 
 def clip(polygons: Iterable[list[float]], width: int, height: int) -> list[list[float]]:
     """The parts of polygons within the image, rounded to 1/100 px."""
     import shapely
+
     clipped: list[list[float]] = []
     for part in polygons:
         shape = shapely.make_valid(shapely.Polygon(np.reshape(part, (-1, 2))))
@@ -48,8 +54,7 @@ def _one_ring(polygon: Polygon) -> list[float]:
     return np.concatenate(rings).round(2).ravel().tolist()
 
 
-def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int,
-                  height: int) -> list[list[float]]:
+def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int, height: int) -> list[list[float]]:
     """Polygons of a stored image, as they are once its EXIF orientation is applied.
 
     Args:
@@ -61,16 +66,19 @@ def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int,
     turned = []
     for part in polygons:
         x, y = np.reshape(part, (-1, 2)).T
-        points = {5: (y, x), 6: (height - y, x), 7: (height - y, width - x),
-                  8: (y, width - x)}[orientation]
+        points = {5: (y, x), 6: (height - y, x), 7: (height - y, width - x), 8: (y, width - x)}[orientation]
         turned.append(np.stack(points, 1).ravel().round(2).tolist())
     return turned
 
 
 def turn_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
     """A mask (H, W) of a stored image as (W, H), its EXIF orientation of 5 to 8 applied."""
-    return {5: lambda: mask.T, 6: lambda: np.rot90(mask, -1), 7: lambda: np.rot90(mask, 2).T,
-            8: lambda: np.rot90(mask)}[orientation]()
+    return {
+        5: lambda: mask.T,
+        6: lambda: np.rot90(mask, -1),
+        7: lambda: np.rot90(mask, 2).T,
+        8: lambda: np.rot90(mask),
+    }[orientation]()
 
 
 def to_rle(shape: Segmentation, width: int, height: int) -> dict:
@@ -92,7 +100,6 @@ def measure(shape: Segmentation, width: int, height: int) -> tuple[list[float], 
     area = float(mask_api.area(rle))
     if isinstance(shape, list):
         points = np.concatenate([np.reshape(part, (-1, 2)) for part in shape])
-        low, high = (np.clip(corner, 0, [width, height]) for corner in (points.min(0),
-                                                                       points.max(0)))
+        low, high = (np.clip(corner, 0, [width, height]) for corner in (points.min(0), points.max(0)))
         return np.concatenate([low, high - low]).round(2).tolist(), area
     return [float(v) for v in mask_api.toBbox(rle)], area

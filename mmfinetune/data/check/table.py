@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-
-import contextlib
-import gc
 import itertools
-import json
-from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
-from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
 from mmfinetune.data.check.findings import Marks
-
-from mmfinetune.data.coco_json import is_text
-from mmfinetune.data.coco_json import json_kind
-from mmfinetune.data.coco_json import shown_value
-from mmfinetune.data.coco_json import load
-from mmfinetune.data.coco_json import name_problem
-
-
+from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
+from mmfinetune.data.coco_json import is_text, json_kind, load, name_problem, shown_value
 
 SECTIONS = ('images', 'annotations', 'categories')
 BACKGROUND = ('background', '_background_', '__background__', '__ignore__')
-_LARGEST_ID = 2 ** 63 - 1
+_LARGEST_ID = 2**63 - 1
 _MISSING = object()
 
 
@@ -81,8 +69,11 @@ class Table:
         """Width and height of the images of some annotations; 0 where unknown."""
         images = self.image_rows[rows]
         known = images >= 0
-        return (np.where(known, self.widths[images], 0), np.where(known, self.heights[images], 0)) \
-            if len(self.widths) else (np.zeros(len(rows), np.int64),) * 2
+        return (
+            (np.where(known, self.widths[images], 0), np.where(known, self.heights[images], 0))
+            if len(self.widths)
+            else (np.zeros(len(rows), np.int64),) * 2
+        )
 
 
 def read_table(name: str, path: Path, root: Path) -> Table:
@@ -105,8 +96,13 @@ def read_table(name: str, path: Path, root: Path) -> Table:
         else:
             wrong = [i for i, kind in enumerate(map(type, entries)) if kind is not dict]
             if wrong:
-                table.fatal.append(('entry-type', f'{section}: {len(wrong)} of them, the first '
-                                    f'is {json_kind(entries[wrong[0]])} at position {wrong[0]}'))
+                table.fatal.append(
+                    (
+                        'entry-type',
+                        f'{section}: {len(wrong)} of them, the first '
+                        f'is {json_kind(entries[wrong[0]])} at position {wrong[0]}',
+                    )
+                )
                 for i in wrong:
                     entries[i] = {}
             setattr(table, section, entries)
@@ -154,8 +150,11 @@ def _check_ids(table: Table, section: str) -> dict[object, int]:
         if value is not _MISSING and not isinstance(value, (list, dict)) and rows[value] != i:
             by_code['duplicate'].append(i)
     for code, found in by_code.items():
-        marks.add(f'{name}-id-{code}', found, lambda i: f'id {shown_value(values[i])}'
-                  if values[i] is not _MISSING else f'position {i}')
+        marks.add(
+            f'{name}-id-{code}',
+            found,
+            lambda i: f'id {shown_value(values[i])}' if values[i] is not _MISSING else f'position {i}',
+        )
     return rows
 
 
@@ -212,25 +211,29 @@ def _check_images(table: Table) -> dict[object, int]:
     return rows
 
 
-def _check_annotations(table: Table, images: dict[object, int],
-                       categories: dict[object, int]) -> None:
+def _check_annotations(table: Table, images: dict[object, int], categories: dict[object, int]) -> None:
     marks, entries = table.marks, table.annotations
     _check_ids(table, 'annotations')
-    marks.add('annotation-id-zero', [i for i, entry in enumerate(entries)
-                                     if entry.get('id', 1) == 0 and entry['id'] is not False])
+    marks.add(
+        'annotation-id-zero',
+        [i for i, entry in enumerate(entries) if entry.get('id', 1) == 0 and entry['id'] is not False],
+    )
     present = np.fromiter(map(bool, entries), bool, len(entries))
     for key, lookup, column, code in (
-            ('image_id', images, 'image_rows', 'image-id-unknown'),
-            ('category_id', categories, 'category_rows', 'category-id-unknown')):
+        ('image_id', images, 'image_rows', 'image-id-unknown'),
+        ('category_id', categories, 'category_rows', 'category-id-unknown'),
+    ):
         values = [entry.get(key) for entry in entries]
         try:
             rows = np.fromiter((lookup.get(v, -1) for v in values), np.int64, len(values))
         except TypeError:
-            rows = np.array([-1 if isinstance(v, (list, dict)) else lookup.get(v, -1)
-                             for v in values], np.int64)
+            rows = np.array([-1 if isinstance(v, (list, dict)) else lookup.get(v, -1) for v in values], np.int64)
         setattr(table, column, rows)
-        marks.add(code, np.flatnonzero(present & (rows < 0)),
-                  lambda i, key=key, values=values: f'{key} {shown_value(values[i])}')
+        marks.add(
+            code,
+            np.flatnonzero(present & (rows < 0)),
+            lambda i, key=key, values=values: f'{key} {shown_value(values[i])}',
+        )
     table.crowd = np.zeros(len(entries), bool)
     missing, wrong = [], []
     for i, entry in enumerate(entries):
@@ -258,8 +261,11 @@ def _check_areas(marks: Marks, entries: list[dict]) -> np.ndarray:
         areas = np.array(values, np.float64).reshape(len(entries))
     except OverflowError:
         areas = np.array([v if _is_number(v) else np.nan for v in values], np.float64)
-    marks.add('area-invalid', [i for i in np.flatnonzero(~np.isfinite(areas)) if entries[i]],
-              lambda i: f'area {shown_value(entries[i]["area"])}' if 'area' in entries[i] else 'no area')
+    marks.add(
+        'area-invalid',
+        [i for i in np.flatnonzero(~np.isfinite(areas)) if entries[i]],
+        lambda i: f'area {shown_value(entries[i]["area"])}' if 'area' in entries[i] else 'no area',
+    )
     marks.add('area-zero', np.flatnonzero(areas <= 0), lambda i: f'area {areas[i]:g}')
     return np.where(areas > 0, areas, np.nan)
 
@@ -269,8 +275,11 @@ def _check_boxes(table: Table) -> np.ndarray:
     entries, marks = table.annotations, table.marks
     values = [entry.get('bbox') for entry in entries]
     boxes = _as_array(values)
-    marks.add('box-invalid', [i for i in np.flatnonzero(np.isnan(boxes[:, 0])) if entries[i]],
-              lambda i: f'bbox {shown_value(values[i])}' if 'bbox' in entries[i] else 'no bbox')
+    marks.add(
+        'box-invalid',
+        [i for i in np.flatnonzero(np.isnan(boxes[:, 0])) if entries[i]],
+        lambda i: f'bbox {shown_value(values[i])}' if 'bbox' in entries[i] else 'no bbox',
+    )
     with np.errstate(invalid='ignore'):
         x, y, w, h = boxes.T
         degenerate = (w <= 0) | (h <= 0)
@@ -279,12 +288,13 @@ def _check_boxes(table: Table) -> np.ndarray:
         # Where the image is not known nothing can be said.
         checked = (width > 0) & ~degenerate
         outside = checked & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-        over = checked & ~outside & (
-            np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
+        over = checked & ~outside & (np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
 
     def detail(i: int) -> str:
         return f'bbox {shown_value([round(float(v), 2) for v in boxes[i]])}' + (
-            f' in {width[i]}x{height[i]}' if width[i] else '')
+            f' in {width[i]}x{height[i]}' if width[i] else ''
+        )
+
     marks.add('box-degenerate', np.flatnonzero(degenerate), detail)
     marks.add('box-tiny', np.flatnonzero(tiny), detail)
     marks.add('box-outside', np.flatnonzero(outside), detail)
@@ -293,11 +303,13 @@ def _check_boxes(table: Table) -> np.ndarray:
 
 
 def _as_array(values: Sequence[object]) -> np.ndarray:
-    if set(map(type, values)) <= {list} and set(map(len, values)) <= {4} \
-            and set(map(type, itertools.chain.from_iterable(values))) <= {int, float}:
+    if (
+        set(map(type, values)) <= {list}
+        and set(map(len, values)) <= {4}
+        and set(map(type, itertools.chain.from_iterable(values))) <= {int, float}
+    ):
         try:
-            boxes = np.fromiter(itertools.chain.from_iterable(values), np.float64,
-                                4 * len(values)).reshape(-1, 4)
+            boxes = np.fromiter(itertools.chain.from_iterable(values), np.float64, 4 * len(values)).reshape(-1, 4)
             if np.isfinite(boxes).all() and (np.abs(boxes) < 1e300).all():
                 return boxes
         except OverflowError:

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.formats.folders import require_size, start_record
 from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.masks import masks_to_rles
+from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import natural_key, shown
-
-
-
-
+from mmfinetune.utils.masks import masks_to_rles
 
 # Label ids and names of the classes with instances that are evaluated (cityscapesScripts,
 # helpers/labels.py); caravan (29) and trailer (30) have instances, but evaluation ignores them.
-CLASSES = {24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train',
-           32: 'motorcycle', 33: 'bicycle'}
+CLASSES = {24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'train', 32: 'motorcycle', 33: 'bicycle'}
 
 _GROUPS = {name: 'human' if label < 26 else 'vehicle' for label, name in CLASSES.items()}
 _PER_LABEL = 1000  # an object's value is its label id times this, plus its number
@@ -54,26 +48,39 @@ class CityscapesSource:
     def open(cls, root: Path, options: dict[str, Any]) -> CityscapesSource:
         """See `Source.open`."""
         missing = [f'{name}/' for name in ('leftImg8bit', 'gtFine') if not (root / name).is_dir()]
-        images = {split: sorted((root / 'leftImg8bit' / split).glob(f'*/*{_IMAGE_END}'),
-                                key=natural_key) for split in ('train', 'val')}
+        images = {
+            split: sorted((root / 'leftImg8bit' / split).glob(f'*/*{_IMAGE_END}'), key=natural_key)
+            for split in ('train', 'val')
+        }
         images = {split: paths for split, paths in images.items() if paths}
         if not images:
             missing.append(f'leftImg8bit/{{train,val}}/CITY/*{_IMAGE_END}')
         if missing:
             raise UserError(f'{root}: not a whole Cityscapes. Missing:', missing, _CURE)
-        labels = {split: sorted((root / 'gtFine' / split).glob(f'*/*{_LABEL_END}'),
-                                key=natural_key) for split in images}
+        labels = {
+            split: sorted((root / 'gtFine' / split).glob(f'*/*{_LABEL_END}'), key=natural_key) for split in images
+        }
         if not any(labels.values()):
             raise UserError(f'{root}: no gtFine/{{train,val}}/CITY/*{_LABEL_END}', cure=_CURE)
         wanted = {_label_of(root, path) for paths in images.values() for path in paths}
-        return cls(root, images, [f'{shown(path, root)}: its image is missing'
-                                  for paths in labels.values() for path in paths
-                                  if path not in wanted])
+        return cls(
+            root,
+            images,
+            [
+                f'{shown(path, root)}: its image is missing'
+                for paths in labels.values()
+                for path in paths
+                if path not in wanted
+            ],
+        )
 
     def items(self) -> list[Item]:
         """See `Source.items`."""
-        return [Item(path.name.removesuffix(_IMAGE_END), path, _label_of(self.root, path), split)
-                for split, paths in self._images.items() for path in paths]
+        return [
+            Item(path.name.removesuffix(_IMAGE_END), path, _label_of(self.root, path), split)
+            for split, paths in self._images.items()
+            for path in paths
+        ]
 
     def read(self, item: Item) -> Record:
         """See `Source.read`."""
@@ -91,13 +98,14 @@ class CityscapesSource:
         numbers = [value for value in present if _label_id(value) in CLASSES]
         unknown = [value for value in present if _label_id(value) > max(CLASSES)]
         if unknown:
-            record.problems.append(f'{name}: the value {unknown[0]} is no label id of Cityscapes '
-                                   '(0 to 33); a file of another kind?')
+            record.problems.append(
+                f'{name}: the value {unknown[0]} is no label id of Cityscapes (0 to 33); a file of another kind?'
+            )
             return record
         record.instances = [
-            Instance(CLASSES[_label_id(value)], rle, iscrowd=value < _PER_LABEL,
-                     place=f'value {value}')
-            for value, rle in zip(numbers, masks_to_rles(values, numbers), strict=True)]
+            Instance(CLASSES[_label_id(value)], rle, iscrowd=value < _PER_LABEL, place=f'value {value}')
+            for value, rle in zip(numbers, masks_to_rles(values, numbers), strict=True)
+        ]
         return record
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import math
 import os
 import re
@@ -12,15 +11,11 @@ from typing import Any
 from urllib.parse import unquote
 
 from mmfinetune.data.formats.coco_index import CocoIndex, as_id, index
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.formats.folders import split_of
 from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.images import image_size
+from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import natural_key, shown
-
-
-
-
+from mmfinetune.utils.images import image_size
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
@@ -43,8 +38,7 @@ class CocoSource:
     """
 
     kind = 'coco'
-    cure = ('correct the annotation files (for boxes that shall count as rectangular masks use '
-            '--boxes-as-masks)')
+    cure = 'correct the annotation files (for boxes that shall count as rectangular masks use --boxes-as-masks)'
 
     def __init__(self, root: Path, files: list[CocoIndex], options: dict[str, Any]) -> None:
         self.root, self._files = root, files
@@ -56,8 +50,7 @@ class CocoSource:
         named = [name for file in files for name in file.names.values()]
         self.classes = list(dict.fromkeys(named))
         self.category_ids = _common_ids(files)
-        self.supercategories = {name: group for file in files
-                                for name, group in file.groups.items()}
+        self.supercategories = {name: group for file in files for name, group in file.groups.items()}
         self.headers = {file.split: file.header for file in files}
         for file in files:
             name = shown(file.path, root)
@@ -92,15 +85,20 @@ class CocoSource:
                 files.append(index(path, split, options.get('progress', True)))
                 lines = files[-1].problems
                 if not (lines or files[-1].with_mask or options.get('boxes_as_masks')):
-                    lines = [f'none of its {len(files[-1].annotations)} annotations has a '
-                             'segmentation; masks cannot be learnt from boxes']
+                    lines = [
+                        f'none of its {len(files[-1].annotations)} annotations has a '
+                        'segmentation; masks cannot be learnt from boxes'
+                    ]
             except ValueError as error:
                 lines = [str(error)]
             problems += [f'{shown(path, root)}: {line}' for line in lines]
         if problems:
-            raise UserError(f'{root}: annotation files that cannot be used:', problems,
-                            'correct them, or make them anew; where only masks are missing, '
-                            '--boxes-as-masks makes them of the boxes')
+            raise UserError(
+                f'{root}: annotation files that cannot be used:',
+                problems,
+                'correct them, or make them anew; where only masks are missing, '
+                '--boxes-as-masks makes them of the boxes',
+            )
         source = cls(root, files, options)
         source._check_classes()
         for file in files:
@@ -118,34 +116,41 @@ class CocoSource:
             # A few may be damaged COCO files, as reading will tell; many are something else.
             found = _json_files(root)
             if not 0 < len(found) <= _MAX_UNSURE:
-                raise UserError(f'{root}: no COCO JSON with images, annotations and categories',
-                                cure='name the JSON file itself')
+                raise UserError(
+                    f'{root}: no COCO JSON with images, annotations and categories', cure='name the JSON file itself'
+                )
         splits: dict[str | None, list[Path]] = {}
         for path in found:
             splits.setdefault(_split_of(path), []).append(path)
-        doubles = [f'{split or "no split"}: ' + ', '.join(shown(path, root) for path in paths)
-                   for split, paths in splits.items() if len(paths) > 1]
+        doubles = [
+            f'{split or "no split"}: ' + ', '.join(shown(path, root) for path in paths)
+            for split, paths in splits.items()
+            if len(paths) > 1
+        ]
         if doubles or (None in splits and len(splits) > 1):
-            raise UserError(f'{root}: several annotation files, and not one for each split:',
-                            doubles or [shown(path, root) for path in found],
-                            'name the one JSON file to read, or keep only files whose names tell '
-                            'train, val and test apart')
+            raise UserError(
+                f'{root}: several annotation files, and not one for each split:',
+                doubles or [shown(path, root) for path in found],
+                'name the one JSON file to read, or keep only files whose names tell train, val and test apart',
+            )
         return root, {split: splits[split][0] for split in _SPLITS if split in splits}
 
     def _check_classes(self) -> None:
         if not self.classes:
-            raise UserError(f'{self.root}: no categories in ' + ', '.join(
-                shown(file.path, self.root) for file in self._files))
+            raise UserError(
+                f'{self.root}: no categories in ' + ', '.join(shown(file.path, self.root) for file in self._files)
+            )
         for file in self._files:
             missing = [name for name in self.classes if name not in file.names.values()]
             if missing:
-                self.notes.append(f'{shown(file.path, self.root)}: lacks the categories '
-                                  f'{", ".join(missing)} of the others; added')
+                self.notes.append(
+                    f'{shown(file.path, self.root)}: lacks the categories {", ".join(missing)} of the others; added'
+                )
 
     def _image_root(self, file: CocoIndex, named: Path | None) -> Path:
         """The folder in which most of a sample of a file's images are."""
         names = [name for name in file.file_names if _usable(name)]
-        sample = names[::max(1, len(names) // _SAMPLES)][:_SAMPLES]
+        sample = names[:: max(1, len(names) // _SAMPLES)][:_SAMPLES]
         folders = [named] if named else _image_folders(file, self.root)
         hits = [sum(_find(folder, name, self.root)[1] for name in sample) for folder in folders]
         if max(hits, default=0):
@@ -154,9 +159,11 @@ class CocoSource:
             stems = (file.path.stem.removeprefix('instances_'), file.split)
             return named or next((f for f in folders if f.name in stems), self.root)
         first = sample[0] if sample else 'an image'
-        raise UserError(f'{shown(file.path, self.root)}: none of its images is there. Looked for '
-                        f'{first} in', [str(folder) for folder in folders],
-                        'name their folder with --image-root')
+        raise UserError(
+            f'{shown(file.path, self.root)}: none of its images is there. Looked for {first} in',
+            [str(folder) for folder in folders],
+            'name their folder with --image-root',
+        )
 
     def items(self) -> list[Item]:
         """See `Source.items`: by split, in natural order of the file names."""
@@ -177,8 +184,9 @@ class CocoSource:
                 own.append(Item(f'{where} ({name})', path, (number, place), file.split))
             items += sorted(own, key=lambda item: natural_key(item.image))
         if elsewhere:
-            self.notes.append(f'{elsewhere} images found by the end of their file_name (absolute, '
-                              'with .. or of another folder)')
+            self.notes.append(
+                f'{elsewhere} images found by the end of their file_name (absolute, with .. or of another folder)'
+            )
         return items
 
     def read(self, item: Item) -> Record:
@@ -195,7 +203,7 @@ class CocoSource:
         if problem:
             record.problems.append(f'{item.key}: {problem}')
             return record
-        for start, end in file.annotations[file.firsts[place]:file.firsts[place + 1]].tolist():
+        for start, end in file.annotations[file.firsts[place] : file.firsts[place + 1]].tolist():
             annotation = file.slices.value(start, end)
             name = f'annotation {annotation.get("id")!r:.20}'
             try:
@@ -221,10 +229,11 @@ class CocoSource:
         except ValueError as error:
             return f'{shown(record.image, self.root)}: {error}'
         if named and named != size:
-            hint = (' (turned by its EXIF orientation, after it was annotated?)'
-                    if named == size[::-1] else '')
-            return (f'{shown(record.image, self.root)}: is {size[0]}x{size[1]}, but the annotation '
-                    f'file says {named[0]}x{named[1]}{hint}')
+            hint = ' (turned by its EXIF orientation, after it was annotated?)' if named == size[::-1] else ''
+            return (
+                f'{shown(record.image, self.root)}: is {size[0]}x{size[1]}, but the annotation '
+                f'file says {named[0]}x{named[1]}{hint}'
+            )
         return None
 
     def _instance(self, annotation: dict[str, Any], file: CocoIndex, place: str) -> Instance:
@@ -259,25 +268,24 @@ class Coco2017Source(CocoSource):
     def recognise(cls, root: Path) -> str | None:
         """See `Source.recognise`."""
         try:
-            found = [split for split, path in _official(root).items()
-                     if (root / f'{split}2017').is_dir()]
+            found = [split for split, path in _official(root).items() if (root / f'{split}2017').is_dir()]
         except OSError:
             return None
-        return ' and '.join(f'annotations/instances_{split}2017.json beside {split}2017/'
-                            for split in found) or None
+        return ' and '.join(f'annotations/instances_{split}2017.json beside {split}2017/' for split in found) or None
 
     @classmethod
     def _choose(cls, root: Path) -> tuple[Path, dict[str | None, Path]]:
         found = _official(root)
         if not found:
-            raise UserError(f'{root}: no annotations/instances_{{train,val}}2017.json here',
-                            cure='name the folder that holds annotations/, train2017/ and val2017/')
+            raise UserError(
+                f'{root}: no annotations/instances_{{train,val}}2017.json here',
+                cure='name the folder that holds annotations/, train2017/ and val2017/',
+            )
         return root, found
 
 
 def _official(root: Path) -> dict[str | None, Path]:
-    paths = {split: root / 'annotations' / f'instances_{split}2017.json'
-             for split in ('train', 'val')}
+    paths = {split: root / 'annotations' / f'instances_{split}2017.json' for split in ('train', 'val')}
     return {split: path for split, path in paths.items() if path.is_file()}
 
 
@@ -288,10 +296,8 @@ def _candidates(root: Path) -> list[Path]:
 def _json_files(root: Path) -> list[Path]:
     """JSON files in the places where data sets have their COCO JSON."""
     folders = [root, root / 'annotations']
-    folders += sorted(folder for folder in root.iterdir() if folder.is_dir() and split_of(
-        [folder.name]))
-    paths = [path for folder in folders for path in sorted(folder.glob('*.json'))
-             if not path.name.startswith('.')]
+    folders += sorted(folder for folder in root.iterdir() if folder.is_dir() and split_of([folder.name]))
+    paths = [path for folder in folders for path in sorted(folder.glob('*.json')) if not path.name.startswith('.')]
     # COCO's archive has captions and keypoints of the same images beside the instances.
     instances = [path for path in paths if path.name.startswith('instances_')]
     return instances or paths
@@ -330,8 +336,7 @@ def _image_folders(file: CocoIndex, root: Path) -> list[Path]:
     # A name that tells the split comes first: names may be the same in all splits.
     names = dict.fromkeys(name for name in (stem, file.split) if name)
     below = [*(f'images/{name}' for name in names), *names, '.', 'images', 'JPEGImages', 'img']
-    folders = [Path(os.path.normpath(folder / name)) for folder in (file.path.parent, root)
-               for name in below]
+    folders = [Path(os.path.normpath(folder / name)) for folder in (file.path.parent, root) for name in below]
     return [folder for folder in dict.fromkeys(folders) if folder.is_dir()]
 
 
@@ -371,16 +376,18 @@ def _positive(value: Any) -> int | None:
 
 def _flat(polygon: Any) -> Any:
     """A polygon of [x, y] pairs as x, y, x, y, ...; anything else as it is."""
-    if isinstance(polygon, list) and polygon and all(
-            isinstance(point, list) and len(point) == 2 for point in polygon):
+    if isinstance(polygon, list) and polygon and all(isinstance(point, list) and len(point) == 2 for point in polygon):
         return [value for point in polygon for value in point]
     return polygon
 
 
 def _rectangle(box: Any) -> list[float]:
     """A box x, y, width, height as a polygon."""
-    if not (isinstance(box, list) and len(box) == 4 and all(
-            type(value) in (int, float) and math.isfinite(value) for value in box)):
+    if not (
+        isinstance(box, list)
+        and len(box) == 4
+        and all(type(value) in (int, float) and math.isfinite(value) for value in box)
+    ):
         raise ValueError(f'its bbox is {box!r:.60}, not four numbers')
     x, y, width, height = box
     if width <= 0 or height <= 0:

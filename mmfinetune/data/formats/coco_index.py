@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +10,6 @@ from typing import Any
 import numpy as np
 
 from mmfinetune.data.formats.json_index import Slices, scan
-
-
-
-
 
 _MAX_ID = 1 << 53  # what every JSON reader keeps exact
 
@@ -85,8 +80,7 @@ def index(path: Path, split: str | None, progress: bool = True) -> CocoIndex:
             file.problems.append(f"'{key}' has an element {value!r:.40}, not an object")
         elif key == 'images':
             if (image_id := as_id(value.get('id'))) is None:
-                file.problems.append(f"an image ({value.get('file_name')!r:.60}) has the id "
-                                     f"{value.get('id')!r:.20}")
+                file.problems.append(f'an image ({value.get("file_name")!r:.60}) has the id {value.get("id")!r:.20}')
             file.ids.append(image_id)
             file.file_names.append(value.get('file_name'))
             images.append((start, end))
@@ -97,11 +91,12 @@ def index(path: Path, split: str | None, progress: bool = True) -> CocoIndex:
             own_id = as_id(value.get('id'))
             repeated += own_id in own_ids
             own_ids.add(own_id)
-    file.problems += [f"has no list '{key}'" for key in ('images', 'annotations', 'categories')
-                      if key not in seen]
-    file.problems += [f'image id {image_id} comes {count} times'
-                      for image_id, count in Counter(file.ids).items()
-                      if count > 1 and image_id is not None]
+    file.problems += [f"has no list '{key}'" for key in ('images', 'annotations', 'categories') if key not in seen]
+    file.problems += [
+        f'image id {image_id} comes {count} times'
+        for image_id, count in Counter(file.ids).items()
+        if count > 1 and image_id is not None
+    ]
     if repeated:
         file.notes.append(f'{repeated} annotation ids are missing or come again; all are new now')
     if not file.problems:
@@ -139,8 +134,7 @@ def _read_categories(file: CocoIndex, categories: list[Any]) -> None:
             continue
         name = name.strip()
         if category_id in file.names:
-            file.problems.append(f"category id {category_id} is '{file.names[category_id]}' and "
-                                 f"'{name}'")
+            file.problems.append(f"category id {category_id} is '{file.names[category_id]}' and '{name}'")
         elif name in file.names.values():
             file.problems.append(f"the category '{name}' comes twice")
         file.names[category_id] = name
@@ -154,8 +148,9 @@ def _group(file: CocoIndex, owners: list[Any], places: np.ndarray) -> None:
     images = np.array([position.get(owner, -1) for owner in owners], np.int64)
     for place in places[images < 0].tolist():
         annotation = file.slices.value(*place)
-        file.strays.append(f'annotation {annotation.get("id")!r:.20}: there is no image '
-                           f'{annotation.get("image_id")!r:.20}')
+        file.strays.append(
+            f'annotation {annotation.get("id")!r:.20}: there is no image {annotation.get("image_id")!r:.20}'
+        )
     kept = np.flatnonzero(images >= 0)
     order = kept[np.argsort(images[kept], kind='stable')]
     file.annotations = places[order]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import re
 from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, field
@@ -10,14 +9,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size
 from mmfinetune.data.records import Item, Record
+from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import find_files, natural_key, read_text, shown
-
-
-
-
+from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size
 
 IMAGE_FOLDERS = frozenset({'images', 'image', 'imgs', 'img'})
 MASK_FOLDERS = frozenset({'masks', 'mask', 'instances', 'instance_masks'})
@@ -63,7 +58,7 @@ def apart(parts: tuple[str, ...], folders: Collection[str]) -> tuple[tuple[str, 
     """
     for place, part in enumerate(parts):
         if part.lower() in folders:
-            return parts[:place], parts[place + 1:]
+            return parts[:place], parts[place + 1 :]
     return None
 
 
@@ -91,8 +86,11 @@ def read_class_list(path: Path) -> list[str]:
     names = [line for line in lines if line not in NO_CLASS]
     # An empty line between would shift the number of every class after it.
     problems = [f'line {number}: empty' for number, line in enumerate(lines, 1) if not line]
-    problems += [f"'{name}' is listed {names.count(name)} times"
-                 for name in dict.fromkeys(names) if name and names.count(name) > 1]
+    problems += [
+        f"'{name}' is listed {names.count(name)} times"
+        for name in dict.fromkeys(names)
+        if name and names.count(name) > 1
+    ]
     if problems or not names:
         raise UserError(f'{path}: not a list of classes', problems or ['it names no class'], cure)
     return names
@@ -127,12 +125,13 @@ class Layout:
     def sample(self) -> list[Path]:
         """A few masks, spread over the data set."""
         paths = [path for masks in self.masks.values() for _, path in masks]
-        return paths[::max(1, len(paths) // _SAMPLES)][:_SAMPLES]
+        return paths[:: max(1, len(paths) // _SAMPLES)][:_SAMPLES]
 
     def fits(self) -> bool:
         """Whether it is likely meant so: most images have a mask, hardly a mask no image."""
-        return bool(self.masks) and 2 * len(self.masks) >= len(self.images) \
-            and 10 * len(self.orphans) <= len(self.images)
+        return (
+            bool(self.masks) and 2 * len(self.masks) >= len(self.images) and 10 * len(self.orphans) <= len(self.images)
+        )
 
     def images_of_masks(self) -> dict[Path, list[Path]]:
         """The other way round: the images of each mask, which should be one."""
@@ -152,10 +151,10 @@ def require_size(pixels: np.ndarray, record: Record, root: Path) -> None:
     """Raise a ValueError unless a mask, (h, w), has the size of its image."""
     height, width = pixels.shape
     if (width, height) != (record.width, record.height):
-        turned = ' (turned by its EXIF orientation?)' \
-            if (height, width) == (record.width, record.height) else ''
-        raise ValueError(f'{width}x{height} pixels, but {shown(record.image, root)} has '
-                         f'{record.width}x{record.height}{turned}')
+        turned = ' (turned by its EXIF orientation?)' if (height, width) == (record.width, record.height) else ''
+        raise ValueError(
+            f'{width}x{height} pixels, but {shown(record.image, root)} has {record.width}x{record.height}{turned}'
+        )
 
 
 def numbered_layout(root: Path) -> Layout:
@@ -164,8 +163,7 @@ def numbered_layout(root: Path) -> Layout:
     images = []
     for path in find_files(root, _MASK_SUFFIXES):
         *folders, _ = path.relative_to(root).parts
-        for role, names in (('mask', MASK_FOLDERS), ('class', _CLASS_FOLDERS),
-                            ('image', IMAGE_FOLDERS)):
+        for role, names in (('mask', MASK_FOLDERS), ('class', _CLASS_FOLDERS), ('image', IMAGE_FOLDERS)):
             if halves := apart(tuple(folders), names):
                 place = (*halves[0], *halves[1], path.stem)
                 roles[role].setdefault(place, []).append(path)
@@ -175,8 +173,9 @@ def numbered_layout(root: Path) -> Layout:
     layout = Layout(images)
     for role in ('mask', 'class'):
         for place, paths in roles[role].items():
-            key = next((key for key in (place, (*place[:-1], _LAST_WORD.sub('', place[-1])))
-                        if key in roles['image']), None)
+            key = next(
+                (key for key in (place, (*place[:-1], _LAST_WORD.sub('', place[-1]))) if key in roles['image']), None
+            )
             if key is None:
                 layout.orphans += paths
                 continue
@@ -190,8 +189,7 @@ def numbered_layout(root: Path) -> Layout:
 
 def classed_layout(root: Path) -> Layout:
     """Images and masks by folders `images/` and `masks/`, or beside each other."""
-    files = [(path, path.relative_to(root).parts[:-1])
-             for path in find_files(root, _MASK_SUFFIXES)]
+    files = [(path, path.relative_to(root).parts[:-1]) for path in find_files(root, _MASK_SUFFIXES)]
     masks = [(path, parts) for path, parts in files if apart(parts, MASK_FOLDERS)]
     if masks:
         return _in_folders([pair for pair in files if not apart(pair[1], MASK_FOLDERS)], masks)
@@ -199,9 +197,11 @@ def classed_layout(root: Path) -> Layout:
 
 
 def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Place]]) -> Layout:
-    in_folder = [(path, halves) for path, parts in others
-                 if path.suffix.lower() in IMAGE_SUFFIXES
-                 and (halves := apart(parts, IMAGE_FOLDERS))]
+    in_folder = [
+        (path, halves)
+        for path, parts in others
+        if path.suffix.lower() in IMAGE_SUFFIXES and (halves := apart(parts, IMAGE_FOLDERS))
+    ]
     # Without a folder for them, all that are no masks are images.
     in_folder = in_folder or [(path, (parts, ())) for path, parts in others]
     layout = Layout([path for path, _ in in_folder])
@@ -213,8 +213,9 @@ def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Plac
         folders = before + after
         # One of the folders may be the class; images lie where the others lead.
         tries = [(next(iter(without_splits(before)), None), folders)]
-        tries += [(folders[k], folders[:k] + folders[k + 1:]) for k in range(len(folders))
-                  if split_of([folders[k]]) is None]
+        tries += [
+            (folders[k], folders[:k] + folders[k + 1 :]) for k in range(len(folders)) if split_of([folders[k]]) is None
+        ]
         for label, place in tries:
             here = images.get(place, {})
             if match := _image_stem(path.stem, here):
@@ -262,5 +263,5 @@ def _image_stem(stem: str, stems: Container[str]) -> tuple[str, str | None] | No
         return stem, None
     for place in range(len(stem) - 1, 0, -1):
         if stem[place] in '-_. ' and stem[:place] in stems:
-            return stem[:place], _MASK_WORD.sub('', stem[place + 1:]).strip('-_. ') or None
+            return stem[:place], _MASK_WORD.sub('', stem[place + 1 :]).strip('-_. ') or None
     return None

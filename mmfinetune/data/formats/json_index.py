@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import json
 import mmap
 import re
@@ -11,10 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tqdm import tqdm
-
-
-
-
 
 _skip_space = re.compile(r'[ \t\n\r]*').match
 _UTF_16 = (b'\xff\xfe', b'\xfe\xff')
@@ -56,12 +51,11 @@ def scan(path: Path, lists: Collection[str], progress: bool = True) -> Iterator[
     text = _load(path)
     decode, keys = _decoder(text), set()
     start = _at(text, 3 if text.startswith('\xef\xbb\xbf') else 0)
-    if text[start:start + 1] != '{':
+    if text[start : start + 1] != '{':
         raise ValueError(f'holds {_named(decode(start)[0])}, not an object with members')
     pos = _at(text, start + 1)
-    with tqdm(total=len(text), desc=path.name, unit='B', unit_scale=True,
-              disable=None if progress else True) as bar:
-        while text[pos:pos + 1] != '}':
+    with tqdm(total=len(text), desc=path.name, unit='B', unit_scale=True, disable=None if progress else True) as bar:
+        while text[pos : pos + 1] != '}':
             if keys:
                 pos = _expect(text, pos, ',')
             key, pos = decode(pos)
@@ -71,14 +65,14 @@ def scan(path: Path, lists: Collection[str], progress: bool = True) -> Iterator[
                 raise ValueError(f"the key '{key}' comes twice")
             keys.add(key)
             pos = _expect(text, _at(text, pos), ':')
-            if key not in lists or text[pos:pos + 1] != '[':
+            if key not in lists or text[pos : pos + 1] != '[':
                 value, end = decode(pos)
                 yield Member(key, value, False, pos, end)
                 pos = _at(text, end)
                 continue
             yield Member(key, [], False, pos, pos)
             first, pos = True, _at(text, pos + 1)
-            while text[pos:pos + 1] != ']':
+            while text[pos : pos + 1] != ']':
                 if not first:
                     pos = _expect(text, pos, ',')
                 first = False
@@ -158,7 +152,7 @@ def _at(text: str, pos: int) -> int:
 
 
 def _expect(text: str, pos: int, sign: str) -> int:
-    if text[pos:pos + 1] != sign:
+    if text[pos : pos + 1] != sign:
         raise _error(text, pos, f"'{sign}' expected")
     return _at(text, pos + 1)
 

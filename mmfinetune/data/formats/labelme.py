@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import base64
 import binascii
 import contextlib
@@ -18,21 +17,23 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from tqdm import tqdm
 
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.formats.folders import IMAGE_FOLDERS, NO_CLASS, apart, find_class_list, split_of, start_record
-from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
 from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import find_files, read_json, shown
+from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
 from mmfinetune.utils.masks import mask_to_rle, polygon_problem
-
-
-
-
 
 # Number of points that each shape with an area may have. X-AnyLabeling, which writes the same
 # files, gives a rectangle four corners and calls a turned one 'rotation'.
-_POINTS = {'polygon': None, 'rectangle': (2, 4), 'oriented_rectangle': (4,), 'rotation': (4,),
-           'circle': (2,), 'mask': (2,)}
+_POINTS = {
+    'polygon': None,
+    'rectangle': (2, 4),
+    'oriented_rectangle': (4,),
+    'rotation': (4,),
+    'circle': (2,),
+    'mask': (2,),
+}
 _NO_AREA = frozenset({'point', 'points', 'line', 'linestrip'})
 _LABEL_FOLDERS = frozenset({'labels', 'label', 'annotations', 'annotation', 'json', 'jsons'})
 _SAMPLES = 5  # JSON files that are looked into to recognise the kind
@@ -63,11 +64,14 @@ class LabelmeSource:
     """
 
     kind = 'labelme'
-    cure = ('correct these files in LabelMe or a text editor; an image that is only embedded in '
-            'its JSON file comes out with `labelme_export_json FILE.json`')
+    cure = (
+        'correct these files in LabelMe or a text editor; an image that is only embedded in '
+        'its JSON file comes out with `labelme_export_json FILE.json`'
+    )
 
-    def __init__(self, root: Path, classes: list[str], class_list: Path | None,
-                 items: list[Item], notes: list[str]) -> None:
+    def __init__(
+        self, root: Path, classes: list[str], class_list: Path | None, items: list[Item], notes: list[str]
+    ) -> None:
         self.root, self.classes, self.notes = root, classes, notes
         self._class_list, self._items = class_list, items
 
@@ -76,7 +80,7 @@ class LabelmeSource:
         """See `Source.recognise`."""
         try:
             paths = find_files(root, {'.json'})
-            sample = paths[::max(1, len(paths) // _SAMPLES)][:_SAMPLES]
+            sample = paths[:: max(1, len(paths) // _SAMPLES)][:_SAMPLES]
             ours = [path for path in sample if _is_labelme(path)]
         except OSError:
             return None
@@ -90,32 +94,35 @@ class LabelmeSource:
         root = Path(os.path.normpath(root))  # as the paths of images are
         paths = find_files(root, {'.json'})
         heads, notes = {}, []
-        for path in tqdm(paths, desc='labels', unit='file',
-                         disable=None if options.get('progress') else True):
+        for path in tqdm(paths, desc='labels', unit='file', disable=None if options.get('progress') else True):
             head = _head(path)
             if head is None:
                 notes.append(f"{shown(path, root)}: no LabelMe file (it has no 'shapes')")
             else:
                 heads[path] = head
         if not heads:
-            raise UserError(f'{root}: no LabelMe files here', [
-                f'{len(paths)} *.json were found, none with the key shapes'],
-                'name the folder that holds the JSON files')
+            raise UserError(
+                f'{root}: no LabelMe files here',
+                [f'{len(paths)} *.json were found, none with the key shapes'],
+                'name the folder that holds the JSON files',
+            )
         found = sorted(set().union(*(head.labels for head in heads.values())))
         listed = find_class_list(root)
         classes = listed[1] if listed else found
         if not classes:
-            raise UserError(f'{root}: no labelled shape in its {len(heads)} LabelMe files',
-                            [f'{shown(path, root)}: {head.problem}'
-                             for path, head in heads.items() if head.problem],
-                            'mend these files, or annotate some images first')
+            raise UserError(
+                f'{root}: no labelled shape in its {len(heads)} LabelMe files',
+                [f'{shown(path, root)}: {head.problem}' for path, head in heads.items() if head.problem],
+                'mend these files, or annotate some images first',
+            )
         images = find_images(root)
         items = _items(root, heads, images)
         left = set(images) - {item.image for item in items}
         if left:
             # LabelMe writes a file for an image without objects too, once somebody saves it.
-            notes.append(f'{len(left)} of {len(images)} images have no JSON file, so nobody has '
-                         'looked at them yet; left out')
+            notes.append(
+                f'{len(left)} of {len(images)} images have no JSON file, so nobody has looked at them yet; left out'
+            )
         return cls(root, classes, listed and listed[0], items, notes)
 
     def items(self) -> list[Item]:
@@ -168,9 +175,13 @@ class LabelmeSource:
             alone = number if group is None else None
             objects.setdefault((label, group, alone), []).append((number, part))
         record.instances = [
-            Instance(label, _join([part for _, part in parts], record.width, record.height),
-                     place='shape ' + ', '.join(str(number) for number, _ in parts))
-            for (label, _, _), parts in objects.items()]
+            Instance(
+                label,
+                _join([part for _, part in parts], record.width, record.height),
+                place='shape ' + ', '.join(str(number) for number, _ in parts),
+            )
+            for (label, _, _), parts in objects.items()
+        ]
 
 
 def _is_labelme(path: Path) -> bool:
@@ -210,8 +221,15 @@ def _items(root: Path, heads: dict[Path, _Head], images: list[Path]) -> list[Ite
     by_stem: dict[str, list[Path]] = {}
     for image in images:
         by_stem.setdefault(image.stem, []).append(image)
-    return [Item(shown(path, root), _find_image(path, head.image_path, by_stem), path,
-                 split_of(path.relative_to(root).parts[:-1])) for path, head in heads.items()]
+    return [
+        Item(
+            shown(path, root),
+            _find_image(path, head.image_path, by_stem),
+            path,
+            split_of(path.relative_to(root).parts[:-1]),
+        )
+        for path, head in heads.items()
+    ]
 
 
 def _candidates(path: Path, image_path: str) -> Iterator[Path]:
@@ -259,8 +277,7 @@ def _check_size(record: Record, data: dict, name: str) -> None:
     size = (record.width, record.height)
     if None in said or said == size:
         return
-    text = f'{name}: made for an image of {said[0]}x{said[1]}, but {record.image.name} is ' \
-           f'{size[0]}x{size[1]}'
+    text = f'{name}: made for an image of {said[0]}x{said[1]}, but {record.image.name} is {size[0]}x{size[1]}'
     if said == size[::-1]:
         text += ' (turned by its EXIF orientation?)'
     record.problems.append(text)
@@ -286,13 +303,14 @@ def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict
         raise ValueError(f"unknown shape_type '{kind}'")
     points = shape.get('points')
     if not isinstance(points, list) or not all(
-            isinstance(point, (list, tuple)) and len(point) == 2 for point in points):
+        isinstance(point, (list, tuple)) and len(point) == 2 for point in points
+    ):
         raise ValueError("'points' is no list of [x, y]")
     flat = [value for point in points for value in point]
     if problem := polygon_problem(flat, width, height):
         raise ValueError(problem)
     allowed = _POINTS[kind]
-    if allowed and len(points) not in allowed or len(points) < 2:
+    if (allowed and len(points) not in allowed) or len(points) < 2:
         raise ValueError(f'a {kind} of {len(points)} points')
     if kind == 'polygon' and len(points) < 3:
         raise ValueError(f'a polygon of {len(points)} points')
@@ -334,14 +352,15 @@ def _mask(text: Any, corners: list[float], width: int, height: int) -> dict:
     if all(float(value).is_integer() for value in corners):
         rows, columns = bottom - top + 1, right - left + 1
         if rows < 1 or columns < 1 or patch.shape[0] < rows or patch.shape[1] < columns:
-            raise ValueError(f"its 'mask' has {patch.shape[1]}x{patch.shape[0]} pixels, its points "
-                             f'make {columns}x{rows}')
+            raise ValueError(
+                f"its 'mask' has {patch.shape[1]}x{patch.shape[0]} pixels, its points make {columns}x{rows}"
+            )
         patch = patch[:rows, :columns]
     full = np.zeros((height, width), dtype=bool)
     y1, x1 = max(top, 0), max(left, 0)
     y2, x2 = min(top + patch.shape[0], height), min(left + patch.shape[1], width)
     if y1 < y2 and x1 < x2:
-        full[y1:y2, x1:x2] = patch[y1 - top:y2 - top, x1 - left:x2 - left]
+        full[y1:y2, x1:x2] = patch[y1 - top : y2 - top, x1 - left : x2 - left]
     return mask_to_rle(full)
 
 
@@ -351,7 +370,6 @@ def _join(parts: list[list[float] | dict], width: int, height: int) -> list[list
         return parts
     if len(parts) == 1:
         return parts[0]
-    rles = [part if isinstance(part, dict) else mask_api.frPyObjects([part], height, width)[0]
-            for part in parts]
+    rles = [part if isinstance(part, dict) else mask_api.frPyObjects([part], height, width)[0] for part in parts]
     union = mask_api.merge(rles)
     return {'size': [height, width], 'counts': union['counts'].decode()}

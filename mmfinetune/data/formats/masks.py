@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,15 +10,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mmfinetune.utils.errors import UserError
-from mmfinetune.data.formats.folders import IMAGE_FOLDERS, MASK_FOLDERS, Layout, classed_layout, find_class_list, numbered_layout, require_size, split_of, start_record
+from mmfinetune.data.formats.folders import (
+    IMAGE_FOLDERS,
+    MASK_FOLDERS,
+    Layout,
+    classed_layout,
+    find_class_list,
+    numbered_layout,
+    require_size,
+    split_of,
+    start_record,
+)
 from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.masks import masks_to_rles
+from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import shown
-
-
-
-
+from mmfinetune.utils.masks import masks_to_rles
 
 VOID = 255  # in palette PNGs, as PASCAL VOC writes them: border and ignored pixels
 THRESHOLD = 128  # a pixel of a black-and-white mask this bright belongs to an object
@@ -29,35 +34,41 @@ MIN_AREA = 10  # pixels
 
 _MOST_VALUES = 4096  # more are no objects but a photograph or smoothed edges
 
+
 class _MaskSource:
     """What both kinds share: the list of images, and what belongs to none of them."""
 
     kind = ''
-    cure = ('add or correct these files; to take images without a mask file as images without '
-            'objects use --background')
+    cure = 'add or correct these files; to take images without a mask file as images without objects use --background'
 
-    def __init__(self, root: Path, layout: Layout, classes: list[str],
-                 options: dict[str, Any]) -> None:
+    def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
         self.root, self.classes = root, classes
         self._layout, self._background = layout, bool(options.get('background'))
-        self.problems = [f'{shown(path, root)}: a mask without an image'
-                         for path in layout.orphans]
-        self.problems += [f'{shown(mask, root)}: a mask of several images: '
-                          + ', '.join(shown(image, root) for image in images)
-                          for mask, images in layout.images_of_masks().items() if len(images) > 1]
+        self.problems = [f'{shown(path, root)}: a mask without an image' for path in layout.orphans]
+        self.problems += [
+            f'{shown(mask, root)}: a mask of several images: ' + ', '.join(shown(image, root) for image in images)
+            for mask, images in layout.images_of_masks().items()
+            if len(images) > 1
+        ]
         self.notes: list[str] = []
         without = sum(image not in layout.masks for image in layout.images)
         if without and self._background:
-            self.notes.append(f'{without} of {len(layout.images)} images have no mask: they count '
-                              'as images without objects')
+            self.notes.append(
+                f'{without} of {len(layout.images)} images have no mask: they count as images without objects'
+            )
 
     def items(self) -> list[Item]:
         """See `Source.items`."""
         layout = self._layout
-        return [Item(shown(image, self.root), image,
-                     (layout.masks.get(image, []), layout.classes.get(image)),
-                     split_of(image.relative_to(self.root).parts[:-1]))
-                for image in layout.images]
+        return [
+            Item(
+                shown(image, self.root),
+                image,
+                (layout.masks.get(image, []), layout.classes.get(image)),
+                split_of(image.relative_to(self.root).parts[:-1]),
+            )
+            for image in layout.images
+        ]
 
     def read(self, item: Item) -> Record:
         """See `Source.read`."""
@@ -69,10 +80,8 @@ class _MaskSource:
             self._read_masks(record, masks, class_mask)
         return record
 
-    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]],
-                    class_mask: Path | None) -> None:
+    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]], class_mask: Path | None) -> None:
         raise NotImplementedError
-
 
 
 class MaskPngSource(_MaskSource):
@@ -87,13 +96,11 @@ class MaskPngSource(_MaskSource):
 
     kind = 'mask-png'
 
-    def __init__(self, root: Path, layout: Layout, classes: list[str],
-                 options: dict[str, Any]) -> None:
+    def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
         super().__init__(root, layout, classes, options)
         self._void = options.get('void')
         if self._void is None and any(map(_is_palette, layout.sample())):
-            self.notes.append(f'value {VOID} of palette PNGs is taken as void, as in VOC; '
-                              '--void -1 makes it an object')
+            self.notes.append(f'value {VOID} of palette PNGs is taken as void, as in VOC; --void -1 makes it an object')
 
     @classmethod
     def recognise(cls, root: Path) -> str | None:
@@ -104,8 +111,9 @@ class MaskPngSource(_MaskSource):
                 return None
         except (OSError, ValueError):
             return None
-        return (f'images/ and masks/ with a mask of object numbers for {len(layout.masks)} of '
-                f'{len(layout.images)} images')
+        return (
+            f'images/ and masks/ with a mask of object numbers for {len(layout.masks)} of {len(layout.images)} images'
+        )
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> MaskPngSource:
@@ -116,27 +124,28 @@ class MaskPngSource(_MaskSource):
         """
         layout = numbered_layout(root)
         if not layout.masks:
-            raise UserError(f'{root}: no image with a mask', [
-                f'images/ (or {", ".join(sorted(IMAGE_FOLDERS - {"images"}))}): '
-                f'{len(layout.images)} images',
-                f'masks/ (or {", ".join(sorted(MASK_FOLDERS - {"masks"}))}): '
-                f'{len(layout.orphans)} files'],
-                'a mask is called as its image, or with _mask behind')
+            raise UserError(
+                f'{root}: no image with a mask',
+                [
+                    f'images/ (or {", ".join(sorted(IMAGE_FOLDERS - {"images"}))}): {len(layout.images)} images',
+                    f'masks/ (or {", ".join(sorted(MASK_FOLDERS - {"masks"}))}): {len(layout.orphans)} files',
+                ],
+                'a mask is called as its image, or with _mask behind',
+            )
         listed, wanted = find_class_list(root), list(options.get('classes') or ())
         classes = listed[1] if listed else wanted
         if not layout.classes and len(wanted) == 1:
             classes = wanted
-        if not classes or len(classes) > 1 and not layout.classes:
+        if not classes or (len(classes) > 1 and not layout.classes):
             raise UserError(
-                f'{root}: no PNG tells the classes of the objects'
-                if classes else f'{root}: no class names',
+                f'{root}: no PNG tells the classes of the objects' if classes else f'{root}: no class names',
                 [f'{len(classes)} names: {", ".join(classes)}'] if classes else (),
                 'name one class for all by --classes NAME, or put PNGs of class numbers into '
-                'classes/ and their names into classes.txt, one a line, number 1 first')
+                'classes/ and their names into classes.txt, one a line, number 1 first',
+            )
         return cls(root, layout, classes, options)
 
-    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]],
-                    class_mask: Path | None) -> None:
+    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]], class_mask: Path | None) -> None:
         if len(masks) > 1:
             names = ', '.join(shown(path, self.root) for _, path in masks)
             record.problems.append(f'{shown(record.image, self.root)}: several masks: {names}')
@@ -150,15 +159,18 @@ class MaskPngSource(_MaskSource):
                 numbers = self._numbers(path, name, record)
                 values = np.unique(numbers[numbers != 0]).tolist()
                 if len(values) > _MOST_VALUES:
-                    raise ValueError(f'{len(values)} different values are no numbers of objects '
-                                     '(a photograph, or a mask with smoothed edges?)')
+                    raise ValueError(
+                        f'{len(values)} different values are no numbers of objects '
+                        '(a photograph, or a mask with smoothed edges?)'
+                    )
             except ValueError as error:
                 record.problems.append(f'{name}: {error}')
                 continue
             names = self._classes_of(numbers, values, class_mask, record)
             record.instances = [
-                Instance(label, rle, place=f'object {value}') for value, label, rle
-                in zip(values, names, masks_to_rles(numbers, values), strict=True)]
+                Instance(label, rle, place=f'object {value}')
+                for value, label, rle in zip(values, names, masks_to_rles(numbers, values), strict=True)
+            ]
 
     def _numbers(self, path: Path, name: str, record: Record) -> np.ndarray:
         """Object numbers (height, width), void taken out."""
@@ -170,14 +182,17 @@ class MaskPngSource(_MaskSource):
         elif given and mode in ('RGB', 'RGBA') and void >= 0:
             void *= 0x10101
         is_void = numbers == void if void is not None else np.zeros(numbers.shape, bool)
-        if not given and mode == 'L' and (numbers == VOID).any() \
-                and not (numbers == VOID - 1).any() and ((numbers > 0) & (numbers < VOID)).any():
-            record.notes.append(f'{name}: value {VOID} taken as an object; if it is void, use '
-                                f'--void {VOID}')
+        if (
+            not given
+            and mode == 'L'
+            and (numbers == VOID).any()
+            and not (numbers == VOID - 1).any()
+            and ((numbers > 0) & (numbers < VOID)).any()
+        ):
+            record.notes.append(f'{name}: value {VOID} taken as an object; if it is void, use --void {VOID}')
         return np.where(is_void, 0, numbers)
 
-    def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None,
-                    record: Record) -> list[str]:
+    def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None, record: Record) -> list[str]:
         """The class of each object; empty names after a problem."""
         if class_mask is None:
             return self.classes[:1] * len(values)
@@ -196,13 +211,15 @@ class MaskPngSource(_MaskSource):
             known = (found > 0) & (found <= len(self.classes))
             label = int(found[counts.argmax()])
             if not 1 <= label <= len(self.classes):
-                record.problems.append(f'{name}: object {value} has the class number {label}, '
-                                       f'but there are {len(self.classes)} classes')
+                record.problems.append(
+                    f'{name}: object {value} has the class number {label}, but there are {len(self.classes)} classes'
+                )
                 label = 0
             elif known.sum() > 1:
                 record.notes.append(
                     f"{name}: object {value} taken as '{self.classes[label - 1]}', the class of "
-                    f'{counts.max()} of its {counts.sum()} pixels')
+                    f'{counts.max()} of its {counts.sum()} pixels'
+                )
             names.append(self.classes[label - 1] if label else '')
         return names
 
@@ -219,8 +236,7 @@ class BinaryMasksSource(_MaskSource):
 
     kind = 'binary-masks'
 
-    def __init__(self, root: Path, layout: Layout, classes: list[str],
-                 options: dict[str, Any]) -> None:
+    def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
         super().__init__(root, layout, classes, options)
         threshold, min_area = options.get('threshold'), options.get('min_area')
         self._threshold = THRESHOLD if threshold is None else threshold
@@ -236,9 +252,11 @@ class BinaryMasksSource(_MaskSource):
         except (OSError, ValueError):
             return None
         found = layout.class_names()
-        return (f'black-and-white masks for {len(layout.masks)} of {len(layout.images)} images, '
-                + (f'classes told by folders or names: {", ".join(found[:5])}'
-                   + (', …' if len(found) > 5 else '') if found else 'of one class'))
+        return f'black-and-white masks for {len(layout.masks)} of {len(layout.images)} images, ' + (
+            f'classes told by folders or names: {", ".join(found[:5])}' + (', …' if len(found) > 5 else '')
+            if found
+            else 'of one class'
+        )
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> BinaryMasksSource:
@@ -249,40 +267,44 @@ class BinaryMasksSource(_MaskSource):
         """
         layout = classed_layout(root)
         if not layout.masks:
-            raise UserError(f'{root}: no image with a mask', [
-                f'{len(layout.images)} images, {len(layout.orphans)} masks without an image'],
+            raise UserError(
+                f'{root}: no image with a mask',
+                [f'{len(layout.images)} images, {len(layout.orphans)} masks without an image'],
                 'put name.png beside name.jpg in a folder called as the class, or masks/CLASS/'
-                'name.png beside images/name.jpg')
+                'name.png beside images/name.jpg',
+            )
         found, listed = layout.class_names(), find_class_list(root)
         unknown = [name for name in found if listed and name not in listed[1]]
         if unknown:
-            raise UserError(f'{listed[0]}: it lacks classes that folders or names of masks tell',
-                            unknown, 'add them, or rename the folders or files')
+            raise UserError(
+                f'{listed[0]}: it lacks classes that folders or names of masks tell',
+                unknown,
+                'add them, or rename the folders or files',
+            )
         classes = listed[1] if listed else found
         if any(name is None for masks in layout.masks.values() for name, _ in masks):
             alone = list(options.get('classes') or classes)
-            if len(alone) != 1 or found and found != alone:
+            if len(alone) != 1 or (found and found != alone):
                 raise UserError(
-                    f'{root}: neither folder nor name tells the class of some masks', [
-                        shown(path, root) for masks in layout.masks.values()
-                        for name, path in masks if name is None],
-                    'name one class for all by --classes NAME, or put the masks into '
-                    'masks/CLASS/')
+                    f'{root}: neither folder nor name tells the class of some masks',
+                    [shown(path, root) for masks in layout.masks.values() for name, path in masks if name is None],
+                    'name one class for all by --classes NAME, or put the masks into masks/CLASS/',
+                )
             classes = alone
             for masks in layout.masks.values():
                 masks[:] = [(alone[0], path) for _, path in masks]
         return cls(root, layout, classes, options)
 
-    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]],
-                    class_mask: Path | None) -> None:
+    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]], class_mask: Path | None) -> None:
         from scipy import ndimage
-        twice = [label for label, count in Counter(label for label, _ in masks).items()
-                 if count > 1]
+
+        twice = [label for label, count in Counter(label for label, _ in masks).items() if count > 1]
         if twice:
             record.problems += [
                 f"{shown(record.image, self.root)}: several masks of '{label}': "
                 + ', '.join(shown(path, self.root) for name, path in masks if name == label)
-                for label in twice]
+                for label in twice
+            ]
             return
         for label, path in masks:
             name = shown(path, self.root)
@@ -291,8 +313,10 @@ class BinaryMasksSource(_MaskSource):
                 require_size(bright, record, self.root)
                 peak = int(bright.max())
                 if is_exact and 0 < peak < self._threshold:
-                    raise ValueError(f'its brightest pixel is {peak}, so none reaches the '
-                                     f'threshold {self._threshold}; lower it by --threshold')
+                    raise ValueError(
+                        f'its brightest pixel is {peak}, so none reaches the '
+                        f'threshold {self._threshold}; lower it by --threshold'
+                    )
             except ValueError as error:
                 record.problems.append(f'{name}: {error}')
                 continue
@@ -301,11 +325,14 @@ class BinaryMasksSource(_MaskSource):
             kept = (np.flatnonzero(areas >= self._min_area) + 1).tolist()
             if len(kept) < count:
                 small = areas[areas < self._min_area]
-                record.notes.append(f'{name}: {len(small)} of {count} parts left out, smaller than '
-                                    f'{self._min_area} pixels (the largest has {small.max()})')
-            record.instances += [Instance(label, rle, place=f'{name}, part {part}')
-                                 for part, rle in zip(kept, masks_to_rles(parts, kept),
-                                                      strict=True)]
+                record.notes.append(
+                    f'{name}: {len(small)} of {count} parts left out, smaller than '
+                    f'{self._min_area} pixels (the largest has {small.max()})'
+                )
+            record.instances += [
+                Instance(label, rle, place=f'{name}, part {part}')
+                for part, rle in zip(kept, masks_to_rles(parts, kept), strict=True)
+            ]
 
 
 def _is_palette(path: Path) -> bool:
@@ -349,7 +376,7 @@ def _load_bright(path: Path) -> tuple[np.ndarray, bool]:
         return pixels.astype(np.uint8) * 255, True
     if pixels.ndim == 2:
         return pixels, is_exact
-    bright = pixels[..., :3 if pixels.shape[2] >= 3 else 1].max(axis=2)
+    bright = pixels[..., : 3 if pixels.shape[2] >= 3 else 1].max(axis=2)
     return np.where(pixels[..., -1] > 0, bright, 0) if mode.endswith('A') else bright, is_exact
 
 

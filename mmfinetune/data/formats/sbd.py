@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from mmfinetune.data.classes import VOC_CLASSES
 from mmfinetune.data.formats import voc
-from mmfinetune.data.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
-from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.formats.folders import require_size, start_record
-from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.masks import masks_to_rles
-from mmfinetune.utils.files import read_text, shown
-
 from mmfinetune.data.formats.voc import GROUPS
+from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
+from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import read_text, shown
+from mmfinetune.utils.masks import masks_to_rles
 
-
-
-SBD_URL = ('https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/'
-           'semantic_contours/benchmark.tgz')
+SBD_URL = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz'
 TRAIN_NOVAL_URL = 'http://home.bharathh.info/pubs/codes/SBD/train_noval.txt'
 
 
@@ -60,25 +55,33 @@ class SbdSource:
         """
         folder = _sbd_folder(root)
         if not folder:
-            raise UserError(f'{root}: no SBD here. Looked for inst/ and img/ in', [
-                str(place) for place in _sbd_places(root)],
-                f'unpack {SBD_URL} and name its folder')
+            raise UserError(
+                f'{root}: no SBD here. Looked for inst/ and img/ in',
+                [str(place) for place in _sbd_places(root)],
+                f'unpack {SBD_URL} and name its folder',
+            )
         wanted, devkit = options.get('sbd_split') or 'train_noval', options.get('voc')
         notes = []
         if wanted == 'train_noval' and not (folder / 'train_noval.txt').is_file() and devkit:
             wanted = 'trainval_noval'
             notes.append('no train_noval.txt; took train and val without VOC 2012 val')
         if wanted == 'train_noval':
-            lists = {'train': _ids(folder / 'train_noval.txt', (
-                f'fetch {TRAIN_NOVAL_URL} into {folder}, give a VOC 2012 devkit by --voc, or take '
-                '--sbd-split official if you do not evaluate on VOC 2012 val'))}
+            lists = {
+                'train': _ids(
+                    folder / 'train_noval.txt',
+                    (
+                        f'fetch {TRAIN_NOVAL_URL} into {folder}, give a VOC 2012 devkit by --voc, or take '
+                        '--sbd-split official if you do not evaluate on VOC 2012 val'
+                    ),
+                )
+            }
         else:
-            lists = {split: _ids(folder / f'{split}.txt', f'unpack {SBD_URL} anew')
-                     for split in ('train', 'val')}
+            lists = {split: _ids(folder / f'{split}.txt', f'unpack {SBD_URL} anew') for split in ('train', 'val')}
         if wanted == 'trainval_noval':
             if not devkit:
-                raise UserError('--sbd-split trainval_noval needs the list of VOC 2012 val',
-                                cure='give a VOC 2012 devkit by --voc')
+                raise UserError(
+                    '--sbd-split trainval_noval needs the list of VOC 2012 val', cure='give a VOC 2012 devkit by --voc'
+                )
             val = find_devkit(devkit) / 'ImageSets/Segmentation/val.txt'
             held_out = set(_ids(val, f'unpack {VOC_URL} anew'))
             both = dict.fromkeys(lists['train'] + lists['val'])
@@ -88,9 +91,11 @@ class SbdSource:
 
     def items(self) -> list[Item]:
         """See `Source.items`."""
-        return [Item(image_id, self.root / 'img' / f'{image_id}.jpg',
-                     self.root / 'inst' / f'{image_id}.mat', split)
-                for split, ids in self._lists.items() for image_id in ids]
+        return [
+            Item(image_id, self.root / 'img' / f'{image_id}.jpg', self.root / 'inst' / f'{image_id}.mat', split)
+            for split, ids in self._lists.items()
+            for image_id in ids
+        ]
 
     def read(self, item: Item) -> Record:
         """See `Source.read`."""
@@ -105,11 +110,16 @@ class SbdSource:
         if record.problems:
             return record
         numbers = [number for number in np.unique(objects).tolist() if number not in (0, voc.VOID)]
-        strange = [f'{name}: object {number} has no class; Categories has {len(labels)}'
-                   for number in numbers if number > len(labels)]
-        strange += [f'{name}: object {number} has the class {label}, not one of 1 to 20'
-                    for number, label in enumerate(labels, start=1)
-                    if not 1 <= label <= len(VOC_CLASSES)]
+        strange = [
+            f'{name}: object {number} has no class; Categories has {len(labels)}'
+            for number in numbers
+            if number > len(labels)
+        ]
+        strange += [
+            f'{name}: object {number} has the class {label}, not one of 1 to 20'
+            for number, label in enumerate(labels, start=1)
+            if not 1 <= label <= len(VOC_CLASSES)
+        ]
         if strange:
             record.problems += strange
             return record
@@ -118,7 +128,8 @@ class SbdSource:
             record.notes.append(f'{name}: {absent} of {len(labels)} objects have no pixel')
         record.instances = [
             Instance(VOC_CLASSES[labels[number - 1] - 1], rle, place=f'object {number}')
-            for number, rle in zip(numbers, masks_to_rles(objects, numbers), strict=True)]
+            for number, rle in zip(numbers, masks_to_rles(objects, numbers), strict=True)
+        ]
         return record
 
 
@@ -127,8 +138,7 @@ def _sbd_places(root: Path) -> list[Path]:
 
 
 def _sbd_folder(root: Path) -> Path | None:
-    return next((place for place in _sbd_places(root)
-                 if (place / 'inst').is_dir() and (place / 'img').is_dir()), None)
+    return next((place for place in _sbd_places(root) if (place / 'inst').is_dir() and (place / 'img').is_dir()), None)
 
 
 def _ids(path: Path, cure: str) -> list[str]:
@@ -160,12 +170,12 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
         ValueError: With a short reason.
     """
     from scipy.io import loadmat
+
     if not path.is_file():
         raise ValueError('missing')
     try:
         # Boundaries beside them are many sparse matrices that nothing here needs.
-        found = loadmat(path, squeeze_me=True, struct_as_record=False,
-                        variable_names=['GTinst'])['GTinst']
+        found = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=['GTinst'])['GTinst']
         objects, labels = np.asarray(found.Segmentation), np.atleast_1d(found.Categories)
     # scipy's reader raises many kinds on damaged files.
     except Exception as error:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 import os
 import sys
 import time
@@ -12,34 +11,19 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
 
 from mmfinetune.data.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
-from mmfinetune.data.formats.voc_devkit import VOC_URL
+from mmfinetune.data.formats import voc
+from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
+from mmfinetune.data.records import Instance, Item, Record
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
 from mmfinetune.utils.workers import in_order
-
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-
-from mmfinetune.data.formats import voc
-from mmfinetune.data.classes import VOC_CLASSES, VOC_SUPERCATEGORIES
-from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
-from mmfinetune.utils.errors import UserError
-from mmfinetune.data.formats.folders import require_size, start_record
-from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.masks import masks_to_rles
-from mmfinetune.utils.files import read_text, shown
-
-
-
-
 
 VOID = 255  # border and ignored pixels in both kinds of PNG
 
@@ -102,8 +86,7 @@ class _Read:
     disputes: list[str] = field(default_factory=list)
 
 
-def annotation_paths(out_dir: str | Path,
-                     splits: Sequence[str] = ('train', 'val')) -> dict[str, Path]:
+def annotation_paths(out_dir: str | Path, splits: Sequence[str] = ('train', 'val')) -> dict[str, Path]:
     """The JSON file of each split in `out_dir`."""
     return {split: Path(out_dir) / f'instances_{split}.json' for split in splits}
 
@@ -113,9 +96,15 @@ def decode(annotation: dict) -> np.ndarray:
     return mask_api.decode(annotation['segmentation']).astype(bool)
 
 
-def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('train', 'val'),
-            workers: int | None = None, skip_bad: bool = False, trust_masks: bool = False,
-            progress: bool = True) -> dict[str, Summary]:
+def convert(
+    devkit: str | Path,
+    out_dir: str | Path,
+    splits: Sequence[str] = ('train', 'val'),
+    workers: int | None = None,
+    skip_bad: bool = False,
+    trust_masks: bool = False,
+    progress: bool = True,
+) -> dict[str, Summary]:
     """Write one COCO JSON per split, each object of SegmentationObject with exactly its pixels.
 
     Nothing is written before every image of every split is checked; the result does not depend
@@ -154,22 +143,28 @@ def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('t
     if problems and not skip_bad:
         bad = sum(bool(read.problems) for read in reads.values())
         raise _AllShown(
-            f'{devkit}: {len(problems)} problems, {bad} of {len(ids)} images unusable; '
-            'nothing was written', problems,
+            f'{devkit}: {len(problems)} problems, {bad} of {len(ids)} images unusable; nothing was written',
+            problems,
             'mend these files (for a fresh copy move the folder away and run with --download), or '
             'run again with --skip-bad, which leaves these images out and goes on with the others; '
-            'where only classes or the XML are at odds, --trust-masks keeps them')
+            'where only classes or the XML are at odds, --trust-masks keeps them',
+        )
 
     contents, summaries = {}, {}
     for split, names in lists.items():
         summary = summaries[split] = Summary(paths[split], problems=bad_lines[split])
-        contents[paths[split]] = json_bytes(
-            _dataset(split, [reads[name] for name in names], summary))
-    empty = [f'{split}: all {len(lists[split])} images are unusable'
-             for split, summary in summaries.items() if not summary.images]
+        contents[paths[split]] = json_bytes(_dataset(split, [reads[name] for name in names], summary))
+    empty = [
+        f'{split}: all {len(lists[split])} images are unusable'
+        for split, summary in summaries.items()
+        if not summary.images
+    ]
     if empty:
-        raise _AllShown(f'{devkit}: nothing is left to write', empty + problems,
-                        'move the folder away and run with --download for a fresh copy')
+        raise _AllShown(
+            f'{devkit}: nothing is left to write',
+            empty + problems,
+            'move the folder away and run with --download for a fresh copy',
+        )
     atomic_write_all(contents)
     for summary in summaries.values():
         summary.seconds = time.perf_counter() - start
@@ -178,13 +173,14 @@ def convert(devkit: str | Path, out_dir: str | Path, splits: Sequence[str] = ('t
 
 def format_summaries(summaries: dict[str, Summary]) -> str:
     """A short table for the terminal: one row per split, then one per class."""
-    rows = [f'{"split":<12}{"images":>8}{"objects":>9}{"difficult":>11}{"truncated":>11}'
-            f'{"left out":>10}{"no mask":>9}']
-    rows += [f'{split:<12}{s.images:>8}{s.objects:>9}{s.difficult:>11}{s.truncated:>11}'
-             f'{len(s.left_out):>10}{s.without_mask:>9}' for split, s in summaries.items()]
+    rows = [f'{"split":<12}{"images":>8}{"objects":>9}{"difficult":>11}{"truncated":>11}{"left out":>10}{"no mask":>9}']
+    rows += [
+        f'{split:<12}{s.images:>8}{s.objects:>9}{s.difficult:>11}{s.truncated:>11}'
+        f'{len(s.left_out):>10}{s.without_mask:>9}'
+        for split, s in summaries.items()
+    ]
     rows += ['', f'{"class":<12}' + ''.join(f'{split:>8}' for split in summaries)]
-    rows += [f'{name:<12}' + ''.join(f'{s.per_class[name]:>8}' for s in summaries.values())
-             for name in VOC_CLASSES]
+    rows += [f'{name:<12}' + ''.join(f'{s.per_class[name]:>8}' for s in summaries.values()) for name in VOC_CLASSES]
     seconds = max(summary.seconds for summary in summaries.values())
     rows += ['', f'checked and converted in {seconds:.1f} s']
     left_out = [line for summary in summaries.values() for line in summary.problems]
@@ -205,8 +201,7 @@ def _check_writable(out_dir: Path) -> None:
         raise UserError(f'{out_dir}: cannot be written', cure='choose another folder by --out')
 
 
-def read_lists(devkit: Path,
-                splits: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+def read_lists(devkit: Path, splits: Sequence[str]) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
     """The ids of each split, and the lines of each that are no id or come twice."""
     fatal = [f'{name}/: missing' for name in _FOLDERS if not (devkit / name).is_dir()]
     lists: dict[str, list[str]] = {}
@@ -233,36 +228,44 @@ def read_lists(devkit: Path,
     both = set(lists.get('train', ())) & set(lists.get('val', ()))
     fatal += [f'{_LISTS}: {image_id} is in train and in val' for image_id in sorted(both)]
     if fatal:
-        raise _AllShown(f'{devkit}: not a whole VOC 2012 devkit; nothing was written',
-                        fatal + [line for bad in bad_lines.values() for line in bad],
-                        f'move the folder away and run with --download, or unpack {VOC_URL} anew')
+        raise _AllShown(
+            f'{devkit}: not a whole VOC 2012 devkit; nothing was written',
+            fatal + [line for bad in bad_lines.values() for line in bad],
+            f'move the folder away and run with --download, or unpack {VOC_URL} anew',
+        )
     return lists, bad_lines
 
 
-def _read_all(devkit: Path, ids: list[str], workers: int | None,
-              progress: bool) -> Iterator[_Read]:
+def _read_all(devkit: Path, ids: list[str], workers: int | None, progress: bool) -> Iterator[_Read]:
     """Read all images, in the order of `ids` whatever the number of workers."""
-    return in_order(partial(read_image, devkit), ids, workers or os.cpu_count() or 1, _CHUNK,
-                    desc='VOC 2012', disable=not progress)
+    return in_order(
+        partial(read_image, devkit), ids, workers or os.cpu_count() or 1, _CHUNK, desc='VOC 2012', disable=not progress
+    )
 
 
 def read_image(devkit: Path, image_id: str) -> _Read:
     """Read and check the four files of one image; every fault goes into `problems`."""
     read = _Read(image_id)
     jpeg, object_png, class_png = (
-        f'JPEGImages/{image_id}.jpg', f'SegmentationObject/{image_id}.png',
-        f'SegmentationClass/{image_id}.png')
+        f'JPEGImages/{image_id}.jpg',
+        f'SegmentationObject/{image_id}.png',
+        f'SegmentationClass/{image_id}.png',
+    )
     pixels = _load(devkit, jpeg, read.problems, indices=False)
     objects = _load(devkit, object_png, read.problems)
     classes = _load(devkit, class_png, read.problems)
     listed = _load_xml(devkit, f'Annotations/{image_id}.xml', read.problems)
-    shapes = {name: array.shape[:2] for name, array in
-              ((jpeg, pixels), (object_png, objects), (class_png, classes)) if array is not None}
+    shapes = {
+        name: array.shape[:2]
+        for name, array in ((jpeg, pixels), (object_png, objects), (class_png, classes))
+        if array is not None
+    }
     wanted = next(iter(shapes.values()), None)
     for name, (height, width) in shapes.items():
         if (height, width) != wanted:
-            read.problems.append(f'{name}: {width}x{height} pixels, but {next(iter(shapes))} '
-                                 f'has {wanted[1]}x{wanted[0]}')
+            read.problems.append(
+                f'{name}: {width}x{height} pixels, but {next(iter(shapes))} has {wanted[1]}x{wanted[0]}'
+            )
     if objects is None or classes is None or objects.shape != classes.shape:
         return read
 
@@ -282,8 +285,10 @@ def _load(devkit: Path, name: str, problems: list[str], indices: bool = True) ->
     try:
         with Image.open(devkit / name) as image:
             if indices and image.mode not in ('P', 'L'):
-                problems.append(f'{name}: colours (mode {image.mode}) where a palette PNG of '
-                                'indices (mode P) belongs; saved anew by another program?')
+                problems.append(
+                    f'{name}: colours (mode {image.mode}) where a palette PNG of '
+                    'indices (mode P) belongs; saved anew by another program?'
+                )
                 return None
             return np.asarray(image)
     except FileNotFoundError:
@@ -319,16 +324,15 @@ def _load_xml(devkit: Path, name: str, problems: list[str]) -> list[dict] | None
     return listed
 
 
-def _check_classes(objects: np.ndarray, classes: np.ndarray, object_png: str, class_png: str,
-                   read: _Read) -> tuple[list[int], list[int]]:
+def _check_classes(
+    objects: np.ndarray, classes: np.ndarray, object_png: str, class_png: str, read: _Read
+) -> tuple[list[int], list[int]]:
     """Object numbers of an image and the class value (1 to 20) of each."""
-    joint = np.bincount(objects.ravel().astype(np.int64) * 256 + classes.ravel(),
-                        minlength=1 << 16).reshape(256, 256)
+    joint = np.bincount(objects.ravel().astype(np.int64) * 256 + classes.ravel(), minlength=1 << 16).reshape(256, 256)
     # One image is made from the other in VOC, so background and void agree to the pixel.
     stray = int(joint[np.ix_((0, VOID), range(1, VOID))].sum())
     if stray:
-        read.disputes.append(
-            f'{class_png}: {stray} pixels of a class where {object_png} has no object')
+        read.disputes.append(f'{class_png}: {stray} pixels of a class where {object_png} has no object')
     numbers, labels = [], []
     for number in np.flatnonzero(joint.sum(axis=1)).tolist():
         if number in (0, VOID):
@@ -342,7 +346,8 @@ def _check_classes(objects: np.ndarray, classes: np.ndarray, object_png: str, cl
         if others:
             read.disputes.append(
                 f"{class_png}: object {number} is '{VOC_CLASSES[label - 1]}', but "
-                f'{others} of its {int(counts.sum())} pixels have another value')
+                f'{others} of its {int(counts.sum())} pixels have another value'
+            )
         numbers.append(number)
         labels.append(label)
     return numbers, labels
@@ -356,14 +361,16 @@ def _check_xml(numbers: list[int], labels: list[int], listed: list[dict], read: 
         if number > len(listed):
             read.disputes.append(
                 f"SegmentationObject/{image_id}.png: object {number} ('{name}') is not in "
-                f'Annotations/{image_id}.xml, which lists {len(listed)}')
+                f'Annotations/{image_id}.xml, which lists {len(listed)}'
+            )
         elif listed[number - 1]['name'] != name:
-            read.disputes.append(f"Annotations/{image_id}.xml: object {number} is "
-                            f"'{listed[number - 1]['name']}', but '{name}' in SegmentationClass")
+            read.disputes.append(
+                f'Annotations/{image_id}.xml: object {number} is '
+                f"'{listed[number - 1]['name']}', but '{name}' in SegmentationClass"
+            )
 
 
-def _annotations(objects: np.ndarray, numbers: list[int], labels: list[int],
-                 listed: list[dict]) -> list[dict]:
+def _annotations(objects: np.ndarray, numbers: list[int], labels: list[int], listed: list[dict]) -> list[dict]:
     if not numbers:
         return []
     # (N, W, H) in C order is (H, W, N) in the Fortran order that pycocotools wants, uncopied.
@@ -371,15 +378,23 @@ def _annotations(objects: np.ndarray, numbers: list[int], labels: list[int],
     masks = columns[None] == np.array(numbers, dtype=objects.dtype)[:, None, None]
     rles = mask_api.encode(masks.view(np.uint8).transpose(2, 1, 0))
     # An object that the XML does not list, in an image whose masks are trusted.
-    flags = {number: listed[number - 1] if number <= len(listed)
-             else {'difficult': 0, 'truncated': 0} for number in numbers}
+    flags = {
+        number: listed[number - 1] if number <= len(listed) else {'difficult': 0, 'truncated': 0} for number in numbers
+    }
     return [
-        {'category_id': label,
-         'segmentation': {'size': list(objects.shape), 'counts': rle['counts'].decode()},
-         'area': int(area), 'bbox': [int(value) for value in box], 'iscrowd': 0,
-         'difficult': flags[number]['difficult'], 'truncated': flags[number]['truncated']}
+        {
+            'category_id': label,
+            'segmentation': {'size': list(objects.shape), 'counts': rle['counts'].decode()},
+            'area': int(area),
+            'bbox': [int(value) for value in box],
+            'iscrowd': 0,
+            'difficult': flags[number]['difficult'],
+            'truncated': flags[number]['truncated'],
+        }
         for number, label, rle, area, box in zip(
-            numbers, labels, rles, mask_api.area(rles), mask_api.toBbox(rles), strict=True)]
+            numbers, labels, rles, mask_api.area(rles), mask_api.toBbox(rles), strict=True
+        )
+    ]
 
 
 def _dataset(split: str, reads: list[_Read], summary: Summary) -> dict:
@@ -391,8 +406,14 @@ def _dataset(split: str, reads: list[_Read], summary: Summary) -> dict:
             summary.left_out.append(read.image_id)
             summary.problems += read.problems
             continue
-        images.append({'id': len(images) + 1, 'file_name': f'JPEGImages/{read.image_id}.jpg',
-                       'width': read.width, 'height': read.height})
+        images.append(
+            {
+                'id': len(images) + 1,
+                'file_name': f'JPEGImages/{read.image_id}.jpg',
+                'width': read.width,
+                'height': read.height,
+            }
+        )
         summary.without_mask += read.without_mask
         summary.notes += read.disputes
         for annotation in read.annotations:
@@ -404,11 +425,11 @@ def _dataset(split: str, reads: list[_Read], summary: Summary) -> dict:
     summary.truncated = sum(annotation['truncated'] for annotation in annotations)
     return {
         # No date: the same devkit gives the same bytes.
-        'info': {'description': f'PASCAL VOC 2012 segmentation, {split}',
-                 'left_out': summary.left_out},
+        'info': {'description': f'PASCAL VOC 2012 segmentation, {split}', 'left_out': summary.left_out},
         'licenses': [],
-        'categories': [{'id': k, 'name': name, 'supercategory': groups[name]}
-                       for k, name in enumerate(VOC_CLASSES, start=1)],
+        'categories': [
+            {'id': k, 'name': name, 'supercategory': groups[name]} for k, name in enumerate(VOC_CLASSES, start=1)
+        ],
         'images': images,
         'annotations': annotations,
     }
@@ -425,11 +446,9 @@ class VocSource:
     """
 
     kind = 'voc'
-    cure = ('mend these files; where only classes or the XML are at odds with the masks, '
-            '--trust-masks keeps the images')
+    cure = 'mend these files; where only classes or the XML are at odds with the masks, --trust-masks keeps the images'
 
-    def __init__(self, root: Path, lists: dict[str, list[str]], problems: list[str],
-                 trust_masks: bool) -> None:
+    def __init__(self, root: Path, lists: dict[str, list[str]], problems: list[str], trust_masks: bool) -> None:
         self.root, self.classes = root, list(VOC_CLASSES)
         self.supercategories, self.problems = GROUPS, problems
         self._lists, self._trust_masks = lists, trust_masks
@@ -460,8 +479,11 @@ class VocSource:
 
     def items(self) -> list[Item]:
         """See `Source.items`."""
-        return [Item(image_id, self.root / 'JPEGImages' / f'{image_id}.jpg', None, split)
-                for split, ids in self._lists.items() for image_id in ids]
+        return [
+            Item(image_id, self.root / 'JPEGImages' / f'{image_id}.jpg', None, split)
+            for split, ids in self._lists.items()
+            for image_id in ids
+        ]
 
     def read(self, item: Item) -> Record:
         """See `Source.read`."""
@@ -470,10 +492,13 @@ class VocSource:
         trusted = self._trust_masks or item.key in voc.KNOWN_DISPUTES
         (record.notes if trusted else record.problems).extend(read.disputes)
         if read.without_mask:
-            record.notes.append(f'{item.key}: {read.without_mask} objects of the XML have no mask; '
-                                'not written')
+            record.notes.append(f'{item.key}: {read.without_mask} objects of the XML have no mask; not written')
         record.instances = [
-            Instance(VOC_CLASSES[annotation['category_id'] - 1], annotation['segmentation'],
-                     extra={key: annotation[key] for key in ('difficult', 'truncated')})
-            for annotation in read.annotations]
+            Instance(
+                VOC_CLASSES[annotation['category_id'] - 1],
+                annotation['segmentation'],
+                extra={key: annotation[key] for key in ('difficult', 'truncated')},
+            )
+            for annotation in read.annotations
+        ]
         return record

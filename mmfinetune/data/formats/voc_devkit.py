@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-
 import contextlib
 from pathlib import Path, PurePosixPath
 
-from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.download import download, unpack_tar
-
-
-
-
+from mmfinetune.utils.errors import UserError
 
 VOC_URL = 'http://host.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar'
 VOC_MD5 = '6cd6e144f989b92b3379bac3b3de84fd'
@@ -35,8 +30,8 @@ def find_devkit(root: str | Path) -> Path:
     raise UserError(
         f'{root}: no VOC 2012 devkit here; looked for JPEGImages in',
         [str(folder) for folder in candidates],
-        f'run with --download, or fetch {VOC_URL} and unpack it in {root}, '
-        'or name its folder by --data-root')
+        f'run with --download, or fetch {VOC_URL} and unpack it in {root}, or name its folder by --data-root',
+    )
 
 
 def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) -> Path:

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-
 import math
 import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfinetune.utils.errors import UserError
 from mmfinetune.data.formats.folders import CLASS_LISTS, find_class_list, split_of, start_record
 from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import find_files, natural_key, read_text, shown
 from mmfinetune.utils.images import find_images
 
-
-
-
-
-_SPLIT_KEYS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val',
-               'test': 'test'}
+_SPLIT_KEYS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val', 'test': 'test'}
 # How far out of 0..1 a coordinate may be: what Ultralytics itself lets pass (verify_image_label).
 _SLACK = 0.01
 _NOT_LABELS = frozenset({*CLASS_LISTS, 'train.txt', 'val.txt', 'test.txt', 'readme.txt'})
@@ -36,11 +30,16 @@ class YoloSource:
     """
 
     kind = 'yolo'
-    cure = ('correct these label files; for boxes that shall count as rectangular masks use '
-            '--boxes-as-masks')
+    cure = 'correct these label files; for boxes that shall count as rectangular masks use --boxes-as-masks'
 
-    def __init__(self, root: Path, classes: list[str], splits: dict[str | None, list[Path]],
-                 boxes_as_masks: bool, notes: list[str]) -> None:
+    def __init__(
+        self,
+        root: Path,
+        classes: list[str],
+        splits: dict[str | None, list[Path]],
+        boxes_as_masks: bool,
+        notes: list[str],
+    ) -> None:
         self.root, self.classes, self.boxes_as_masks = root, classes, boxes_as_masks
         self._splits = splits
         self.problems: list[str] = []
@@ -57,11 +56,20 @@ class YoloSource:
                     continue
                 if data.keys() & {'names', 'nc'} and data.keys() & _SPLIT_KEYS.keys():
                     return f'{shown(path, root)} with class names and image folders'
-            folders = [folder for folder in (root / 'labels', *sorted(root.glob('*/labels')))
-                       if folder.is_dir() and (folder.parent / 'images').is_dir()]
+            folders = [
+                folder
+                for folder in (root / 'labels', *sorted(root.glob('*/labels')))
+                if folder.is_dir() and (folder.parent / 'images').is_dir()
+            ]
             for folder in folders:
-                path = next((path for path in find_files(folder, {'.txt'})
-                             if path.name not in _NOT_LABELS and _is_label_file(path)), None)
+                path = next(
+                    (
+                        path
+                        for path in find_files(folder, {'.txt'})
+                        if path.name not in _NOT_LABELS and _is_label_file(path)
+                    ),
+                    None,
+                )
                 if path:
                     return f'images/ and labels/ with lines of numbers ({shown(path, root)})'
         except OSError:
@@ -99,27 +107,35 @@ class YoloSource:
         labels = {image: _label_path(image, self.root) for image in images}
         there = {label for label in labels.values() if label.is_file()}
         if not there:
-            raise UserError(f'{self.root}: no label file for any of its {len(images)} images', [
-                f'{shown(images[0], self.root)} should have '
-                f'{shown(labels[images[0]], self.root)}'], _CURE)
+            raise UserError(
+                f'{self.root}: no label file for any of its {len(images)} images',
+                [f'{shown(images[0], self.root)} should have {shown(labels[images[0]], self.root)}'],
+                _CURE,
+            )
         background = sum(label not in there for label in labels.values())
         if background:
-            self.notes.append(f'{background} of {len(images)} images have no label file: they '
-                              'count as images without objects')
+            self.notes.append(
+                f'{background} of {len(images)} images have no label file: they count as images without objects'
+            )
         # Only folders called labels: elsewhere a text file may be anything.
         folders = {label.parent for image, label in labels.items() if label.parent != image.parent}
-        spare = {path for folder in folders for path in find_files(folder, {'.txt'})
-                 if path.name not in _NOT_LABELS} - there
+        spare = {
+            path for folder in folders for path in find_files(folder, {'.txt'}) if path.name not in _NOT_LABELS
+        } - there
         if spare:
             # An image may be there that no split names.
             spare -= {_label_path(image, self.root) for image in find_images(self.root)}
-        self.problems += [f'{shown(path, self.root)}: a label file without an image'
-                          for path in sorted(spare, key=natural_key)]
+        self.problems += [
+            f'{shown(path, self.root)}: a label file without an image' for path in sorted(spare, key=natural_key)
+        ]
 
     def items(self) -> list[Item]:
         """See `Source.items`."""
-        return [Item(shown(image, self.root), image, _label_path(image, self.root), split)
-                for split, images in self._splits.items() for image in images]
+        return [
+            Item(shown(image, self.root), image, _label_path(image, self.root), split)
+            for split, images in self._splits.items()
+            for image in images
+        ]
 
     def read(self, item: Item) -> Record:
         """See `Source.read`."""
@@ -151,8 +167,7 @@ class YoloSource:
             record.instances.append(Instance(label, [polygon], place=f'line {number}'))
         return record
 
-    def _object(self, words: tuple[str, ...], width: int,
-                height: int) -> tuple[str, list[float], float]:
+    def _object(self, words: tuple[str, ...], width: int, height: int) -> tuple[str, list[float], float]:
         """Class, polygon in pixels, and how far it was out; raises ValueError."""
         try:
             number, *values = (float(word) for word in words)
@@ -168,18 +183,20 @@ class YoloSource:
                 raise ValueError('4 coordinates: a box, not a polygon')
             values = _corners(*values)
         elif len(values) % 2:
-            raise ValueError(f'{len(values)} coordinates, an odd number'
-                             ' (a keypoint or a score behind it?)')
+            raise ValueError(f'{len(values)} coordinates, an odd number (a keypoint or a score behind it?)')
         elif len(values) < 6:
             raise ValueError(f'a polygon of {len(values) // 2} points')
         wrong = [value for value in values if not -_SLACK <= value <= 1 + _SLACK]
         if wrong:
-            raise ValueError(f'coordinate {wrong[0]:g} is outside 0 to 1'
-                             + (' (pixels instead of parts?)' if max(wrong) > 2 else ''))
+            raise ValueError(
+                f'coordinate {wrong[0]:g} is outside 0 to 1' + (' (pixels instead of parts?)' if max(wrong) > 2 else '')
+            )
         cut = [min(max(value, 0.0), 1.0) for value in values]
         sides = (width, height)
-        outside = max(abs(value - inside) * sides[place % 2]
-                      for place, (value, inside) in enumerate(zip(values, cut, strict=True)))
+        outside = max(
+            abs(value - inside) * sides[place % 2]
+            for place, (value, inside) in enumerate(zip(values, cut, strict=True))
+        )
         polygon = [value * sides[place % 2] for place, value in enumerate(cut)]
         return self.classes[int(number)], polygon, outside
 
@@ -221,8 +238,7 @@ def _label_path(image: Path, root: Path) -> Path:
 def _yaml_files(root: Path) -> list[Path]:
     if not root.is_dir():
         return [root] if root.suffix in ('.yaml', '.yml') else []
-    return sorted(path for path in root.iterdir()
-                  if path.suffix in ('.yaml', '.yml') and path.is_file())
+    return sorted(path for path in root.iterdir() if path.suffix in ('.yaml', '.yml') and path.is_file())
 
 
 def _only_yaml(root: Path) -> Path | None:
@@ -237,13 +253,17 @@ def _only_yaml(root: Path) -> Path | None:
         if name in by_name:
             return by_name[name]
     if len(files) > 1:
-        raise UserError(f'{root}: several YAML files could describe the data set',
-                        [path.name for path in files], 'call the right one data.yaml')
+        raise UserError(
+            f'{root}: several YAML files could describe the data set',
+            [path.name for path in files],
+            'call the right one data.yaml',
+        )
     return files[0] if files else None
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
     import yaml
+
     try:
         data = yaml.safe_load(read_text(path))
     except ValueError as error:
@@ -251,8 +271,7 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         place = f', line {mark.line + 1}' if mark else ''
-        raise UserError(f'{path}{place}: not YAML ({getattr(error, "problem", None) or error})',
-                        cure=_CURE) from None
+        raise UserError(f'{path}{place}: not YAML ({getattr(error, "problem", None) or error})', cure=_CURE) from None
     if not isinstance(data, dict):
         raise UserError(f'{path}: holds no keys', cure=_CURE)
     return data
@@ -279,10 +298,11 @@ def _names(data: dict[str, Any], path: Path) -> list[str]:
     for name in names:
         # YAML reads no, yes, on, off as truth values.
         if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == '':
-            problems.append(f"names: {name!r} is no name; put it in quotes")
+            problems.append(f'names: {name!r} is no name; put it in quotes')
     names = [str(name).strip() for name in names]
-    problems += [f"names: '{name}' is there {names.count(name)} times"
-                 for name in dict.fromkeys(names) if names.count(name) > 1]
+    problems += [
+        f"names: '{name}' is there {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1
+    ]
     if count is not None and names and count != len(names):
         problems.append(f'nc is {count}, but names has {len(names)}')
     if problems:
@@ -296,8 +316,11 @@ def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
         return listed[1]
     if options.get('classes'):
         return list(options['classes'])
-    raise UserError(f'{root}: no class names', ['neither a data.yaml nor classes.txt is there'],
-                    'name them in label order by --classes, or in classes.txt, one a line')
+    raise UserError(
+        f'{root}: no class names',
+        ['neither a data.yaml nor classes.txt is there'],
+        'name them in label order by --classes, or in classes.txt, one a line',
+    )
 
 
 def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list[Path]]:
@@ -328,9 +351,11 @@ def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list
     if not splits:
         problems.append('none of the keys train, val, test names images')
     if problems:
-        raise UserError(f'{path}: its images cannot be used', problems,
-                        f'correct path, train, val and test in it; looked in '
-                        f'{", ".join(map(str, bases))}')
+        raise UserError(
+            f'{path}: its images cannot be used',
+            problems,
+            f'correct path, train, val and test in it; looked in {", ".join(map(str, bases))}',
+        )
     return splits
 
 
@@ -373,8 +398,7 @@ def _listed_images(path: Path, bases: list[Path], problems: list[str]) -> list[P
         # A list written elsewhere has other folders in front; a bare name is too little to go by.
         tails = ['/'.join(parts[start:]) for start in range(1, len(parts) - 1)]
         places = [path.parent, *bases]
-        image = next((place for tail in (name, *tails)
-                      if (place := _resolve(places, tail)) and place.is_file()), None)
+        image = next((place for tail in (name, *tails) if (place := _resolve(places, tail)) and place.is_file()), None)
         if image is None:
             problems.append(f'{path}, line {number}: {line} is missing')
         else:

@@ -45,8 +45,8 @@ def _require_room(path: Path, size: int) -> None:
         raise UserError(
             f'{path} cannot be saved: it takes {size / _MIB:,.0f} MiB, and the disk has '
             f'{free / _MIB:,.0f} MiB left. The checkpoints before it are whole.',
-            cure='make room (default_hooks.checkpoint.max_keep_ckpts=1 keeps fewer), '
-            'then go on with --resume')
+            cure='make room (default_hooks.checkpoint.max_keep_ckpts=1 keeps fewer), then go on with --resume',
+        )
 
 
 class _LateRemoval(LocalBackend):
@@ -106,11 +106,9 @@ class SafeCheckpointHook(CheckpointHook):
 
     def _require_room_for_run(self, runner) -> None:
         weights, full = checkpoint_bytes(runner)
-        saves = math.ceil(runner.max_epochs / self.interval) if self.by_epoch and \
-            self.interval > 0 else 1
+        saves = math.ceil(runner.max_epochs / self.interval) if self.by_epoch and self.interval > 0 else 1
         # One more than is kept, as each is written before another goes.
-        files = 1 + bool(self.every_n_iters) + \
-            (min(self.max_keep_ckpts, saves) if self.max_keep_ckpts > 0 else saves)
+        files = 1 + bool(self.every_n_iters) + (min(self.max_keep_ckpts, saves) if self.max_keep_ckpts > 0 else saves)
         need = files * full + bool(self.save_best) * weights
         have = sum(path.stat().st_size for path in Path(self.out_dir).glob('*.pth'))
         free = shutil.disk_usage(self.out_dir).free
@@ -120,13 +118,17 @@ class SafeCheckpointHook(CheckpointHook):
                 f'{full / _MIB:,.0f} MiB and the best weights take {need / _MIB:,.0f} MiB at a '
                 f'time, and {(free + have) / _MIB:,.0f} MiB can be had',
                 cure='make room, pass another --work-dir, or keep fewer: --cfg-options '
-                'default_hooks.checkpoint.max_keep_ckpts=1')
+                'default_hooks.checkpoint.max_keep_ckpts=1',
+            )
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
         # The last step of an epoch is followed by the epoch's own checkpoint.
-        if self.every_n_iters and runner.iter + 1 - self._saved_at >= self.every_n_iters \
-                and not self.end_of_epoch(runner.train_dataloader, batch_idx):
+        if (
+            self.every_n_iters
+            and runner.iter + 1 - self._saved_at >= self.every_n_iters
+            and not self.end_of_epoch(runner.train_dataloader, batch_idx)
+        ):
             self.save_step(runner)
 
     def save_step(self, runner) -> None:
@@ -139,17 +141,22 @@ class SafeCheckpointHook(CheckpointHook):
         runner.logger.info(f'Saving checkpoint at {done} iterations')
         with self._saving(runner, path, done):
             runner.save_checkpoint(
-                self.out_dir, path.name, save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler, by_epoch=False,
+                self.out_dir,
+                path.name,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                by_epoch=False,
                 meta=dict(epoch=runner.epoch, iter=done, recipe=_recipe(runner)),
-                backend_args=self.backend_args)
+                backend_args=self.backend_args,
+            )
         self._remove_within_epoch(keep=path)
 
     def save_epoch(self, runner, epochs: int) -> None:
         """Save an epoch that is trained, unless it is saved already."""
         if self._saved_at != runner.iter:
-            self._save_checkpoint_with_step(runner, epochs if self.by_epoch else runner.iter,
-                                            dict(epoch=epochs, iter=runner.iter))
+            self._save_checkpoint_with_step(
+                runner, epochs if self.by_epoch else runner.iter, dict(epoch=epochs, iter=runner.iter)
+            )
 
     def save_validated(self, runner) -> None:
         """Save the epoch again, if it was saved, now that it is validated and its score known."""
@@ -177,8 +184,10 @@ class SafeCheckpointHook(CheckpointHook):
                 atomic_write_text(Path(runner.work_dir) / 'last_checkpoint', str(path))
             yield
         except OSError as error:
-            raise UserError(f'{path} cannot be saved: {error}. The checkpoints before it are '
-                            'whole.', cure='make room, then go on with --resume') from error
+            raise UserError(
+                f'{path} cannot be saved: {error}. The checkpoints before it are whole.',
+                cure='make room, then go on with --resume',
+            ) from error
         self._saved_at = iteration
 
     def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
@@ -210,8 +219,7 @@ class SafeCheckpointHook(CheckpointHook):
         super()._save_best_checkpoint(runner, metrics)
         self.last_ckpt = last
         if self.save_best:
-            best = [self.best_ckpt_path] if len(self.key_indicators) == 1 \
-                else self.best_ckpt_path_dict.values()
+            best = [self.best_ckpt_path] if len(self.key_indicators) == 1 else self.best_ckpt_path_dict.values()
             self.file_backend.remove_noted(*best)
 
 
@@ -235,20 +243,19 @@ def _relocate(runner) -> None:
     for key in [k for k in info if k == 'last_ckpt' or k.startswith('best_ckpt')]:
         info[key] = str(Path(runner.work_dir, Path(info[key]).name))
         if key != 'last_ckpt' and not Path(info[key]).is_file():
-            runner.logger.warning(f'{info.pop(key)} is not there: the next validation makes a new '
-                                  'best checkpoint')
+            runner.logger.warning(f'{info.pop(key)} is not there: the next validation makes a new best checkpoint')
             info.pop(key.replace('best_ckpt', 'best_score'), None)
 
 
 def checkpoint_bytes(runner) -> tuple[int, int]:
     """About what the weights take on the disk, and what a checkpoint to resume from takes."""
+
     def size(tensors) -> int:
         return sum(t.numel() * t.element_size() for t in tensors)
 
     weights = size(bare_model(runner).state_dict().values())
     optimizer = runner.optim_wrapper.optimizer
-    state = size(t for of in optimizer.state.values() for t in of.values()
-                 if isinstance(t, torch.Tensor))
+    state = size(t for of in optimizer.state.values() for t in of.values() if isinstance(t, torch.Tensor))
     if not state:
         # There is none before the first step: momentum, and a second moment of all but SGD.
         trained = size(p for group in optimizer.param_groups for p in group['params'])
@@ -260,8 +267,7 @@ def _waiting_gradients(runner) -> dict[str, torch.Tensor]:
     """Gradients of an unfinished accumulation by parameter, the mean over all processes."""
     if runner.optim_wrapper.should_update():
         return {}
-    found = {name: p.grad.detach().clone() for name, p in bare_model(runner).named_parameters()
-             if p.grad is not None}
+    found = {name: p.grad.detach().clone() for name, p in bare_model(runner).named_parameters() if p.grad is not None}
     if get_world_size() > 1:
         for gradient in found.values():
             all_reduce(gradient, 'mean')

@@ -20,17 +20,23 @@ class EarlyStopHook(EarlyStoppingHook):
 
     priority = 'LOW'  # before the checkpoint that keeps its state
 
-    def __init__(self, monitor: str = 'coco/segm_mAP', min_delta: float = 0.001,
-                 patience: int = 10, rule: str = 'greater', **kwargs) -> None:
-        super().__init__(monitor=monitor, min_delta=min_delta, patience=patience, rule=rule,
-                         **kwargs)
+    def __init__(
+        self,
+        monitor: str = 'coco/segm_mAP',
+        min_delta: float = 0.001,
+        patience: int = 10,
+        rule: str = 'greater',
+        **kwargs,
+    ) -> None:
+        super().__init__(monitor=monitor, min_delta=min_delta, patience=patience, rule=rule, **kwargs)
 
     def before_train(self, runner) -> None:
         state = runner.message_hub.runtime_info.get('early_stop')
         if state:
             self.best_score, self.wait_count = state
-            reached = self.stopping_threshold is not None and \
-                self.rule_map[self.rule](self.best_score, self.stopping_threshold)
+            reached = self.stopping_threshold is not None and self.rule_map[self.rule](
+                self.best_score, self.stopping_threshold
+            )
             runner.train_loop.stop_training = reached or self.wait_count >= self.patience
 
     def after_val_epoch(self, runner, metrics: dict) -> None:

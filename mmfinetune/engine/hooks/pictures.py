@@ -28,8 +28,9 @@ _PAIR, _CELL = 800, 480
 _BATCH = 8
 
 
-def truth_and_prediction(sample: DetDataSample, names: Sequence[str], score_thr: float,
-                         limit: int | None = None) -> np.ndarray:
+def truth_and_prediction(
+    sample: DetDataSample, names: Sequence[str], score_thr: float, limit: int | None = None
+) -> np.ndarray:
     """The image of a predicted sample twice; once where its annotations are not known.
 
     Args:
@@ -52,9 +53,14 @@ def truth_and_prediction(sample: DetDataSample, names: Sequence[str], score_thr:
     return side_by_side(*panels, titles=titles)
 
 
-def batch_picture(inputs: torch.Tensor, samples: Sequence[DetDataSample], names: Sequence[str],
-                  mean: Sequence[float] | None, std: Sequence[float] | None, rgb: bool
-                  ) -> np.ndarray:
+def batch_picture(
+    inputs: torch.Tensor,
+    samples: Sequence[DetDataSample],
+    names: Sequence[str],
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    rgb: bool,
+) -> np.ndarray:
     """The first images of a batch in a grid, with the objects that the model learns from.
 
     Args:
@@ -96,12 +102,10 @@ def _on_original(sample: DetDataSample) -> InstanceData:
     return truth
 
 
-def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str],
-           limit: int | None) -> np.ndarray:
+def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str], limit: int | None) -> np.ndarray:
     """An image with instances, made smaller first so that lines and text stay readable."""
     parts = {}
-    for key, name in (('bboxes', 'boxes'), ('labels', 'labels'), ('scores', 'scores'),
-                      ('masks', 'masks')):
+    for key, name in (('bboxes', 'boxes'), ('labels', 'labels'), ('scores', 'scores'), ('masks', 'masks')):
         if key in instances:
             parts[name] = _array(instances[key])
     height, width = image.shape[:2]
@@ -111,9 +115,12 @@ def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str],
         image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
         parts['boxes'] = parts['boxes'] * factor
         if 'masks' in parts:
-            parts['masks'] = np.array([
-                cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
-                for mask in parts['masks']]).reshape(-1, *size[::-1])
+            parts['masks'] = np.array(
+                [
+                    cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
+                    for mask in parts['masks']
+                ]
+            ).reshape(-1, *size[::-1])
     return draw_instances(image, **parts, names=names)
 
 
@@ -194,8 +201,7 @@ class BoardPicturesHook(_Pictures):
         self._wanted = False
         model = bare_model(runner)
         # To preprocess the batch once more could draw random numbers, and changes the samples.
-        self._handle = model.data_preprocessor.register_forward_hook(
-            partial(self._show_batch, runner))
+        self._handle = model.data_preprocessor.register_forward_hook(partial(self._show_batch, runner))
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if self._handle is not None:
@@ -204,19 +210,27 @@ class BoardPicturesHook(_Pictures):
 
     def _show_batch(self, runner, preprocessor, args, batch) -> None:
         cfg = runner.cfg.model.get('data_preprocessor') or {}
-        board_of(runner).add_image(board.TRAIN_BATCH, batch_picture(
-            batch['inputs'], batch['data_samples'], _class_names(runner), cfg.get('mean'),
-            cfg.get('std'), bool(cfg.get('bgr_to_rgb'))), runner.iter)
+        board_of(runner).add_image(
+            board.TRAIN_BATCH,
+            batch_picture(
+                batch['inputs'],
+                batch['data_samples'],
+                _class_names(runner),
+                cfg.get('mean'),
+                cfg.get('std'),
+                bool(cfg.get('bgr_to_rgb')),
+            ),
+            runner.iter,
+        )
 
     def before_val_epoch(self, runner) -> None:
-        self._begin(spread(len(runner.val_dataloader.sampler), self.num_images)
-                    if board_of(runner) else ())
+        self._begin(spread(len(runner.val_dataloader.sampler), self.num_images) if board_of(runner) else ())
 
     def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         for name, sample in self._chosen(outputs):
-            board_of(runner).add_image(f'{board.VAL_IMAGES}/{name}',
-                                       self._picture(runner, sample, _PAIR),
-                                       validation_step(runner))
+            board_of(runner).add_image(
+                f'{board.VAL_IMAGES}/{name}', self._picture(runner, sample, _PAIR), validation_step(runner)
+            )
 
 
 @HOOKS.register_module()

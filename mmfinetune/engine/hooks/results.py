@@ -29,13 +29,7 @@ from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import plots, run_results
 from mmfinetune.utils import text as utils_text
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import (
-    atomic_write_all,
-    atomic_write_bytes,
-    atomic_write_text,
-    hash_in_name,
-    sha256_of,
-)
+from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text, hash_in_name, sha256_of
 
 
 @HOOKS.register_module()
@@ -75,8 +69,7 @@ class ResultsHook(Hook):
         # Kept in checkpoints, since a run may be resumed in the middle of the epoch.
         start = runner.message_hub.runtime_info.get(EPOCH_START) or {}
         if start.get('epoch') != runner.epoch:
-            runner.message_hub.update_info(EPOCH_START,
-                                           {'epoch': runner.epoch, 'iter': runner.iter})
+            runner.message_hub.update_info(EPOCH_START, {'epoch': runner.epoch, 'iter': runner.iter})
 
     def before_val(self, runner) -> None:
         # A hook may validate a resumed model before this one's turn in before_train.
@@ -90,8 +83,7 @@ class ResultsHook(Hook):
             self._add(runner, runner.iter, metrics or {})
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if runner.val_loop is None and not _by_epoch(runner) and \
-                (runner.iter + 1) % _batches(runner) == 0:
+        if runner.val_loop is None and not _by_epoch(runner) and (runner.iter + 1) % _batches(runner) == 0:
             self._add(runner, runner.iter + 1, {})
 
     def after_train_epoch(self, runner) -> None:
@@ -100,8 +92,10 @@ class ResultsHook(Hook):
 
     def after_train(self, runner) -> None:
         done = _done(runner)
-        self._guarded(run_results.SUMMARY, lambda: self._write_summary(
-            runner, done, 'Finished' if done >= self._facts.total else 'Stopped early'))
+        self._guarded(
+            run_results.SUMMARY,
+            lambda: self._write_summary(runner, done, 'Finished' if done >= self._facts.total else 'Stopped early'),
+        )
 
     def _last_iter(self) -> int:
         return self._history.rows[-1]['iter'] if self._history.rows else 0
@@ -141,8 +135,7 @@ class ResultsHook(Hook):
         self._facts.setup = _setup(runner)
         self._facts.data = [row for split in ('train', 'val') for row in _data_row(runner, split)]
 
-    def _add(self, runner, iteration: int, metrics: Mapping[str, float],
-             epoch: int | None = None) -> None:
+    def _add(self, runner, iteration: int, metrics: Mapping[str, float], epoch: int | None = None) -> None:
         """Make the row that has come to its end and write all files."""
         row = {'iter': iteration}
         if _by_epoch(runner):
@@ -151,8 +144,11 @@ class ResultsHook(Hook):
         if not is_main_process():
             self._history.add(row)
             return
-        row.update((key, float(value)) for key, value in metrics.items()
-                   if isinstance(value, numbers.Real) and '_AP/' not in key)
+        row.update(
+            (key, float(value))
+            for key, value in metrics.items()
+            if isinstance(value, numbers.Real) and '_AP/' not in key
+        )
         if self._val_start is not None and metrics:
             row['val_seconds'] = time.perf_counter() - self._val_start
         self._history.add(row)
@@ -169,18 +165,20 @@ class ResultsHook(Hook):
         steps = row['iter'] - self._last_iter()
         if 'epoch' in row:
             known = hub.runtime_info.get(EPOCH_START) or {}
-            steps = row['iter'] - known['iter'] if known.get('epoch') == row['epoch'] - 1 \
-                else _batches(runner)
-        recent = {key.removeprefix('train/'): buffer.data[0][-steps:]
-                  for key, buffer in hub.log_scalars.items()
-                  if key.startswith('train/') and steps > 0 and buffer.data[0].size}
-        found = {f'train/{name}': _mean(values) for name, values in recent.items()
-                 if 'loss' in name or name.endswith('acc')}
+            steps = row['iter'] - known['iter'] if known.get('epoch') == row['epoch'] - 1 else _batches(runner)
+        recent = {
+            key.removeprefix('train/'): buffer.data[0][-steps:]
+            for key, buffer in hub.log_scalars.items()
+            if key.startswith('train/') and steps > 0 and buffer.data[0].size
+        }
+        found = {
+            f'train/{name}': _mean(values) for name, values in recent.items() if 'loss' in name or name.endswith('acc')
+        }
         shares = all_gather_object(found)
-        found = {name: math.fsum(share.get(name, value) for share in shares) / len(shares)
-                 for name, value in found.items()}
-        groups = {name: float(values[-1]) for name, values in recent.items()
-                  if name.startswith('lr/')}
+        found = {
+            name: math.fsum(share.get(name, value) for share in shares) / len(shares) for name, value in found.items()
+        }
+        groups = {name: float(values[-1]) for name, values in recent.items() if name.startswith('lr/')}
         base = [float(recent[name][-1]) for name in ('base_lr', 'lr') if name in recent]
         if base:
             found['lr'] = base[0]
@@ -193,32 +191,38 @@ class ResultsHook(Hook):
         source = f'validation after {history.unit} {done}'
 
         def tables() -> None:
-            texts = {run_results.RESULTS: history.to_csv(),
-                     run_results.DETECTION: run_results.result_lines(history, 'bbox'),
-                     run_results.SEGMENTATION: run_results.result_lines(history, 'segm')}
+            texts = {
+                run_results.RESULTS: history.to_csv(),
+                run_results.DETECTION: run_results.result_lines(history, 'bbox'),
+                run_results.SEGMENTATION: run_results.result_lines(history, 'segm'),
+            }
             if metrics:
-                texts[run_results.RECORD_MAP] = run_results.record_map_text(metrics, classes,
-                                                                    source.capitalize())
-            atomic_write_all({folder / name: text.encode() for name, text in texts.items()
-                              if text or (folder / name).exists()})
+                texts[run_results.RECORD_MAP] = run_results.record_map_text(metrics, classes, source.capitalize())
+            atomic_write_all(
+                {folder / name: text.encode() for name, text in texts.items() if text or (folder / name).exists()}
+            )
 
         self._guarded('tables', tables)
         if history.rows:
-            self._guarded(run_results.CURVES, lambda: atomic_write_bytes(
-                folder / run_results.CURVES, plots.curves(history)))
+            self._guarded(
+                run_results.CURVES, lambda: atomic_write_bytes(folder / run_results.CURVES, plots.curves(history))
+            )
         if metrics and classes:
-            self._guarded(run_results.CLASS_BARS, lambda: atomic_write_bytes(
-                folder / run_results.CLASS_BARS, plots.class_bars(classes, source)))
-        self._guarded(run_results.SUMMARY, lambda: self._write_summary(
-            runner, done, 'Unfinished, running or stopped'))
+            self._guarded(
+                run_results.CLASS_BARS,
+                lambda: atomic_write_bytes(folder / run_results.CLASS_BARS, plots.class_bars(classes, source)),
+            )
+        self._guarded(run_results.SUMMARY, lambda: self._write_summary(runner, done, 'Unfinished, running or stopped'))
 
     def _write_summary(self, runner, done: int, state: str) -> None:
         if is_main_process():
             folder = Path(runner.work_dir)
             # Only now, since `auto` becomes a metric with the first validation.
             self._facts.best = _best_metrics(runner)
-            atomic_write_text(folder / run_results.SUMMARY, run_results.summary_text(
-                self._facts, self._history, done, state, self._per_class, folder))
+            atomic_write_text(
+                folder / run_results.SUMMARY,
+                run_results.summary_text(self._facts, self._history, done, state, self._per_class, folder),
+            )
 
     def _guarded(self, what: str, work: Callable[[], None]) -> None:
         """Do it; a failure is warned of, since hours of training are worth more than a table."""
@@ -264,8 +268,9 @@ def _best_metrics(runner) -> dict[str, bool]:
     """The metrics of ``save_best``, and whether less is better."""
     for hook in runner.hooks:
         if isinstance(hook, CheckpointHook) and hook.save_best:
-            return {key: rule == 'less' for key, rule in
-                    zip(hook.key_indicators, hook.rules, strict=False) if key != 'auto'}
+            return {
+                key: rule == 'less' for key, rule in zip(hook.key_indicators, hook.rules, strict=False) if key != 'auto'
+            }
     return {}
 
 
@@ -273,20 +278,33 @@ def _setup(runner) -> dict[str, str]:
     recipe = runner.cfg.get('weights') or {}
     file = recipe.get('checkpoint')
     device = next(runner.model.parameters()).device
-    name = torch.cuda.get_device_name(device) if device.type == 'cuda' else \
-        f'{platform.machine()}, {torch.get_num_threads()} threads'
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == 'cuda'
+        else f'{platform.machine()}, {torch.get_num_threads()} threads'
+    )
     rows = {'weights': _weights(Path(file)) if file else _initial(runner.cfg)}
     if file and recipe.get('head_init'):
         rows['heads'] = recipe['head_init']
     if runner._load_from:
-        rows['resumed from' if runner._resume else 'loaded'] = \
+        rows['resumed from' if runner._resume else 'loaded'] = (
             f'{runner._load_from}' + f' ({_done(runner)} done)' * bool(runner._resume)
-    return {**rows, 'seed': str(runner.seed), 'device': f'{get_world_size()} × {device.type} '
-            f'({name})', 'versions': ', '.join(
-                f'{name} {version}' for name, version in (
-                    ('mmfinetune', mmfinetune.__version__), ('mmdet', mmdet.__version__),
-                    ('mmengine', mmengine.__version__), ('torch', torch.__version__),
-                    ('Python', platform.python_version())))}
+        )
+    return {
+        **rows,
+        'seed': str(runner.seed),
+        'device': f'{get_world_size()} × {device.type} ({name})',
+        'versions': ', '.join(
+            f'{name} {version}'
+            for name, version in (
+                ('mmfinetune', mmfinetune.__version__),
+                ('mmdet', mmdet.__version__),
+                ('mmengine', mmengine.__version__),
+                ('torch', torch.__version__),
+                ('Python', platform.python_version()),
+            )
+        ),
+    }
 
 
 def _initial(cfg: Mapping) -> str:
@@ -312,5 +330,4 @@ def _data_row(runner, split: str) -> list[list[str]]:
         objects = f'{sum(len(dataset.get_data_info(i)["instances"]) for i in range(count)):,}'
     except (AttributeError, KeyError, TypeError, NotImplementedError):
         objects = '-'  # a data set of another kind than MMEngine's
-    return [[split, f'{count:,}', objects, str(len(classes)),
-             utils_text.cell(str(getattr(dataset, 'ann_file', '-')))]]
+    return [[split, f'{count:,}', objects, str(len(classes)), utils_text.cell(str(getattr(dataset, 'ann_file', '-')))]]

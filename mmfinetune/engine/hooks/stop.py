@@ -41,8 +41,7 @@ class StopHook(Hook):
             self._before[number] = signal.signal(number, self._note)
         for loop in (runner.train_loop, runner.val_loop):
             if loop is not None:
-                loop.dataloader.worker_init_fn = partial(
-                    _shield_worker, then=loop.dataloader.worker_init_fn)
+                loop.dataloader.worker_init_fn = partial(_shield_worker, then=loop.dataloader.worker_init_fn)
 
     def release(self) -> None:
         """Give the signals back to whoever handled them before."""
@@ -92,8 +91,7 @@ class StopHook(Hook):
         # for it would build the training loop.
         number = self._asked() if self._before else 0
         if number:
-            self._stop(runner, number,
-                       lambda hook: hook.save_epoch(runner, runner.epoch + ahead))
+            self._stop(runner, number, lambda hook: hook.save_epoch(runner, runner.epoch + ahead))
 
     def _stop(self, runner, number: int, save: Callable[[SafeCheckpointHook], None]) -> None:
         hook = checkpoint_hook(runner)

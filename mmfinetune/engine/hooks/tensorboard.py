@@ -33,8 +33,9 @@ class GradNormHook(Hook):
             return
 
         def log(optimizer: torch.optim.Optimizer, *_) -> None:
-            grads = [param.grad for group in optimizer.param_groups for param in group['params']
-                     if param.grad is not None]
+            grads = [
+                param.grad for group in optimizer.param_groups for param in group['params'] if param.grad is not None
+            ]
             if not grads:
                 return
             norm = torch.nn.utils.get_total_norm(grads)
@@ -74,14 +75,12 @@ class BoardHook(Hook):
             return
         if runner._resume:
             tensorboard.resume(runner.iter, validation_step(runner))
-        head, start, self._end = board.hparam_summaries(
-            board.hparams_of(runner.cfg, runner.world_size, runner.seed))
+        head, start, self._end = board.hparam_summaries(board.hparams_of(runner.cfg, runner.world_size, runner.seed))
         tensorboard.add_summaries(head, start)
 
     def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if 'eta' in runner.message_hub.runtime_info:
-            runner.message_hub.update_scalar('train/eta_hours',
-                                             runner.message_hub.get_info('eta') / 3600)
+            runner.message_hub.update_scalar('train/eta_hours', runner.message_hub.get_info('eta') / 3600)
 
     def after_train_epoch(self, runner) -> None:
         tensorboard = board_of(runner)
@@ -89,8 +88,7 @@ class BoardHook(Hook):
             return
         # The history is saved in checkpoints, so that an epoch that was interrupted counts whole.
         losses = runner.message_hub.get_scalar('train/loss')
-        tensorboard.add_scalars({board.EPOCH_LOSS: losses.mean(len(runner.train_dataloader))},
-                                runner.epoch + 1)
+        tensorboard.add_scalars({board.EPOCH_LOSS: losses.mean(len(runner.train_dataloader))}, runner.epoch + 1)
 
     def after_train(self, runner) -> None:
         tensorboard = board_of(runner)

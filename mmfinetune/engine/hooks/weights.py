@@ -41,12 +41,14 @@ class WeightTransferHook(Hook):
         path = find.find(runner.cfg)
         for key in ('checkpoint', 'url', 'fallbacks'):
             recipe.pop(key, None)
-        report = transfer(model, path, **recipe, classes=views.class_names(runner.cfg),
-                          seed=runner.seed)
-        print_log(f'{path}: {len(report.loaded)} tensors loaded, {len(report.remapped)} remapped, '
-                  f'{len(report.reinit)} re-initialised ({", ".join(recipe.get("reinit") or {})}), '
-                  f'{len(report.kept)} outside it, {len(report.dropped) + len(report.ignored)} '
-                  'of the file left over', logger='current')
+        report = transfer(model, path, **recipe, classes=views.class_names(runner.cfg), seed=runner.seed)
+        print_log(
+            f'{path}: {len(report.loaded)} tensors loaded, {len(report.remapped)} remapped, '
+            f'{len(report.reinit)} re-initialised ({", ".join(recipe.get("reinit") or {})}), '
+            f'{len(report.kept)} outside it, {len(report.dropped) + len(report.ignored)} '
+            'of the file left over',
+            logger='current',
+        )
         self._done = True
         return path
 
@@ -69,5 +71,6 @@ def _weight_report(runner, path: Path) -> str:
     target = model.state_dict()
     source = read_source(path, any_model=True)
     planned, class_map = plan(target, source, recipe, views.class_names(runner.cfg))
-    return check.WeightCheck(path, find.verify_file(path), source, planned, class_map,
-                               target, [], recipe.get('into') or '').text()
+    return check.WeightCheck(
+        path, find.verify_file(path), source, planned, class_map, target, [], recipe.get('into') or ''
+    ).text()

@@ -4,25 +4,28 @@ from __future__ import annotations
 
 import re
 
-from mmfinetune.weights.source import (
-    FC_CLS,
-    FC_REG,
-    MASK_LOGITS,
-    Source,
-    renamed,
-)
+from mmfinetune.weights.source import FC_CLS, FC_REG, MASK_LOGITS, Source, renamed
 
 BGR_MEAN, ONES = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
 
 _DETECTRON2 = {
     'backbone.bottom_up.stem.conv1.norm.': 'backbone.bn1.',
     'backbone.bottom_up.stem.conv1.': 'backbone.conv1.',
-    **{f'backbone.bottom_up.res{s + 1}.{i}.{theirs}': f'backbone.layer{s}.{i}.{ours}'
-       for s, blocks in ((1, 3), (2, 4), (3, 6), (4, 3)) for i in range(blocks)
-       for theirs, ours in (('conv1.norm.', 'bn1.'), ('conv2.norm.', 'bn2.'),
-                            ('conv3.norm.', 'bn3.'), ('conv1.', 'conv1.'), ('conv2.', 'conv2.'),
-                            ('conv3.', 'conv3.'), ('shortcut.norm.', 'downsample.1.'),
-                            ('shortcut.', 'downsample.0.'))},
+    **{
+        f'backbone.bottom_up.res{s + 1}.{i}.{theirs}': f'backbone.layer{s}.{i}.{ours}'
+        for s, blocks in ((1, 3), (2, 4), (3, 6), (4, 3))
+        for i in range(blocks)
+        for theirs, ours in (
+            ('conv1.norm.', 'bn1.'),
+            ('conv2.norm.', 'bn2.'),
+            ('conv3.norm.', 'bn3.'),
+            ('conv1.', 'conv1.'),
+            ('conv2.', 'conv2.'),
+            ('conv3.', 'conv3.'),
+            ('shortcut.norm.', 'downsample.1.'),
+            ('shortcut.', 'downsample.0.'),
+        )
+    },
     **{f'backbone.fpn_lateral{i + 2}.': f'neck.lateral_convs.{i}.conv.' for i in range(4)},
     **{f'backbone.fpn_output{i + 2}.': f'neck.fpn_convs.{i}.conv.' for i in range(4)},
     'proposal_generator.rpn_head.conv.': 'rpn_head.rpn_conv.',
@@ -32,8 +35,7 @@ _DETECTRON2 = {
     'roi_heads.box_head.fc2.': 'roi_head.bbox_head.shared_fcs.1.',
     'roi_heads.box_predictor.cls_score.': FC_CLS,
     'roi_heads.box_predictor.bbox_pred.': FC_REG,
-    **{f'roi_heads.mask_head.mask_fcn{i + 1}.': f'roi_head.mask_head.convs.{i}.conv.'
-       for i in range(4)},
+    **{f'roi_heads.mask_head.mask_fcn{i + 1}.': f'roi_head.mask_head.convs.{i}.conv.' for i in range(4)},
     'roi_heads.mask_head.deconv.': 'roi_head.mask_head.upsample.',
     'roi_heads.mask_head.predictor.': MASK_LOGITS,
 }
@@ -43,6 +45,7 @@ _NO_WEIGHTS = re.compile(r'^pixel_(mean|std)$|\.anchor_generator\.')
 
 # --- The kinds -------------------------------------------------------------------------------
 
+
 def from_detectron2(source: Source) -> None:
     given = {k: source.tensors.pop(k) for k in list(source.tensors) if _NO_WEIGHTS.search(k)}
     if given:
@@ -51,12 +54,10 @@ def from_detectron2(source: Source) -> None:
     source.style, source.rgb, source.mean, source.std = 'caffe', False, BGR_MEAN, ONES
     if 'pixel_mean' in given and 'pixel_std' in given:
         # Rounded, since fp32 has 103.53 as 103.52999877929688.
-        mean, std = (tuple(round(x, 4) for x in given[k].flatten().tolist())
-                     for k in ('pixel_mean', 'pixel_std'))
+        mean, std = (tuple(round(x, 4) for x in given[k].flatten().tolist()) for k in ('pixel_mean', 'pixel_std'))
         source.mean, source.std, source.rgb = mean, std, mean[0] > mean[-1]
         if std != ONES:
             # Detectron2 has the torchvision backbone's stride and statistics together.
             source.style = 'pytorch'
     else:
-        source.notes.append("style and normalisation are those of Detectron2's model zoo; the file "
-                            'does not tell them')
+        source.notes.append("style and normalisation are those of Detectron2's model zoo; the file does not tell them")

@@ -38,8 +38,7 @@ def _dicts(text: str) -> Iterator[dict]:
         if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'dict':
             pairs = [(k.arg, k.value) for k in node.keywords]
         elif isinstance(node, ast.Dict):
-            pairs = [(k.value, v) for k, v in zip(node.keys, node.values, strict=True)
-                     if isinstance(k, ast.Constant)]
+            pairs = [(k.value, v) for k, v in zip(node.keys, node.values, strict=True) if isinstance(k, ast.Constant)]
         found = {}
         for key, value in pairs:
             try:

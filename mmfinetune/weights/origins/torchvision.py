@@ -10,17 +10,7 @@ from mmfinetune.data.classes import COCO_CLASSES
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import hash_in_name, sha256_of
 from mmfinetune.weights.read import CURE
-from mmfinetune.weights.source import (
-    BN_EPS,
-    FC_CLS,
-    FC_REG,
-    MASK_LOGITS,
-    RGB_MEAN,
-    RGB_STD,
-    ROWS,
-    _rename,
-    renamed,
-)
+from mmfinetune.weights.source import BN_EPS, FC_CLS, FC_REG, MASK_LOGITS, RGB_MEAN, RGB_STD, ROWS, _rename, renamed
 
 if TYPE_CHECKING:
     import torch
@@ -52,8 +42,9 @@ NAMES = {
 }
 # Names before torchvision 0.13; its released files still have them.
 OLD_NAMES = {
-    **{f'backbone.fpn.{b}.{i}.': f'backbone.fpn.{b}.{i}.0.'
-       for b in ('inner_blocks', 'layer_blocks') for i in range(4)},
+    **{
+        f'backbone.fpn.{b}.{i}.': f'backbone.fpn.{b}.{i}.0.' for b in ('inner_blocks', 'layer_blocks') for i in range(4)
+    },
     'rpn.head.conv.': 'rpn.head.conv.0.0.',
     **{f'roi_heads.mask_head.mask_fcn{i + 1}.': f'roi_heads.mask_head.{i}.0.' for i in range(4)},
 }
@@ -69,14 +60,18 @@ def _new_torchvision_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, tor
 
 def from_torchvision(source: Source, bn_eps: float | None) -> None:
     import torch
+
     source.tensors = _new_torchvision_names(source.tensors)
     tensors = renamed(source, NAMES)
     count = len(tensors[FC_CLS + 'weight'])
-    wrong = [f'{p}{end}: {len(tensors[p + end])}' for p, rows in ROWS.items()
-             for end in ('weight', 'bias') if len(tensors[p + end]) != rows * count]
+    wrong = [
+        f'{p}{end}: {len(tensors[p + end])}'
+        for p, rows in ROWS.items()
+        for end in ('weight', 'bias')
+        if len(tensors[p + end]) != rows * count
+    ]
     if wrong or count < 2:
-        raise UserError(f'{source.path}: its heads do not agree on {count} category slots:',
-                        wrong, CURE)
+        raise UserError(f'{source.path}: its heads do not agree on {count} category slots:', wrong, CURE)
     coco = count == 91
     slots = torch.tensor(_COCO_SLOTS if coco else range(1, count))
     holes = torch.tensor(_HOLES if coco else [], dtype=torch.long)
@@ -92,18 +87,19 @@ def from_torchvision(source: Source, bn_eps: float | None) -> None:
     source.tensors = tensors
     source.style, source.rgb, source.mean, source.std = 'pytorch', True, RGB_MEAN, RGB_STD
     source.notes += [
-        f'{count} category slots became {len(slots)} classes, the background moved from the first '
-        'to the last row',
-        'torchvision normalises RGB on 0..1 and MMDetection on 0..255 by the same statistics, so '
-        'conv1 is unchanged',
+        f'{count} category slots became {len(slots)} classes, the background moved from the first to the last row',
+        'torchvision normalises RGB on 0..1 and MMDetection on 0..255 by the same statistics, so conv1 is unchanged',
         "torchvision's RoIAlign has sampling_ratio=2, aligned=False; MMDetection's default (0, "
-        'True) shifts features by half a pixel, which fine-tuning makes up for']
+        'True) shifts features by half a pixel, which fine-tuning makes up for',
+    ]
     frozen = not any(k.endswith('num_batches_tracked') for k in tensors)
     if bn_eps is None:
         bn_eps = _released_eps(source.path) if coco and frozen else None
     if bn_eps is None and frozen:
-        source.notes.append(f'BN is taken to run with eps {BN_EPS:g}; if the model was fine-tuned '
-                            "from torchvision's COCO weights it was 0: pass --bn-eps 0")
+        source.notes.append(
+            f'BN is taken to run with eps {BN_EPS:g}; if the model was fine-tuned '
+            "from torchvision's COCO weights it was 0: pass --bn-eps 0"
+        )
     if bn_eps is not None and bn_eps != BN_EPS:
         fold_all(source, bn_eps)
 
@@ -121,10 +117,10 @@ def _row_tensors() -> Iterator[tuple[str, str, int]]:
             yield prefix + end, back[prefix] + end, rows
 
 
-def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float
-          ) -> tuple[torch.Tensor, torch.Tensor]:
+def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Weight and variance that give with `BN_EPS` what the given ones give with `eps`."""
     import torch
+
     variance = var.double()
     shifted = variance + (eps - BN_EPS)
     # Below this, adding BN_EPS again in fp32 would lose digits, or the variance were negative.
@@ -132,8 +128,10 @@ def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float
     gain = ((variance + BN_EPS) / (variance + eps)).sqrt()
     # Without variance and eps the original is infinite: nothing to be equal to.
     gain = torch.where(gain.isfinite(), gain, 1.0)
-    return (torch.where(enough, weight, (weight.double() * gain).float()),
-            torch.where(enough, shifted, variance).float())
+    return (
+        torch.where(enough, weight, (weight.double() * gain).float()),
+        torch.where(enough, shifted, variance).float(),
+    )
 
 
 def _bn_layers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -142,6 +140,7 @@ def _bn_layers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 def fold_all(source: Source, eps: float) -> None:
     import torch
+
     source.extra['bn_eps'] = torch.tensor(eps, dtype=torch.float64)
     layers = _bn_layers(source.tensors)
     small = 0
@@ -154,12 +153,13 @@ def fold_all(source: Source, eps: float) -> None:
     source.notes.append(
         f'BN of the source runs with eps {eps:g}, of MMDetection with {BN_EPS:g}: the difference '
         f'went into the variances of {len(layers)} layers'
-        + (f' and the weights of {small} channels with very little variance' if small else ''))
+        + (f' and the weights of {small} channels with very little variance' if small else '')
+    )
 
 
-def to_torchvision(tensors: Mapping[str, torch.Tensor],
-                   extra: Mapping[str, torch.Tensor] | None = None,
-                   coco_slots: bool | None = None) -> dict[str, torch.Tensor]:
+def to_torchvision(
+    tensors: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor] | None = None, coco_slots: bool | None = None
+) -> dict[str, torch.Tensor]:
     """The state dict of a ``maskrcnn_resnet50_fpn``, with the names since torchvision 0.13.
 
     With the `extra` of a torchvision source this is the exact inverse of :func:`read_source`. BN
@@ -177,14 +177,17 @@ def to_torchvision(tensors: Mapping[str, torch.Tensor],
         UserError: A name without counterpart in torchvision, or heads of other shapes.
     """
     import torch
+
     extra = extra or {}
     back = {ours: theirs for theirs, ours in NAMES.items()}
     renamed, left = _rename(tensors, back)
     left += [f'{key} is not there' for key, _, _ in _row_tensors() if key not in tensors]
     if left:
-        raise UserError('These tensors do not fit a torchvision maskrcnn_resnet50_fpn:', left,
-                        'only a Mask R-CNN with FPN, two shared FC layers and four mask '
-                        'convolutions can be converted')
+        raise UserError(
+            'These tensors do not fit a torchvision maskrcnn_resnet50_fpn:',
+            left,
+            'only a Mask R-CNN with FPN, two shared FC layers and four mask convolutions can be converted',
+        )
     count = len(tensors[FC_CLS + 'weight']) - 1
     coco = count == len(COCO_CLASSES) if coco_slots is None else coco_slots
     slots = extra.get('slots')
@@ -193,11 +196,12 @@ def to_torchvision(tensors: Mapping[str, torch.Tensor],
     else:
         coco = int(slots.max()) > count
     if len(slots) != count:
-        raise UserError(f'The model has {count} classes, the slots are for {len(slots)}',
-                        cure='leave out extra and coco_slots, which are of another model')
+        raise UserError(
+            f'The model has {count} classes, the slots are for {len(slots)}',
+            cure='leave out extra and coco_slots, which are of another model',
+        )
     total = 91 if coco else count + 1
-    unused = torch.tensor([i for i in range(1, total) if i not in set(slots.tolist())],
-                          dtype=torch.long)
+    unused = torch.tensor([i for i in range(1, total) if i not in set(slots.tolist())], dtype=torch.long)
     background = torch.zeros(1, dtype=torch.long)
     for key, name, rows in _row_tensors():
         ours = tensors[key]
@@ -205,8 +209,10 @@ def to_torchvision(tensors: Mapping[str, torch.Tensor],
         order = torch.cat([slots, background] if first else [slots])
         other = unused if first else torch.cat([background, unused])
         if len(ours) != rows * len(order):
-            raise UserError(f'{key} has {len(ours)} rows, for {count} classes {rows * len(order)} '
-                            'were expected', cure='torchvision has no class-agnostic heads')
+            raise UserError(
+                f'{key} has {len(ours)} rows, for {count} classes {rows * len(order)} were expected',
+                cure='torchvision has no class-agnostic heads',
+            )
         by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
         by_slot[order] = ours.unflatten(0, (-1, rows))
         if name in extra:
@@ -219,9 +225,11 @@ def to_torchvision(tensors: Mapping[str, torch.Tensor],
     return renamed
 
 
-def unfold_all(renamed: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor],
-                extra: Mapping[str, torch.Tensor]) -> None:
+def unfold_all(
+    renamed: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]
+) -> None:
     import torch
+
     eps = float(extra['bn_eps'])
     for layer in _bn_layers(tensors):
         names = layer + 'weight', layer + 'running_var'
@@ -233,5 +241,4 @@ def unfold_all(renamed: dict[str, torch.Tensor], tensors: Mapping[str, torch.Ten
         folded = _fold(*kept, eps)
         same = (folded[0] == weight) & (folded[1] == var)
         for name, first, now in zip(names, kept, free, strict=True):
-            renamed['backbone.body.' + name.removeprefix('backbone.')] = torch.where(
-                same, first, now)
+            renamed['backbone.body.' + name.removeprefix('backbone.')] = torch.where(same, first, now)

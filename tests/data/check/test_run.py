@@ -64,8 +64,7 @@ def clean(tmp_path_factory) -> Site:
     folder = tmp_path_factory.mktemp('clean')
     devkit = demo.make_voc(folder, 240, 60, progress=False)
     voc.convert(devkit, devkit / 'annotations', workers=1, progress=False)
-    data = {split: json.loads(path.read_text())
-            for split, path in voc.annotation_paths(devkit / 'annotations').items()}
+    data = {split: json.loads(path.read_text()) for split, path in voc.annotation_paths(devkit / 'annotations').items()}
     return Site(devkit, data)
 
 
@@ -83,8 +82,14 @@ def polygon(data: dict, points: list[float], **changes: object) -> dict:
     entry, size = data['annotations'][0], data['images'][0]
     rle = mask_api.merge(mask_api.frPyObjects([points], size['height'], size['width']))
     x, y = np.reshape(points, (-1, 2)).T
-    entry.update({'segmentation': [points], 'area': float(mask_api.area(rle)), 'bbox': [
-        float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))], **changes})
+    entry.update(
+        {
+            'segmentation': [points],
+            'area': float(mask_api.area(rle)),
+            'bbox': [float(x.min()), float(y.min()), float(np.ptp(x)), float(np.ptp(y))],
+            **changes,
+        }
+    )
     return entry
 
 
@@ -103,15 +108,14 @@ def first(site: Site) -> dict:
 
 
 def again(site: Site, **changes: object) -> None:
-    train(site)['annotations'].append({**first(site), 'id': 10 ** 6, **changes})
+    train(site)['annotations'].append({**first(site), 'id': 10**6, **changes})
 
 
 def shifted(site: Site) -> None:
     """An object drawn twice, the second time a pixel off."""
     entry = polygon(train(site), [50, 50, 120, 55, 125, 110, 80, 140, 45, 100])
     moved = [value + 0.5 for value in entry['segmentation'][0]]
-    again(site, segmentation=[moved], bbox=[v + 0.5 if k < 2 else v
-                                            for k, v in enumerate(entry['bbox'])])
+    again(site, segmentation=[moved], bbox=[v + 0.5 if k < 2 else v for k, v in enumerate(entry['bbox'])])
 
 
 def remove_class(site: Site, split: str, name: str) -> None:
@@ -132,11 +136,16 @@ def only_class(site: Site, name: str, times: int) -> None:
     data = train(site)
     number = next(c['id'] for c in data['categories'] if c['name'] == name)
     chosen = [a for a in data['annotations'] if a['category_id'] == number]
-    data['annotations'] += [{**a, 'id': 10 ** 6 + k * 1000 + i, 'image_id': 10 ** 6 + k * 1000 + i}
-                            for k in range(times) for i, a in enumerate(chosen)]
-    data['images'] += [{**data['images'][0], 'id': 10 ** 6 + k * 1000 + i,
-                        'file_name': f'more/{k}_{i}.jpg'}
-                       for k in range(times) for i in range(len(chosen))]
+    data['annotations'] += [
+        {**a, 'id': 10**6 + k * 1000 + i, 'image_id': 10**6 + k * 1000 + i}
+        for k in range(times)
+        for i, a in enumerate(chosen)
+    ]
+    data['images'] += [
+        {**data['images'][0], 'id': 10**6 + k * 1000 + i, 'file_name': f'more/{k}_{i}.jpg'}
+        for k in range(times)
+        for i in range(len(chosen))
+    ]
 
 
 def reverse_categories(site: Site, split: str) -> None:
@@ -161,29 +170,39 @@ PLANTED: list[tuple[str, Callable[[Site], object], set[str]]] = [
     ('annotation-id-zero', lambda s: first(s).update(id=0), set()),
     ('annotation-id-duplicate', lambda s: first(s).update(id=2), set()),
     ('annotation-id-type', lambda s: first(s).update(id='one'), set()),
-    ('image-id-type', lambda s: train(s)['images'].append(
-        {**train(s)['images'][0], 'id': 'x', 'file_name': 'y.jpg'}), {'image-empty'}),
-    ('image-id-unknown', lambda s: first(s).update(image_id=10 ** 9), set()),
+    (
+        'image-id-type',
+        lambda s: train(s)['images'].append({**train(s)['images'][0], 'id': 'x', 'file_name': 'y.jpg'}),
+        {'image-empty'},
+    ),
+    ('image-id-unknown', lambda s: first(s).update(image_id=10**9), set()),
     ('category-id-unknown', lambda s: first(s).update(category_id=99), set()),
-    ('category-name-duplicate', lambda s: [d['categories'].append({'id': 21, 'name': 'cat'})
-                                           for d in s.data.values()], set()),
+    (
+        'category-name-duplicate',
+        lambda s: [d['categories'].append({'id': 21, 'name': 'cat'}) for d in s.data.values()],
+        set(),
+    ),
     ('class-order', lambda s: reverse_categories(s, 'val'), set()),
-    ('background-class', lambda s: [d['categories'][0].update(name='background')
-                                    for d in s.data.values()], set()),
+    ('background-class', lambda s: [d['categories'][0].update(name='background') for d in s.data.values()], set()),
     ('class-absent', lambda s: remove_class(s, 'train', 'cat'), {'image-empty'}),
     ('class-unmeasured', lambda s: remove_class(s, 'val', 'cat'), set()),
     ('class-rare', lambda s: thin_out(s, 'train', 'cat', 4), {'image-empty'}),
     ('class-imbalance', lambda s: only_class(s, 'cat', 120), set()),
-    ('image-listed-twice', lambda s: train(s)['images'].append(
-        {**train(s)['images'][0], 'id': 10 ** 6}), {'image-empty'}),
-    ('image-empty', lambda s: train(s)['images'].append(
-        {**train(s)['images'][0], 'id': 10 ** 6, 'file_name': 'new.jpg'}), set()),
+    (
+        'image-listed-twice',
+        lambda s: train(s)['images'].append({**train(s)['images'][0], 'id': 10**6}),
+        {'image-empty'},
+    ),
+    (
+        'image-empty',
+        lambda s: train(s)['images'].append({**train(s)['images'][0], 'id': 10**6, 'file_name': 'new.jpg'}),
+        set(),
+    ),
     ('file-name-outside', lambda s: train(s)['images'][0].update(file_name='../x/1.jpg'), set()),
     ('image-size-invalid', lambda s: train(s)['images'][0].update(width=None), set()),
     ('box-invalid', lambda s: first(s).update(bbox=[1, 2, 3]), set()),
     ('box-degenerate', lambda s: first(s).update(bbox=[10, 10, 0, 9]), set()),
-    ('box-tiny', lambda s: polygon(train(s), [50, 50, 50.9, 50, 50.9, 70, 50, 70], area=18),
-     set()),
+    ('box-tiny', lambda s: polygon(train(s), [50, 50, 50.9, 50, 50.9, 70, 50, 70], area=18), set()),
     ('box-outside', lambda s: first(s).update(bbox=[900, 10, 9, 9]), {'box-mask'}),
     ('box-over-edge', lambda s: first(s).update(bbox=[200, 10, 90, 90]), {'box-mask'}),
     ('box-mask', lambda s: first(s)['bbox'].__setitem__(0, first(s)['bbox'][0] + 4), set()),
@@ -196,16 +215,12 @@ PLANTED: list[tuple[str, Callable[[Site], object], set[str]]] = [
     ('mask-missing', lambda s: first(s).update(segmentation=None), set()),
     ('mask-type', lambda s: first(s).update(segmentation='x'), set()),
     ('mask-tiny', lambda s: polygon(train(s), [50, 50, 52, 50, 52, 53, 50, 53]), set()),
-    ('mask-empty', lambda s: polygon(train(s), [50, 50, 90, 50, 70, 50], bbox=[50, 50, 40, 1],
-                                     area=3), set()),
+    ('mask-empty', lambda s: polygon(train(s), [50, 50, 90, 50, 70, 50], bbox=[50, 50, 40, 1], area=3), set()),
     ('polygon-points', lambda s: first(s).update(segmentation=[[50, 50, 90, 90]]), set()),
     ('polygon-odd', lambda s: first(s).update(segmentation=[[50, 50, 90, 90, 50, 90, 1]]), set()),
-    ('polygon-number', lambda s: first(s).update(
-        segmentation=[[50, 50, float('nan'), 90, 50, 90]]), set()),
-    ('polygon-far', lambda s: polygon(train(s), [50, 50, 900, 60, 60, 90], bbox=[
-        50, 50, 174, 40]), set()),
-    ('polygon-over-edge', lambda s: polygon(train(s), [180, 50, 240, 60, 190, 90], bbox=[
-        180, 50, 44, 40]), set()),
+    ('polygon-number', lambda s: first(s).update(segmentation=[[50, 50, float('nan'), 90, 50, 90]]), set()),
+    ('polygon-far', lambda s: polygon(train(s), [50, 50, 900, 60, 60, 90], bbox=[50, 50, 174, 40]), set()),
+    ('polygon-over-edge', lambda s: polygon(train(s), [180, 50, 240, 60, 190, 90], bbox=[180, 50, 44, 40]), set()),
     ('polygon-crossing', lambda s: polygon(train(s), BOW_TIE), set()),
     ('rle-size', lambda s: first(s)['segmentation'].update(size=[9, 9]), set()),
     ('rle-counts', lambda s: first(s)['segmentation'].update(counts='12'), set()),
@@ -214,8 +229,7 @@ PLANTED: list[tuple[str, Callable[[Site], object], set[str]]] = [
     ('object-duplicate', shifted, set()),
     ('no-objects', lambda s: [a.update(iscrowd=1) for a in train(s)['annotations']], set()),
     ('entry-type', lambda s: train(s)['annotations'].append(5), set()),
-    ('leak-content', lambda s: train(s)['images'][0].update(
-        file_name=s.data['val']['images'][0]['file_name']), set()),
+    ('leak-content', lambda s: train(s)['images'][0].update(file_name=s.data['val']['images'][0]['file_name']), set()),
 ]
 IN_IMAGES: list[tuple[str, Callable[[Site], object], set[str]]] = [
     ('image-missing', lambda s: s.image('train', 3).unlink(), set()),
@@ -223,12 +237,10 @@ IN_IMAGES: list[tuple[str, Callable[[Site], object], set[str]]] = [
     ('image-unreadable', lambda s: overwrite(s.image('train', 3), b'no image'), set()),
     ('image-size', lambda s: s.redraw('train', 3, Image.new('RGB', (50, 224))), set()),
     ('image-exif-same-size', lambda s: s.redraw('train', 3, noise(224, 224), exif=exif(6)), set()),
-    ('image-duplicate', lambda s: overwrite(s.image('train', 3), s.image('train', 4).read_bytes()),
-     set()),
+    ('image-duplicate', lambda s: overwrite(s.image('train', 3), s.image('train', 4).read_bytes()), set()),
     ('leak-content', lambda s: copy_image(s, None), set()),
     ('leak-similar', lambda s: copy_image(s, lambda image: image), set()),
-    ('leak-similar', lambda s: copy_image(s, lambda i: ImageEnhance.Brightness(i).enhance(1.02)),
-     set()),
+    ('leak-similar', lambda s: copy_image(s, lambda i: ImageEnhance.Brightness(i).enhance(1.02)), set()),
 ]
 
 
@@ -253,8 +265,7 @@ def cut(path: Path) -> None:
 
 
 def test_clean_set_gives_nothing(clean):
-    splits = {split: (path, clean.root)
-              for split, path in voc.annotation_paths(clean.root / 'annotations').items()}
+    splits = {split: (path, clean.root) for split, path in voc.annotation_paths(clean.root / 'annotations').items()}
     report = check(splits, None, PLAIN)
     assert report.findings == []
     assert [(s.images, s.annotations) for s in report.splits] == [(240, 711), (60, 182)]
@@ -263,18 +274,22 @@ def test_clean_set_gives_nothing(clean):
     assert report.splits[0].sizes == {'224x224': 240}
 
 
-@pytest.mark.parametrize(('code', 'plant', 'others'), PLANTED,
-                         ids=[f'{k}-{row[0]}' for k, row in enumerate(PLANTED)])
+@pytest.mark.parametrize(('code', 'plant', 'others'), PLANTED, ids=[f'{k}-{row[0]}' for k, row in enumerate(PLANTED)])
 def test_planted_fault_is_found(site, code, plant, others):
     plant(site)
     report = site.check(images=False)
     assert report.codes() - others == {code}
     assert all(f.count == 1 for f in report.findings if f.code == code) or code in (
-        'rectangle-masks', 'category-name-duplicate', 'background-class', 'class-imbalance')
+        'rectangle-masks',
+        'category-name-duplicate',
+        'background-class',
+        'class-imbalance',
+    )
 
 
-@pytest.mark.parametrize(('code', 'plant', 'others'), IN_IMAGES,
-                         ids=[f'{k}-{row[0]}' for k, row in enumerate(IN_IMAGES)])
+@pytest.mark.parametrize(
+    ('code', 'plant', 'others'), IN_IMAGES, ids=[f'{k}-{row[0]}' for k, row in enumerate(IN_IMAGES)]
+)
 def test_fault_planted_in_an_image_is_found(site, code, plant, others):
     plant(site)
     report = site.check(workers=2)
@@ -285,6 +300,7 @@ def test_fault_planted_in_an_image_is_found(site, code, plant, others):
 
 def test_every_code_is_planted_somewhere():
     from test_malformed import ENTRIES, FILES, IMAGES
+
     planted = {row[0] for row in PLANTED + IN_IMAGES} | {r[2] for r in FILES + ENTRIES + IMAGES}
     assert set(KINDS) - planted <= {'no-file', 'file-unreadable'}
 
@@ -322,7 +338,7 @@ def test_lines_name_the_place_and_are_few(site):
 def test_the_worst_places_are_shown(site):
     for row, entry in enumerate(train(site)['annotations'][:9]):
         entry['area'] *= 2 + row
-    finding, = site.check(images=False, max_examples=2).findings
+    (finding,) = site.check(images=False, max_examples=2).findings
     assert finding.count == 9
     assert [e.annotation for e in finding.examples] == [9, 8]
 
@@ -360,6 +376,7 @@ def test_run_lengths_are_those_of_pycocotools():
 
 # The cache
 
+
 def test_second_check_comes_from_the_cache(site, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     cut(site.image('train', 3))
@@ -373,8 +390,7 @@ def test_second_check_comes_from_the_cache(site, tmp_path, monkeypatch):
     assert not two.good
 
 
-@pytest.mark.parametrize('change', ['annotations', 'an image', 'a new image', 'options',
-                                    'classes'])
+@pytest.mark.parametrize('change', ['annotations', 'an image', 'a new image', 'options', 'classes'])
 def test_what_changes_is_checked_anew(site, tmp_path, monkeypatch, change):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     path = site.image('train', 3)
@@ -400,12 +416,10 @@ def test_same_content_with_a_new_time_is_known(site, tmp_path, monkeypatch):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     assert not site.check(cache=True).cached
     os.utime(site.path('train'), (1, 1))
-    assert check({s: (site.path(s), site.root / 'images') for s in site.data}, None,
-                 replace(PLAIN, cache=True)).cached
+    assert check({s: (site.path(s), site.root / 'images') for s in site.data}, None, replace(PLAIN, cache=True)).cached
 
 
-@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'null', b'{"stamp": 1}',
-                                     b'[' * 100_000, b'\xff'])
+@pytest.mark.parametrize('content', [b'', b'{', b'[]', b'null', b'{"stamp": 1}', b'[' * 100_000, b'\xff'])
 def test_damaged_cache_is_ignored(site, tmp_path, monkeypatch, content):
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path / 'cache'))
     site.check(cache=True)
@@ -428,16 +442,28 @@ def test_cache_that_cannot_be_written_is_done_without(site, tmp_path, monkeypatc
 
 # Repairs
 
+
 def plant_all(site: Site) -> None:
     """Every fault that can be repaired, each on an annotation or image of its own."""
     entries = [e for e in train(site)['annotations'] if e['image_id'] > 20]
     shape = [[50.0, 50.0, 120.0, 55.0, 125.0, 110.0, 80.0, 140.0, 45.0, 100.0]]
     good = {'bbox': [45.0, 50.0, 80.0, 90.0], 'area': 5000.0}
     changes = [
-        {'id': 0}, {'id': 5}, {'id': 'x'}, {'iscrowd': True}, {'iscrowd': None},
-        {'image_id': -7}, {'category_id': 99}, {'bbox': None}, {'bbox': [1, 2, 0, 0]},
-        {'bbox': [1, 1, 500, 500]}, {'area': None}, {'area': 0}, {'segmentation': None},
-        {'segmentation': 'x'}, {'segmentation': shape[0], **good},
+        {'id': 0},
+        {'id': 5},
+        {'id': 'x'},
+        {'iscrowd': True},
+        {'iscrowd': None},
+        {'image_id': -7},
+        {'category_id': 99},
+        {'bbox': None},
+        {'bbox': [1, 2, 0, 0]},
+        {'bbox': [1, 1, 500, 500]},
+        {'area': None},
+        {'area': 0},
+        {'segmentation': None},
+        {'segmentation': 'x'},
+        {'segmentation': shape[0], **good},
         {'segmentation': [*shape, [1, 2, 3, 4]], **good},
         {'segmentation': [*shape, [1, 2, 3, 4, 5, 6, 7]], **good},
         {'segmentation': [*shape, [1, float('nan'), 3, 4, 5, 6]], **good},
@@ -473,8 +499,7 @@ def test_repaired_copy_has_no_errors(site, tmp_path):
     assert fixed.report.good
     assert {f.code for f in fixed.report.findings} <= {'class-rare', 'image-empty'}
     assert {split: site.path(split).read_bytes() for split in splits} == before
-    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == [
-        'annotations', 'changes.json', 'images']
+    assert sorted(p.name for p in (tmp_path / 'out').iterdir()) == ['annotations', 'changes.json', 'images']
     changes = json.loads((tmp_path / 'out' / 'changes.json').read_text())
     assert changes == fixed.changes
     done = json.loads(fixed.paths['train'].read_text())
@@ -484,7 +509,8 @@ def test_repaired_copy_has_no_errors(site, tmp_path):
     assert len(done['annotations']) == 711 - (len(dropped) - 1)
     assert [a['id'] for a in done['annotations']] == list(range(1, len(done['annotations']) + 1))
     assert [c['name'] for c in done['categories']] == [
-        c['name'] for c in json.loads(fixed.paths['val'].read_text())['categories']]
+        c['name'] for c in json.loads(fixed.paths['val'].read_text())['categories']
+    ]
 
 
 def test_repair_leaves_what_is_good_untouched(site, tmp_path):
@@ -493,9 +519,12 @@ def test_repair_leaves_what_is_good_untouched(site, tmp_path):
     fixed = repair.fix(splits, tmp_path / 'out', None, PLAIN)
     done = json.loads(fixed.paths['train'].read_text())
     assert [c['change'] for c in fixed.changes] == ['bbox made from the mask']
-    assert done['annotations'][0]['bbox'] == mask_api.toBbox({
-        **first(site)['segmentation'],
-        'counts': first(site)['segmentation']['counts'].encode()}).tolist()
+    assert (
+        done['annotations'][0]['bbox']
+        == mask_api.toBbox(
+            {**first(site)['segmentation'], 'counts': first(site)['segmentation']['counts'].encode()}
+        ).tolist()
+    )
     assert done['annotations'][1:] == train(site)['annotations'][1:]
     assert done['images'] == train(site)['images']
     assert json.loads(fixed.paths['val'].read_text()) == site.data['val']
@@ -507,10 +536,8 @@ def test_repair_of_two_image_folders(site, tmp_path):
     splits = site.save()
     other = tmp_path / 'other'
     shutil.copytree(site.root / 'images', other)
-    fixed = repair.fix({'train': splits['train'], 'val': (splits['val'][0], other)},
-                          tmp_path / 'out', None, PLAIN)
-    names = [json.loads(fixed.paths[s].read_text())['images'][0]['file_name']
-             for s in ('train', 'val')]
+    fixed = repair.fix({'train': splits['train'], 'val': (splits['val'][0], other)}, tmp_path / 'out', None, PLAIN)
+    names = [json.loads(fixed.paths[s].read_text())['images'][0]['file_name'] for s in ('train', 'val')]
     assert [name.split('/')[0] for name in names] == ['images', 'other']
     assert all((tmp_path / 'out' / 'images' / name).is_file() for name in names)
     assert fixed.report.good
@@ -548,7 +575,9 @@ def test_classes_of_one_file_only_are_for_a_person_or_a_config(site, tmp_path):
     assert caught.value.problems == ['tomcat']
     fixed = repair.fix(splits, tmp_path / 'out', names, PLAIN)
     assert {c['change'] for c in fixed.changes} == {
-        'categories put into the expected order', 'object dropped: its class is not expected'}
+        'categories put into the expected order',
+        'object dropped: its class is not expected',
+    }
     assert fixed.report.good
 
 
@@ -574,13 +603,11 @@ def test_exif_is_repaired_by_where_the_masks_are(site, tmp_path, drawn_upright):
     site.redraw('train', 0, noise(300, 200), exif=exif(6))
     image = train(site)['images'][0]
     image.update(width=300, height=200)
-    shape = [20.0, 210.0, 90.0, 215.0, 80.0, 290.0] if drawn_upright else \
-        [210.0, 20.0, 215.0, 90.0, 290.0, 80.0]
+    shape = [20.0, 210.0, 90.0, 215.0, 80.0, 290.0] if drawn_upright else [210.0, 20.0, 215.0, 90.0, 290.0, 80.0]
     kept = polygon(train(site), shape)
     if drawn_upright:
         kept['area'] = 2600.0
-    train(site)['annotations'] = [a for a in train(site)['annotations']
-                                  if a['image_id'] != image['id'] or a is kept]
+    train(site)['annotations'] = [a for a in train(site)['annotations'] if a['image_id'] != image['id'] or a is kept]
     assert 'image-exif' in site.check().codes()
     fixed = repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
     done = json.loads(fixed.paths['train'].read_text())
@@ -604,11 +631,11 @@ def test_clip_keeps_holes():
 
 # Real data
 
+
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_real_coco_has_no_error_and_no_warning_but_classes(real_data, split):
     root = real_data / 'coco2017_real'
-    report = check({split: (root / f'annotations/instances_{split}2017.json',
-                            root / f'{split}2017')}, None, PLAIN)
+    report = check({split: (root / f'annotations/instances_{split}2017.json', root / f'{split}2017')}, None, PLAIN)
     assert report.good
     assert {f.code for f in report.of('warning')} <= {'class-absent'}
 

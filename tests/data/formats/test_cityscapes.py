@@ -20,8 +20,10 @@ SIZE = (64, 32)
 
 def paths(root: Path, split: str, name: str) -> tuple[Path, Path]:
     city = name.split('_')[0]
-    return (root / f'leftImg8bit/{split}/{city}/{name}_leftImg8bit.png',
-            root / f'gtFine/{split}/{city}/{name}_gtFine_instanceIds.png')
+    return (
+        root / f'leftImg8bit/{split}/{city}/{name}_leftImg8bit.png',
+        root / f'gtFine/{split}/{city}/{name}_gtFine_instanceIds.png',
+    )
 
 
 def write(root: Path, split: str, name: str, values: np.ndarray) -> None:
@@ -42,11 +44,14 @@ def scattered(rng: np.random.Generator, values: list[int]) -> np.ndarray:
 @pytest.fixture
 def root(tmp_path) -> Path:
     rng, root = np.random.default_rng(0), tmp_path / 'cityscapes'
-    for split, names in (('train', ['aachen_000000_000019', 'ulm_000001_000019']),
-                         ('val', ['lindau_000000_000019'])):
+    for split, names in (('train', ['aachen_000000_000019', 'ulm_000001_000019']), ('val', ['lindau_000000_000019'])):
         for name in names:
-            write(root, split, name, scattered(rng, [
-                26000, 26001, 24000, 33, 25, 29000, 30001, 31000, 33999, 23, 0, 30, 29]))
+            write(
+                root,
+                split,
+                name,
+                scattered(rng, [26000, 26001, 24000, 33, 25, 29000, 30001, 31000, 33999, 23, 0, 30, 29]),
+            )
     write(root, 'test', 'berlin_000000_000019', np.zeros(SIZE[::-1]))
     return root
 
@@ -54,16 +59,16 @@ def root(tmp_path) -> Path:
 def run(root: Path, **options):
     out = root.parent / 'out'
     summary = prepare(root, out, progress=False, **{'workers': 1, **options})
-    return summary, {name: json.loads((out / f'annotations/instances_{name}.json').read_text())
-                     for name in summary.splits}
+    return summary, {
+        name: json.loads((out / f'annotations/instances_{name}.json').read_text()) for name in summary.splits
+    }
 
 
 def test_every_value_of_a_class_is_one_annotation_with_its_pixels(root):
     assert recognise(root)[0] == 'cityscapes'
     summary, made = run(root)
     assert list(made) == ['train', 'val']
-    assert [(c['id'], c['name']) for c in made['val']['categories']] == list(
-        enumerate(CLASSES, start=1))
+    assert [(c['id'], c['name']) for c in made['val']['categories']] == list(enumerate(CLASSES, start=1))
     for split, data in made.items():
         for image in data['images']:
             name = Path(image['file_name']).name.removesuffix('_leftImg8bit.png')
@@ -81,7 +86,8 @@ def test_every_value_of_a_class_is_one_annotation_with_its_pixels(root):
     assert summary.splits['train'].crowds == 4 and summary.splits['train'].objects == 10
     assert [i['file_name'] for i in made['train']['images']] == [
         'train/aachen/aachen_000000_000019_leftImg8bit.png',
-        'train/ulm/ulm_000001_000019_leftImg8bit.png']
+        'train/ulm/ulm_000001_000019_leftImg8bit.png',
+    ]
 
 
 def test_image_without_objects_stays(root):
@@ -90,18 +96,23 @@ def test_image_without_objects_stays(root):
     assert len(made['val']['images']) == 1 and summary.splits['val'].empty == 1
 
 
-@pytest.mark.parametrize('spoil, message', [
-    (lambda image, label: label.unlink(), 'instanceIds.png: missing'),
-    (lambda image, label: label.write_bytes(b''), 'instanceIds.png: unreadable'),
-    (lambda image, label: label.write_bytes(label.read_bytes()[:90]), 'png: unreadable'),
-    (lambda image, label: Image.new('RGB', SIZE).save(label), 'mode RGB where 16-bit grey'),
-    (lambda image, label: Image.new('L', (3, 3)).save(label), '3x3 pixels, but leftImg8bit/'),
-    (lambda image, label: Image.new('L', SIZE, 200).save(label), 'the value 200 is no label id'),
-    (lambda image, label: Image.fromarray(np.full(SIZE[::-1], 65535, np.uint16)).save(label),
-     'the value 65535 is no label id'),
-    (lambda image, label: image.write_bytes(b'x'), 'leftImg8bit.png: not an image'),
-    (lambda image, label: image.unlink(), 'instanceIds.png: its image is missing'),
-])
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (lambda image, label: label.unlink(), 'instanceIds.png: missing'),
+        (lambda image, label: label.write_bytes(b''), 'instanceIds.png: unreadable'),
+        (lambda image, label: label.write_bytes(label.read_bytes()[:90]), 'png: unreadable'),
+        (lambda image, label: Image.new('RGB', SIZE).save(label), 'mode RGB where 16-bit grey'),
+        (lambda image, label: Image.new('L', (3, 3)).save(label), '3x3 pixels, but leftImg8bit/'),
+        (lambda image, label: Image.new('L', SIZE, 200).save(label), 'the value 200 is no label id'),
+        (
+            lambda image, label: Image.fromarray(np.full(SIZE[::-1], 65535, np.uint16)).save(label),
+            'the value 65535 is no label id',
+        ),
+        (lambda image, label: image.write_bytes(b'x'), 'leftImg8bit.png: not an image'),
+        (lambda image, label: image.unlink(), 'instanceIds.png: its image is missing'),
+    ],
+)
 def test_bad_files_are_problems_of_one_image(root, spoil, message):
     spoil(*paths(root, 'train', 'ulm_000001_000019'))
     with pytest.raises(UserError) as caught:
@@ -111,8 +122,7 @@ def test_bad_files_are_problems_of_one_image(root, spoil, message):
     assert len(made['train']['images']) == 1
 
 
-@pytest.mark.parametrize('missing, message', [
-    ('gtFine', 'gtFine/'), ('leftImg8bit', 'leftImg8bit/')])
+@pytest.mark.parametrize('missing, message', [('gtFine', 'gtFine/'), ('leftImg8bit', 'leftImg8bit/')])
 def test_half_a_data_set_is_refused(root, missing, message):
     (root / missing).rename(root / 'away')
     with pytest.raises(UserError, match='Missing') as caught:

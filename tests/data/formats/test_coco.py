@@ -42,20 +42,33 @@ def uncompressed(mask: np.ndarray) -> dict[str, Any]:
 def dataset(images: int = 3) -> dict[str, Any]:
     """A COCO file with polygons, RLE of both makes and a crowd region in each image."""
     data: dict[str, Any] = {
-        'info': {'description': 'made', 'year': 2026}, 'licenses': [{'id': 1, 'name': 'CC0'}],
-        'images': [{'id': 10 + k, 'file_name': f'img{k}.jpg', 'width': W, 'height': H,
-                    'license': 1} for k in range(images)],
+        'info': {'description': 'made', 'year': 2026},
+        'licenses': [{'id': 1, 'name': 'CC0'}],
+        'images': [
+            {'id': 10 + k, 'file_name': f'img{k}.jpg', 'width': W, 'height': H, 'license': 1} for k in range(images)
+        ],
         'annotations': [],
-        'categories': [{'id': 2, 'name': 'cat', 'supercategory': 'animal'},
-                       {'id': 7, 'name': 'dog'}]}
+        'categories': [{'id': 2, 'name': 'cat', 'supercategory': 'animal'}, {'id': 7, 'name': 'dog'}],
+    }
     for image in data['images']:
-        for category, crowd, shape in ((2, 0, [TRIANGLE]), (7, 0, [TRIANGLE, SQUARE]),
-                                       (2, 0, uncompressed(ring())), (7, 0, mask_to_rle(ring())),
-                                       (2, 1, uncompressed(ring()))):
-            data['annotations'].append({
-                'id': len(data['annotations']) + 1, 'image_id': image['id'],
-                'category_id': category, 'iscrowd': crowd, 'segmentation': shape,
-                'bbox': [1, 2, 3, 4], 'area': 5.0})
+        for category, crowd, shape in (
+            (2, 0, [TRIANGLE]),
+            (7, 0, [TRIANGLE, SQUARE]),
+            (2, 0, uncompressed(ring())),
+            (7, 0, mask_to_rle(ring())),
+            (2, 1, uncompressed(ring())),
+        ):
+            data['annotations'].append(
+                {
+                    'id': len(data['annotations']) + 1,
+                    'image_id': image['id'],
+                    'category_id': category,
+                    'iscrowd': crowd,
+                    'segmentation': shape,
+                    'bbox': [1, 2, 3, 4],
+                    'area': 5.0,
+                }
+            )
     return data
 
 
@@ -120,6 +133,7 @@ def test_ids_header_and_further_keys_are_kept(site):
     def change(data):
         data['annotations'][0] |= {'attributes': {'occluded': True}, 'score': float('nan')}
         data['annotations'][1]['attributes'] = {'occluded': False}
+
     summary, data = run(site, change)
     assert [c['id'] for c in data['categories']] == [2, 7]
     assert data['categories'][0]['supercategory'] == 'animal'
@@ -131,8 +145,11 @@ def test_ids_header_and_further_keys_are_kept(site):
     assert any('attributes, score' in note for note in summary.notes)
 
 
-@pytest.mark.parametrize('ids', [[0, 1], [7, 2], ['a', 'b'], [1.5, 2.5], [3, '4']],
-                         ids=['zero', 'descending', 'text', 'fractions', 'number_as_text'])
+@pytest.mark.parametrize(
+    'ids',
+    [[0, 1], [7, 2], ['a', 'b'], [1.5, 2.5], [3, '4']],
+    ids=['zero', 'descending', 'text', 'fractions', 'number_as_text'],
+)
 def test_category_ids_that_would_not_serve_become_1_to_n(site, ids):
     def change(data):
         for entry, new in zip(data['categories'], ids, strict=True):
@@ -141,8 +158,8 @@ def test_category_ids_that_would_not_serve_become_1_to_n(site, ids):
                     annotation['category_id'] = f'new {new}'
             entry['id'] = new
         for annotation in data['annotations']:
-            annotation['category_id'] = {f'new {new}': new for new in ids}[
-                annotation['category_id']]
+            annotation['category_id'] = {f'new {new}': new for new in ids}[annotation['category_id']]
+
     if ids == [1.5, 2.5]:
         with pytest.raises(UserError, match='a category without id or name'):
             run(site, change)
@@ -153,15 +170,23 @@ def test_category_ids_that_would_not_serve_become_1_to_n(site, ids):
     assert [names[a['category_id']] for a in data['annotations'][:2]] == ['cat', 'dog']
 
 
-@pytest.mark.parametrize('new_id, kept', [
-    (lambda k: f'{k}', True), (lambda k: float(k), True), (lambda k: f'img{k}', False),
-    (lambda k: -k, False), (lambda k: 1 << 60 | k, False)])
+@pytest.mark.parametrize(
+    'new_id, kept',
+    [
+        (lambda k: f'{k}', True),
+        (lambda k: float(k), True),
+        (lambda k: f'img{k}', False),
+        (lambda k: -k, False),
+        (lambda k: 1 << 60 | k, False),
+    ],
+)
 def test_image_ids_of_any_type_find_their_annotations(site, new_id, kept):
     def change(data):
         for entry in data['images']:
             entry['id'] = new_id(entry['id'])
         for annotation in data['annotations']:
             annotation['image_id'] = new_id(annotation['image_id'])
+
     _, data = run(site, change)
     assert [i['id'] for i in data['images']] == ([10, 11, 12] if kept else [1, 2, 3])
     assert [a['image_id'] for a in data['annotations']][::5] == [i['id'] for i in data['images']]
@@ -172,33 +197,42 @@ def test_annotation_ids_are_new(site):
         for annotation, new in zip(data['annotations'], [0, 5, 5, None, 'x'], strict=False):
             annotation['id'] = new
         del data['annotations'][7]['id']
+
     summary, data = run(site, change)
     assert [a['id'] for a in data['annotations']] == list(range(1, 16))
     assert any('missing or come again' in note for note in summary.notes)
 
 
-@pytest.mark.parametrize('shape, wanted', [
-    (TRIANGLE, [TRIANGLE]),
-    ([[[4.5, 3.0], [30.25, 5.0], [12.0, 25.75]]], [TRIANGLE]),
-    ([TRIANGLE, [1, 1, 2, 2]], [TRIANGLE]),
-    ([TRIANGLE, []], [TRIANGLE]),
-])
+@pytest.mark.parametrize(
+    'shape, wanted',
+    [
+        (TRIANGLE, [TRIANGLE]),
+        ([[[4.5, 3.0], [30.25, 5.0], [12.0, 25.75]]], [TRIANGLE]),
+        ([TRIANGLE, [1, 1, 2, 2]], [TRIANGLE]),
+        ([TRIANGLE, []], [TRIANGLE]),
+    ],
+)
 def test_polygons_of_other_makes(site, shape, wanted):
     def change(data):
         data['annotations'][0]['segmentation'] = shape
+
     _, data = run(site, change)
     assert data['annotations'][0]['segmentation'] == wanted
 
 
-@pytest.mark.parametrize('shape, reason', [
-    ([[1, 1, 5, 5]], 'without area (fewer than 3 points)'),
-    ([[-9, -9, -5, -9, -5, -5]], 'without a pixel in the image'),
-    ([[5, 5, 5, 5, 5, 5]], 'without a pixel in the image'),
-    ({'size': [H, W], 'counts': [H * W]}, 'without a pixel in the image'),
-])
+@pytest.mark.parametrize(
+    'shape, reason',
+    [
+        ([[1, 1, 5, 5]], 'without area (fewer than 3 points)'),
+        ([[-9, -9, -5, -9, -5, -5]], 'without a pixel in the image'),
+        ([[5, 5, 5, 5, 5, 5]], 'without a pixel in the image'),
+        ({'size': [H, W], 'counts': [H * W]}, 'without a pixel in the image'),
+    ],
+)
 def test_objects_without_pixels_are_left_out_and_counted(site, shape, reason):
     def change(data):
         data['annotations'][0]['segmentation'] = shape
+
     summary, data = run(site, change)
     assert summary.dropped == {reason: 1}
     assert len(data['annotations']) == 14
@@ -207,12 +241,14 @@ def test_objects_without_pixels_are_left_out_and_counted(site, shape, reason):
 def put(key: str, value: Any, what: str = 'annotations', place: int = 0) -> Callable:
     def change(data):
         data[what][place][key] = value
+
     return change
 
 
 def drop(key: str, what: str = 'annotations') -> Callable:
     def change(data):
         del data[what][0][key]
+
     return change
 
 
@@ -279,12 +315,14 @@ def test_a_bad_part_forbids_its_image_alone(site, change, message):
 def replaced(**members: Any) -> Callable:
     def change(data):
         data.update(members)
+
     return change
 
 
 def without(key: str) -> Callable:
     def change(data):
         del data[key]
+
     return change
 
 
@@ -334,13 +372,26 @@ def test_a_useless_file_is_refused_in_one_message(site, change, message):
     assert not (site / 'out').exists()
 
 
-@pytest.mark.parametrize('text, message', [
-    ('', 'empty file'), (' \n ', 'breaks off'), ('[1, 2]', 'holds a list'), ('null', 'null'),
-    ('7', 'a number'), ('"x"', 'a string'), ('{"images": [{"id": 1', 'breaks off'),
-    ('{"images": [1 2]}', "',' expected, line 1, column 15"), ('{"images": []} x', 'more behind'),
-    ('{"images": [], "images": []}', 'comes twice'), ('{1: 2}', 'a key that is no string'),
-    ('{"a": tru}', 'Expecting value'), ('{"images": [' + '[' * 200_000, 'nested too deeply'),
-    ('{"a": 1,}', 'not JSON'), ('{"a" 1}', "':' expected")])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('', 'empty file'),
+        (' \n ', 'breaks off'),
+        ('[1, 2]', 'holds a list'),
+        ('null', 'null'),
+        ('7', 'a number'),
+        ('"x"', 'a string'),
+        ('{"images": [{"id": 1', 'breaks off'),
+        ('{"images": [1 2]}', "',' expected, line 1, column 15"),
+        ('{"images": []} x', 'more behind'),
+        ('{"images": [], "images": []}', 'comes twice'),
+        ('{1: 2}', 'a key that is no string'),
+        ('{"a": tru}', 'Expecting value'),
+        ('{"images": [' + '[' * 200_000, 'nested too deeply'),
+        ('{"a": 1,}', 'not JSON'),
+        ('{"a" 1}', "':' expected"),
+    ],
+)
 def test_no_json_is_told_with_the_place(site, text, message):
     (site / 'src/annotations/instances_train.json').write_text(text)
     with pytest.raises(UserError, match='cannot be used') as caught:
@@ -357,11 +408,15 @@ def test_every_cut_of_a_file_is_one_clean_message(site):
             CocoSource.open(path, {'progress': False})
 
 
-@pytest.mark.parametrize('encode, wanted', [
-    (lambda text: b'\xef\xbb\xbf' + text.encode(), None),
-    (lambda text: text.encode(), None),
-    (lambda text: text.encode('utf-16'), 'UTF-16'),
-    (lambda text: text.encode('latin-1'), 'not UTF-8')])
+@pytest.mark.parametrize(
+    'encode, wanted',
+    [
+        (lambda text: b'\xef\xbb\xbf' + text.encode(), None),
+        (lambda text: text.encode(), None),
+        (lambda text: text.encode('utf-16'), 'UTF-16'),
+        (lambda text: text.encode('latin-1'), 'not UTF-8'),
+    ],
+)
 def test_text_beyond_ascii(site, encode, wanted):
     data = dataset()
     data['categories'][0]['name'] = 'Kätzchen'
@@ -386,17 +441,21 @@ def test_boxes_become_masks_only_when_asked_for(site):
         data['annotations'][0]['bbox'] = [3, 4, 10.0, 5]
         data['annotations'][1]['bbox'] = [3, 4, 0, 5]
         data['annotations'][2]['bbox'] = [3, 4, 5]
+
     with pytest.raises(UserError, match='none of its 15 annotations has a segmentation'):
         run(site, change)
     with pytest.raises(UserError) as caught:
         run(site, boxes_as_masks=True)
     assert [line.partition('annotation ')[2] for line in caught.value.problems] == [
-        '2: its bbox is 0 x 5 pixels', '3: its bbox is [3, 4, 5], not four numbers']
+        '2: its bbox is 0 x 5 pixels',
+        '3: its bbox is [3, 4, 5], not four numbers',
+    ]
     _, data = run(site, put('bbox', [0, 0, 1, 1], place=1), boxes_as_masks=True, skip_bad=True)
     assert len(data['images']) == 2
 
     def mend(data):
         data['annotations'][2]['bbox'] = [1, 1, 2, 2]
+
     summary, data = run(site, mend, boxes_as_masks=True, overwrite=True)
     assert data['annotations'][0]['bbox'] == [3, 4, 10, 5]
     assert data['annotations'][0]['area'] == 50
@@ -406,6 +465,7 @@ def test_size_missing_or_turned(site):
     def change(data):
         del data['images'][0]['width'], data['images'][0]['height']
         data['images'][1] |= {'width': float(W), 'height': float(H)}
+
     _, data = run(site, change)
     assert all((i['width'], i['height']) == (W, H) for i in data['images'])
     exif = Image.Exif()
@@ -415,15 +475,22 @@ def test_size_missing_or_turned(site):
         run(site, overwrite=True)
 
 
-@pytest.mark.parametrize('spelling', [
-    '/home/someone/data/sub/a b.jpg', 'C:\\data\\sub\\a b.jpg', '../images/sub/a b.jpg',
-    './sub/a b.jpg', 'https://host/x/sub/a%20b.jpg', 'images/sub/a b.jpg'])
+@pytest.mark.parametrize(
+    'spelling',
+    [
+        '/home/someone/data/sub/a b.jpg',
+        'C:\\data\\sub\\a b.jpg',
+        '../images/sub/a b.jpg',
+        './sub/a b.jpg',
+        'https://host/x/sub/a%20b.jpg',
+        'images/sub/a b.jpg',
+    ],
+)
 def test_image_names_of_other_machines(site, spelling):
     (site / 'src/images/sub').mkdir()
     (site / 'src/images/img0.jpg').rename(site / 'src/images/sub/a b.jpg')
     _, data = run(site, put('file_name', spelling, 'images'))
-    assert sorted(i['file_name'] for i in data['images']) == ['img1.jpg', 'img2.jpg',
-                                                              'sub/a b.jpg']
+    assert sorted(i['file_name'] for i in data['images']) == ['img1.jpg', 'img2.jpg', 'sub/a b.jpg']
     assert (site / 'out/images/sub/a b.jpg').is_file()
 
 
@@ -435,12 +502,21 @@ def test_nothing_outside_the_data_set_is_taken(site):
         run(site, put('file_name', str(site / 'secret.jpg'), 'images'))
 
 
-@pytest.mark.parametrize('json_at, images_at', [
-    ('result.json', 'images'), ('result.json', '.'), ('_annotations.coco.json', '.'),
-    ('annotations/instances_default.json', 'images/default'), ('annotations/a.json', 'JPEGImages'),
-    ('train/_annotations.coco.json', 'train'), ('train/labels.json', 'train/images'),
-    ('annotations/instances_train2017.json', 'train2017'),
-    ('annotations/train.json', 'train'), ('annotations/x.json', 'annotations')])
+@pytest.mark.parametrize(
+    'json_at, images_at',
+    [
+        ('result.json', 'images'),
+        ('result.json', '.'),
+        ('_annotations.coco.json', '.'),
+        ('annotations/instances_default.json', 'images/default'),
+        ('annotations/a.json', 'JPEGImages'),
+        ('train/_annotations.coco.json', 'train'),
+        ('train/labels.json', 'train/images'),
+        ('annotations/instances_train2017.json', 'train2017'),
+        ('annotations/train.json', 'train'),
+        ('annotations/x.json', 'annotations'),
+    ],
+)
 def test_layouts(tmp_path, json_at, images_at):
     src = tmp_path / 'src'
     (src / json_at).parent.mkdir(parents=True)
@@ -478,13 +554,12 @@ def two_splits(site: Path, change: Callable[[dict], None] | None = None) -> None
 
 def test_classes_have_one_order_in_all_splits(site):
     def change(data):
-        data['categories'] = [{'id': 2, 'name': 'dog'}, {'id': 7, 'name': 'cat'},
-                              {'id': 9, 'name': 'bird'}]
+        data['categories'] = [{'id': 2, 'name': 'dog'}, {'id': 7, 'name': 'cat'}, {'id': 9, 'name': 'bird'}]
+
     two_splits(site, change)
     summary, train = run(site)
     val = json.loads((site / 'out/annotations/instances_val.json').read_text())
-    wanted = [{'id': 1, 'name': 'cat', 'supercategory': 'animal'}, {'id': 2, 'name': 'dog'},
-              {'id': 3, 'name': 'bird'}]
+    wanted = [{'id': 1, 'name': 'cat', 'supercategory': 'animal'}, {'id': 2, 'name': 'dog'}, {'id': 3, 'name': 'bird'}]
     assert train['categories'] == val['categories'] == wanted
     # The same ids mean other classes in the second file.
     assert [a['category_id'] for a in train['annotations'][:2]] == [1, 2]
@@ -495,6 +570,7 @@ def test_classes_have_one_order_in_all_splits(site):
 def test_an_image_in_two_splits_is_a_problem(site):
     def change(data):
         data['images'][0]['file_name'] = 'img1.jpg'
+
     two_splits(site, change)
     with pytest.raises(UserError, match='listed in train and in val'):
         run(site)
@@ -545,8 +621,12 @@ def test_sizes_may_be_trusted(site):
     with pytest.raises(UserError, match='its size is 2097152 x 32'):
         run(site, put('width', 1 << 21, 'images'), trust_sizes=True, overwrite=True)
     with pytest.raises(UserError, match='no width and height'):
-        run(site, lambda data: [data['images'][0].pop(k) for k in ('width', 'height')] and None,
-            trust_sizes=True, overwrite=True)
+        run(
+            site,
+            lambda data: [data['images'][0].pop(k) for k in ('width', 'height')] and None,
+            trust_sizes=True,
+            overwrite=True,
+        )
 
 
 def test_coco2017_has_a_layout_of_its_own(tmp_path):

@@ -21,8 +21,7 @@ SQUARE = [[10, 5], [30, 5], [30, 25], [10, 25]]
 
 
 def shape(label: str = 'cat', points=None, kind: str | None = 'polygon', **more) -> dict:
-    made = {'label': label, 'points': SQUARE if points is None else points, 'group_id': None,
-            'flags': {}, **more}
+    made = {'label': label, 'points': SQUARE if points is None else points, 'group_id': None, 'flags': {}, **more}
     return made if kind is None else {**made, 'shape_type': kind}
 
 
@@ -34,10 +33,22 @@ def image(path: Path, size: tuple[int, int] = (WIDTH, HEIGHT), **save) -> Path:
 
 def write(path: Path, *shapes: dict, image_path: str | None = None, **more) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({
-        'version': '5.4.1', 'flags': {}, 'shapes': list(shapes), 'imageData': None,
-        'imagePath': image_path or f'{path.stem}.jpg', 'imageHeight': HEIGHT,
-        'imageWidth': WIDTH, **more}, ensure_ascii=False), encoding='utf-8')
+    path.write_text(
+        json.dumps(
+            {
+                'version': '5.4.1',
+                'flags': {},
+                'shapes': list(shapes),
+                'imageData': None,
+                'imagePath': image_path or f'{path.stem}.jpg',
+                'imageHeight': HEIGHT,
+                'imageWidth': WIDTH,
+                **more,
+            },
+            ensure_ascii=False,
+        ),
+        encoding='utf-8',
+    )
     return path
 
 
@@ -49,7 +60,7 @@ def read(root: Path, **options) -> list[Record]:
 def one(root: Path, *shapes: dict, **more) -> Record:
     image(root / 'a.jpg')
     write(root / 'a.json', *shapes, **more)
-    record, = read(root)
+    (record,) = read(root)
     return record
 
 
@@ -71,36 +82,39 @@ def rectangle(x1: int, y1: int, x2: int, y2: int) -> np.ndarray:
     return mask
 
 
-@pytest.mark.parametrize('made', [
-    shape(),
-    shape(kind=None),
-    shape(points=[[30, 25], [10, 5]], kind='rectangle'),
-    shape(points=[[10, 25], [30, 5]], kind='rectangle'),
-    shape(kind='rectangle'),
-    shape(kind='oriented_rectangle'),
-    shape(kind='rotation', direction=0.0),
-    shape(points=[[10, 5], [29, 24]], kind='mask', mask=png(np.ones((20, 20)))),
-], ids=['polygon', 'old file', 'two corners', 'other corners', 'four corners', 'turned',
-        'X-AnyLabeling', 'mask'])
+@pytest.mark.parametrize(
+    'made',
+    [
+        shape(),
+        shape(kind=None),
+        shape(points=[[30, 25], [10, 5]], kind='rectangle'),
+        shape(points=[[10, 25], [30, 5]], kind='rectangle'),
+        shape(kind='rectangle'),
+        shape(kind='oriented_rectangle'),
+        shape(kind='rotation', direction=0.0),
+        shape(points=[[10, 5], [29, 24]], kind='mask', mask=png(np.ones((20, 20)))),
+    ],
+    ids=['polygon', 'old file', 'two corners', 'other corners', 'four corners', 'turned', 'X-AnyLabeling', 'mask'],
+)
 def test_shapes_cover_their_pixels(tmp_path, made):
     record = one(tmp_path, made)
     assert (record.problems, record.notes) == ([], [])
     assert (record.width, record.height) == (WIDTH, HEIGHT)
-    instance, = record.instances
+    (instance,) = record.instances
     assert instance.category == 'cat'
     assert (pixels(instance.segmentation) == rectangle(10, 5, 30, 25)).all()
 
 
 def test_polygons_stay_as_they_are(tmp_path):
     points = [[1.25, 2.5], [40.125, 3], [20, 30.75]]
-    instance, = one(tmp_path, shape(points=points)).instances
+    (instance,) = one(tmp_path, shape(points=points)).instances
     assert instance.segmentation == [[1.25, 2.5, 40.125, 3, 20, 30.75]]
 
 
 @pytest.mark.parametrize('radius', [0.8, 2, 5.3, 14])
 def test_circle_holds_the_pixels_whose_centre_it_holds(tmp_path, radius):
     x, y = 22.3, 18.6
-    instance, = one(tmp_path, shape(points=[[x, y], [x, y - radius]], kind='circle')).instances
+    (instance,) = one(tmp_path, shape(points=[[x, y], [x, y - radius]], kind='circle')).instances
     rows, columns = np.mgrid[:HEIGHT, :WIDTH] + 0.5
     wanted = np.hypot(rows - y, columns - x) <= radius
     assert wanted.any()
@@ -108,23 +122,26 @@ def test_circle_holds_the_pixels_whose_centre_it_holds(tmp_path, radius):
 
 
 def test_circle_over_the_edge_is_cut(tmp_path):
-    instance, = one(tmp_path, shape(points=[[0, 0], [9, 0]], kind='circle')).instances
+    (instance,) = one(tmp_path, shape(points=[[0, 0], [9, 0]], kind='circle')).instances
     mask = pixels(instance.segmentation)
     assert mask[0, 0] and not mask[9, 9]
     assert mask.sum() == pytest.approx(np.pi * 81 / 4, rel=0.03)
 
 
-@pytest.mark.parametrize('corners, size', [
-    ([[3, 4], [12, 10]], (7, 10)),
-    ([[3.4, 3.6], [12.4, 9.9]], (7, 10)),
-    ([[3, 4], [12, 10]], (9, 14)),
-    ([[-3, 4], [6, 10]], (7, 10)),
-    ([[55, 36], [64, 42]], (7, 10)),
-], ids=['whole corners', 'fractions', 'cut to whole corners', 'over the left edge',
-        'over the lower right edge'])
+@pytest.mark.parametrize(
+    'corners, size',
+    [
+        ([[3, 4], [12, 10]], (7, 10)),
+        ([[3.4, 3.6], [12.4, 9.9]], (7, 10)),
+        ([[3, 4], [12, 10]], (9, 14)),
+        ([[-3, 4], [6, 10]], (7, 10)),
+        ([[55, 36], [64, 42]], (7, 10)),
+    ],
+    ids=['whole corners', 'fractions', 'cut to whole corners', 'over the left edge', 'over the lower right edge'],
+)
 def test_mask_lies_where_its_points_say(tmp_path, corners, size):
     patch = np.random.default_rng(0).random(size) < 0.5
-    instance, = one(tmp_path, shape(points=corners, kind='mask', mask=png(patch * 255))).instances
+    (instance,) = one(tmp_path, shape(points=corners, kind='mask', mask=png(patch * 255))).instances
     left, top = (round(value) for value in corners[0])
     wanted = np.zeros((HEIGHT, WIDTH), bool)
     for y, x in np.argwhere(patch[:7, :10]):
@@ -135,52 +152,71 @@ def test_mask_lies_where_its_points_say(tmp_path, corners, size):
 
 def test_group_id_joins_shapes_of_one_label(tmp_path):
     record = one(
-        tmp_path, shape(group_id=1), shape(points=[[40, 5], [50, 5], [50, 9]], group_id=1),
-        shape('dog', group_id=1), shape(), shape(group_id=0),
-        shape('dog', [[30, 20], [35, 20]], 'circle', group_id=1))
-    told = [(i.category, i.place, type(i.segmentation), len(i.segmentation))
-            for i in record.instances]
+        tmp_path,
+        shape(group_id=1),
+        shape(points=[[40, 5], [50, 5], [50, 9]], group_id=1),
+        shape('dog', group_id=1),
+        shape(),
+        shape(group_id=0),
+        shape('dog', [[30, 20], [35, 20]], 'circle', group_id=1),
+    )
+    told = [(i.category, i.place, type(i.segmentation), len(i.segmentation)) for i in record.instances]
     # Polygons alone stay polygons, with another kind they become pixels.
-    assert told == [('cat', 'shape 1, 2', list, 2), ('dog', 'shape 3, 6', dict, 2),
-                    ('cat', 'shape 4', list, 1), ('cat', 'shape 5', list, 1)]
+    assert told == [
+        ('cat', 'shape 1, 2', list, 2),
+        ('dog', 'shape 3, 6', dict, 2),
+        ('cat', 'shape 4', list, 1),
+        ('cat', 'shape 5', list, 1),
+    ]
     both = pixels(record.instances[1].segmentation)
     assert both[rectangle(10, 5, 30, 25)].all() and both.sum() > 400
 
 
 def test_what_has_no_area_or_class_is_left_out(tmp_path):
-    record = one(tmp_path, shape(points=[[1, 1]], kind='point'),
-                 shape(points=[[1, 1], [5, 5]], kind='line'),
-                 shape(points=[[1, 1], [5, 5], [7, 1]], kind='linestrip'),
-                 shape('__ignore__'), shape('_background_'), shape())
+    record = one(
+        tmp_path,
+        shape(points=[[1, 1]], kind='point'),
+        shape(points=[[1, 1], [5, 5]], kind='line'),
+        shape(points=[[1, 1], [5, 5], [7, 1]], kind='linestrip'),
+        shape('__ignore__'),
+        shape('_background_'),
+        shape(),
+    )
     assert [i.place for i in record.instances] == ['shape 6']
     assert record.problems == []
     assert record.notes == [
         f"a.json: shape {number} ('cat'): a {kind} has no area; left out"
-        for number, kind in enumerate(('point', 'line', 'linestrip'), start=1)]
+        for number, kind in enumerate(('point', 'line', 'linestrip'), start=1)
+    ]
 
 
-@pytest.mark.parametrize('shapes, problem', [
-    ([shape(points=SQUARE[:2])], "shape 1 ('cat'): a polygon of 2 points"),
-    ([shape(), shape(points=[])], "shape 2 ('cat'): a polygon of 0 points"),
-    ([shape(points=SQUARE[:3], kind='rectangle')], 'a rectangle of 3 points'),
-    ([shape(points=SQUARE[:1], kind='circle')], 'a circle of 1 points'),
-    ([shape(points=[[1, 2], [float('nan'), 3], [4, 5]])], 'a polygon holds NaN or infinity'),
-    ([shape(points=[[1, 2], ['3', 3], [4, 5]])], "a polygon holds '3', not a number"),
-    ([shape(points=[[1, 2], [3], [4, 5]])], "'points' is no list of [x, y]"),
-    ([shape(points='1 2 3')], "'points' is no list of [x, y]"),
-    ([shape(points=[[1, 2], [1e9, 3], [4, 5]])], 'far outside the 60x40 image'),
-    ([shape(kind='ellipse')], "unknown shape_type 'ellipse'"),
-    ([shape(kind=['polygon'])], "unknown shape_type '['polygon']'"),
-    ([shape(label='')], "shape 1: no 'label'"),
-    ([shape(label=3)], "shape 1: no 'label'"),
-    ([[1, 2]], 'shape 1: not an object with keys'),
-    ([shape(group_id=[1])], "its 'group_id' is no number"),
-    ([shape(points=[[1, 2], [5, 6]], kind='mask')], "a mask without 'mask'"),
-    ([shape(points=[[1, 2], [5, 6]], kind='mask', mask='%')], "its 'mask' is no "),
-    ([shape(points=[[1, 2], [5, 6]], kind='mask', mask='abcd')], "its 'mask' is no PNG"),
-    ([shape(points=[[1, 2], [9, 9]], kind='mask', mask=png(np.ones((5, 5))))],
-     "its 'mask' has 5x5 pixels, its points make 9x8"),
-])
+@pytest.mark.parametrize(
+    'shapes, problem',
+    [
+        ([shape(points=SQUARE[:2])], "shape 1 ('cat'): a polygon of 2 points"),
+        ([shape(), shape(points=[])], "shape 2 ('cat'): a polygon of 0 points"),
+        ([shape(points=SQUARE[:3], kind='rectangle')], 'a rectangle of 3 points'),
+        ([shape(points=SQUARE[:1], kind='circle')], 'a circle of 1 points'),
+        ([shape(points=[[1, 2], [float('nan'), 3], [4, 5]])], 'a polygon holds NaN or infinity'),
+        ([shape(points=[[1, 2], ['3', 3], [4, 5]])], "a polygon holds '3', not a number"),
+        ([shape(points=[[1, 2], [3], [4, 5]])], "'points' is no list of [x, y]"),
+        ([shape(points='1 2 3')], "'points' is no list of [x, y]"),
+        ([shape(points=[[1, 2], [1e9, 3], [4, 5]])], 'far outside the 60x40 image'),
+        ([shape(kind='ellipse')], "unknown shape_type 'ellipse'"),
+        ([shape(kind=['polygon'])], "unknown shape_type '['polygon']'"),
+        ([shape(label='')], "shape 1: no 'label'"),
+        ([shape(label=3)], "shape 1: no 'label'"),
+        ([[1, 2]], 'shape 1: not an object with keys'),
+        ([shape(group_id=[1])], "its 'group_id' is no number"),
+        ([shape(points=[[1, 2], [5, 6]], kind='mask')], "a mask without 'mask'"),
+        ([shape(points=[[1, 2], [5, 6]], kind='mask', mask='%')], "its 'mask' is no "),
+        ([shape(points=[[1, 2], [5, 6]], kind='mask', mask='abcd')], "its 'mask' is no PNG"),
+        (
+            [shape(points=[[1, 2], [9, 9]], kind='mask', mask=png(np.ones((5, 5))))],
+            "its 'mask' has 5x5 pixels, its points make 9x8",
+        ),
+    ],
+)
 def test_bad_shapes_are_told_with_their_place(tmp_path, shapes, problem):
     write(tmp_path / 'b.json', shape())
     image(tmp_path / 'b.jpg')
@@ -192,14 +228,18 @@ def test_bad_shapes_are_told_with_their_place(tmp_path, shapes, problem):
     assert (good.problems, len(good.instances)) == ([], 1)
 
 
-@pytest.mark.parametrize('content, problem', [
-    (b'', 'a.json: empty file'),
-    (b'{"shapes": [{"label": "cat", "poi', 'a.json: not JSON ('),
-    (b'not JSON', 'a.json: not JSON ('),
-    (b'{"shapes": {}}', "a.json: no list 'shapes'"),
-    ('{"shapes": ["ünïcode"]}'.encode('latin-1'), 'a.json: not UTF-8 text'),
-    (b'[' * 100_000, 'a.json: not usable JSON'),
-], ids=['empty', 'truncated', 'text', 'shapes no list', 'Latin-1', 'deep'])
+@pytest.mark.parametrize(
+    'content, problem',
+    [
+        (b'', 'a.json: empty file'),
+        (b'{"shapes": [{"label": "cat", "poi', 'a.json: not JSON ('),
+        (b'not JSON', 'a.json: not JSON ('),
+        (b'{"shapes": {}}', "a.json: no list 'shapes'"),
+        ('{"shapes": ["ünïcode"]}'.encode('latin-1'), 'a.json: not UTF-8 text'),
+        (b'[' * 100_000, 'a.json: not usable JSON'),
+    ],
+    ids=['empty', 'truncated', 'text', 'shapes no list', 'Latin-1', 'deep'],
+)
 def test_bad_files(tmp_path, content, problem):
     write(tmp_path / 'b.json', shape())
     for name in 'ab':
@@ -220,23 +260,26 @@ def test_byte_order_mark_and_names_in_any_script(tmp_path):
     assert [i.category for i in record.instances] == ['Katze 猫']
 
 
-@pytest.mark.parametrize('json_name, image_name, said', [
-    ('a.json', 'a.jpg', 'a.jpg'),
-    ('a.json', 'photo.png', 'photo.png'),
-    ('a.json', 'a.png', 'renamed.jpg'),
-    ('a.json', 'a.png', 'x' * 5000),
-    ('a.json', 'a.JPG', '/home/her/a.jpg'),
-    ('a.json', 'sub/a.jpg', 'sub\\a.jpg'),
-    ('labels/a.json', 'images/a.jpg', '..\\images\\a.jpg'),
-    ('labels/a.json', 'images/a.jpg', 'C:\\photos\\a.jpg'),
-    ('train/labels/x/a.json', 'train/images/x/a.bmp', 'gone.jpg'),
-    ('annotations/a.json', 'elsewhere/a.jpg', 'gone.jpg'),
-    ('a.v2.json', 'a.v2.jpg', 'gone.jpg'),
-])
+@pytest.mark.parametrize(
+    'json_name, image_name, said',
+    [
+        ('a.json', 'a.jpg', 'a.jpg'),
+        ('a.json', 'photo.png', 'photo.png'),
+        ('a.json', 'a.png', 'renamed.jpg'),
+        ('a.json', 'a.png', 'x' * 5000),
+        ('a.json', 'a.JPG', '/home/her/a.jpg'),
+        ('a.json', 'sub/a.jpg', 'sub\\a.jpg'),
+        ('labels/a.json', 'images/a.jpg', '..\\images\\a.jpg'),
+        ('labels/a.json', 'images/a.jpg', 'C:\\photos\\a.jpg'),
+        ('train/labels/x/a.json', 'train/images/x/a.bmp', 'gone.jpg'),
+        ('annotations/a.json', 'elsewhere/a.jpg', 'gone.jpg'),
+        ('a.v2.json', 'a.v2.jpg', 'gone.jpg'),
+    ],
+)
 def test_image_is_found(tmp_path, json_name, image_name, said):
     wanted = image(tmp_path / image_name)
     write(tmp_path / json_name, shape(), image_path=said)
-    record, = read(tmp_path)
+    (record,) = read(tmp_path)
     assert record.problems == []
     assert record.image.resolve() == wanted.resolve()
     assert len(record.instances) == 1
@@ -246,7 +289,7 @@ def test_a_path_written_on_windows_tells_which_of_two(tmp_path):
     image(tmp_path / 'one/a.jpg')
     wanted = image(tmp_path / 'two/a.jpg')
     write(tmp_path / 'a.json', shape(), image_path='two\\a.jpg')
-    record, = read(tmp_path)
+    (record,) = read(tmp_path)
     assert (record.problems, record.image) == ([], wanted)
 
 
@@ -261,7 +304,8 @@ def test_missing_image_is_told_and_whether_it_is_embedded(tmp_path):
     assert [source.read(item).problems for item in source.items()] == [
         ["a.json: its image '/far/away/x.jpg' is missing"],
         ["b.json: its image 'b.jpg' is missing; it is embedded in the JSON file only (imageData)"],
-        ["c.json: its image 'gone.jpg' is missing"]]
+        ["c.json: its image 'gone.jpg' is missing"],
+    ]
     assert 'labelme_export_json' in source.cure
     # The folder that all names are relative to does not move because of a missing one.
     assert all(item.image.is_relative_to(tmp_path) for item in source.items())
@@ -295,8 +339,7 @@ def test_size_must_be_that_of_the_upright_image(tmp_path):
     write(tmp_path / 'd.json', shape(), imageHeight=None, imageWidth=None)
     a, b, c, d = read(tmp_path)
     assert (a.problems, a.width, a.height) == ([], WIDTH, HEIGHT)
-    assert b.problems == ['b.json: made for an image of 60x40, but b.jpg is 40x60 (turned by its '
-                          'EXIF orientation?)']
+    assert b.problems == ['b.json: made for an image of 60x40, but b.jpg is 40x60 (turned by its EXIF orientation?)']
     assert c.problems == ['c.json: made for an image of 60x40, but c.jpg is 120x80']
     assert d.problems == []
 
@@ -304,8 +347,7 @@ def test_size_must_be_that_of_the_upright_image(tmp_path):
 def test_classes_come_from_a_list_or_the_files(tmp_path):
     for name, labels in (('a', ('dog', 'cat')), ('b', ('ant', '__ignore__'))):
         image(tmp_path / f'{name}.jpg')
-        write(tmp_path / f'{name}.json', *map(shape, labels),
-              shape('only a point', [[1, 1]], 'point'))
+        write(tmp_path / f'{name}.json', *map(shape, labels), shape('only a point', [[1, 1]], 'point'))
     assert LabelmeSource.open(tmp_path, {}).classes == ['ant', 'cat', 'dog']
     (tmp_path / 'labels.txt').write_text('__ignore__\n_background_\ndog\ncat\n')
     assert LabelmeSource.open(tmp_path, {}).classes == ['dog', 'cat']
@@ -324,7 +366,10 @@ def test_folders_of_splits(tmp_path):
         write(tmp_path / folder / 'a.json', shape())
     source = LabelmeSource.open(tmp_path, {})
     assert [(item.key, item.split) for item in source.items()] == [
-        ('rest/a.json', None), ('train/a.json', 'train'), ('valid/a.json', 'val')]
+        ('rest/a.json', None),
+        ('train/a.json', 'train'),
+        ('valid/a.json', 'val'),
+    ]
 
 
 def test_other_json_files_are_noted(tmp_path):
@@ -335,11 +380,14 @@ def test_other_json_files_are_noted(tmp_path):
     assert [item.key for item in source.items()] == ['a.json']
 
 
-@pytest.mark.parametrize('files, message', [
-    ({}, 'no LabelMe files here'),
-    ({'x.json': {'images': []}}, 'no LabelMe files here'),
-    ({'x.json': {'shapes': []}}, 'no labelled shape in its 1 LabelMe files'),
-])
+@pytest.mark.parametrize(
+    'files, message',
+    [
+        ({}, 'no LabelMe files here'),
+        ({'x.json': {'images': []}}, 'no LabelMe files here'),
+        ({'x.json': {'shapes': []}}, 'no labelled shape in its 1 LabelMe files'),
+    ],
+)
 def test_folders_without_objects(tmp_path, files, message):
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
@@ -361,8 +409,7 @@ def test_images_without_a_file_are_not_done_yet(tmp_path):
     (tmp_path / 'x').mkdir()
     source = LabelmeSource.open(tmp_path / 'x' / '..', {})
     assert [item.key for item in source.items()] == ['a.json']
-    assert source.notes == ['2 of 3 images have no JSON file, so nobody has looked at them yet; '
-                            'left out']
+    assert source.notes == ['2 of 3 images have no JSON file, so nobody has looked at them yet; left out']
 
 
 def test_recognise(tmp_path):
@@ -373,15 +420,18 @@ def test_recognise(tmp_path):
     (coco / 'broken.json').write_text('{"shapes')
     assert LabelmeSource.recognise(coco) is None
     one(tmp_path / 'ours', shape())
-    assert LabelmeSource.recognise(tmp_path / 'ours') == (
-        "1 *.json, with 'shapes' as LabelMe writes them (a.json)")
+    assert LabelmeSource.recognise(tmp_path / 'ours') == ("1 *.json, with 'shapes' as LabelMe writes them (a.json)")
 
 
 def test_prepared_json_has_the_polygons_pixels(tmp_path):
     image(tmp_path / 'src' / 'a.jpg')
     parts = [[[5.5, 5], [20, 7.25], [8, 30]], [[40, 5], [50, 5], [50, 9]]]
-    write(tmp_path / 'src' / 'a.json', *(shape(points=part, group_id=1) for part in parts),
-          shape('dog', [[20, 20], [26, 20]], 'circle'), shape('dog', [[1, 1], [1.2, 1]], 'circle'))
+    write(
+        tmp_path / 'src' / 'a.json',
+        *(shape(points=part, group_id=1) for part in parts),
+        shape('dog', [[20, 20], [26, 20]], 'circle'),
+        shape('dog', [[1, 1], [1.2, 1]], 'circle'),
+    )
     summary = prepare(tmp_path / 'src', tmp_path / 'out', 'labelme', workers=1, progress=False)
     assert summary.splits['all'].per_class == {'cat': 1, 'dog': 1}
     assert summary.dropped == {'without a pixel in the image': 1}

@@ -30,9 +30,15 @@ ELLIPSE = [20.0, 5.0, 28.0, 9.0, 30.0, 18.0, 25.0, 26.0, 14.0, 25.0, 8.0, 16.0, 
 
 def annotation(number: int, image: int, category: int) -> dict:
     rle = mask_api.merge(mask_api.frPyObjects([ELLIPSE], HEIGHT, WIDTH))
-    return {'id': number, 'image_id': image, 'category_id': category, 'iscrowd': 0,
-            'bbox': [8.0, 5.0, 22.0, 21.0], 'area': float(mask_api.area(rle)),
-            'segmentation': [list(ELLIPSE)]}
+    return {
+        'id': number,
+        'image_id': image,
+        'category_id': category,
+        'iscrowd': 0,
+        'bbox': [8.0, 5.0, 22.0, 21.0],
+        'area': float(mask_api.area(rle)),
+        'segmentation': [list(ELLIPSE)],
+    }
 
 
 def rle_annotation(number: int, image: int, category: int) -> dict:
@@ -40,17 +46,26 @@ def rle_annotation(number: int, image: int, category: int) -> dict:
     mask[20:35, 30:50] = 1
     mask[20:25, 30:40] = 0
     rle = mask_api.encode(mask)
-    return {'id': number, 'image_id': image, 'category_id': category, 'iscrowd': 0,
-            'bbox': [30, 20, 20, 15], 'area': int(mask.sum()),
-            'segmentation': {'size': [HEIGHT, WIDTH], 'counts': rle['counts'].decode()}}
+    return {
+        'id': number,
+        'image_id': image,
+        'category_id': category,
+        'iscrowd': 0,
+        'bbox': [30, 20, 20, 15],
+        'area': int(mask.sum()),
+        'segmentation': {'size': [HEIGHT, WIDTH], 'counts': rle['counts'].decode()},
+    }
 
 
 def clean() -> dict:
-    return {'images': [{'id': 1, 'file_name': 'a.jpg', 'width': WIDTH, 'height': HEIGHT},
-                       {'id': 2, 'file_name': 'b.png', 'width': WIDTH, 'height': HEIGHT}],
-            'annotations': [annotation(1, 1, 1), rle_annotation(2, 1, 2), annotation(3, 2, 2),
-                            rle_annotation(4, 2, 1)],
-            'categories': [{'id': 1, 'name': 'cat'}, {'id': 2, 'name': 'dog'}]}
+    return {
+        'images': [
+            {'id': 1, 'file_name': 'a.jpg', 'width': WIDTH, 'height': HEIGHT},
+            {'id': 2, 'file_name': 'b.png', 'width': WIDTH, 'height': HEIGHT},
+        ],
+        'annotations': [annotation(1, 1, 1), rle_annotation(2, 1, 2), annotation(3, 2, 2), rle_annotation(4, 2, 1)],
+        'categories': [{'id': 1, 'name': 'cat'}, {'id': 2, 'name': 'dog'}],
+    }
 
 
 def pixels(seed: int = 0, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Image.Image:
@@ -99,10 +114,12 @@ def counts(value: object) -> Edit:
 
 def image_id(value: object) -> Edit:
     """An image id with its annotations, so that only the id is wrong."""
+
     def edit(data: dict) -> None:
         data['images'][0]['id'] = value
         for entry in data['annotations'][:2]:
             entry['image_id'] = value
+
     return edit
 
 
@@ -130,8 +147,7 @@ FILES: list[tuple[str, Callable[[bytes], bytes], str]] = [
     ('not JSON', lambda b: b'<html>sign in</html>', 'not-json'),
     ('JSON lines', lambda b: b'{}\n{}\n', 'not-json'),
     ('bytes after the end', lambda b: b + b'}', 'not-json'),
-    ('an integer of too many digits', lambda b: b.replace(b'"id": 1', b'"id": ' + b'9' * 9999, 1),
-     'not-json'),
+    ('an integer of too many digits', lambda b: b.replace(b'"id": 1', b'"id": ' + b'9' * 9999, 1), 'not-json'),
     ('list at the top', lambda b: b'[' + b + b']', 'top-level'),
     ('number at the top', lambda b: b'7', 'top-level'),
     ('null at the top', lambda b: b'null', 'top-level'),
@@ -163,8 +179,11 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('an annotation that is a list', lambda d: d['annotations'].append([1, 2]), 'entry-type'),
     ('a category that is a number', lambda d: d['categories'].append(3), 'entry-type'),
     # Categories
-    ('gaps in category ids', lambda d: (category(id=90)(d), first(category_id=90)(d),
-                                        d['annotations'][3].update(category_id=90)), None),
+    (
+        'gaps in category ids',
+        lambda d: (category(id=90)(d), first(category_id=90)(d), d['annotations'][3].update(category_id=90)),
+        None,
+    ),
     ('duplicate category name', category(name='dog'), 'category-name-duplicate'),
     ('duplicate category id', category(id=2), 'category-id-duplicate'),
     ('category without name', without('categories', 'name'), 'category-name'),
@@ -176,8 +195,11 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('category id a string', category(id='1'), 'category-id-type'),
     ('category id a list', category(id=[1]), 'category-id-type'),
     ('category id negative', category(id=-1), 'category-id-range'),
-    ('category id 0', lambda d: (category(id=0)(d), first(category_id=0)(d),
-                                 d['annotations'][3].update(category_id=0)), 'category-id-zero'),
+    (
+        'category id 0',
+        lambda d: (category(id=0)(d), first(category_id=0)(d), d['annotations'][3].update(category_id=0)),
+        'category-id-zero',
+    ),
     ('a class called background', category(name='__background__'), 'background-class'),
     ('a class called <script>', category(name='<script>alert(1)</script>'), None),
     ('a class with a line break', category(name='cat\n\x1b[31m'), None),
@@ -187,19 +209,18 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('image id a truth value', image_id(True), 'image-id-type'),
     ('image id a list', image(id=[1]), 'image-id-type'),
     ('image id negative', image_id(-5), 'image-id-range'),
-    ('image id huge', image_id(2 ** 63), 'image-id-range'),
-    ('image id immense', image_id(10 ** 400), 'image-id-range'),
-    ('image id large', image_id(2 ** 62), None),
+    ('image id huge', image_id(2**63), 'image-id-range'),
+    ('image id immense', image_id(10**400), 'image-id-range'),
+    ('image id large', image_id(2**62), None),
     ('image without id', without('images', 'id'), 'image-id-missing'),
     ('image id twice', image(id=2), 'image-id-duplicate'),
-    ('image listed twice', lambda d: d['images'].append({**d['images'][0], 'id': 3}),
-     'image-listed-twice'),
+    ('image listed twice', lambda d: d['images'].append({**d['images'][0], 'id': 3}), 'image-listed-twice'),
     ('image without size', without('images', 'width'), 'image-size-invalid'),
     ('negative size', image(width=-60), 'image-size-invalid'),
     ('size zero', image(height=0), 'image-size-invalid'),
     ('size a string', image(height='40'), 'image-size-invalid'),
     ('size a float', image(height=40.5), 'image-size-invalid'),
-    ('size huge', image(height=10 ** 12), 'image-size-invalid'),
+    ('size huge', image(height=10**12), 'image-size-invalid'),
     ('size NaN', image(height=NAN), 'image-size-invalid'),
     ('file_name null', image(file_name=None), 'file-name'),
     ('file_name empty', image(file_name=''), 'file-name'),
@@ -224,7 +245,7 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('annotation id null', first(id=None), 'annotation-id-type'),
     ('annotation id an object', first(id={'$oid': '5f'}), 'annotation-id-type'),
     ('annotation id negative', first(id=-1), 'annotation-id-range'),
-    ('annotation id huge', first(id=2 ** 64), 'annotation-id-range'),
+    ('annotation id huge', first(id=2**64), 'annotation-id-range'),
     ('unknown image', first(image_id=77), 'image-id-unknown'),
     ('no image_id', without('annotations', 'image_id'), 'image-id-unknown'),
     ('image a list', first(image_id=[1]), 'image-id-unknown'),
@@ -239,7 +260,7 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('no bbox', without('annotations', 'bbox'), 'box-invalid'),
     ('bbox NaN', first(bbox=[8, 5, NAN, 21]), 'box-invalid'),
     ('bbox infinite', first(bbox=[8, 5, INF, 21]), 'box-invalid'),
-    ('bbox immense', first(bbox=[8, 5, 10 ** 400, 21]), 'box-invalid'),
+    ('bbox immense', first(bbox=[8, 5, 10**400, 21]), 'box-invalid'),
     ('bbox negative', first(bbox=[8, 5, -22, 21]), 'box-degenerate'),
     ('bbox without height', first(bbox=[8, 5, 22, 0]), 'box-degenerate'),
     ('bbox under a pixel', first(bbox=[8, 5, 22, 0.3]), 'box-tiny'),
@@ -249,7 +270,7 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('no area', without('annotations', 'area'), 'area-invalid'),
     ('area a string', first(area='9'), 'area-invalid'),
     ('area NaN', first(area=NAN), 'area-invalid'),
-    ('area immense', first(area=10 ** 400), 'area-invalid'),
+    ('area immense', first(area=10**400), 'area-invalid'),
     ('area zero', first(area=0), 'area-zero'),
     ('area negative', first(area=-3.5), 'area-zero'),
     ('area of the bbox', first(area=462), 'area-mismatch'),
@@ -275,7 +296,7 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('polygon null', segmentation([None]), 'mask-type'),
     ('polygon an object', segmentation([{'x': 1}]), 'mask-type'),
     ('coordinate null', segmentation([[8, 5, None, 5, 30, 26]]), 'mask-type'),
-    ('coordinate immense', segmentation([[8, 5, 10 ** 400, 5, 30, 26]]), 'mask-type'),
+    ('coordinate immense', segmentation([[8, 5, 10**400, 5, 30, 26]]), 'mask-type'),
     ('an empty polygon', segmentation([[]]), 'polygon-points'),
     ('an empty polygon beside a good one', segmentation([list(ELLIPSE), []]), 'polygon-points'),
     ('polygon of 1 point', segmentation([[8, 5]]), 'polygon-points'),
@@ -295,13 +316,10 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('5,000 times around', segmentation([ELLIPSE * 5_000]), 'polygon-crossing'),
     ('20,000 polygons', segmentation([list(ELLIPSE) for _ in range(20_000)]), None),
     ('RLE without size', second(segmentation={'counts': 'abc'}), 'rle-size'),
-    ('RLE of another size', second(segmentation={'size': [WIDTH, HEIGHT], 'counts': [2400]}),
-     'rle-size'),
+    ('RLE of another size', second(segmentation={'size': [WIDTH, HEIGHT], 'counts': [2400]}), 'rle-size'),
     ('RLE of size 0', second(segmentation={'size': [0, 0], 'counts': []}), 'rle-size'),
-    ('RLE of negative size', second(segmentation={'size': [-40, 60], 'counts': [2400]}),
-     'rle-size'),
-    ('RLE size of strings', second(segmentation={'size': ['40', '60'], 'counts': [2400]}),
-     'rle-size'),
+    ('RLE of negative size', second(segmentation={'size': [-40, 60], 'counts': [2400]}), 'rle-size'),
+    ('RLE size of strings', second(segmentation={'size': ['40', '60'], 'counts': [2400]}), 'rle-size'),
     ('RLE size of 3', second(segmentation={'size': [40, 60, 1], 'counts': [2400]}), 'rle-size'),
     ('RLE without counts', second(segmentation={'size': [HEIGHT, WIDTH]}), 'rle-counts'),
     ('RLE counts null', counts(None), 'rle-counts'),
@@ -314,13 +332,11 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('RLE string garbage', counts('!!!~~~'), 'rle-counts'),
     ('RLE string of other letters', counts('ααα'), 'rle-counts'),
     ('RLE string that never ends', counts('oooooooooooooooooooooooo'), 'rle-counts'),
-    ('RLE string cut short', counts(rle_annotation(1, 1, 1)['segmentation']['counts'][:-2]),
-     'rle-counts'),
+    ('RLE string cut short', counts(rle_annotation(1, 1, 1)['segmentation']['counts'][:-2]), 'rle-counts'),
     ('RLE string of negative runs', counts('N2N2N2'), 'rle-counts'),
     ('uncompressed RLE', counts([0, 1, 1239, 100, 1060]), 'box-mask'),
     ('RLE without a pixel', counts([2400]), 'mask-empty'),
-    ('the same object twice', lambda d: d['annotations'].append({**d['annotations'][0], 'id': 5}),
-     'object-duplicate'),
+    ('the same object twice', lambda d: d['annotations'].append({**d['annotations'][0], 'id': 5}), 'object-duplicate'),
 ]
 
 
@@ -331,7 +347,8 @@ def replace(name: str, content: bytes) -> Spoil:
 def cut(name: str, keep: float) -> Spoil:
     def spoil(folder: Path) -> None:
         content = (folder / name).read_bytes()
-        (folder / name).write_bytes(content[:int(keep * len(content))])
+        (folder / name).write_bytes(content[: int(keep * len(content))])
+
     return spoil
 
 
@@ -343,6 +360,7 @@ def link(name: str, target: str) -> Spoil:
     def spoil(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).symlink_to(target)
+
     return spoil
 
 
@@ -350,6 +368,7 @@ def folder_called(name: str) -> Spoil:
     def spoil(folder: Path) -> None:
         (folder / name).unlink()
         (folder / name).mkdir()
+
     return spoil
 
 
@@ -358,6 +377,7 @@ def exif(orientation: int, size: tuple[int, int] = (WIDTH, HEIGHT)) -> Spoil:
         tags = Image.Exif()
         tags[0x0112] = orientation
         pixels(3, size).save(folder / 'a.jpg', exif=tags)
+
     return spoil
 
 
@@ -368,17 +388,20 @@ def forbid(folder: Path) -> None:
 
 
 def palette_with_gaps() -> Image.Image:
-    picture = Image.fromarray((np.arange(WIDTH * HEIGHT) % 7 * 40).astype(np.uint8)
-                              .reshape(HEIGHT, WIDTH), 'L').convert('P')
+    picture = Image.fromarray(
+        (np.arange(WIDTH * HEIGHT) % 7 * 40).astype(np.uint8).reshape(HEIGHT, WIDTH), 'L'
+    ).convert('P')
     picture.putpalette([0, 0, 0] * 41 + [9, 200, 30] * 100)
     return picture
 
 
 def bomb() -> bytes:
     """A PNG whose header claims 60000 x 60000 pixels."""
+
     def chunk(kind: bytes, data: bytes) -> bytes:
         checksum = struct.pack('>I', zlib.crc32(kind + data))
         return struct.pack('>I', len(data)) + kind + data + checksum
+
     header = chunk(b'IHDR', struct.pack('>IIBBBBB', 60000, 60000, 8, 2, 0, 0, 0))
     return b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
 
@@ -387,18 +410,19 @@ IMAGES: list[tuple[str, Spoil, str | None]] = [
     ('no image', lambda f: (f / 'a.jpg').unlink(), 'image-missing'),
     ('zero bytes', replace('a.jpg', b''), 'image-unreadable'),
     ('text called .jpg', replace('a.jpg', b'hello'), 'image-unreadable'),
-    ('a web page called .jpg', replace('a.jpg', b'<!DOCTYPE html><html></html>'),
-     'image-unreadable'),
-    ('a Git LFS pointer', replace('a.jpg', b'version https://git-lfs.github.com/spec/v1\n'),
-     'image-unreadable'),
+    ('a web page called .jpg', replace('a.jpg', b'<!DOCTYPE html><html></html>'), 'image-unreadable'),
+    ('a Git LFS pointer', replace('a.jpg', b'version https://git-lfs.github.com/spec/v1\n'), 'image-unreadable'),
     ('JPEG header only', replace('a.jpg', b'\xff\xd8\xff\xe0'), 'image-unreadable'),
     ('half a JPEG', cut('a.jpg', 0.5), 'image-truncated'),
     ('JPEG without its last bytes', cut('a.jpg', 0.995), 'image-truncated'),
     ('half a PNG', cut('b.png', 0.5), 'image-truncated'),
     ('a PNG bomb', replace('b.png', bomb()), 'image-unreadable'),
     ('PNG called .jpg', save('a.jpg', pixels, format='PNG'), 'image-extension'),
-    ('16-bit PNG', save('b.png', lambda: Image.fromarray(
-        np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 20)), 'image-depth'),
+    (
+        '16-bit PNG',
+        save('b.png', lambda: Image.fromarray(np.arange(WIDTH * HEIGHT, dtype=np.uint16).reshape(HEIGHT, WIDTH) * 20)),
+        'image-depth',
+    ),
     ('palette PNG with gaps', save('b.png', palette_with_gaps), None),
     ('grey PNG', save('b.png', lambda: pixels(4).convert('L')), None),
     ('black and white PNG', save('b.png', lambda: pixels(4).convert('1')), None),
@@ -409,8 +433,7 @@ IMAGES: list[tuple[str, Spoil, str | None]] = [
     ('EXIF turns it right', exif(6, (HEIGHT, WIDTH)), None),
     ('EXIF turns it over', exif(3), 'image-exif-same-size'),
     ('EXIF damaged', lambda f: pixels(4).save(f / 'a.jpg', exif=b'Exif\0\0MM\0*\xff\xff'), None),
-    ('the same content twice', lambda f: pixels(1).save(f / 'a.jpg', format='PNG'),
-     'image-duplicate'),
+    ('the same content twice', lambda f: pixels(1).save(f / 'a.jpg', format='PNG'), 'image-duplicate'),
     ('one colour', save('a.jpg', lambda: Image.new('RGB', (WIDTH, HEIGHT))), None),
     ('a folder called a.jpg', folder_called('a.jpg'), 'image-unreadable'),
     ('a loop of links', link('a.jpg', 'a.jpg'), 'image-unreadable'),
@@ -422,8 +445,10 @@ IMAGES: list[tuple[str, Spoil, str | None]] = [
 @pytest.fixture(autouse=True)
 def limited() -> Iterator[None]:
     """An endless loop is a failure, not a stop of all tests."""
+
     def stop(*_: object) -> None:
         raise TimeoutError(f'not done in {SECONDS} s')
+
     signal.signal(signal.SIGALRM, stop)
     signal.alarm(SECONDS)
     yield
@@ -463,16 +488,14 @@ def test_enough_rows():
     assert len({name for name, _, _ in rows}) == len(rows)
 
 
-@pytest.mark.parametrize(('make', 'expected'), [r[1:] for r in FILES],
-                         ids=[r[0] for r in FILES])
+@pytest.mark.parametrize(('make', 'expected'), [r[1:] for r in FILES], ids=[r[0] for r in FILES])
 def test_malformed_file(tmp_path, make, expected):
     path = tmp_path / 'instances_train.json'
     path.write_bytes(make(json.dumps(site(tmp_path)).encode()))
     judge(path, expected)
 
 
-@pytest.mark.parametrize(('edit', 'expected'), [r[1:] for r in ENTRIES],
-                         ids=[r[0] for r in ENTRIES])
+@pytest.mark.parametrize(('edit', 'expected'), [r[1:] for r in ENTRIES], ids=[r[0] for r in ENTRIES])
 def test_malformed_entry(tmp_path, edit, expected):
     data = copy.deepcopy(site(tmp_path))
     edit(data)
@@ -481,8 +504,7 @@ def test_malformed_entry(tmp_path, edit, expected):
     judge(path, expected)
 
 
-@pytest.mark.parametrize(('spoil', 'expected'), [r[1:] for r in IMAGES],
-                         ids=[r[0] for r in IMAGES])
+@pytest.mark.parametrize(('spoil', 'expected'), [r[1:] for r in IMAGES], ids=[r[0] for r in IMAGES])
 def test_malformed_image(tmp_path, spoil, expected):
     path = tmp_path / 'instances_train.json'
     path.write_text(json.dumps(site(tmp_path)))
@@ -501,9 +523,14 @@ def test_names_of_all_kinds_are_fine(tmp_path):
     judge(path, None)
 
 
-@pytest.mark.parametrize(('name', 'make'), [
-    ('nothing there', lambda path: None), ('a folder', Path.mkdir),
-    ('a loop of links', lambda path: path.symlink_to(path))])
+@pytest.mark.parametrize(
+    ('name', 'make'),
+    [
+        ('nothing there', lambda path: None),
+        ('a folder', Path.mkdir),
+        ('a loop of links', lambda path: path.symlink_to(path)),
+    ],
+)
 def test_annotation_file_that_cannot_be_opened(tmp_path, name, make):
     path = tmp_path / 'instances_train.json'
     make(path)
@@ -517,9 +544,14 @@ def test_a_million_annotations(tmp_path):
     entry = json.dumps(annotation(77777, 88888, 1))
     data['annotations'] = []
     path = tmp_path / 'instances_train.json'
-    path.write_text(json.dumps(data).replace('"annotations": []', '"annotations": [' + ','.join(
-        entry.replace('77777', str(k)).replace('88888', str(1 + k % 2))
-        for k in range(1, 1_000_001)) + ']'))
+    path.write_text(
+        json.dumps(data).replace(
+            '"annotations": []',
+            '"annotations": ['
+            + ','.join(entry.replace('77777', str(k)).replace('88888', str(1 + k % 2)) for k in range(1, 1_000_001))
+            + ']',
+        )
+    )
     report = check({'train': (path, tmp_path)}, None, Options(cache=False, images=False))
     # All on top of each other: the worst case for the search of duplicates.
     finding = next(f for f in report.findings if f.code == 'object-duplicate')

@@ -46,14 +46,14 @@ def numbers(*values: int, seed: int = 0) -> np.ndarray:
     made = np.zeros((HEIGHT, WIDTH), np.int64)
     rng = np.random.default_rng(seed)
     for place, value in enumerate(values):
-        made[5 + place:25, 2 + 5 * place:6 + 5 * place] = value
+        made[5 + place : 25, 2 + 5 * place : 6 + 5 * place] = value
         made[rng.random(made.shape) < 0.01] = value
     return made
 
 
 def square(top: int = 5, left: int = 5, side: int = 10) -> np.ndarray:
     made = np.zeros((HEIGHT, WIDTH), bool)
-    made[top:top + side, left:left + side] = True
+    made[top : top + side, left : left + side] = True
     return made
 
 
@@ -69,23 +69,24 @@ def read(kind: type, root: Path, **options) -> list[Record]:
 def one_png(root: Path, values: np.ndarray, mode: str = 'L', **options) -> Record:
     image(root / 'images/a.jpg')
     mask(root / 'masks/a.png', values, mode)
-    record, = read(MaskPngSource, root, **{'classes': ['cell'], **options})
+    (record,) = read(MaskPngSource, root, **{'classes': ['cell'], **options})
     return record
 
 
 def one_binary(root: Path, values: np.ndarray, mode: str = 'L', **options) -> Record:
     image(root / 'spot/a.jpg')
     mask(root / 'spot/a.png', values, mode)
-    record, = read(BinaryMasksSource, root, **options)
+    (record,) = read(BinaryMasksSource, root, **options)
     return record
 
 
 # ---- object numbers -----------------------------------------------------------------------------
 
-@pytest.mark.parametrize('mode, values', [
-    ('L', (1, 2, 3)), ('L', (7, 80, 254)), ('P', (1, 5, 200)), ('16', (1, 300, 65535)),
-    ('1', (1,)), ('L', ()),
-])
+
+@pytest.mark.parametrize(
+    'mode, values',
+    [('L', (1, 2, 3)), ('L', (7, 80, 254)), ('P', (1, 5, 200)), ('16', (1, 300, 65535)), ('1', (1,)), ('L', ())],
+)
 def test_each_value_is_an_object_with_its_pixels(tmp_path, mode, values):
     made = numbers(*values)
     record = one_png(tmp_path, made, mode)
@@ -112,8 +113,7 @@ def test_transparent_pixels_are_background(tmp_path):
     made = numbers(1, 2)
     rgba = np.array([[9, 9, 9, 0], [255, 0, 0, 255], [0, 255, 0, 255]], np.uint8)[made]
     record = one_png(tmp_path, rgba, 'RGBA')
-    assert {int(pixels(i.segmentation).sum()) for i in record.instances} == {
-        int((made == k).sum()) for k in (1, 2)}
+    assert {int(pixels(i.segmentation).sum()) for i in record.instances} == {int((made == k).sum()) for k in (1, 2)}
 
 
 def test_grey_saved_as_colour_keeps_its_values(tmp_path):
@@ -122,15 +122,17 @@ def test_grey_saved_as_colour_keeps_its_values(tmp_path):
     assert [i.place for i in record.instances] == ['object 1', 'object 2', 'object 9']
 
 
-@pytest.mark.parametrize('mode, void, objects, note', [
-    ('P', None, [1, 2], None),
-    ('P', -1, [1, 2, 255], None),
-    ('P', 2, [1, 255], None),
-    ('L', None, [1, 2, 255],
-     'masks/a.png: value 255 taken as an object; if it is void, use --void 255'),
-    ('L', 255, [1, 2], None),
-    ('RGB', 255, [1, 2], None),
-])
+@pytest.mark.parametrize(
+    'mode, void, objects, note',
+    [
+        ('P', None, [1, 2], None),
+        ('P', -1, [1, 2, 255], None),
+        ('P', 2, [1, 255], None),
+        ('L', None, [1, 2, 255], 'masks/a.png: value 255 taken as an object; if it is void, use --void 255'),
+        ('L', 255, [1, 2], None),
+        ('RGB', 255, [1, 2], None),
+    ],
+)
 def test_void(tmp_path, mode, void, objects, note):
     made = numbers(1, 2, 255)
     values = np.repeat(made[..., None], 3, axis=2) if mode == 'RGB' else made
@@ -138,14 +140,17 @@ def test_void(tmp_path, mode, void, objects, note):
     assert [i.place for i in record.instances] == [f'object {value}' for value in objects]
     assert record.notes == ([] if note is None else [note])
     source = MaskPngSource.open(tmp_path, {'classes': ['cell'], 'void': void})
-    assert source.notes == ([] if mode != 'P' or void is not None else [
-        'value 255 of palette PNGs is taken as void, as in VOC; --void -1 makes it an object'])
+    assert source.notes == (
+        []
+        if mode != 'P' or void is not None
+        else ['value 255 of palette PNGs is taken as void, as in VOC; --void -1 makes it an object']
+    )
 
 
 def test_void_among_colours(tmp_path):
     colours = np.array([[0, 0, 0], [255, 0, 0], [255, 255, 255]], np.uint8)
     made = numbers(1, 2)
-    instance, = one_png(tmp_path, colours[made], 'RGB', void=255).instances
+    (instance,) = one_png(tmp_path, colours[made], 'RGB', void=255).instances
     assert (pixels(instance.segmentation) == (made == 1)).all()
 
 
@@ -161,17 +166,22 @@ def test_a_second_png_tells_the_classes(tmp_path):
     assert record.problems == []
     assert [i.category for i in record.instances] == ['dog', 'cat', 'dog']
     cat = int((made == 2).sum())
-    assert record.notes == [f"classes/a.png: object 2 taken as 'cat', the class of {cat - 4} of "
-                            f'its {cat} pixels']
+    assert record.notes == [f"classes/a.png: object 2 taken as 'cat', the class of {cat - 4} of its {cat} pixels"]
 
 
-@pytest.mark.parametrize('change, problem', [
-    (lambda labels: labels * 0, 'classes/a.png: object 1 has the class number 0'),
-    (lambda labels: labels * 9, 'classes/a.png: object 1 has the class number 9, but there are 1'),
-    (lambda labels: labels[:20], 'classes/a.png: 60x20 pixels, but images/a.jpg has 60x40'),
-    (lambda labels: np.stack([labels, labels * 0, labels], axis=2),
-     'classes/a.png: colours where class numbers belong'),
-], ids=['background', 'no such class', 'size', 'colours'])
+@pytest.mark.parametrize(
+    'change, problem',
+    [
+        (lambda labels: labels * 0, 'classes/a.png: object 1 has the class number 0'),
+        (lambda labels: labels * 9, 'classes/a.png: object 1 has the class number 9, but there are 1'),
+        (lambda labels: labels[:20], 'classes/a.png: 60x20 pixels, but images/a.jpg has 60x40'),
+        (
+            lambda labels: np.stack([labels, labels * 0, labels], axis=2),
+            'classes/a.png: colours where class numbers belong',
+        ),
+    ],
+    ids=['background', 'no such class', 'size', 'colours'],
+)
 def test_bad_class_masks(tmp_path, change, problem):
     made = numbers(1)
     labels = change((made > 0).astype(np.int64))
@@ -191,24 +201,26 @@ def test_missing_class_mask(tmp_path):
     assert (b.problems, len(b.instances)) == ([], 1)
 
 
-@pytest.mark.parametrize('image_name, mask_name, split', [
-    ('images/a.jpg', 'masks/a_mask.png', None),
-    ('images/a.JPG', 'masks/a_instances.PNG', None),
-    ('images/a.png', 'masks/a-label.tif', None),
-    ('imgs/a b 猫.jpg', 'instances/a b 猫.png', None),
-    ('train/images/a.jpg', 'train/masks/a.png', 'train'),
-    ('images/val/x/a.jpg', 'masks/val/x/a.png', 'val'),
-])
+@pytest.mark.parametrize(
+    'image_name, mask_name, split',
+    [
+        ('images/a.jpg', 'masks/a_mask.png', None),
+        ('images/a.JPG', 'masks/a_instances.PNG', None),
+        ('images/a.png', 'masks/a-label.tif', None),
+        ('imgs/a b 猫.jpg', 'instances/a b 猫.png', None),
+        ('train/images/a.jpg', 'train/masks/a.png', 'train'),
+        ('images/val/x/a.jpg', 'masks/val/x/a.png', 'val'),
+    ],
+)
 def test_where_images_and_masks_lie(tmp_path, image_name, mask_name, split):
     image(tmp_path / image_name)
     mask(tmp_path / mask_name, numbers(1, 2))
     source = MaskPngSource.open(tmp_path, {'classes': ['cell']})
-    item, = source.items()
+    (item,) = source.items()
     record = source.read(item)
     assert (source.problems, record.problems, len(record.instances)) == ([], [], 2)
     assert (item.key, item.split) == (image_name, split)
-    assert MaskPngSource.recognise(tmp_path) == (
-        'images/ and masks/ with a mask of object numbers for 1 of 1 images')
+    assert MaskPngSource.recognise(tmp_path) == ('images/ and masks/ with a mask of object numbers for 1 of 1 images')
 
 
 def test_files_that_miss_their_partner(tmp_path):
@@ -223,8 +235,7 @@ def test_files_that_miss_their_partner(tmp_path):
     source = MaskPngSource.open(tmp_path, {'classes': ['cell'], 'background': True})
     a, b = (source.read(item) for item in source.items())
     assert (b.problems, b.instances, b.width) == ([], [], WIDTH)
-    assert source.notes == [
-        '1 of 2 images have no mask: they count as images without objects']
+    assert source.notes == ['1 of 2 images have no mask: they count as images without objects']
 
 
 def test_files_that_have_several_partners(tmp_path):
@@ -235,10 +246,8 @@ def test_files_that_have_several_partners(tmp_path):
     mask(tmp_path / 'masks/b.png', numbers(1))
     mask(tmp_path / 'masks/b_mask.png', numbers(1))
     source = MaskPngSource.open(tmp_path, {'classes': ['cell']})
-    assert source.problems == [
-        'masks/a.png: a mask of several images: images/a.jpg, images/a.png']
-    assert source.read(source.items()[2]).problems == [
-        'images/b.jpg: several masks: masks/b.png, masks/b_mask.png']
+    assert source.problems == ['masks/a.png: a mask of several images: images/a.jpg, images/a.png']
+    assert source.read(source.items()[2]).problems == ['images/b.jpg: several masks: masks/b.png, masks/b_mask.png']
 
 
 def bad_size(path: Path) -> None:
@@ -265,14 +274,18 @@ def fractions(path: Path) -> None:
     Image.fromarray(numbers(1).astype(np.float32)).save(path, 'TIFF')
 
 
-@pytest.mark.parametrize('damage, problem', [
-    (bad_size, '50x40 pixels, but images/a.png has 60x40'),
-    (empty, 'empty file (0 bytes)'),
-    (truncated, 'unreadable ('),
-    (jpeg, 'a JPEG or WebP file, whose values are not exact'),
-    (text, 'unreadable ('),
-    (fractions, 'fractions where whole numbers belong'),
-], ids=lambda value: getattr(value, '__name__', ''))
+@pytest.mark.parametrize(
+    'damage, problem',
+    [
+        (bad_size, '50x40 pixels, but images/a.png has 60x40'),
+        (empty, 'empty file (0 bytes)'),
+        (truncated, 'unreadable ('),
+        (jpeg, 'a JPEG or WebP file, whose values are not exact'),
+        (text, 'unreadable ('),
+        (fractions, 'fractions where whole numbers belong'),
+    ],
+    ids=lambda value: getattr(value, '__name__', ''),
+)
 def test_bad_masks(tmp_path, damage, problem):
     for name in 'ab':
         image(tmp_path / f'images/{name}.png')
@@ -286,7 +299,7 @@ def test_bad_masks(tmp_path, damage, problem):
 def test_a_photograph_is_no_mask(tmp_path):
     image(tmp_path / 'images/a.png', (200, 200))
     mask(tmp_path / 'masks/a.png', np.random.default_rng(0).integers(0, 65536, (200, 200)), '16')
-    record, = read(MaskPngSource, tmp_path, classes=['cell'])
+    (record,) = read(MaskPngSource, tmp_path, classes=['cell'])
     assert len(record.problems) == 1
     assert 'different values are no numbers of objects' in record.problems[0]
 
@@ -301,8 +314,7 @@ def test_damaged_and_turned_images(tmp_path):
     (tmp_path / 'images/c.jpg').write_bytes(b'')
     a, b, c = read(MaskPngSource, tmp_path, classes=['cell'])
     assert (a.problems, a.width, len(a.instances)) == ([], WIDTH, 1)
-    assert b.problems == ['masks/b.png: 40x60 pixels, but images/b.jpg has 60x40 (turned by its '
-                          'EXIF orientation?)']
+    assert b.problems == ['masks/b.png: 40x60 pixels, but images/b.jpg has 60x40 (turned by its EXIF orientation?)']
     assert c.problems == ['images/c.jpg: empty file (0 bytes)']
 
 
@@ -332,6 +344,7 @@ def test_folders_without_masks(tmp_path, kind):
 
 # ---- black and white ----------------------------------------------------------------------------
 
+
 def test_objects_are_connected_parts(tmp_path):
     made = square(2, 2) | square(12, 12) | square(25, 40, 4)
     record = one_binary(tmp_path, made * 255)
@@ -349,8 +362,7 @@ def test_no_pixel_is_lost_or_gained(tmp_path):
     record = one_binary(tmp_path, grey, min_area=1)
     together = sum(pixels(i.segmentation).astype(int) for i in record.instances)
     assert (together == (grey >= THRESHOLD)).all()
-    assert one_binary(tmp_path, grey, min_area=1, threshold=200).instances[0] != \
-        record.instances[0]
+    assert one_binary(tmp_path, grey, min_area=1, threshold=200).instances[0] != record.instances[0]
 
 
 def test_specks_are_left_out_and_told(tmp_path):
@@ -358,8 +370,7 @@ def test_specks_are_left_out_and_told(tmp_path):
     record = one_binary(tmp_path, made * 255)
     assert MIN_AREA == 10
     assert len(record.instances) == 1
-    assert record.notes == ['spot/a.png: 3 of 4 parts left out, smaller than 10 pixels (the '
-                            'largest has 9)']
+    assert record.notes == ['spot/a.png: 3 of 4 parts left out, smaller than 10 pixels (the largest has 9)']
     assert len(one_binary(tmp_path, made * 255, min_area=0).instances) == 4
     assert len(one_binary(tmp_path, made * 255, min_area=9).instances) == 2
 
@@ -375,13 +386,13 @@ def test_modes_of_black_and_white(tmp_path, mode):
         picture.putpalette([0, 0, 0, 128, 0, 0])
     elif mode in ('RGB', 'RGBA'):
         colours = np.array([[0, 0, 0, 255], [0, 0, 255, 255]], np.uint8)[made.astype(int)]
-        picture = Image.fromarray(np.ascontiguousarray(colours[..., :len(mode)]))
+        picture = Image.fromarray(np.ascontiguousarray(colours[..., : len(mode)]))
     elif mode == '16':
         picture = Image.fromarray((made * 65535).astype(np.uint16))
     else:
         picture = Image.fromarray(made).convert(mode)
     picture.save(path)
-    record, = read(BinaryMasksSource, tmp_path)
+    (record,) = read(BinaryMasksSource, tmp_path)
     assert record.problems == []
     assert (pixels(record.instances[0].segmentation) == made).all()
 
@@ -390,9 +401,9 @@ def test_smoothed_and_lossy_masks_may_be_black_and_white(tmp_path):
     image(tmp_path / 'images/a.jpg')
     (tmp_path / 'masks/spot').mkdir(parents=True)
     Image.fromarray((square() * 255).astype(np.uint8)).save(tmp_path / 'masks/spot/a.jpg')
-    record, = read(BinaryMasksSource, tmp_path)
+    (record,) = read(BinaryMasksSource, tmp_path)
     assert record.problems == []
-    part, = (pixels(i.segmentation) for i in record.instances)
+    (part,) = (pixels(i.segmentation) for i in record.instances)
     assert (part & square()).sum() / (part | square()).sum() > 0.9
 
 
@@ -403,31 +414,32 @@ def test_empty_masks_make_images_without_objects(tmp_path):
 
 def test_values_below_the_threshold_are_told(tmp_path):
     record = one_binary(tmp_path, square() * 1)
-    assert record.problems == ['spot/a.png: its brightest pixel is 1, so none reaches the '
-                               'threshold 128; lower it by --threshold']
+    assert record.problems == [
+        'spot/a.png: its brightest pixel is 1, so none reaches the threshold 128; lower it by --threshold'
+    ]
     assert len(one_binary(tmp_path, square() * 1, threshold=1).instances) == 1
 
 
-@pytest.mark.parametrize('pairs, classes', [
-    ({'crack/a.jpg': ['crack/a.png'], 'hole/Imgs/a.jpg': ['hole/Imgs/a.png']}, ['crack', 'hole']),
-    ({'train/crack/a.jpg': ['train/crack/a.png'], 'val/crack/b.jpg': ['val/crack/b.png']},
-     ['crack']),
-    ({'crack/a_1.jpg': ['crack/a_1_mask.png'], 'crack/a_1_2.jpg': ['crack/a_1_2_mask.png']},
-     ['crack']),
-    ({'images/a.jpg': ['masks/crack/a.png', 'masks/hole/a.png'],
-      'images/b.jpg': ['masks/hole/b.png']}, ['crack', 'hole']),
-    ({'images/train/a.jpg': ['masks/crack/train/a.png', 'masks/train/hole/a.png']},
-     ['crack', 'hole']),
-    ({'train/images/a.jpg': ['train/masks/crack/a_mask.png']}, ['crack']),
-    ({'crack/images/a.jpg': ['crack/masks/a.png'], 'hole/images/a.jpg': ['hole/masks/a.png']},
-     ['crack', 'hole']),
-    ({'images/a.jpg': ['masks/a_crack.png', 'masks/a_hole_mask.png']}, ['crack', 'hole']),
-    ({'a.jpg': ['a_crack.png', 'a_mask_hole.png'], 'a_b.jpg': ['a_b_crack.png']},
-     ['crack', 'hole']),
-    ({'a.png': ['a_crack.png', 'a_hole.png']}, ['crack', 'hole']),
-    ({'x/photo 猫.jpg': ['x/photo 猫_Riß 1.png']}, ['Riß 1']),
-    ({'a.jpg': ['masks/crack/a.png']}, ['crack']),
-])
+@pytest.mark.parametrize(
+    'pairs, classes',
+    [
+        ({'crack/a.jpg': ['crack/a.png'], 'hole/Imgs/a.jpg': ['hole/Imgs/a.png']}, ['crack', 'hole']),
+        ({'train/crack/a.jpg': ['train/crack/a.png'], 'val/crack/b.jpg': ['val/crack/b.png']}, ['crack']),
+        ({'crack/a_1.jpg': ['crack/a_1_mask.png'], 'crack/a_1_2.jpg': ['crack/a_1_2_mask.png']}, ['crack']),
+        (
+            {'images/a.jpg': ['masks/crack/a.png', 'masks/hole/a.png'], 'images/b.jpg': ['masks/hole/b.png']},
+            ['crack', 'hole'],
+        ),
+        ({'images/train/a.jpg': ['masks/crack/train/a.png', 'masks/train/hole/a.png']}, ['crack', 'hole']),
+        ({'train/images/a.jpg': ['train/masks/crack/a_mask.png']}, ['crack']),
+        ({'crack/images/a.jpg': ['crack/masks/a.png'], 'hole/images/a.jpg': ['hole/masks/a.png']}, ['crack', 'hole']),
+        ({'images/a.jpg': ['masks/a_crack.png', 'masks/a_hole_mask.png']}, ['crack', 'hole']),
+        ({'a.jpg': ['a_crack.png', 'a_mask_hole.png'], 'a_b.jpg': ['a_b_crack.png']}, ['crack', 'hole']),
+        ({'a.png': ['a_crack.png', 'a_hole.png']}, ['crack', 'hole']),
+        ({'x/photo 猫.jpg': ['x/photo 猫_Riß 1.png']}, ['Riß 1']),
+        ({'a.jpg': ['masks/crack/a.png']}, ['crack']),
+    ],
+)
 def test_layouts(tmp_path, pairs, classes):
     for name, masks in pairs.items():
         image(tmp_path / name)
@@ -436,8 +448,9 @@ def test_layouts(tmp_path, pairs, classes):
     source = BinaryMasksSource.open(tmp_path, {})
     assert (source.classes, source.problems) == (classes, [])
     items = source.items()
-    assert {item.key: sorted(path.relative_to(tmp_path).as_posix() for _, path in item.label[0])
-            for item in items} == {name: sorted(masks) for name, masks in pairs.items()}
+    assert {item.key: sorted(path.relative_to(tmp_path).as_posix() for _, path in item.label[0]) for item in items} == {
+        name: sorted(masks) for name, masks in pairs.items()
+    }
     records = [source.read(item) for item in items]
     assert [record.problems for record in records] == [[] for _ in records]
     found = [i.category for record in records for i in record.instances]
@@ -454,10 +467,10 @@ def test_one_class_is_named_by_the_user(tmp_path):
     with pytest.raises(UserError, match='neither folder nor name tells the class') as error:
         BinaryMasksSource.open(tmp_path, {})
     assert error.value.problems == ['masks/a.png']
-    record, = read(BinaryMasksSource, tmp_path, classes=['rust'])
+    (record,) = read(BinaryMasksSource, tmp_path, classes=['rust'])
     assert [i.category for i in record.instances] == ['rust']
     (tmp_path / 'classes.txt').write_text('dent\n')
-    record, = read(BinaryMasksSource, tmp_path)
+    (record,) = read(BinaryMasksSource, tmp_path)
     assert [i.category for i in record.instances] == ['dent']
     with pytest.raises(UserError, match='neither folder nor name'):
         BinaryMasksSource.open(tmp_path, {'classes': ['rust', 'dent']})
@@ -488,11 +501,9 @@ def test_bad_black_and_white_masks(tmp_path):
     source = BinaryMasksSource.open(tmp_path, {})
     assert source.problems == ['spot/e.png: a mask without an image']
     problems = [line for item in source.items() for line in source.read(item).problems]
-    assert problems[:2] == ['spot/a.png: 50x40 pixels, but spot/a.jpg has 60x40',
-                            'spot/b.png: empty file (0 bytes)']
+    assert problems[:2] == ['spot/a.png: 50x40 pixels, but spot/a.jpg has 60x40', 'spot/b.png: empty file (0 bytes)']
     assert problems[2].startswith('spot/c.png: unreadable (')
-    assert problems[3:] == [
-        'spot/d.jpg: no mask', "spot/f.jpg: several masks of 'spot': spot/f.png, spot/f_mask.png"]
+    assert problems[3:] == ['spot/d.jpg: no mask', "spot/f.jpg: several masks of 'spot': spot/f.png, spot/f_mask.png"]
 
 
 def test_a_split_is_no_class(tmp_path):
@@ -514,29 +525,39 @@ def test_folders_that_hardly_match_are_not_claimed(tmp_path, folder):
     assert BinaryMasksSource.recognise(tmp_path) is None
 
 
-@pytest.mark.parametrize('values, kinds', [
-    (square() * 255, {BinaryMasksSource}),
-    (numbers(1, 2), {MaskPngSource}),
-    # One object an image, or black and white with 0 and 1: only the user knows.
-    (square() * 1, {MaskPngSource, BinaryMasksSource}),
-    (square() * 0, {BinaryMasksSource}),
-])
+@pytest.mark.parametrize(
+    'values, kinds',
+    [
+        (square() * 255, {BinaryMasksSource}),
+        (numbers(1, 2), {MaskPngSource}),
+        # One object an image, or black and white with 0 and 1: only the user knows.
+        (square() * 1, {MaskPngSource, BinaryMasksSource}),
+        (square() * 0, {BinaryMasksSource}),
+    ],
+)
 def test_both_kinds_in_one_layout_are_told_apart_by_their_values(tmp_path, values, kinds):
     for name in 'abc':
         image(tmp_path / f'images/{name}.jpg')
         mask(tmp_path / f'masks/{name}.png', values)
-    assert {kind for kind in (MaskPngSource, BinaryMasksSource)
-            if kind.recognise(tmp_path)} == kinds
+    assert {kind for kind in (MaskPngSource, BinaryMasksSource) if kind.recognise(tmp_path)} == kinds
 
 
-@pytest.mark.parametrize('names', [
-    ['JPEGImages/a.jpg', 'SegmentationObject/a.png', 'SegmentationClass/a.png'],
-    ['train2017/a.jpg', 'annotations/panoptic/b.png'],
-    ['leftImg8bit/train/c/x_leftImg8bit.png', 'gtFine/train/c/x_gtFine_instanceIds.png',
-     'gtFine/train/c/x_gtFine_labelIds.png', 'gtFine/train/c/x_gtFine_color.png'],
-    ['dataset/img/a.jpg', 'dataset/cls/a.png'],
-    ['images/a.jpg', 'labels/a.png'],
-], ids=['VOC', 'COCO', 'Cityscapes', 'SBD', 'labels'])
+@pytest.mark.parametrize(
+    'names',
+    [
+        ['JPEGImages/a.jpg', 'SegmentationObject/a.png', 'SegmentationClass/a.png'],
+        ['train2017/a.jpg', 'annotations/panoptic/b.png'],
+        [
+            'leftImg8bit/train/c/x_leftImg8bit.png',
+            'gtFine/train/c/x_gtFine_instanceIds.png',
+            'gtFine/train/c/x_gtFine_labelIds.png',
+            'gtFine/train/c/x_gtFine_color.png',
+        ],
+        ['dataset/img/a.jpg', 'dataset/cls/a.png'],
+        ['images/a.jpg', 'labels/a.png'],
+    ],
+    ids=['VOC', 'COCO', 'Cityscapes', 'SBD', 'labels'],
+)
 def test_other_kinds_are_not_claimed(tmp_path, names):
     for name in names:
         mask(tmp_path / name, square() * 255)
@@ -550,8 +571,7 @@ def test_prepared_json_has_the_masks_pixels(tmp_path, workers):
     for name, values in made.items():
         image(tmp_path / f'src/images/{name}.jpg')
         mask(tmp_path / f'src/masks/{name}.png', values)
-    prepare(tmp_path / 'src', tmp_path / 'out', 'mask-png', workers=workers, progress=False,
-            classes=['cell'])
+    prepare(tmp_path / 'src', tmp_path / 'out', 'mask-png', workers=workers, progress=False, classes=['cell'])
     data = json.loads((tmp_path / 'out/annotations/instances_all.json').read_text())
     assert [i['file_name'] for i in data['images']] == [f'{name}.jpg' for name in made]
     names = {i['id']: i['file_name'][0] for i in data['images']}
@@ -574,7 +594,7 @@ def test_real_masks(real_data):
     for item in source.items():
         record = source.read(item)
         assert record.problems == []
-        (label, path), = item.label[0]
+        ((label, path),) = item.label[0]
         assert {i.category for i in record.instances} == {label} == {path.parts[-3]}
         wanted = np.asarray(Image.open(path)) >= THRESHOLD
         found = np.zeros(wanted.shape, bool)

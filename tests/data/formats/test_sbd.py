@@ -31,13 +31,17 @@ def devkit(tmp_path) -> Path:
 
 def run(src: Path, out: Path, **options):
     summary = prepare(src, out, progress=False, **{'workers': 1, **options})
-    return summary, {name: json.loads((out / f'annotations/instances_{name}.json').read_text())
-                     for name in summary.splits}
+    return summary, {
+        name: json.loads((out / f'annotations/instances_{name}.json').read_text()) for name in summary.splits
+    }
 
 
 def without_prefix(data: dict) -> dict:
-    return {**data, 'info': None, 'images': [
-        {**image, 'file_name': Path(image['file_name']).name} for image in data['images']]}
+    return {
+        **data,
+        'info': None,
+        'images': [{**image, 'file_name': Path(image['file_name']).name} for image in data['images']],
+    }
 
 
 @pytest.mark.parametrize('level', [0, 1, 2])
@@ -47,8 +51,7 @@ def test_devkit_gives_what_prepare_voc_gives(made_devkit, tmp_path, level):
     summary, made = run(src, tmp_path / 'out')
     old = voc.convert(made_devkit, tmp_path / 'old', workers=1, progress=False)
     for split in ('train', 'val'):
-        assert without_prefix(made[split]) == without_prefix(
-            json.loads(old[split].path.read_text()))
+        assert without_prefix(made[split]) == without_prefix(json.loads(old[split].path.read_text()))
         assert summary.splits[split].per_class == old[split].per_class
     image = made['train']['images'][0]['file_name']
     assert (tmp_path / 'out/images' / image).samefile(made_devkit / 'JPEGImages' / image)
@@ -107,8 +110,7 @@ class Sbd:
         self.rng = np.random.default_rng(3)
         for name in ('inst', 'img', 'cls'):
             (self.folder / name).mkdir(parents=True)
-        self.lists = {'train': ['2008_000002', '2008_000003', '2009_000001'],
-                      'val': ['2008_000004', '2010_000009']}
+        self.lists = {'train': ['2008_000002', '2008_000003', '2009_000001'], 'val': ['2008_000004', '2010_000009']}
         for split, ids in self.lists.items():
             (self.folder / f'{split}.txt').write_text('\n'.join(ids) + '\n')
             for image_id in ids:
@@ -128,9 +130,17 @@ class Sbd:
         boundaries = np.empty((len(labels), 1), object)
         for k in range(len(labels)):
             boundaries[k, 0] = objects == k + 1
-        savemat(self.folder / f'inst/{image_id}.mat', {'GTinst': {
-            'Segmentation': objects, 'Boundaries': boundaries,
-            'Categories': np.array(labels, np.uint8).reshape(-1, 1)}}, do_compression=True)
+        savemat(
+            self.folder / f'inst/{image_id}.mat',
+            {
+                'GTinst': {
+                    'Segmentation': objects,
+                    'Boundaries': boundaries,
+                    'Categories': np.array(labels, np.uint8).reshape(-1, 1),
+                }
+            },
+            do_compression=True,
+        )
 
 
 @pytest.fixture
@@ -140,6 +150,7 @@ def sbd(tmp_path) -> Sbd:
 
 def test_sbd_masks_are_the_pixels_of_the_mat_files(sbd, tmp_path):
     from scipy.io import loadmat
+
     assert recognise(sbd.root)[0] == recognise(sbd.folder)[0] == 'sbd'
     summary, made = run(sbd.root, tmp_path / 'out', sbd_split='official')
     assert {name: len(data['images']) for name, data in made.items()} == {'train': 3, 'val': 2}
@@ -182,16 +193,20 @@ def test_sbd_trains_on_nothing_of_voc_val(sbd, tmp_path):
 SMALL = np.array([[0, 1], [2, 2]], np.uint8)
 
 
-@pytest.mark.parametrize('spoil, message', [
-    (lambda sbd, i: (sbd.folder / f'inst/{i}.mat').unlink(), 'inst/{i}.mat: missing'),
-    (lambda sbd, i: (sbd.folder / f'inst/{i}.mat').write_bytes(b''), 'inst/{i}.mat: unreadable'),
-    (lambda sbd, i: (sbd.folder / f'inst/{i}.mat').write_bytes(b'MATLAB 5.0' + b'x' * 300),
-     'inst/{i}.mat: unreadable'),
-    (lambda sbd, i: savemat(sbd.folder / f'inst/{i}.mat', {'GTcls': SMALL}),
-     'inst/{i}.mat: unreadable'),
-    (lambda sbd, i: sbd.write(i, SMALL, [1, 2]), 'inst/{i}.mat: 2x2 pixels, but img/{i}.jpg has'),
-    (lambda sbd, i: (sbd.folder / f'img/{i}.jpg').unlink(), 'img/{i}.jpg: missing'),
-])
+@pytest.mark.parametrize(
+    'spoil, message',
+    [
+        (lambda sbd, i: (sbd.folder / f'inst/{i}.mat').unlink(), 'inst/{i}.mat: missing'),
+        (lambda sbd, i: (sbd.folder / f'inst/{i}.mat').write_bytes(b''), 'inst/{i}.mat: unreadable'),
+        (
+            lambda sbd, i: (sbd.folder / f'inst/{i}.mat').write_bytes(b'MATLAB 5.0' + b'x' * 300),
+            'inst/{i}.mat: unreadable',
+        ),
+        (lambda sbd, i: savemat(sbd.folder / f'inst/{i}.mat', {'GTcls': SMALL}), 'inst/{i}.mat: unreadable'),
+        (lambda sbd, i: sbd.write(i, SMALL, [1, 2]), 'inst/{i}.mat: 2x2 pixels, but img/{i}.jpg has'),
+        (lambda sbd, i: (sbd.folder / f'img/{i}.jpg').unlink(), 'img/{i}.jpg: missing'),
+    ],
+)
 def test_bad_sbd_files_are_problems_of_one_image(sbd, tmp_path, spoil, message):
     image_id = '2008_000003'
     spoil(sbd, image_id)
@@ -203,12 +218,15 @@ def test_bad_sbd_files_are_problems_of_one_image(sbd, tmp_path, spoil, message):
     assert len(made['train']['images']) == 2
 
 
-@pytest.mark.parametrize('objects, labels, message', [
-    (SMALL, [1], 'object 2 has no class; Categories has 1'),
-    (SMALL, [1, 21], 'object 2 has the class 21, not one of 1 to 20'),
-    (SMALL, [0, 1], 'object 1 has the class 0'),
-    (SMALL.astype(float) / 3, [1, 2], 'is no image of integers'),
-])
+@pytest.mark.parametrize(
+    'objects, labels, message',
+    [
+        (SMALL, [1], 'object 2 has no class; Categories has 1'),
+        (SMALL, [1, 21], 'object 2 has the class 21, not one of 1 to 20'),
+        (SMALL, [0, 1], 'object 1 has the class 0'),
+        (SMALL.astype(float) / 3, [1, 2], 'is no image of integers'),
+    ],
+)
 def test_sbd_objects_without_a_class(sbd, tmp_path, objects, labels, message):
     sbd.write('2008_000003', objects, labels)
     Image.new('RGB', (2, 2)).save(sbd.folder / 'img/2008_000003.jpg')
@@ -217,8 +235,7 @@ def test_sbd_objects_without_a_class(sbd, tmp_path, objects, labels, message):
 
 
 def test_sbd_images_with_one_or_absent_objects(sbd, tmp_path):
-    for image_id, objects, labels in (('2008_000002', SMALL == 2, [7]),
-                                      ('2008_000003', SMALL, [4, 5, 6])):
+    for image_id, objects, labels in (('2008_000002', SMALL == 2, [7]), ('2008_000003', SMALL, [4, 5, 6])):
         sbd.write(image_id, objects.astype(np.uint8), labels)
         Image.new('RGB', (2, 2)).save(sbd.folder / f'img/{image_id}.jpg')
     summary, made = run(sbd.root, tmp_path / 'out', sbd_split='official')
@@ -226,9 +243,15 @@ def test_sbd_images_with_one_or_absent_objects(sbd, tmp_path):
     assert summary.notes == ['inst/2008_000003.mat: 1 of 3 objects have no pixel']
 
 
-@pytest.mark.parametrize('text, message', [
-    ('', 'no image id in it'), ('a b\n', "'a b' is not one image id"),
-    ('a\n../b\n', 'line 2'), ('a\nb\na\n', "line 3: 'a' is listed twice")])
+@pytest.mark.parametrize(
+    'text, message',
+    [
+        ('', 'no image id in it'),
+        ('a b\n', "'a b' is not one image id"),
+        ('a\n../b\n', 'line 2'),
+        ('a\nb\na\n', "line 3: 'a' is listed twice"),
+    ],
+)
 def test_bad_sbd_lists(sbd, tmp_path, text, message):
     (sbd.folder / 'train.txt').write_text(text)
     with pytest.raises(UserError, match='not a list of image ids') as caught:

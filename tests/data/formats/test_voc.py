@@ -32,7 +32,8 @@ def write_xml(path: Path, names: list[str], extra: str = '') -> None:
         f'<object><name>{name}</name><difficult>{k % 2}</difficult>'
         f'<truncated>{k // 2 % 2}</truncated>'
         '<part><name>head</name><bndbox><xmin>1</xmin></bndbox></part></object>'
-        for k, name in enumerate(names))
+        for k, name in enumerate(names)
+    )
     path.write_text(f'<annotation>{entries}{extra}</annotation>')
 
 
@@ -42,11 +43,9 @@ class Devkit:
     def __init__(self, root: Path, train: int = 21, val: int = 18) -> None:
         self.path = root / 'VOCdevkit' / 'VOC2012'
         self.rng = np.random.default_rng(1)
-        for name in ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations',
-                     'ImageSets/Segmentation'):
+        for name in ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', 'ImageSets/Segmentation'):
             (self.path / name).mkdir(parents=True)
-        self.lists = {'train': [f'2007_{k:06}' for k in range(train)],
-                      'val': [f'2011_{k:06}' for k in range(val)]}
+        self.lists = {'train': [f'2007_{k:06}' for k in range(train)], 'val': [f'2011_{k:06}' for k in range(val)]}
         for split, ids in self.lists.items():
             self.list_file(split).write_text('\n'.join(ids) + '\n')
             for image_id in ids:
@@ -57,8 +56,11 @@ class Devkit:
 
     def file(self, kind: str, image_id: str) -> Path:
         folder, suffix = {
-            'jpeg': ('JPEGImages', 'jpg'), 'object': ('SegmentationObject', 'png'),
-            'class': ('SegmentationClass', 'png'), 'xml': ('Annotations', 'xml')}[kind]
+            'jpeg': ('JPEGImages', 'jpg'),
+            'object': ('SegmentationObject', 'png'),
+            'class': ('SegmentationClass', 'png'),
+            'xml': ('Annotations', 'xml'),
+        }[kind]
         return self.path / folder / f'{image_id}.{suffix}'
 
     def add(self, image_id: str) -> None:
@@ -67,17 +69,16 @@ class Devkit:
         objects = np.zeros((height, width), np.uint8)
         for k in range(1, count + 1):
             y, x = self.rng.integers(0, height - 8), self.rng.integers(0, width - 8)
-            objects[y:y + self.rng.integers(1, 20), x:x + self.rng.integers(1, 20)] = k
+            objects[y : y + self.rng.integers(1, 20), x : x + self.rng.integers(1, 20)] = k
             objects[self.rng.random(objects.shape) < 0.01] = k
         objects[self.rng.random(objects.shape) < 0.05] = voc.VOID
         labels = self.rng.integers(1, 21, count)
         lookup = np.zeros(256, np.uint8)
-        lookup[1:count + 1], lookup[voc.VOID] = labels, voc.VOID
+        lookup[1 : count + 1], lookup[voc.VOID] = labels, voc.VOID
         write_png(self.file('object', image_id), objects)
         write_png(self.file('class', image_id), lookup[objects])
         write_xml(self.file('xml', image_id), [VOC_CLASSES[label - 1] for label in labels])
-        Image.fromarray(self.rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
-            self.file('jpeg', image_id))
+        Image.fromarray(self.rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(self.file('jpeg', image_id))
 
     def pixels(self, kind: str, image_id: str) -> np.ndarray:
         return np.asarray(Image.open(self.file(kind, image_id))).copy()
@@ -122,8 +123,7 @@ def check_exact(devkit: Path, json_path: Path) -> dict:
             np.testing.assert_array_equal(mask, objects == number)
             assert set(classes[mask].tolist()) == {annotation['category_id']}
             rows, columns = np.nonzero(objects == number)
-            assert annotation['bbox'] == [columns.min(), rows.min(), np.ptp(columns) + 1,
-                                          np.ptp(rows) + 1]
+            assert annotation['bbox'] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
             assert annotation['area'] == len(rows)
             assert annotation['iscrowd'] == 0
             rebuilt[mask] = number
@@ -133,8 +133,7 @@ def check_exact(devkit: Path, json_path: Path) -> dict:
 
 def test_every_annotation_is_exact(devkit, tmp_path):
     summaries = convert(devkit, tmp_path / 'out')
-    assert {s: summary.path for s, summary in summaries.items()} == \
-        voc.annotation_paths(tmp_path / 'out')
+    assert {s: summary.path for s, summary in summaries.items()} == voc.annotation_paths(tmp_path / 'out')
     for split, summary in summaries.items():
         data = check_exact(devkit.path, summary.path)
         assert [Path(i['file_name']).stem for i in data['images']] == devkit.lists[split]
@@ -154,15 +153,13 @@ def test_pycocotools_reads_it(small, tmp_path, capsys):
 def test_difficult_and_truncated_follow_the_xml(small, tmp_path):
     image_id = small.lists['train'][0]
     objects = np.zeros(small.pixels('object', image_id).shape, np.uint8)
-    objects[2:5, 2:9], objects[10:12, 3:4] = 4, 2   # objects 1 and 3 have no pixel
+    objects[2:5, 2:9], objects[10:12, 3:4] = 4, 2  # objects 1 and 3 have no pixel
     write_png(small.file('object', image_id), objects)
     write_png(small.file('class', image_id), np.where(objects, 12, 0))
     write_xml(small.file('xml', image_id), ['cat', 'dog', 'cow', 'dog'])
     summary = convert(small, tmp_path / 'out')['train']
-    found = [a for a in json.loads(summary.path.read_text())['annotations']
-             if a['image_id'] == 1]
-    assert [(a['difficult'], a['truncated'], a['bbox']) for a in found] == [
-        (1, 0, [3, 10, 1, 2]), (1, 1, [2, 2, 7, 3])]
+    found = [a for a in json.loads(summary.path.read_text())['annotations'] if a['image_id'] == 1]
+    assert [(a['difficult'], a['truncated'], a['bbox']) for a in found] == [(1, 0, [3, 10, 1, 2]), (1, 1, [2, 2, 7, 3])]
     assert summary.without_mask >= 2
 
 
@@ -200,7 +197,9 @@ def test_other_splits(small, tmp_path):
     small.list_file('trainval').write_text('\n'.join(sum(small.lists.values(), [])))
     summaries = convert(small, tmp_path / 'out', splits=['trainval', 'val'])
     assert [(s, x.images, x.path.name) for s, x in summaries.items()] == [
-        ('trainval', 5, 'instances_trainval.json'), ('val', 2, 'instances_val.json')]
+        ('trainval', 5, 'instances_trainval.json'),
+        ('val', 2, 'instances_val.json'),
+    ]
 
 
 def break_all(devkit: Devkit) -> dict[str, str]:
@@ -227,8 +226,7 @@ def break_all(devkit: Devkit) -> dict[str, str]:
 
     image_id = bad('SegmentationObject/{}.png: colours (mode RGB)')
     Image.open(devkit.file('object', image_id)).convert('RGB').save(devkit.file('object', image_id))
-    image_id = bad('SegmentationObject/{}.png: 9x8 pixels, but JPEGImages/{}.jpg has'
-                   .replace('{}', '{0}'))
+    image_id = bad('SegmentationObject/{}.png: 9x8 pixels, but JPEGImages/{}.jpg has'.replace('{}', '{0}'))
     write_png(devkit.file('object', image_id), np.ones((8, 9)))
     write_png(devkit.file('class', image_id), np.ones((8, 9)))
     write_xml(devkit.file('xml', image_id), ['aeroplane'])
@@ -274,10 +272,14 @@ def test_all_problems_are_listed_together_and_nothing_is_written(devkit, tmp_pat
             lines = [line for line in caught.value.problems if image_id in line]
             assert any(words in line for line in lines), (image_id, words, lines)
             assert all(line in text for line in lines)
-        for words in ("line 22: '2007_000001' is listed twice",
-                      "line 23: 'two words' is not one image id",
-                      "line 24: '../up' is not one image id", '--skip-bad', 'nothing was written',
-                      f'{len(expected)} of 39 images unusable'):
+        for words in (
+            "line 22: '2007_000001' is listed twice",
+            "line 23: 'two words' is not one image id",
+            "line 24: '../up' is not one image id",
+            '--skip-bad',
+            'nothing was written',
+            f'{len(expected)} of 39 images unusable',
+        ):
             assert words in text
         assert not out.exists()
 
@@ -288,8 +290,7 @@ def test_long_lists_of_problems_are_not_cut(tmp_path):
         devkit.file('xml', image_id).unlink()
     with pytest.raises(UserError) as caught:
         convert(devkit, tmp_path / 'out')
-    assert all(f'Annotations/{i}.xml: missing' in str(caught.value)
-               for i in devkit.lists['train'])
+    assert all(f'Annotations/{i}.xml: missing' in str(caught.value) for i in devkit.lists['train'])
 
 
 def dispute(devkit: Devkit, image_id: str) -> None:
@@ -297,13 +298,16 @@ def dispute(devkit: Devkit, image_id: str) -> None:
     path = devkit.path / 'Annotations' / f'{image_id}.xml'
     text = path.read_text()
     start = text.rindex('<object>')
-    path.write_text(text[:start] + text[text.index('</object>', start) + len('</object>'):])
+    path.write_text(text[:start] + text[text.index('</object>', start) + len('</object>') :])
 
 
 def test_trusted_masks_settle_what_the_xml_disputes(small, tmp_path):
     whole = convert(small, tmp_path / 'whole')
-    image_id = next(a for a in (small.path / 'ImageSets/Segmentation/train.txt').read_text().split()
-                    if '<object>' in (small.path / 'Annotations' / f'{a}.xml').read_text())
+    image_id = next(
+        a
+        for a in (small.path / 'ImageSets/Segmentation/train.txt').read_text().split()
+        if '<object>' in (small.path / 'Annotations' / f'{a}.xml').read_text()
+    )
     dispute(small, image_id)
     with pytest.raises(UserError, match='--trust-masks') as caught:
         convert(small, tmp_path / 'out')
@@ -316,8 +320,11 @@ def test_trusted_masks_settle_what_the_xml_disputes(small, tmp_path):
 
 
 def test_faults_of_the_official_archive_stop_nobody(small, tmp_path, monkeypatch):
-    image_id = next(a for a in (small.path / 'ImageSets/Segmentation/train.txt').read_text().split()
-                    if '<object>' in (small.path / 'Annotations' / f'{a}.xml').read_text())
+    image_id = next(
+        a
+        for a in (small.path / 'ImageSets/Segmentation/train.txt').read_text().split()
+        if '<object>' in (small.path / 'Annotations' / f'{a}.xml').read_text()
+    )
     dispute(small, image_id)
     monkeypatch.setattr(voc, 'KNOWN_DISPUTES', frozenset({image_id}))
     assert image_id in convert(small, tmp_path / 'out')['train'].notes[0]
@@ -343,8 +350,7 @@ def test_skip_bad_leaves_out_and_lists(devkit, tmp_path):
         assert data['info']['left_out'] == summary.left_out
     assert sum((s.left_out for s in summaries.values()), []) == list(expected)
     assert "'2011_000017' is listed twice" in summaries['val'].problems[0]
-    assert all(line in voc.format_summaries(summaries)
-               for summary in summaries.values() for line in summary.problems)
+    assert all(line in voc.format_summaries(summaries) for summary in summaries.values() for line in summary.problems)
 
 
 def test_skip_bad_with_nothing_left(small, tmp_path):
@@ -364,14 +370,15 @@ def test_missing_folders_and_lists_are_said_once(small, tmp_path):
     with pytest.raises(UserError) as caught:
         convert(small, tmp_path / 'out', skip_bad=True)
     assert caught.value.problems == [
-        'SegmentationObject/: missing', 'ImageSets/Segmentation/train.txt: no image id in it',
-        'ImageSets/Segmentation/val.txt: No such file or directory']
+        'SegmentationObject/: missing',
+        'ImageSets/Segmentation/train.txt: no image id in it',
+        'ImageSets/Segmentation/val.txt: No such file or directory',
+    ]
     small.list_file('train').unlink()
     small.list_file('train').parent.rmdir()
     with pytest.raises(UserError) as caught:
         convert(small, tmp_path / 'out')
-    assert caught.value.problems == ['SegmentationObject/: missing',
-                                     'ImageSets/Segmentation/: missing']
+    assert caught.value.problems == ['SegmentationObject/: missing', 'ImageSets/Segmentation/: missing']
 
 
 def test_image_in_train_and_val_is_refused(small, tmp_path):
@@ -422,9 +429,13 @@ def test_archive_put_there_by_hand_is_used(small, tmp_path, monkeypatch):
 
 def run_tool(*arguments: object) -> subprocess.CompletedProcess:
     path = os.pathsep.join([str(TOOL.parents[1]), os.environ.get('PYTHONPATH', '')])
-    return subprocess.run([sys.executable, TOOL, *map(str, arguments)], text=True,
-                          capture_output=True, env={**os.environ, 'PYTHONPATH': path},
-                          check=False)
+    return subprocess.run(
+        [sys.executable, TOOL, *map(str, arguments)],
+        text=True,
+        capture_output=True,
+        env={**os.environ, 'PYTHONPATH': path},
+        check=False,
+    )
 
 
 def test_tool(small, tmp_path):
@@ -454,9 +465,15 @@ def test_tool_with_problems(small, tmp_path):
     assert [path.name for path in out.iterdir()] == ['instances_train.json']
 
 
-@pytest.mark.parametrize('arguments', [
-    ('--data-root', '/nowhere'), ('--workers', '0'), ('--workers', 'many'),
-    ('--data-root', '/nowhere', '--download', '--url', 'ftp://127.0.0.1/x')])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('--data-root', '/nowhere'),
+        ('--workers', '0'),
+        ('--workers', 'many'),
+        ('--data-root', '/nowhere', '--download', '--url', 'ftp://127.0.0.1/x'),
+    ],
+)
 def test_tool_refuses(arguments):
     done = run_tool(*arguments)
     assert done.returncode == 2
@@ -480,8 +497,7 @@ def real_data() -> Path:
 def test_real_images_are_exact(tmp_path):
     devkit = voc_devkit.find_devkit(real_data() / 'voc2012_real')
     summaries = convert(devkit, tmp_path, workers=2)
-    assert {s: (x.images, x.objects) for s, x in summaries.items()} == {
-        'train': (16, 37), 'val': (13, 30)}
+    assert {s: (x.images, x.objects) for s, x in summaries.items()} == {'train': (16, 37), 'val': (13, 30)}
     for summary in summaries.values():
         check_exact(devkit, summary.path)
         assert summary.left_out == []

@@ -49,13 +49,12 @@ def listing(root: Path) -> list[tuple[str | None, str]]:
 
 
 def pixels(polygons: list) -> np.ndarray:
-    return mask_api.decode(mask_api.merge(
-        mask_api.frPyObjects(polygons, HEIGHT, WIDTH))).astype(bool)
+    return mask_api.decode(mask_api.merge(mask_api.frPyObjects(polygons, HEIGHT, WIDTH))).astype(bool)
 
 
 def test_a_polygon_covers_its_pixels(tmp_path):
     site(tmp_path, SQUARE, '1 0 0 1 0 1 1')
-    record, = read(tmp_path / 'images' / '..')
+    (record,) = read(tmp_path / 'images' / '..')
     assert (record.problems, record.notes) == ([], [])
     assert (record.width, record.height, record.split) == (WIDTH, HEIGHT, 'train')
     cat, dog = record.instances
@@ -70,67 +69,69 @@ def test_a_polygon_covers_its_pixels(tmp_path):
 def test_a_bridge_of_no_width_stays_and_covers_nothing(tmp_path):
     # Two squares joined as Ultralytics' merge_multi_segment does it: there and back on one line.
     bridge = '0 0.1 0.2 0.3 0.2 0.3 0.6 0.1 0.6 0.1 0.2 0.6 0.2 0.9 0.2 0.9 0.6 0.6 0.6 0.6 0.2'
-    record, = read(site(tmp_path, bridge))
-    instance, = record.instances
+    (record,) = read(site(tmp_path, bridge))
+    (instance,) = record.instances
     assert len(instance.segmentation) == 1 and len(instance.segmentation[0]) == 20
     wanted = np.zeros((HEIGHT, WIDTH), bool)
     wanted[8:24, 8:24] = wanted[8:24, 48:72] = True
     assert (pixels(instance.segmentation) == wanted).all()
 
 
-@pytest.mark.parametrize('line, problem', [
-    ('0 0.5 0.5 0.2 0.2', '4 coordinates: a box, not a polygon'),
-    ('0 0.5 0.5 0.2', '3 coordinates, an odd number'),
-    ('0 0.5 0.5 0.2 0.2 0.3', '5 coordinates, an odd number'),
-    (SQUARE + ' 0.93', '9 coordinates, an odd number (a keypoint or a score behind it?)'),
-    ('0 0.5 0.5', 'a polygon of 1 points'),
-    ('0', 'a polygon of 0 points'),
-    ('2 0 0 1 0 1 1', 'class 2, but the classes are 0 to 1'),
-    ('-1 0 0 1 0 1 1', 'class -1, but the classes are 0 to 1'),
-    ('0.5 0 0 1 0 1 1', 'class 0.5, but the classes are 0 to 1'),
-    ('nan 0 0 1 0 1 1', 'NaN or infinity'),
-    ('0 0 0 1 nan 1 1', 'NaN or infinity'),
-    ('0 0 0 1 inf 1 1', 'NaN or infinity'),
-    ('cat 0 0 1 0 1 1', "'cat' is not a number"),
-    ('0, 0, 0, 1, 0, 1, 1', "'0,' is not a number"),
-    ('0 0 0 1 0 1 1.02', 'coordinate 1.02 is outside 0 to 1'),
-    ('0 0 -0.2 1 0 1 1', 'coordinate -0.2 is outside 0 to 1'),
-    ('0 20 10 40 10 40 30', 'coordinate 20 is outside 0 to 1 (pixels instead of parts?)'),
-])
+@pytest.mark.parametrize(
+    'line, problem',
+    [
+        ('0 0.5 0.5 0.2 0.2', '4 coordinates: a box, not a polygon'),
+        ('0 0.5 0.5 0.2', '3 coordinates, an odd number'),
+        ('0 0.5 0.5 0.2 0.2 0.3', '5 coordinates, an odd number'),
+        (SQUARE + ' 0.93', '9 coordinates, an odd number (a keypoint or a score behind it?)'),
+        ('0 0.5 0.5', 'a polygon of 1 points'),
+        ('0', 'a polygon of 0 points'),
+        ('2 0 0 1 0 1 1', 'class 2, but the classes are 0 to 1'),
+        ('-1 0 0 1 0 1 1', 'class -1, but the classes are 0 to 1'),
+        ('0.5 0 0 1 0 1 1', 'class 0.5, but the classes are 0 to 1'),
+        ('nan 0 0 1 0 1 1', 'NaN or infinity'),
+        ('0 0 0 1 nan 1 1', 'NaN or infinity'),
+        ('0 0 0 1 inf 1 1', 'NaN or infinity'),
+        ('cat 0 0 1 0 1 1', "'cat' is not a number"),
+        ('0, 0, 0, 1, 0, 1, 1', "'0,' is not a number"),
+        ('0 0 0 1 0 1 1.02', 'coordinate 1.02 is outside 0 to 1'),
+        ('0 0 -0.2 1 0 1 1', 'coordinate -0.2 is outside 0 to 1'),
+        ('0 20 10 40 10 40 30', 'coordinate 20 is outside 0 to 1 (pixels instead of parts?)'),
+    ],
+)
 def test_bad_lines_are_told_with_their_place(tmp_path, line, problem):
-    record, = read(site(tmp_path, SQUARE, '', line))
+    (record,) = read(site(tmp_path, SQUARE, '', line))
     assert len(record.problems) == 1
     assert record.problems[0].startswith('labels/a.txt, line 3: ')
     assert problem in record.problems[0]
 
 
 def test_all_bad_lines_of_a_file_are_told(tmp_path):
-    record, = read(site(tmp_path, '0 1', SQUARE, '7 0 0 1 0 1 1'))
-    assert [line.partition(':')[0] for line in record.problems] == [
-        'labels/a.txt, line 1', 'labels/a.txt, line 3']
+    (record,) = read(site(tmp_path, '0 1', SQUARE, '7 0 0 1 0 1 1'))
+    assert [line.partition(':')[0] for line in record.problems] == ['labels/a.txt, line 1', 'labels/a.txt, line 3']
 
 
 def test_boxes_become_masks_only_on_demand(tmp_path):
-    record, = read(site(tmp_path, '0 0.5 0.5 0.25 0.5'), boxes_as_masks=True)
+    (record,) = read(site(tmp_path, '0 0.5 0.5 0.25 0.5'), boxes_as_masks=True)
     assert record.problems == []
     assert record.instances[0].segmentation == [[30, 10, 50, 10, 50, 30, 30, 30]]
 
 
 def test_coordinates_just_outside_are_cut(tmp_path):
-    record, = read(site(tmp_path, '0 -1e-7 0 1.0000001 0 1 1', '1 0 0 1.009 0.001 0.5 1'))
+    (record,) = read(site(tmp_path, '0 -1e-7 0 1.0000001 0 1 1', '1 0 0 1.009 0.001 0.5 1'))
     assert record.problems == []
     # Rounding is not worth a word, most of a pixel is not either, more is.
     assert record.notes == []
     assert record.instances[0].segmentation == [[0, 0, 80, 0, 80, 40]]
     large = site(tmp_path / 'large', '1 0 0 1.009 0.001 0.5 1')
     image(large / 'images/a.jpg', (800, 400))
-    record, = read(large)
+    (record,) = read(large)
     assert record.notes == ['labels/a.txt, line 1: reaches 7.2 pixels out of the image; cut']
     assert record.instances[0].segmentation[0][2] == 800
 
 
 def test_repeated_lines_are_one_object(tmp_path):
-    record, = read(site(tmp_path, SQUARE, '1 0 0 1 0 1 1', SQUARE.replace(' ', '  ')))
+    (record,) = read(site(tmp_path, SQUARE, '1 0 0 1 0 1 1', SQUARE.replace(' ', '  ')))
     assert [i.place for i in record.instances] == ['line 1', 'line 2']
     assert record.notes == ['labels/a.txt, line 3: repeats line 1; left out']
 
@@ -143,9 +144,11 @@ def test_images_without_labels_are_background(tmp_path):
     source = YoloSource.open(tmp_path, {})
     records = [source.read(item) for item in source.items()]
     assert [(r.image.name, r.problems, len(r.instances)) for r in records] == [
-        ('a.jpg', [], 1), ('empty.png', [], 0), ('none.png', [], 0)]
-    assert source.notes == [
-        '1 of 3 images have no label file: they count as images without objects']
+        ('a.jpg', [], 1),
+        ('empty.png', [], 0),
+        ('none.png', [], 0),
+    ]
+    assert source.notes == ['1 of 3 images have no label file: they count as images without objects']
 
 
 def test_labels_without_an_image_are_told(tmp_path):
@@ -159,18 +162,23 @@ def test_labels_without_an_image_are_told(tmp_path):
     assert YoloSource.open(tmp_path, {}).problems == [
         'labels/train/gone 9.txt: a label file without an image',
         'labels/train/gone 10.txt: a label file without an image',
-        'labels/train/inner/gone.txt: a label file without an image']
+        'labels/train/inner/gone.txt: a label file without an image',
+    ]
 
 
-@pytest.mark.parametrize('content, problem', [
-    (b'\xff\xfe\x00', 'labels/a.txt: not UTF-8 text'),
-    ('0 0 0 1 0 1 1 ü'.encode('latin-1'), 'labels/a.txt: not UTF-8 text'),
-    (b'\x00\x01\x02', "labels/a.txt, line 1: '\x00\x01\x02' is not a number"),
-], ids=['odd UTF-16', 'Latin-1', 'binary'])
+@pytest.mark.parametrize(
+    'content, problem',
+    [
+        (b'\xff\xfe\x00', 'labels/a.txt: not UTF-8 text'),
+        ('0 0 0 1 0 1 1 ü'.encode('latin-1'), 'labels/a.txt: not UTF-8 text'),
+        (b'\x00\x01\x02', "labels/a.txt, line 1: '\x00\x01\x02' is not a number"),
+    ],
+    ids=['odd UTF-16', 'Latin-1', 'binary'],
+)
 def test_label_files_that_are_no_text(tmp_path, content, problem):
     site(tmp_path, SQUARE)
     (tmp_path / 'labels/a.txt').write_bytes(content)
-    record, = read(tmp_path)
+    (record,) = read(tmp_path)
     assert len(record.problems) == 1 and record.problems[0].startswith(problem)
 
 
@@ -201,21 +209,22 @@ def test_damaged_and_turned_images(tmp_path):
     assert c.instances[0].segmentation == b.instances[0].segmentation
 
 
-@pytest.mark.parametrize('yaml, keys', [
-    ('train: images/train\nval: images/val', ['images/train/a.jpg', 'images/val/b.jpg']),
-    ('path: .\ntrain: images/train\nvalidation: images/val/',
-     ['images/train/a.jpg', 'images/val/b.jpg']),
-    ('path: /home/her/set\ntrain: ../images/train\nval: ../images/val',
-     ['images/train/a.jpg', 'images/val/b.jpg']),
-    ('path: images\ntrain: [train]\nval: [val, extra]',
-     ['images/train/a.jpg', 'images/val/b.jpg', 'images/extra/c.jpg']),
-    ('train: train.txt\nval: lists/val.txt',
-     ['images/train/a.jpg', 'images/val/b.jpg', 'images/extra/c.jpg']),
-    ('train: images\\train\nval: images/val\ntest: images/val',
-     ['images/train/a.jpg', 'images/val/b.jpg']),
-    ('train: images/train\nval: images/val\ntest:', ['images/train/a.jpg', 'images/val/b.jpg']),
-], ids=['folders', 'validation', 'Roboflow', 'lists of folders', 'text files', 'test is val',
-        'no test'])
+@pytest.mark.parametrize(
+    'yaml, keys',
+    [
+        ('train: images/train\nval: images/val', ['images/train/a.jpg', 'images/val/b.jpg']),
+        ('path: .\ntrain: images/train\nvalidation: images/val/', ['images/train/a.jpg', 'images/val/b.jpg']),
+        ('path: /home/her/set\ntrain: ../images/train\nval: ../images/val', ['images/train/a.jpg', 'images/val/b.jpg']),
+        (
+            'path: images\ntrain: [train]\nval: [val, extra]',
+            ['images/train/a.jpg', 'images/val/b.jpg', 'images/extra/c.jpg'],
+        ),
+        ('train: train.txt\nval: lists/val.txt', ['images/train/a.jpg', 'images/val/b.jpg', 'images/extra/c.jpg']),
+        ('train: images\\train\nval: images/val\ntest: images/val', ['images/train/a.jpg', 'images/val/b.jpg']),
+        ('train: images/train\nval: images/val\ntest:', ['images/train/a.jpg', 'images/val/b.jpg']),
+    ],
+    ids=['folders', 'validation', 'Roboflow', 'lists of folders', 'text files', 'test is val', 'no test'],
+)
 def test_images_are_found_by_the_yaml(tmp_path, yaml, keys):
     for name in ('train/a', 'val/b', 'extra/c'):
         image(tmp_path / f'images/{name}.jpg')
@@ -228,42 +237,46 @@ def test_images_are_found_by_the_yaml(tmp_path, yaml, keys):
     assert found == [('train' if key.endswith('a.jpg') else 'val', key) for key in keys]
     assert all(len(source.read(item).instances) == 1 for item in source.items())
     assert source.problems == []
-    assert source.notes == (['test has the same images as val; left out'] if 'test: i' in yaml
-                            else [])
+    assert source.notes == (['test has the same images as val; left out'] if 'test: i' in yaml else [])
 
 
 def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
     site(tmp_path / 'data', SQUARE).joinpath('data.yaml').unlink()
-    path = write(tmp_path / 'yaml/mine.yaml', f'names: [cat]\npath: {tmp_path}/data\n'
-                                              'train: images')
+    path = write(tmp_path / 'yaml/mine.yaml', f'names: [cat]\npath: {tmp_path}/data\ntrain: images')
     for root in (path, path.parent):
         source = YoloSource.open(root, {})
         record = source.read(source.items()[0])
         assert (record.problems, len(record.instances)) == ([], 1)
 
 
-@pytest.mark.parametrize('text, names', [
-    ('names: [cat, dog]\nnc: 2', ['cat', 'dog']),
-    ('names:\n  1: dog\n  0: cat', ['cat', 'dog']),
-    ('names: {"0": cat, "1": dog}', ['cat', 'dog']),
-    ('names: [1, 2]', ['1', '2']),
-    ('nc: 2', ['class_0', 'class_1']),
-])
+@pytest.mark.parametrize(
+    'text, names',
+    [
+        ('names: [cat, dog]\nnc: 2', ['cat', 'dog']),
+        ('names:\n  1: dog\n  0: cat', ['cat', 'dog']),
+        ('names: {"0": cat, "1": dog}', ['cat', 'dog']),
+        ('names: [1, 2]', ['1', '2']),
+        ('nc: 2', ['class_0', 'class_1']),
+    ],
+)
 def test_class_names(tmp_path, text, names):
     site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
     assert YoloSource.open(tmp_path, {}).classes == names
 
 
-@pytest.mark.parametrize('text, problems', [
-    ('names: [cat, dog]\nnc: 3', ['nc is 3, but names has 2']),
-    ('names: {0: cat, 2: dog}', ['the keys of names are not 0 to 1']),
-    ('names: {a: cat}', ['the keys of names are not 0 to 0']),
-    ('names: [yes, cat]', ['names: True is no name; put it in quotes']),
-    ('names: [cat, cat]', ["names: 'cat' is there 2 times"]),
-    ('names: cat', ['names is no list of classes']),
-    ('names: []', ['names is no list of classes']),
-    ('colour: red', ['names is no list of classes']),
-])
+@pytest.mark.parametrize(
+    'text, problems',
+    [
+        ('names: [cat, dog]\nnc: 3', ['nc is 3, but names has 2']),
+        ('names: {0: cat, 2: dog}', ['the keys of names are not 0 to 1']),
+        ('names: {a: cat}', ['the keys of names are not 0 to 0']),
+        ('names: [yes, cat]', ['names: True is no name; put it in quotes']),
+        ('names: [cat, cat]', ["names: 'cat' is there 2 times"]),
+        ('names: cat', ['names is no list of classes']),
+        ('names: []', ['names is no list of classes']),
+        ('colour: red', ['names is no list of classes']),
+    ],
+)
 def test_bad_class_names(tmp_path, text, problems):
     site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
     with pytest.raises(UserError, match='its class names cannot be used') as error:
@@ -271,16 +284,22 @@ def test_bad_class_names(tmp_path, text, problems):
     assert [line for line in problems if line not in error.value.problems] == []
 
 
-@pytest.mark.parametrize('text, message, problems', [
-    ('names: [cat\ntrain: images', 'data.yaml, line 2: not YAML', None),
-    ('- cat', 'holds no keys', None),
-    ('names: [cat]', 'images cannot be used', ['none of the keys train, val, test names images']),
-    ('names: [cat]\ntrain: gone\nval: [gone2]', 'images cannot be used',
-     ['train: gone is missing', 'val: gone2 is missing']),
-    ('names: [cat]\ntrain: 7', 'images cannot be used', ['train: 7 is missing']),
-    ('names: [cat]\ntrain: empty', 'images cannot be used', ['train: no images in empty']),
-    ('names: [cat]\ntrain: list.txt', 'images cannot be used', None),
-])
+@pytest.mark.parametrize(
+    'text, message, problems',
+    [
+        ('names: [cat\ntrain: images', 'data.yaml, line 2: not YAML', None),
+        ('- cat', 'holds no keys', None),
+        ('names: [cat]', 'images cannot be used', ['none of the keys train, val, test names images']),
+        (
+            'names: [cat]\ntrain: gone\nval: [gone2]',
+            'images cannot be used',
+            ['train: gone is missing', 'val: gone2 is missing'],
+        ),
+        ('names: [cat]\ntrain: 7', 'images cannot be used', ['train: 7 is missing']),
+        ('names: [cat]\ntrain: empty', 'images cannot be used', ['train: no images in empty']),
+        ('names: [cat]\ntrain: list.txt', 'images cannot be used', None),
+    ],
+)
 def test_bad_yaml(tmp_path, text, message, problems):
     site(tmp_path, SQUARE, yaml=text)
     (tmp_path / 'empty').mkdir()
@@ -290,9 +309,11 @@ def test_bad_yaml(tmp_path, text, message, problems):
     with pytest.raises(UserError, match=message) as error:
         YoloSource.open(tmp_path, {})
     if 'list.txt' in text:
-        problems = [f'{tmp_path}/list.txt, line 2: images/gone.jpg is missing',
-                    f'{tmp_path}/list.txt, line 3: x.jpg is missing',
-                    f'{tmp_path}/list.txt, line 4: /home/her/top.jpg is missing']
+        problems = [
+            f'{tmp_path}/list.txt, line 2: images/gone.jpg is missing',
+            f'{tmp_path}/list.txt, line 3: x.jpg is missing',
+            f'{tmp_path}/list.txt, line 4: /home/her/top.jpg is missing',
+        ]
     assert problems is None or error.value.problems == problems
 
 
@@ -317,8 +338,7 @@ def test_without_a_yaml(tmp_path):
     write(tmp_path / 'classes.txt', 'cat\ndog\n')
     assert YoloSource.open(tmp_path, {}).classes == ['cat', 'dog']
     assert listing(tmp_path) == [(None, 'images/a.jpg'), ('val', 'images/val/b.jpg')]
-    assert YoloSource.recognise(tmp_path) == (
-        'images/ and labels/ with lines of numbers (labels/a.txt)')
+    assert YoloSource.recognise(tmp_path) == ('images/ and labels/ with lines of numbers (labels/a.txt)')
 
 
 def test_labels_beside_the_images(tmp_path):
@@ -344,15 +364,14 @@ def test_folders_above_the_data_set_have_no_say(tmp_path):
     image(root / 'train/a.jpg')
     write(root / 'train/a.txt', SQUARE)
     write(root / 'data.yaml', 'names: [cat]\ntrain: train')
-    record, = read(root)
+    (record,) = read(root)
     assert len(record.instances) == 1
 
 
 def test_recognise(tmp_path):
     assert YoloSource.recognise(tmp_path / 'nothing') is None
     site(tmp_path / 'ours', SQUARE)
-    assert YoloSource.recognise(tmp_path / 'ours') == (
-        'data.yaml with class names and image folders')
+    assert YoloSource.recognise(tmp_path / 'ours') == ('data.yaml with class names and image folders')
     write(tmp_path / 'other/data.yaml', 'colour: red')
     write(tmp_path / 'other/broken.yaml', 'a: [')
     image(tmp_path / 'other/images/a.jpg')
@@ -361,12 +380,19 @@ def test_recognise(tmp_path):
 
 
 def test_prepared_json_has_the_polygons_pixels(tmp_path):
-    site(tmp_path / 'src', SQUARE, '1 0.1 0.1 0.6 0.2 0.3 0.9', '1 0.5 0.5 0.5 0.5 0.5 0.5',
-         yaml='names: [cat, dog]\ntrain: images\nval: more/images')
+    site(
+        tmp_path / 'src',
+        SQUARE,
+        '1 0.1 0.1 0.6 0.2 0.3 0.9',
+        '1 0.5 0.5 0.5 0.5 0.5 0.5',
+        yaml='names: [cat, dog]\ntrain: images\nval: more/images',
+    )
     image(tmp_path / 'src/more/images/b.jpg')
     summary = prepare(tmp_path / 'src', tmp_path / 'out', 'yolo', workers=1, progress=False)
-    assert {name: (split.images, split.objects, split.empty)
-            for name, split in summary.splits.items()} == {'train': (1, 2, 0), 'val': (1, 0, 1)}
+    assert {name: (split.images, split.objects, split.empty) for name, split in summary.splits.items()} == {
+        'train': (1, 2, 0),
+        'val': (1, 0, 1),
+    }
     assert summary.dropped == {'without a pixel in the image': 1}
     data = json.loads((tmp_path / 'out/annotations/instances_train.json').read_text())
     assert [c['name'] for c in data['categories']] == ['cat', 'dog']

@@ -45,6 +45,7 @@ def killed_before(count: int) -> Iterator[list[str]]:
                     raise Killed
                 done.append(f'{name} {path.name}')
             return original(path, *args, **kwargs)
+
         return change
 
     with pytest.MonkeyPatch.context() as patch:
@@ -102,9 +103,12 @@ def test_kill_before_each_change_of_a_file(whole, tmp_path):
 
 
 def test_old_files_go_after_the_new_ones_are_there(tmp_path):
-    done = [line for line in changes_of(tmp_path, checkpoint=dict(max_keep_ckpts=1))
-            if 'last_checkpoint' not in line and not line.endswith('.tmp') or
-            line.startswith('replace .') and 'last_checkpoint' not in line]
+    done = [
+        line
+        for line in changes_of(tmp_path, checkpoint=dict(max_keep_ckpts=1))
+        if ('last_checkpoint' not in line and not line.endswith('.tmp'))
+        or (line.startswith('replace .') and 'last_checkpoint' not in line)
+    ]
     saved = [line.rpartition('.pth')[0] for line in done]
     assert saved.index('unlink epoch_1') > saved.index('replace .epoch_2')
     assert saved.index('unlink best_score_epoch_1') > saved.index('replace .best_score_epoch_2')
@@ -112,12 +116,13 @@ def test_old_files_go_after_the_new_ones_are_there(tmp_path):
 
 
 def test_best_of_several_scores_is_there_before_the_old_goes(tmp_path):
-    done = changes_of(tmp_path, checkpoint=dict(save_best=['score', 'score2'], rule=None,
-                                                greater_keys=['score', 'score2']),
-                      val_evaluator=dict(type='ToyMetric', names=['score', 'score2']))
+    done = changes_of(
+        tmp_path,
+        checkpoint=dict(save_best=['score', 'score2'], rule=None, greater_keys=['score', 'score2']),
+        val_evaluator=dict(type='ToyMetric', names=['score', 'score2']),
+    )
     for name in ('score', 'score2'):
-        new = next(i for i, line in enumerate(done) if line.startswith(
-            f'replace .best_{name}_epoch_2'))
+        new = next(i for i, line in enumerate(done) if line.startswith(f'replace .best_{name}_epoch_2'))
         assert done.index(f'unlink best_{name}_epoch_1.pth') > new
     assert {'best_score_epoch_4.pth', 'best_score2_epoch_4.pth'} <= set(names(tmp_path))
 
@@ -165,8 +170,10 @@ def test_room_is_that_of_files_kept_at_a_time(tmp_path, monkeypatch):
 def test_state_of_an_optimizer_before_its_first_step(tmp_path):
     adam = dict(type='OptimWrapper', optimizer=dict(type='AdamW', lr=0.01))
     sizes = []
-    runner = train(make_cfg(tmp_path, optim_wrapper=adam), DoAt(
-        lambda runner: sizes.append(checkpoint.checkpoint_bytes(runner)), point='before_train'))
+    runner = train(
+        make_cfg(tmp_path, optim_wrapper=adam),
+        DoAt(lambda runner: sizes.append(checkpoint.checkpoint_bytes(runner)), point='before_train'),
+    )
     weights, full = checkpoint.checkpoint_bytes(runner)
     # AdamW counts steps too, a number for each tensor.
     assert sizes == [(weights, full - 4 * len(list(runner.model.parameters())))]
@@ -202,8 +209,10 @@ def test_within_the_epoch_only_the_newest_is_kept(tmp_path):
     def look(runner) -> None:
         seen.append([name for name in names(tmp_path) if 'best' not in name])
 
-    train(make_cfg(tmp_path, checkpoint=dict(every_n_iters=2)),
-          *(DoAt(look, step, 'before_train_iter') for step in (2, 4, 5, 7)))
+    train(
+        make_cfg(tmp_path, checkpoint=dict(every_n_iters=2)),
+        *(DoAt(look, step, 'before_train_iter') for step in (2, 4, 5, 7)),
+    )
     assert seen == [['iter_2.pth'], ['iter_4.pth'], ['epoch_1.pth'], ['epoch_1.pth', 'iter_7.pth']]
     assert names(tmp_path) == ['best_score_epoch_4.pth', 'epoch_3.pth', LAST]
 
@@ -234,8 +243,13 @@ def test_gradients_of_an_unfinished_accumulation_are_saved(tmp_path):
     train(make_cfg(tmp_path, **changes))
     waiting = {n: 'gradients' in read_checkpoint(tmp_path / n) for n in names(tmp_path)}
     # 5 steps an epoch: after epochs 1 and 3 one waits.
-    assert waiting == {'epoch_1.pth': True, 'epoch_2.pth': False, 'epoch_3.pth': True, LAST: False,
-                       'best_score_epoch_4.pth': False}
+    assert waiting == {
+        'epoch_1.pth': True,
+        'epoch_2.pth': False,
+        'epoch_3.pth': True,
+        LAST: False,
+        'best_score_epoch_4.pth': False,
+    }
 
 
 def test_resume_in_a_copy_leaves_the_original_alone(whole, tmp_path):
@@ -286,8 +300,10 @@ def test_stop_without_a_hook_that_saves(tmp_path):
 
 def test_run_counted_in_iterations_is_stopped_and_goes_on(tmp_path):
     changes = dict(
-        checkpoint=dict(by_epoch=False, interval=4), param_scheduler=None,
-        train_dataloader=dict(sampler=dict(type='InfiniteSampler', shuffle=True)))
+        checkpoint=dict(by_epoch=False, interval=4),
+        param_scheduler=None,
+        train_dataloader=dict(sampler=dict(type='InfiniteSampler', shuffle=True)),
+    )
     cfg = make_cfg(tmp_path, **changes)
     cfg.train_cfg = dict(type='IterBasedTrainLoop', max_iters=10, val_interval=10)
     assert stop(cfg, 5).checkpoint.name == 'iter_6.pth'

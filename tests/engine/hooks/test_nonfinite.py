@@ -39,8 +39,11 @@ class Toy(BaseModel):
     def forward(self, inputs, data_samples=None, mode='tensor', extra=0.0, detached=0.0):
         out = self.head(self.norm(inputs))
         root = torch.sqrt(self.head.bias.clamp(max=0) * 0).sum() if extra == 'root' else extra
-        return {'loss_a': out.square().mean() + root + torch.as_tensor(detached),
-                'loss_b': [out.abs().mean(), out.mean()], 'acc': torch.tensor(NAN)}
+        return {
+            'loss_a': out.square().mean() + root + torch.as_tensor(detached),
+            'loss_b': [out.abs().mean(), out.mean()],
+            'acc': torch.tensor(NAN),
+        }
 
 
 def batch_of(number: int, value: float | None = None, **extra) -> dict:
@@ -48,21 +51,24 @@ def batch_of(number: int, value: float | None = None, **extra) -> dict:
     inputs = torch.randn(4, 2, generator=generator)
     if value is not None:
         inputs[0, 0] = value
-    samples = [DetDataSample(metainfo={'img_id': 10 * number + i, 'img_path': f'{number}_{i}.jpg'})
-               for i in range(2)]
+    samples = [DetDataSample(metainfo={'img_id': 10 * number + i, 'img_path': f'{number}_{i}.jpg'}) for i in range(2)]
     return {'inputs': inputs, 'data_samples': samples, **extra}
 
 
 class Run:
     """The part of a run that the hook sees."""
 
-    def __init__(self, folder: Path, accumulation: int = 1, wrapper: type = OptimWrapper,
-                 **options) -> None:
+    def __init__(self, folder: Path, accumulation: int = 1, wrapper: type = OptimWrapper, **options) -> None:
         torch.manual_seed(0)
         self.model = Toy().train()
-        optimizer = torch.optim.SGD([
-            {'params': self.model.norm.parameters(), 'name': 'norm'},
-            {'params': self.model.head.parameters(), 'name': 'head'}], lr=0.1, momentum=0.9)
+        optimizer = torch.optim.SGD(
+            [
+                {'params': self.model.norm.parameters(), 'name': 'norm'},
+                {'params': self.model.head.parameters(), 'name': 'head'},
+            ],
+            lr=0.1,
+            momentum=0.9,
+        )
         self.optim_wrapper = wrapper(optimizer, accumulative_counts=accumulation)
         self.hook = BadNumbersHook(**options)
         self.work_dir, self.iter, self.epoch = str(folder), 0, 0
@@ -76,8 +82,9 @@ class Run:
         return outputs
 
     def state(self) -> dict:
-        return copy.deepcopy({'model': self.model.state_dict(),
-                              'optimizer': self.optim_wrapper.optimizer.state_dict()['state']})
+        return copy.deepcopy(
+            {'model': self.model.state_dict(), 'optimizer': self.optim_wrapper.optimizer.state_dict()['state']}
+        )
 
 
 def assert_same(first, second) -> None:
@@ -93,20 +100,27 @@ def assert_same_weights(first: dict, second: dict) -> None:
 # Stop
 
 
-@pytest.mark.parametrize(('bad', 'says'), [
-    ({'extra': NAN}, r'the loss is not a number: loss_a = nan'),
-    ({'extra': INF}, r'the loss is not a number: loss_a = inf'),
-    ({'value': NAN}, r'the loss is not a number: loss_a = nan, loss_b = nan'),
-    # Nothing of it reaches the gradient by itself.
-    ({'detached': NAN}, r'the loss is not a number: loss_a = nan'),
-    # The derivative of the root at 0.
-    ({'extra': 'root'}, r'the gradient is not a number, in head')])
+@pytest.mark.parametrize(
+    ('bad', 'says'),
+    [
+        ({'extra': NAN}, r'the loss is not a number: loss_a = nan'),
+        ({'extra': INF}, r'the loss is not a number: loss_a = inf'),
+        ({'value': NAN}, r'the loss is not a number: loss_a = nan, loss_b = nan'),
+        # Nothing of it reaches the gradient by itself.
+        ({'detached': NAN}, r'the loss is not a number: loss_a = nan'),
+        # The derivative of the root at 0.
+        ({'extra': 'root'}, r'the gradient is not a number, in head'),
+    ],
+)
 def test_a_bad_number_stops_the_run_before_the_weights_change(tmp_path, bad, says):
     run = Run(tmp_path)
     run.step(batch_of(1))
     before = run.state()
-    with pytest.raises(UserError, match=rf'^Step 2 \(epoch 1\): {says}\. The weights are those '
-                                        'before the step') as caught:
+    with pytest.raises(
+        UserError,
+        match=rf'^Step 2 \(epoch 1\): {says}\. The weights are those '
+        'before the step',
+    ) as caught:
         run.step(batch_of(2, **bad))
     assert_same_weights(run.state(), before)
     assert caught.value.problems == ['2_0.jpg', '2_1.jpg']
@@ -255,11 +269,11 @@ def test_a_loss_that_is_no_number_is_not_the_scalers_business(tmp_path):
 
 def feed(hook: BadNumbersHook, losses: list[float], monkeypatch) -> list[str]:
     said = []
-    monkeypatch.setattr('mmfinetune.engine.hooks.nonfinite.print_log',
-                        lambda text, logger, level: said.append((text, level)))
+    monkeypatch.setattr(
+        'mmfinetune.engine.hooks.nonfinite.print_log', lambda text, logger, level: said.append((text, level))
+    )
     optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
-    runner = SimpleNamespace(iter=0, optim_wrapper=SimpleNamespace(
-        optimizer=optimizer, should_update=lambda: False))
+    runner = SimpleNamespace(iter=0, optim_wrapper=SimpleNamespace(optimizer=optimizer, should_update=lambda: False))
     for loss in losses:
         hook.after_train_iter(runner, runner.iter, outputs={'loss': torch.tensor(loss)})
         runner.iter += 1
@@ -269,16 +283,21 @@ def feed(hook: BadNumbersHook, losses: list[float], monkeypatch) -> list[str]:
 
 def test_divergence_is_told_once_with_its_causes(monkeypatch):
     [text] = feed(BadNumbersHook(), [1.0] * 60 + [9.9, 11.0, 12.0] + [50.0] * 200, monkeypatch)
-    assert text.startswith('Step 62: the loss 11 is 11 times the median of the last 61 steps. The '
-                           'run may diverge (lr 0.02)')
+    assert text.startswith(
+        'Step 62: the loss 11 is 11 times the median of the last 61 steps. The run may diverge (lr 0.02)'
+    )
     assert 'learning rate' in text and 'check_dataset.py' in text
 
 
-@pytest.mark.parametrize('losses', [
-    [100.0] * 40 + [2000.0],                      # too early to tell
-    [1.0] * 60 + [9.0] * 60,                      # high, but not ten times
-    [2.0 * 0.99**i for i in range(500)],
-    [1.0] * 99 + [5.0, 0.1] * 50])
+@pytest.mark.parametrize(
+    'losses',
+    [
+        [100.0] * 40 + [2000.0],  # too early to tell
+        [1.0] * 60 + [9.0] * 60,  # high, but not ten times
+        [2.0 * 0.99**i for i in range(500)],
+        [1.0] * 99 + [5.0, 0.1] * 50,
+    ],
+)
 def test_no_false_alarm(monkeypatch, losses):
     assert feed(BadNumbersHook(), losses, monkeypatch) == []
 
@@ -290,8 +309,9 @@ def early_stop(hook: EarlyStopHook, scores: list[float], state: list | None = No
     hub = MessageHub(f'early_{id(hook)}')
     if state:
         hub.update_info('early_stop', state)
-    runner = SimpleNamespace(message_hub=hub, train_loop=SimpleNamespace(stop_training=False),
-                             logger=logging.getLogger('early'))
+    runner = SimpleNamespace(
+        message_hub=hub, train_loop=SimpleNamespace(stop_training=False), logger=logging.getLogger('early')
+    )
     hook.before_train(runner)
     count = 0
     for score in scores:
@@ -352,8 +372,9 @@ class PoisonHook(Hook):
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('site')
     weights = make_site(folder)
-    write_tiny_config(folder / 'poisoned.py', weights=weights,
-                      extra="default_hooks.update(poison=dict(type='PoisonHook'))\n")
+    write_tiny_config(
+        folder / 'poisoned.py', weights=weights, extra="default_hooks.update(poison=dict(type='PoisonHook'))\n"
+    )
     return folder
 
 
@@ -374,8 +395,15 @@ def test_a_run_stops_at_a_poisoned_batch(site):
         assert all(torch.isfinite(v).all() for v in read('stop/epoch_1.pth')['state_dict'].values())
         assert not Path('stop/epoch_2.pth').exists()
         # What the message proposes works.
-        resumed = train_tool('poisoned.py', '--train', '--work-dir', 'stop', '--resume',
-                             '--cfg-options', 'default_hooks.bad_numbers.nan_policy=skip')
+        resumed = train_tool(
+            'poisoned.py',
+            '--train',
+            '--work-dir',
+            'stop',
+            '--resume',
+            '--cfg-options',
+            'default_hooks.bad_numbers.nan_policy=skip',
+        )
         assert resumed.code == 0, resumed.err
         assert 'Step 3 (epoch 2) is skipped: the loss is not a number' in resumed.out
         state = read('stop/epoch_2.pth')
@@ -387,13 +415,19 @@ def test_a_run_stops_at_a_poisoned_batch(site):
 
 
 def test_early_stopping_goes_on_counting_after_a_resume(site):
-    options = ('tiny.py', '--train', '--cfg-options', 'default_hooks.early_stop.type=EarlyStopHook',
-               'default_hooks.early_stop.patience=1', 'default_hooks.early_stop.min_delta=1.0',
-               'train_cfg.max_epochs=6', '--work-dir')
+    options = (
+        'tiny.py',
+        '--train',
+        '--cfg-options',
+        'default_hooks.early_stop.type=EarlyStopHook',
+        'default_hooks.early_stop.patience=1',
+        'default_hooks.early_stop.min_delta=1.0',
+        'train_cfg.max_epochs=6',
+        '--work-dir',
+    )
     with inside(site):
         assert train_tool(*options, 'early').code == 0
-        assert sorted(p.name for p in Path('early').glob('epoch_*.pth')) == \
-            ['epoch_1.pth', 'epoch_2.pth']
+        assert sorted(p.name for p in Path('early').glob('epoch_*.pth')) == ['epoch_1.pth', 'epoch_2.pth']
         # A hook that forgot the score of epoch 1 would take that of epoch 2 for the first.
         resumed = train_tool(*options, 'early2', '--resume', 'early/epoch_1.pth')
         assert resumed.code == 0, resumed.err

@@ -28,30 +28,39 @@ GREY, RED = (90, 90, 90), (200, 20, 20)
 
 def box_mask(box=BOX, shape=(HEIGHT, WIDTH)) -> np.ndarray:
     mask = np.zeros((1, *shape), np.uint8)
-    mask[0, box[1]:box[3], box[0]:box[2]] = 1
+    mask[0, box[1] : box[3], box[0] : box[2]] = 1
     return mask
 
 
-def sample(path: Path, truth: bool = True, found: bool = True, scale: float = 1.0,
-           img_id: int = 1) -> DetDataSample:
+def sample(path: Path, truth: bool = True, found: bool = True, scale: float = 1.0, img_id: int = 1) -> DetDataSample:
     """A predicted image with one cat; its ground truth in the coordinates of a scaled one."""
     if not path.exists():
         Image.new('RGB', (WIDTH, HEIGHT), GREY).save(path)
     shape = round(HEIGHT * scale), round(WIDTH * scale)
-    result = DetDataSample(metainfo={
-        'img_path': str(path), 'img_id': img_id, 'ori_shape': (HEIGHT, WIDTH), 'img_shape': shape,
-        'scale_factor': (scale, scale)})
+    result = DetDataSample(
+        metainfo={
+            'img_path': str(path),
+            'img_id': img_id,
+            'ori_shape': (HEIGHT, WIDTH),
+            'img_shape': shape,
+            'scale_factor': (scale, scale),
+        }
+    )
     count = int(found)
     result.pred_instances = InstanceData(
-        bboxes=torch.tensor([BOX], dtype=torch.float)[:count], labels=torch.tensor([0])[:count],
+        bboxes=torch.tensor([BOX], dtype=torch.float)[:count],
+        labels=torch.tensor([0])[:count],
         scores=torch.tensor([0.9])[:count],
-        masks=torch.from_numpy(box_mask().astype(bool))[:count])
+        masks=torch.from_numpy(box_mask().astype(bool))[:count],
+    )
     result.gt_instances = InstanceData()
     if truth:
         scaled = [round(v * scale) for v in BOX]
         result.gt_instances = InstanceData(
             bboxes=HorizontalBoxes(torch.tensor([scaled], dtype=torch.float)),
-            labels=torch.tensor([0]), masks=BitmapMasks(box_mask(scaled, shape), *shape))
+            labels=torch.tensor([0]),
+            masks=BitmapMasks(box_mask(scaled, shape), *shape),
+        )
     return result
 
 
@@ -70,7 +79,7 @@ def test_truth_lies_where_the_prediction_does(tmp_path, scale):
     # A test pipeline may load annotations before it resizes, and then they are scaled.
     picture = pictures.truth_and_prediction(sample(tmp_path / 'a.png', scale=scale), (), 0.3)
     # The lower half, since the texts above the boxes differ.
-    drawn = coloured(picture)[picture.shape[0] // 2:]
+    drawn = coloured(picture)[picture.shape[0] // 2 :]
     half = picture.shape[1] // 2
     left, right = drawn[:, :half], drawn[:, -half:]
     # By 8 the image is enlarged, so this is within a pixel of it.
@@ -81,7 +90,7 @@ def test_truth_lies_where_the_prediction_does(tmp_path, scale):
 
 def test_colours_of_truth_and_prediction_are_those_of_the_class(tmp_path):
     picture = pictures.truth_and_prediction(sample(tmp_path / 'a.png'), NAMES, 0.3)
-    colour, = drawing.palette(1)
+    (colour,) = drawing.palette(1)
     chips = (picture == colour).all(2)
     half = picture.shape[1] // 2
     assert chips[:, :half].any() and chips[:, half:].any()
@@ -89,8 +98,10 @@ def test_colours_of_truth_and_prediction_are_those_of_the_class(tmp_path):
 
 def test_weak_predictions_are_left_out(tmp_path):
     a = sample(tmp_path / 'a.png')
-    strong, weak, none = (pictures.truth_and_prediction(s, NAMES, thr) for s, thr in (
-        (a, 0.3), (a, 0.95), (sample(tmp_path / 'a.png', found=False), 0.3)))
+    strong, weak, none = (
+        pictures.truth_and_prediction(s, NAMES, thr)
+        for s, thr in ((a, 0.3), (a, 0.95), (sample(tmp_path / 'a.png', found=False), 0.3))
+    )
     assert not np.array_equal(strong, weak)
     assert np.array_equal(weak, none)
 
@@ -121,9 +132,11 @@ def test_large_images_are_made_smaller_with_what_is_on_them(tmp_path, objects):
     mask = np.zeros((objects, 1500, 3000), bool)
     mask[:, 750:1500, 1500:3000] = True
     large.pred_instances = InstanceData(
-        bboxes=torch.tensor([[1500., 750., 3000., 1500.]])[:objects],
-        labels=torch.tensor([1])[:objects], scores=torch.tensor([1.])[:objects],
-        masks=torch.from_numpy(mask))
+        bboxes=torch.tensor([[1500.0, 750.0, 3000.0, 1500.0]])[:objects],
+        labels=torch.tensor([1])[:objects],
+        scores=torch.tensor([1.0])[:objects],
+        masks=torch.from_numpy(mask),
+    )
     picture = pictures.truth_and_prediction(large, (), 0.3, limit=800)
     assert picture.shape[1] == 800
     drawn = coloured(picture)[-400:]
@@ -137,16 +150,15 @@ def batch(count: int, masks: str = 'bitmap') -> tuple[list[torch.Tensor], list[D
     inputs, samples = [], []
     for i in range(count):
         shape = HEIGHT, WIDTH - 10 * (i % 2)
-        inputs.append(torch.tensor(RED[::-1], dtype=torch.uint8)[:, None, None].expand(3, *shape)
-                      .clone())
+        inputs.append(torch.tensor(RED[::-1], dtype=torch.uint8)[:, None, None].expand(3, *shape).clone())
         made = DetDataSample(metainfo={'img_shape': shape})
         objects = BitmapMasks(box_mask(shape=shape), *shape)
         if masks == 'polygon':
             x0, y0, x1, y1 = BOX
             objects = PolygonMasks([[np.array([x0, y0, x1, y0, x1, y1, x0, y1], float)]], *shape)
         made.gt_instances = InstanceData(
-            bboxes=HorizontalBoxes(torch.tensor([BOX], dtype=torch.float)),
-            labels=torch.tensor([1]), masks=objects)
+            bboxes=HorizontalBoxes(torch.tensor([BOX], dtype=torch.float)), labels=torch.tensor([1]), masks=objects
+        )
         samples.append(made)
     return inputs, samples
 
@@ -155,17 +167,23 @@ NORMALISED = {'mean': [123.675, 116.28, 103.53], 'std': [58.395, 57.12, 57.375]}
 CAFFE = {'mean': [103.53, 116.28, 123.675], 'std': [1.0, 1.0, 1.0]}
 
 
-@pytest.mark.parametrize('settings', [
-    {**NORMALISED, 'bgr_to_rgb': True}, {**CAFFE, 'bgr_to_rgb': False}, {'bgr_to_rgb': True}, {}])
+@pytest.mark.parametrize(
+    'settings', [{**NORMALISED, 'bgr_to_rgb': True}, {**CAFFE, 'bgr_to_rgb': False}, {'bgr_to_rgb': True}, {}]
+)
 @pytest.mark.parametrize('masks', ['bitmap', 'polygon'])
 def test_batch_has_the_colours_of_the_images(settings, masks):
     inputs, samples = batch(2, masks)
     preprocessor = DetDataPreprocessor(pad_size_divisor=32, pad_mask=True, **settings)
     done = preprocessor({'inputs': inputs, 'data_samples': samples}, training=True)
     picture = pictures.batch_picture(
-        done['inputs'], done['data_samples'], NAMES, settings.get('mean'), settings.get('std'),
-        bool(settings.get('bgr_to_rgb')))
-    left, right = picture[:, :picture.shape[1] // 2], picture[:, picture.shape[1] // 2:]
+        done['inputs'],
+        done['data_samples'],
+        NAMES,
+        settings.get('mean'),
+        settings.get('std'),
+        bool(settings.get('bgr_to_rgb')),
+    )
+    left, right = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 :]
     for cell in (left, right):
         assert (np.abs(cell.astype(int) - RED).max(2) <= 2).mean() > 0.2
         assert (cell == drawing.palette(2)[1]).all(2).any()  # the box, and the chip with its name
@@ -173,14 +191,16 @@ def test_batch_has_the_colours_of_the_images(settings, masks):
 
 def test_large_batches_are_cut():
     inputs, samples = batch(20)
-    made = pictures.batch_picture(torch.stack([i[:, :, :50] for i in inputs]).float(),
-                                       samples, NAMES, None, None, rgb=False)
+    made = pictures.batch_picture(
+        torch.stack([i[:, :, :50] for i in inputs]).float(), samples, NAMES, None, None, rgb=False
+    )
     assert made.shape[1] > made.shape[0]  # two rows of four
 
 
-@pytest.mark.parametrize(('count', 'wanted', 'expected'), [
-    (100, 4, [0, 33, 66, 99]), (4, 4, [0, 1, 2, 3]), (2, 4, [0, 1]), (9, 1, [0]), (9, 0, []),
-    (0, 4, [])])
+@pytest.mark.parametrize(
+    ('count', 'wanted', 'expected'),
+    [(100, 4, [0, 33, 66, 99]), (4, 4, [0, 1, 2, 3]), (2, 4, [0, 1]), (9, 1, [0]), (9, 0, []), (0, 4, [])],
+)
 def test_images_are_spread_over_the_set(count, wanted, expected):
     assert pictures.spread(count, wanted) == expected
 
@@ -195,12 +215,16 @@ def runner(tmp_path: Path) -> SimpleNamespace:
     """What the hooks read of a Runner."""
     loop = SimpleNamespace()
     return SimpleNamespace(
-        work_dir=str(tmp_path / 'run'), visualizer=Visualizer(BoardBackend(str(tmp_path / 'logs'))),
-        _train_loop=loop, hooks=[], epoch=3, iter=12, cfg=Config({'model': {
-            'data_preprocessor': {**NORMALISED, 'bgr_to_rgb': True}}}),
+        work_dir=str(tmp_path / 'run'),
+        visualizer=Visualizer(BoardBackend(str(tmp_path / 'logs'))),
+        _train_loop=loop,
+        hooks=[],
+        epoch=3,
+        iter=12,
+        cfg=Config({'model': {'data_preprocessor': {**NORMALISED, 'bgr_to_rgb': True}}}),
         val_dataloader=SimpleNamespace(sampler=range(7)),
-        model=SimpleNamespace(data_preprocessor=DetDataPreprocessor(
-            **NORMALISED, bgr_to_rgb=True, pad_mask=True)))
+        model=SimpleNamespace(data_preprocessor=DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)),
+    )
 
 
 def shown(tmp_path: Path) -> dict[str, list[int]]:
@@ -217,7 +241,7 @@ def shown(tmp_path: Path) -> dict[str, list[int]]:
 def run_batches(runner, samples, size, before, after) -> None:
     before(runner)
     for start in range(0, len(samples), size):
-        after(runner, start // size, outputs=samples[start:start + size])
+        after(runner, start // size, outputs=samples[start : start + size])
     for backend in runner.visualizer._vis_backends.values():
         backend.close()
 
@@ -248,7 +272,8 @@ def test_first_batch_is_shown_as_the_model_gets_it(runner, tmp_path):
     for runner.iter in (12, 13):
         inputs, samples = batch(2)
         plain = DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)(
-            {'inputs': [i.clone() for i in inputs], 'data_samples': batch(2)[1]}, True)
+            {'inputs': [i.clone() for i in inputs], 'data_samples': batch(2)[1]}, True
+        )
         hook.before_train_iter(runner, 0)
         done = preprocessor({'inputs': inputs, 'data_samples': samples}, True)
         hook.after_train_iter(runner, 0)
@@ -266,17 +291,17 @@ def test_without_a_board_nothing_is_drawn(runner, tmp_path, monkeypatch):
         hook.before_train(runner)
         hook.before_train_iter(runner, 0)
         assert not runner.model.data_preprocessor._forward_hooks
-        run_batches(runner, [sample(tmp_path / 'a.png')], 1, hook.before_val_epoch,
-                    hook.after_val_iter)
+        run_batches(runner, [sample(tmp_path / 'a.png')], 1, hook.before_val_epoch, hook.after_val_iter)
 
 
 def figures(runner) -> list[str]:
     return sorted(path.name for path in Path(runner.work_dir).glob('figures/*'))
 
 
-@pytest.mark.parametrize(('num_images', 'expected'), [
-    (0, []), (1, ['0.png']), (3, ['0.png', '1.png', '2.png']),
-    (9, ['0.png', '1.png', '2.png', '3.png', '4.png'])])
+@pytest.mark.parametrize(
+    ('num_images', 'expected'),
+    [(0, []), (1, ['0.png']), (3, ['0.png', '1.png', '2.png']), (9, ['0.png', '1.png', '2.png', '3.png', '4.png'])],
+)
 @pytest.mark.parametrize('size', [1, 2, 5])
 def test_first_pictures_of_the_test(runner, tmp_path, num_images, expected, size):
     samples = [sample(tmp_path / f'{i}.png') for i in range(5)]

@@ -37,22 +37,22 @@ from tests.builders.runs import (
 )
 
 # Each step is logged as it is, so that means can be taken by hand.
-HOOK = '''
+HOOK = """
 log_processor = dict(window_size=1)
-'''
-BY_ITERATION = '''
+"""
+BY_ITERATION = """
 train_cfg = dict(_delete_=True, type='IterBasedTrainLoop', max_iters=5, val_interval=2)
 log_processor = dict(by_epoch=False, window_size=1)
 default_hooks = dict(checkpoint=dict(by_epoch=False, interval=1),
                      logger=dict(log_metric_by_epoch=False, interval=1))
 train_dataloader['sampler'] = dict(_delete_=True, type='InfiniteSampler')
-'''
-NO_VALIDATION = '''
+"""
+NO_VALIDATION = """
 val_cfg = None
 val_dataloader = None
 val_evaluator = None
 default_hooks = dict(checkpoint=dict(save_best=None))
-'''
+"""
 TABLES = ['results.csv', 'det_results.txt', 'seg_results.txt', 'record_mAP.txt', 'summary.md']
 PICTURES = ['curves.png', 'per_class.png']
 
@@ -62,9 +62,13 @@ def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('result_hooks')
     weights = make_site(folder)
     hookless = HOOK + "custom_hooks = [dict(type='WeightTransferHook')]\n"
-    for name, extra in (('tiny', HOOK), ('hookless', hookless), ('bare', HOOK + NO_VALIDATION),
-                        ('iter', HOOK + BY_ITERATION),
-                        ('bare_iter', HOOK + BY_ITERATION + NO_VALIDATION)):
+    for name, extra in (
+        ('tiny', HOOK),
+        ('hookless', hookless),
+        ('bare', HOOK + NO_VALIDATION),
+        ('iter', HOOK + BY_ITERATION),
+        ('bare_iter', HOOK + BY_ITERATION + NO_VALIDATION),
+    ):
         write_tiny_config(folder / f'{name}.py', weights=weights, epochs=3, extra=extra)
     return folder
 
@@ -97,8 +101,11 @@ def rows(work_dir: Path) -> list[dict[str, str]]:
 
 def records(work_dir: Path) -> list[dict]:
     """What MMEngine logged, all parts in their order."""
-    return [json.loads(line) for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
-            for line in path.read_text().splitlines()]
+    return [
+        json.loads(line)
+        for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
+        for line in path.read_text().splitlines()
+    ]
 
 
 def test_names_are_those_of_the_metric():
@@ -128,9 +135,16 @@ def test_row_holds_what_the_logs_hold(run):
             assert float(row[name]) == validation[name], name
     # With the evaluation it takes longer than its batches alone.
     assert float(table[0]['val_seconds']) > validation['time']
-    assert set(table[0]) == {'epoch', 'iter', 'lr', 'train_seconds', 'val_seconds',
-                             *(f'lr/{n}' for n in ('backbone', 'neck', 'rpn_head', 'roi_head')),
-                             *(f'train/{term}' for term in terms), *names}
+    assert set(table[0]) == {
+        'epoch',
+        'iter',
+        'lr',
+        'train_seconds',
+        'val_seconds',
+        *(f'lr/{n}' for n in ('backbone', 'neck', 'rpn_head', 'roi_head')),
+        *(f'train/{term}' for term in terms),
+        *names,
+    }
 
 
 def test_all_files_of_a_run(run):
@@ -153,8 +167,7 @@ def test_all_files_of_a_run(run):
     assert f'{weights.name} (SHA-256 {weights.stem[-8:]}…)' in text
     annotations = run.parents[1] / 'data/demo/VOCdevkit/VOC2012/annotations'
     for split, images in (('train', TRAIN_IMAGES), ('val', VAL_IMAGES)):
-        objects = len(json.loads((annotations / f'instances_{split}.json').read_text())
-                      ['annotations'])
+        objects = len(json.loads((annotations / f'instances_{split}.json').read_text())['annotations'])
         assert f'| {split:5} | {images:6} | {objects:7} |      20 | ' in text
     assert '| class       | label | mask AP | mask AP50 | box AP | box AP50 |' in text
     for name in (*TABLES[:-1], *PICTURES):
@@ -163,8 +176,9 @@ def test_all_files_of_a_run(run):
 
 def test_training_is_the_same_with_and_without(site, run):
     train(site, 'hookless.py', 'without', '--cfg-options', 'train_cfg.max_epochs=1')
-    states = [torch.load(folder / 'epoch_1.pth', weights_only=False)['state_dict']
-              for folder in (run, run.parent / 'without')]
+    states = [
+        torch.load(folder / 'epoch_1.pth', weights_only=False)['state_dict'] for folder in (run, run.parent / 'without')
+    ]
     assert all(torch.equal(states[0][k], states[1][k]) for k in states[0])
     assert not (run.parent / 'without/results.csv').exists()
 
@@ -182,13 +196,13 @@ def test_resumed_run_has_each_epoch_once(run, tmp_path):
     for name in TABLES[1:3]:
         lines = (folder / name).read_text().splitlines()
         assert [line.split()[0] for line in lines] == ['epoch:1', 'epoch:2', 'epoch:3']
-    assert '| resumed from | work_dirs/run/epoch_1.pth (1 done)' in \
-        (folder / 'summary.md').read_text()
+    assert '| resumed from | work_dirs/run/epoch_1.pth (1 done)' in (folder / 'summary.md').read_text()
     assert not list(folder.glob('*.bak*'))
 
 
 def test_what_cannot_be_read_or_written_does_not_end_the_training(run, tmp_path, monkeypatch):
     from mmfinetune.evaluation import plots
+
     site, folder = copy_run(run, tmp_path / 'site')
     table = folder / 'results.csv'
     damaged = table.read_text().replace('\n1,2,', '\n1,two,', 1)
@@ -198,13 +212,14 @@ def test_what_cannot_be_read_or_written_does_not_end_the_training(run, tmp_path,
         (folder / name).mkdir()
     monkeypatch.setattr(plots, 'class_bars', lambda *_: 1 / 0)
     log = train(site, 'tiny.py', 'run', '--resume', 'work_dirs/run/epoch_2.pth')
-    assert "results.csv cannot be read (line 2: invalid literal for int() with base 10: 'two'): " \
+    assert (
+        "results.csv cannot be read (line 2: invalid literal for int() with base 10: 'two'): "
         'it is now results.csv.bak' in log
+    )
     assert (folder / 'results.csv.bak').read_text() == damaged
     assert [r['epoch'] for r in rows(folder)] == ['3']
     for name in ('curves.png', 'summary.md'):
-        assert f'WARNING - Training goes on without {name}: {folder / name}: cannot be written: ' \
-            'Is a directory' in log
+        assert f'WARNING - Training goes on without {name}: {folder / name}: cannot be written: Is a directory' in log
     assert 'WARNING - Training goes on without per_class.png: Traceback' in log
     assert 'ZeroDivisionError' in log
     assert (folder / 'epoch_3.pth').is_file()
@@ -213,9 +228,17 @@ def test_what_cannot_be_read_or_written_does_not_end_the_training(run, tmp_path,
 def test_validation_now_and_then_of_boxes_only_without_loss(site):
     (site / 'work_dirs/boxes').mkdir(parents=True)
     (site / 'work_dirs/boxes/results.csv').write_text('of an earlier run')
-    train(site, 'tiny.py', 'boxes', '--cfg-options', 'train_cfg.val_interval=2',
-          'train_cfg.max_epochs=2', 'val_cfg.loss=False', "val_evaluator.metric=['bbox']",
-          'default_hooks.checkpoint.save_best=coco/bbox_mAP')
+    train(
+        site,
+        'tiny.py',
+        'boxes',
+        '--cfg-options',
+        'train_cfg.val_interval=2',
+        'train_cfg.max_epochs=2',
+        'val_cfg.loss=False',
+        "val_evaluator.metric=['bbox']",
+        'default_hooks.checkpoint.save_best=coco/bbox_mAP',
+    )
     folder = site / 'work_dirs/boxes'
     table, logged = rows(folder), records(folder)
     assert [(r['epoch'], r['iter']) for r in table] == [('2', '4')]
@@ -263,8 +286,11 @@ def test_training_without_validation(site):
     folder = site / 'work_dirs/bare'
     assert [(r['epoch'], r['iter']) for r in rows(folder)] == [('1', '2'), ('2', '4')]
     assert not [name for name in rows(folder)[0] if name.startswith(('val', 'coco'))]
-    assert sorted(p.name for p in folder.iterdir() if p.name in (*TABLES, *PICTURES)) == \
-        ['curves.png', 'results.csv', 'summary.md']
+    assert sorted(p.name for p in folder.iterdir() if p.name in (*TABLES, *PICTURES)) == [
+        'curves.png',
+        'results.csv',
+        'summary.md',
+    ]
     assert '**Finished: epoch 2 of 2**' in (folder / 'summary.md').read_text()
 
 
@@ -278,6 +304,7 @@ def test_validation_alone_leaves_no_files(site, run):
     from mmengine.runner import Runner
 
     from mmfinetune.config import load
+
     forget_runs()
     with inside(site):
         cfg = load.load('tiny.py')
@@ -291,6 +318,7 @@ def test_validation_alone_leaves_no_files(site, run):
 def test_epoch_resumed_in_its_middle_is_counted_from_its_start(tmp_path):
     """What the hook reads of a Runner, after a resumption at step 3 of the second epoch of 2."""
     from mmengine.logging import MessageHub
+
     hub = MessageHub('middle')
     for step, loss in enumerate((9.0, 9.0, 4.0), 1):
         hub.update_scalar('train/loss', loss)
@@ -306,8 +334,7 @@ def test_epoch_resumed_in_its_middle_is_counted_from_its_start(tmp_path):
     hook.before_train_epoch(runner)
     resumed.update_scalar('train/loss', 2.0)
     resumed.update_scalar('train/time', 7.0)
-    assert hook._trained(runner, {'iter': 4, 'epoch': 2}) == \
-        {'train/loss': 3.0, 'train_seconds': 10.0}
+    assert hook._trained(runner, {'iter': 4, 'epoch': 2}) == {'train/loss': 3.0, 'train_seconds': 10.0}
     # The next epoch begins anew; a step that was skipped does not count.
     hook.before_train_epoch(SimpleNamespace(message_hub=resumed, epoch=2, iter=4))
     for loss in (1.0, math.nan, 2.0):
@@ -317,10 +344,23 @@ def test_epoch_resumed_in_its_middle_is_counted_from_its_start(tmp_path):
 
 @pytest.mark.slow
 def test_killed_run_leaves_what_it_had_and_goes_on(site):
-    command = [sys.executable, str(TOOLS / 'train_pretrained.py'), 'tiny.py', '--train',
-               '--work-dir', 'work_dirs/killed', '--cfg-options', 'train_cfg.max_epochs=200']
-    with subprocess.Popen(command, cwd=site, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'}) as process:
+    command = [
+        sys.executable,
+        str(TOOLS / 'train_pretrained.py'),
+        'tiny.py',
+        '--train',
+        '--work-dir',
+        'work_dirs/killed',
+        '--cfg-options',
+        'train_cfg.max_epochs=200',
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=site,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+    ) as process:
         end = time.monotonic() + 200
         while time.monotonic() < end and process.poll() is None:
             path = site / 'work_dirs/killed/results.csv'
@@ -336,8 +376,15 @@ def test_killed_run_leaves_what_it_had_and_goes_on(site):
     # The last one may be half written.
     numbers = sorted(int(p.stem.rpartition('_')[2]) for p in folder.glob('epoch_*.pth'))
     resumed = numbers[-2]
-    train(site, 'tiny.py', 'killed', '--resume', f'work_dirs/killed/epoch_{resumed}.pth',
-          '--cfg-options', f'train_cfg.max_epochs={resumed + 1}')
+    train(
+        site,
+        'tiny.py',
+        'killed',
+        '--resume',
+        f'work_dirs/killed/epoch_{resumed}.pth',
+        '--cfg-options',
+        f'train_cfg.max_epochs={resumed + 1}',
+    )
     kept = [row for row in before if int(row['epoch']) <= resumed]
     assert len(kept) == resumed
     assert rows(folder)[:-1] == kept
@@ -347,9 +394,18 @@ def test_killed_run_leaves_what_it_had_and_goes_on(site):
 @pytest.mark.slow
 def test_two_processes_write_one_mean(site):
     with inside(site):
-        done = spawn('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2',
-                     TOOLS / 'train_pretrained.py', 'tiny.py', '--train', '--work-dir',
-                     'work_dirs/two')
+        done = spawn(
+            '-m',
+            'torch.distributed.run',
+            '--standalone',
+            '--nproc_per_node',
+            '2',
+            TOOLS / 'train_pretrained.py',
+            'tiny.py',
+            '--train',
+            '--work-dir',
+            'work_dirs/two',
+        )
     assert done.code == 0, done.err[-3000:]
     folder = site / 'work_dirs/two'
     table = rows(folder)

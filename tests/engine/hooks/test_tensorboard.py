@@ -55,8 +55,9 @@ def runner(tmp_path: Path) -> SimpleNamespace:
     path = tmp_path / 'a.pth'
     torch.save({'state_dict': fill(Net(), 2.0).state_dict()}, path)
     weights = {'checkpoint': str(path), 'url': None, 'reinit': {'head': {'std': 0.01}}}
-    return SimpleNamespace(cfg={'weights': weights}, model=fill(Net(), 1.0), seed=0, _resume=False,
-                           _load_from=None, visualizer=showing())
+    return SimpleNamespace(
+        cfg={'weights': weights}, model=fill(Net(), 1.0), seed=0, _resume=False, _load_from=None, visualizer=showing()
+    )
 
 
 def is_transferred(model: Net) -> bool:
@@ -85,8 +86,7 @@ def test_weights_are_transferred_once_only(runner):
     assert all((p == 5).all() for p in runner.model.parameters())
 
 
-@pytest.mark.parametrize(('resume', 'load_from'), [(True, None), (False, 'b.pth'),
-                                                   (True, 'b.pth')])
+@pytest.mark.parametrize(('resume', 'load_from'), [(True, None), (False, 'b.pth'), (True, 'b.pth')])
 def test_nothing_happens_where_a_checkpoint_is_loaded(runner, resume, load_from):
     runner._resume, runner._load_from = resume, load_from
     hook = engine_hooks_weights.WeightTransferHook()
@@ -132,14 +132,17 @@ def test_report_on_the_weights_goes_to_the_board(runner, tmp_path):
     hook.before_train(runner)
     backend.close()
     assert written(tmp_path / 'logs')['weights/text_summary'] == [(0, 0)]
-    event = [e for path in (tmp_path / 'logs').iterdir() for e in board.read_events(path)
-             if e.summary.value and e.summary.value[0].tag.startswith('weights')][0]
+    event = [
+        e
+        for path in (tmp_path / 'logs').iterdir()
+        for e in board.read_events(path)
+        if e.summary.value and e.summary.value[0].tag.startswith('weights')
+    ][0]
     text = event.summary.value[0].tensor.string_val[0].decode()
     assert 'body' in text and 'drawn anew: head.weight, head.bias' in text
 
 
-@pytest.mark.parametrize('change', [{'_resume': True}, {'_load_from': 'b.pth'},
-                                    {'cfg': {'weights': None}}])
+@pytest.mark.parametrize('change', [{'_resume': True}, {'_load_from': 'b.pth'}, {'cfg': {'weights': None}}])
 def test_no_report_where_nothing_is_transferred(runner, tmp_path, change):
     runner.visualizer = showing(BoardBackend(str(tmp_path / 'logs')))
     vars(runner).update(change)
@@ -164,9 +167,13 @@ def test_transfer_comes_before_the_other_hooks():
 
 def test_lr_of_each_group_is_a_scalar():
     params = [nn.Parameter(torch.ones(1)) for _ in range(3)]
-    optimizer = torch.optim.SGD([{'params': [params[0]], 'lr': 0.1, 'name': 'backbone'},
-                                 {'params': [params[1]], 'lr': 0.2, 'name': 'roi_head'},
-                                 {'params': [params[2]], 'lr': 0.3}])
+    optimizer = torch.optim.SGD(
+        [
+            {'params': [params[0]], 'lr': 0.1, 'name': 'backbone'},
+            {'params': [params[1]], 'lr': 0.2, 'name': 'roi_head'},
+            {'params': [params[2]], 'lr': 0.3},
+        ]
+    )
     hub = MessageHub('test_lr_of_each_group_is_a_scalar')
     runner = SimpleNamespace(optim_wrapper=OptimWrapper(optimizer), message_hub=hub)
     hook = learning_rate.GroupLrHook()
@@ -174,14 +181,15 @@ def test_lr_of_each_group_is_a_scalar():
     optimizer.param_groups[0]['lr'] = 0.05
     hook.before_train_iter(runner, 1)
     history = {k: v.data[0].tolist() for k, v in hub.log_scalars.items()}
-    assert history == {'train/lr/backbone': [0.1, 0.05], 'train/lr/roi_head': [0.2, 0.2],
-                       'train/lr/group2': [0.3, 0.3]}
+    assert history == {'train/lr/backbone': [0.1, 0.05], 'train/lr/roi_head': [0.2, 0.2], 'train/lr/group2': [0.3, 0.3]}
 
 
 # ---- Gradient norm --------------------------------------------------------------------------
 
-def gradient_run(wrapper: OptimWrapper, model: nn.Module, hub: MessageHub,
-                 inputs: Sequence[float] = (1, 2, 3, 4), hook: bool = True) -> list[float]:
+
+def gradient_run(
+    wrapper: OptimWrapper, model: nn.Module, hub: MessageHub, inputs: Sequence[float] = (1, 2, 3, 4), hook: bool = True
+) -> list[float]:
     """Train one step for each input; the norms that were logged."""
     runner = SimpleNamespace(optim_wrapper=wrapper, message_hub=hub)
     norm_hook = tensorboard.GradNormHook()
@@ -204,7 +212,7 @@ def linear() -> nn.Linear:
 
 def norm_of(value: float) -> float:
     """Of the gradient of w x + b where both inputs are this: (value, value, 1)."""
-    return (2 * value ** 2 + 1) ** 0.5
+    return (2 * value**2 + 1) ** 0.5
 
 
 @pytest.fixture
@@ -221,8 +229,9 @@ def test_gradient_norm_of_each_step(hub):
 def test_gradient_norm_counts_all_groups_but_what_is_frozen(hub):
     model = nn.Sequential(linear(), fill(nn.Linear(1, 1), 2.0), fill(nn.Linear(1, 1), 3.0))
     model[2].requires_grad_(False)
-    wrapper = OptimWrapper(torch.optim.SGD([{'params': model[0].parameters()},
-                                            {'params': model[1].parameters()}], lr=0.0))
+    wrapper = OptimWrapper(
+        torch.optim.SGD([{'params': model[0].parameters()}, {'params': model[1].parameters()}], lr=0.0)
+    )
     # d/dw2 = 3 (x . w1 + b1) = 3 * 1.5, d/db2 = 3, and 6 times the gradient of the first layer.
     expected = (36 * 3 + (3 * 1.5) ** 2 + 9) ** 0.5
     assert gradient_run(wrapper, model, hub, [1]) == pytest.approx([expected])
@@ -270,17 +279,15 @@ def test_clipping_by_norm_logs_once(hub):
     for hook in (False, True):
         hub.log_scalars.clear()
         model = linear()
-        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1),
-                               clip_grad={'max_norm': 1.0})
+        wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), clip_grad={'max_norm': 1.0})
         norms.append(gradient_run(wrapper, model, hub, hook=hook))
     assert norms[0] == norms[1] == pytest.approx([norm_of(i) for i in (1, 2, 3, 4)])
 
 
 def test_clipping_by_value_has_a_norm_too(hub):
     model = linear()
-    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1),
-                           clip_grad={'type': 'value', 'clip_value': 1.0})
-    assert gradient_run(wrapper, model, hub) == pytest.approx([3 ** 0.5] * 4)
+    wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), clip_grad={'type': 'value', 'clip_value': 1.0})
+    assert gradient_run(wrapper, model, hub) == pytest.approx([3**0.5] * 4)
 
 
 def test_gradient_norm_leaves_the_training_as_it_is(hub):
@@ -305,6 +312,7 @@ def test_several_optimizers_have_no_gradient_norm(hub):
 
 # ---- The board ------------------------------------------------------------------------------
 
+
 class EpochLoop(EpochBasedTrainLoop):
     def __init__(self) -> None:
         self._epoch, self._iter = 1, 5
@@ -318,15 +326,30 @@ class IterLoop(IterBasedTrainLoop):
 @pytest.fixture
 def training(tmp_path: Path, hub: MessageHub) -> SimpleNamespace:
     """What BoardHook reads of a Runner, at the end of the second epoch of three steps."""
-    cfg = Config({'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.1}},
-                  'train_cfg': {'max_epochs': 3}, 'train_dataloader': {'batch_size': 2}})
+    cfg = Config(
+        {
+            'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.1}},
+            'train_cfg': {'max_epochs': 3},
+            'train_dataloader': {'batch_size': 2},
+        }
+    )
     for loss in (9.0, 9.0, 9.0, 1.0, 2.0, 6.0):
         hub.update_scalar('train/loss', loss)
     loop = EpochLoop()
     return SimpleNamespace(
-        cfg=cfg, world_size=1, seed=0, _resume=False, message_hub=hub, epoch=1, iter=5, hooks=[],
-        train_loop=loop, _train_loop=loop, train_dataloader=[0] * 3,
-        visualizer=showing(BoardBackend(str(tmp_path / 'logs'))))
+        cfg=cfg,
+        world_size=1,
+        seed=0,
+        _resume=False,
+        message_hub=hub,
+        epoch=1,
+        iter=5,
+        hooks=[],
+        train_loop=loop,
+        _train_loop=loop,
+        train_dataloader=[0] * 3,
+        visualizer=showing(BoardBackend(str(tmp_path / 'logs'))),
+    )
 
 
 def test_hours_that_are_left(training):
@@ -363,8 +386,9 @@ def test_hyperparameters_and_end_of_the_run(training, tmp_path):
     assert '_hparams_/session_end_info' not in written(tmp_path / 'logs')
     hook.after_train(training)
     board_of(training).close()
-    assert {'_hparams_/experiment', '_hparams_/session_start_info',
-            '_hparams_/session_end_info'} <= set(written(tmp_path / 'logs'))
+    assert {'_hparams_/experiment', '_hparams_/session_start_info', '_hparams_/session_end_info'} <= set(
+        written(tmp_path / 'logs')
+    )
 
 
 def test_without_a_board_there_is_nothing_to_do(training, tmp_path):
