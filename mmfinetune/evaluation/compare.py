@@ -19,9 +19,10 @@ from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History, best_of
 from mmfinetune.evaluation.plots import title_of
 from mmfinetune.evaluation.run_results import RESULTS
+from mmfinetune.utils import text as utils_text
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all
-from mmfinetune.utils.text import cell, duration, markdown_table
+from mmfinetune.utils.text import duration
 
 METRIC = 'coco/segm_mAP'
 STEM = Path('work_dirs/comparison')
@@ -173,11 +174,9 @@ def table(runs: Sequence[Run], metric: str) -> str:
     for run in runs:
         curve = run.curve(metric)
         rows.append(
-            [cell(run.name)]
-            + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
-            + [_best(run, metric)]
+            [run.name] + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns] + [_best(run, metric)]
         )
-    return markdown_table(rows)
+    return utils_text.table(rows, markdown=True) + '\n'
 
 
 def overview(runs: Sequence[Run]) -> str:
@@ -185,14 +184,14 @@ def overview(runs: Sequence[Run]) -> str:
     rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs', 'training time']]
     rows += [
         [
-            cell(run.name),
+            run.name,
             *(_best(run, metric) for metric in _MAIN),
             str(max(run.epochs, default=0)),
             '-' if run.seconds is None else duration(run.seconds),
         ]
         for run in runs
     ]
-    return markdown_table(rows)
+    return utils_text.table(rows, markdown=True) + '\n'
 
 
 def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -424,10 +423,8 @@ def _count(errors: int) -> str:
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
-    return utils_text.markdown_table(rows)
+    return utils_text.table(rows, markdown=True) + '\n'
 
 
 def _csv(rows: Sequence[Sequence[Any]]) -> str:
-    out = io.StringIO()
-    csv.writer(out, lineterminator='\n').writerows(rows)
-    return out.getvalue()
+    return utils_text.csv_text(rows)

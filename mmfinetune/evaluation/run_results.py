@@ -13,7 +13,7 @@ from typing import Any
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
 from mmfinetune.utils.files import atomic_write_all, atomic_write_text
-from mmfinetune.utils.text import cell, duration, markdown_table
+from mmfinetune.utils.text import duration, table
 
 RESULTS = 'results.csv'
 DETECTION, SEGMENTATION = 'det_results.txt', 'seg_results.txt'
@@ -190,14 +190,14 @@ def summary_text(facts: RunFacts, history: History, done: int, state: str, per_c
     if (work_dir / CURVES).is_file():
         body += f'\n![Loss, AP and learning rates]({CURVES})\n'
     last = history.rows[-1][history.unit] if history.rows else 0
-    setup = [['', ''], *([name, cell(text)] for name, text in facts.setup.items())]
+    setup = [['', ''], *([name, text] for name, text in facts.setup.items())]
     data = [['split', 'images', 'objects', 'classes', 'file'], *facts.data]
     sections = {
         'Test': 'Not tested yet.\n',
         f'{unit.capitalize()}s': _history_table(history),
         'Classes': class_section(per_class, f'Validation after {unit} {last}.', (work_dir / CLASS_BARS).is_file()),
-        'Run': f'```bash\n{facts.command}\n```\n\n{markdown_table(setup, left=2)}',
-        'Data': markdown_table(data),
+        'Run': f'```bash\n{facts.command}\n```\n\n{_markdown(setup, left=2)}',
+        'Data': _markdown(data),
         'Files': _file_list(work_dir),
     }
     return body + ''.join(f'\n## {title}\n\n{text}' for title, text in sections.items() if text)
@@ -214,10 +214,10 @@ def class_section(per_class: PerClass, source: str, picture: bool) -> str:
     ]
     rows = [['class', 'label', *(f'{KINDS[k]} {which}' for k, _, which in (key.partition('_') for key in keys))]]
     rows += [
-        [cell(name), str(label), *(_number(values.get(key)) for key in keys)]
+        [name, str(label), *(_number(values.get(key)) for key in keys)]
         for label, (name, values) in enumerate(per_class.items())
     ]
-    return f'{source}\n\n{markdown_table(rows)}' + f'\n![AP and AP50 of each class]({CLASS_BARS})\n' * picture
+    return f'{source}\n\n{_markdown(rows)}' + f'\n![AP and AP50 of each class]({CLASS_BARS})\n' * picture
 
 
 def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], per_class: PerClass) -> list[Path]:
@@ -248,7 +248,7 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
         if f'{PREFIX}{kind}_mAP' in metrics
     ]
     body = f'`{checkpoint.name}`' + (f', loss {metrics["test/loss"]:.4f}' if 'test/loss' in metrics else '') + '\n\n'
-    text = _with_section(text, 'Test', body + markdown_table(rows))
+    text = _with_section(text, 'Test', body + _markdown(rows))
     contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
     if per_class:
         text = _with_section(text, 'Classes', class_section(per_class, f'{source}.', True))
@@ -279,7 +279,7 @@ def _history_table(history: History) -> str:
         [str(row[history.unit]), *(forms.get(name, _number)(row[name]) if name in row else '-' for name in there)]
         for row in history.rows
     ]
-    return markdown_table(rows, left=0)
+    return _markdown(rows, left=0)
 
 
 def _number(value: float | None) -> str:
@@ -310,3 +310,7 @@ def _with_section(text: str, title: str, body: str) -> str:
     else:
         sections.append(new)
     return '\n## '.join(part if part.endswith('\n') else f'{part}\n' for part in (head, *sections))
+
+
+def _markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    return f'{text}\n' if (text := table(rows, left, markdown=True)) else ''

@@ -1,34 +1,75 @@
-"""Tables and times as text."""
+"""Tables, counts, times and suggestions as text."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import csv
+import difflib
+import io
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
-def markdown_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """A Markdown table, also to be read as it is; empty without a row under the header.
+def table(rows: Iterable[Sequence[Any]], left: int = 1, markdown: bool = False) -> str:
+    """Aligned columns, without a newline at the end; empty if there is no row under the header.
 
     Args:
-        rows: Header and rows of cells.
-        left: Number of columns whose text begins on the left.
+        rows: Header and rows of cells; integers get thousands separators.
+        left: Number of columns that are aligned left; the others are aligned right.
+        markdown: Make a Markdown table (which is also readable as it is); cells are escaped.
     """
-    if len(rows) < 2:
+    shown = [[f'{c:,}' if isinstance(c, int) else str(c) for c in row] for row in rows]
+    if len(shown) < 2:
         return ''
-    widths = [max(3, *map(len, column)) for column in zip(*rows, strict=True)]
-    rule = ['-' * width if i < left else '-' * (width - 1) + ':' for i, width in enumerate(widths)]
-    lines = [
-        [
-            text.ljust(width) if i < left else text.rjust(width)
-            for i, (text, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        for row in rows
-    ]
-    return ''.join(f'| {" | ".join(line)} |\n' for line in (lines[0], rule, *lines[1:]))
+    if markdown:
+        shown = [[cell(text) for text in row] for row in shown]
+    least = 3 if markdown else 0
+    widths = [max(least, *map(len, column)) for column in zip(*shown, strict=True)]
+    if markdown:
+        shown.insert(1, ['-' * w if i < left else '-' * (w - 1) + ':' for i, w in enumerate(widths)])
+    lines = []
+    for row in shown:
+        sides = ['<'] * left + ['>'] * (len(row) - left)
+        cells = [f'{text:{side}{width}}' for text, side, width in zip(row, sides, widths, strict=False)]
+        lines.append(f'| {" | ".join(cells)} |' if markdown else '  '.join(cells).rstrip())
+    return '\n'.join(lines)
 
 
 def cell(text: str) -> str:
-    """Text of any kind in a cell of a Markdown table."""
-    return ' '.join(text.split()).replace('|', '\\|').replace('<', '\\<')
+    """Text of any kind on one line of Markdown or in a cell of a table; a second call changes nothing."""
+    return re.sub(r'(?<!\\)([|<])', r'\\\1', ' '.join(text.split()))
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as CSV with all digits."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator='\n').writerows(rows)
+    return out.getvalue()
+
+
+def plural(count: int, noun: str, many: str = '') -> str:
+    """A count with its noun: ``1 error``, ``1,234 errors``.
+
+    Args:
+        count: How many.
+        noun: The singular.
+        many: The plural, where it is not the singular and an s.
+    """
+    return f'{count:,} {noun if count == 1 else many or noun + "s"}'
+
+
+def near(word: str, words: Iterable[str], before: str = '', cutoff: float = 0.6, most: int = 1) -> str:
+    """``did you mean x?`` for the words most like a mistyped one; empty if none is like it.
+
+    Args:
+        word: What was given.
+        words: What is known.
+        before: Put in front of a suggestion, e.g. ``'; '``.
+        cutoff: Least likeness, from 0 to 1.
+        most: The most words to suggest.
+    """
+    found = difflib.get_close_matches(word, list(words), most, cutoff)
+    return f'{before}did you mean {" or ".join(found)}?' if found else ''
 
 
 def duration(seconds: float) -> str:

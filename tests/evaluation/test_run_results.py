@@ -14,7 +14,6 @@ from PIL import Image
 from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.history import History
-from mmfinetune.utils import text as utils_text
 from mmfinetune.utils.errors import UserError
 
 NAMES = [stat[0] for stat in run_results.STATS]
@@ -260,17 +259,6 @@ def test_files_set_aside_keep_each_other(tmp_path):
         'results.csv.bak2': 'b',
         'results.csv.bak3': 'c',
     }
-
-
-def test_duration():
-    assert [utils_text.duration(s) for s in (0, 2.54, 59.4, 59.9, 3725.4, 360000)] == [
-        '0.0 s',
-        '2.5 s',
-        '59.4 s',
-        '0:01:00',
-        '1:02:05',
-        '100:00:00',
-    ]
 
 
 FACTS = run_results.RunFacts(

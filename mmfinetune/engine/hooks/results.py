@@ -27,7 +27,6 @@ import mmfinetune
 from mmfinetune.engine.state import EPOCH_START
 from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import plots, run_results
-from mmfinetune.utils import text as utils_text
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text, hash_in_name, sha256_of
 
@@ -330,4 +329,4 @@ def _data_row(runner, split: str) -> list[list[str]]:
         objects = f'{sum(len(dataset.get_data_info(i)["instances"]) for i in range(count)):,}'
     except (AttributeError, KeyError, TypeError, NotImplementedError):
         objects = '-'  # a data set of another kind than MMEngine's
-    return [[split, f'{count:,}', objects, str(len(classes)), utils_text.cell(str(getattr(dataset, 'ann_file', '-')))]]
+    return [[split, f'{count:,}', objects, str(len(classes)), str(getattr(dataset, 'ann_file', '-'))]]
