@@ -1,9 +1,8 @@
 """Compare runs by their validation metrics: tables, and a picture of the curves by epoch."""
 
-import sys
 from pathlib import Path
 
-from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.apis.cli import add, make_parser, run
 from mmfinetune.evaluation.compare import METRIC, STEM, ZERO_SHOT, compare
 
 EXAMPLES = """
@@ -19,12 +18,12 @@ def main() -> int:
         'dirs',
         nargs='+',
         type=Path,
-        metavar='DIR',
+        metavar='WORK_DIR',
         help='work dir of a run; resumed parts count as one run. Epoch 0 is read '
         f'from its {ZERO_SHOT} (form of test_results.json), if there',
     )
     parser.add_argument(
-        '--names', nargs='+', metavar='NAME', help='names of the runs, one per DIR (default: names of the folders)'
+        '--names', nargs='+', metavar='NAME', help='names of the runs, one per WORK_DIR (default: the folder names)'
     )
     parser.add_argument(
         '--metric',
@@ -32,14 +31,14 @@ def main() -> int:
         default=[METRIC],
         metavar='METRIC',
         help='what to compare, each in a table and a panel of the picture; more '
-        f'is better, except of losses (default: {METRIC})',
+        f'is better, except for losses (default: {METRIC})',
     )
-    parser.add_argument(
+    add(
+        parser,
         '--out',
-        type=Path,
         default=STEM,
-        metavar='FILE-STEM',
-        help='the files to write, without .md, .csv and .png (default: %(default)s)',
+        metavar='STEM',
+        more='the tables and the picture, without .md, .csv and .png (default: %(default)s)',
     )
     args = parser.parse_args()
 
@@ -48,4 +47,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run(main))
+    run(main)

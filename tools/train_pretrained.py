@@ -1,8 +1,6 @@
 """Check the weights, train and test. Without a part named: train, then test."""
 
-import sys
-
-from mmfinetune.apis.cli import add_config_flags, make_parser, run
+from mmfinetune.apis.cli import add, make_parser, positive_int, positive_int_or_auto, run
 
 EXAMPLES = """
 python tools/train_pretrained.py                                  # the VOC run: train, then test
@@ -10,8 +8,9 @@ python tools/train_pretrained.py --check-weights                  # what would b
 python tools/train_pretrained.py --dry-run                        # data sizes, steps, lr; no more
 python tools/train_pretrained.py configs/mask_rcnn_demo.py        # minutes on a CPU
 python tools/train_pretrained.py --data-root /data/VOCdevkit --work-dir work_dirs/try1
-python tools/train_pretrained.py --resume                         # go on with the last checkpoint
+python tools/train_pretrained.py --resume                         # continue from the last checkpoint
 python tools/train_pretrained.py --test                           # test the best checkpoint
+python tools/train_pretrained.py --test --checkpoint my.pth      # test this file
 python tools/train_pretrained.py --test --head-init remap         # what COCO knows, untrained
 python tools/train_pretrained.py --cfg-options train_cfg.max_epochs=12 train_dataloader.batch_size=4
 python tools/train_pretrained.py --gpus 4                         # of 8; all is the default
@@ -21,58 +20,59 @@ python tools/train_pretrained.py --batch-size 1 --accumulate 2    # the same rec
 
 def main() -> int:
     parser = make_parser(__doc__, EXAMPLES)
-    add_config_flags(parser, default='configs/mask_rcnn_voc_pretrained.py')
+    parser.add_argument(
+        'config',
+        nargs='?',
+        default='configs/mask_rcnn_voc_pretrained.py',
+        metavar='CONFIG',
+        help='config file (default: %(default)s)',
+    )
+    add(parser, '--cfg-options')
     parts = parser.add_argument_group('parts')
     parts.add_argument(
         '--check-weights', action='store_true', help='find and verify the weights, show where each tensor comes from'
     )
-    parser.add_argument('--json', action='store_true', help='print the report of --check-weights as JSON')
     parts.add_argument('--train', action='store_true', help='train only')
-    parts.add_argument(
-        '--test', action='store_true', help='test only: the best checkpoint of the work dir, or --weights'
-    )
-    parts.add_argument(
-        '--dry-run', action='store_true', help='print data sizes, steps and the lr of each group, then stop'
-    )
+    parts.add_argument('--test', action='store_true', help='test only: the best checkpoint of the work dir')
+    add(parts, '--dry-run', more='data sizes, steps and the lr of each group')
+    add(parser, '--json', more='(with --check-weights)')
     parser.add_argument(
         '--weights',
         metavar='FILE',
-        help='start from (with --test alone: test) this file or URL: MMDetection, '
-        'torchvision, Detectron2, safetensors, or a run of your own',
+        help='start from this file or URL: MMDetection, torchvision, Detectron2, safetensors, or a run of your own',
     )
+    add(parser, '--checkpoint', more='to test, with --test', type=str)
     parser.add_argument(
         '--head-init',
         choices=('reinit', 'remap'),
-        help='draw the heads anew, or take over the rows of the classes that the '
+        help='re-initialize the heads, or take the rows of the classes that the '
         'weights know; with --test: test the model before any training',
     )
-    parser.add_argument(
-        '--data-root', metavar='DIR', help='folder that holds VOCdevkit/, or the annotation files of the config'
-    )
-    parser.add_argument('--work-dir', metavar='DIR', help='where results go')
+    add(parser, '--data-root')
+    parser.add_argument('--work-dir', metavar='WORK_DIR', help='where results go (default: that of the config)')
     parser.add_argument(
         '--resume',
         nargs='?',
         const=True,
         default=False,
-        metavar='PATH',
-        help='go on from this checkpoint, or from the last of the work dir; `auto`: begin where there is none',
+        metavar='FILE',
+        help='continue from this checkpoint, or from the last of the work dir; `auto`: start where there is none',
     )
-    parser.add_argument('--save-every', type=int, metavar='N', help='save each N steps too, not only each epoch')
-    parser.add_argument('--no-check', dest='check', action='store_false', help='leave out the check of the data set')
+    parser.add_argument(
+        '--save-every', type=positive_int, metavar='N', help='save every N steps too, not only every epoch'
+    )
+    parser.add_argument('--no-check', dest='check', action='store_false', help='skip the check of the data set')
     parser.add_argument(
         '--gpus', metavar='N', help='GPUs of this machine, or `all` (default); without a GPU: processes'
     )
+    add(parser, '--batch-size', type=positive_int_or_auto, more='; the lr scales with it; `auto`: as many as fit')
     parser.add_argument(
-        '--batch-size', metavar='N', help='images per GPU, the lr scaled by the rule; `auto`: as many as fit'
-    )
-    parser.add_argument(
-        '--accumulate', type=int, metavar='N', help='update the weights every N steps; the lr is scaled by the rule'
+        '--accumulate', type=positive_int, metavar='N', help='update the weights every N steps; the lr scales with it'
     )
     parser.add_argument(
         '--amp', nargs='?', const='fp16', choices=('fp16', 'bf16'), help='mixed precision on a GPU (default: fp16)'
     )
-    parser.add_argument('--lr', type=float, help='base learning rate as it is; wins over the config and the scaling')
+    parser.add_argument('--lr', type=float, help='base learning rate, used unchanged; wins over config and scaling')
     parser.add_argument(
         '--no-scale-lr',
         dest='scale_lr',
@@ -80,6 +80,8 @@ def main() -> int:
         help="use the config's lr whatever the number of GPUs and the batch size",
     )
     args = parser.parse_args()
+    if args.json and not args.check_weights:
+        parser.error('--json prints the result of --check-weights: add that, or leave --json out')
 
     from mmfinetune.apis import train
 
@@ -87,4 +89,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run(main))
+    run(main)

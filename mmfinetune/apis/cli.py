@@ -1,4 +1,7 @@
-"""What the tools share: parser, flags, error handling. Nothing here imports torch."""
+"""What the tools share: their options, exit codes and error handling. Nothing here imports torch.
+
+An option that more than one tool has is a row of `SHARED`: one name, one meaning, one wording.
+"""
 
 from __future__ import annotations
 
@@ -6,38 +9,159 @@ import argparse
 import os
 import sys
 import traceback
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from mmfinetune.engine import launch
 from mmfinetune.utils.errors import Stopped, UserError
 
+EXIT_ANSWER_NO = 1
 EXIT_USER_ERROR = 2
+EXIT_CRASH = os.EX_SOFTWARE
 EXIT_INTERRUPTED = 130
+# Of all tools; in each --help and in docs/tools.md.
+EXIT_CODES = {
+    '0': 'done',
+    '1': 'done, and the answer is no: errors in the data, configs that differ, inputs that failed',
+    '2': 'something for you to fix; the message says what',
+    '70': 'a crash, with a traceback: please report it',
+    '130, 143': 'stopped by Ctrl-C or SIGTERM; training saves its state first',
+}
+SCORE_THR = 0.3
 
 
-def make_parser(description: str, examples: str) -> argparse.ArgumentParser:
-    """A parser whose help ends with examples, one command a line."""
-    lines = '\n'.join(f'  {line.strip()}' for line in examples.strip().splitlines())
-    return argparse.ArgumentParser(
-        description=description, epilog=f'examples:\n{lines}', formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def positive_int(text: str) -> int:
+    """An option's value as an integer of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
+    return int(text)
 
 
-def add_config_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
-    """``CONFIG`` and ``--cfg-options``."""
-    parser.add_argument(
-        'config',
-        nargs='?' if default else None,
-        default=default,
-        help='config file' + (' (default: %(default)s)' if default else ''),
-    )
-    parser.add_argument(
-        '--cfg-options',
+def positive_int_or_auto(text: str) -> int | str:
+    """A positive integer, or ``auto``."""
+    return text if text == 'auto' else positive_int(text)
+
+
+def share(text: str) -> float:
+    """An option's value as a number from 0 to 1."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 1')
+    return value
+
+
+class names(argparse.Action):
+    """One or more words. One word with commas, the form of earlier releases, is split."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, nargs='+', **kwargs)
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if len(values) == 1 and ',' in values[0]:
+            values = [name.strip() for name in values[0].split(',')]
+            if not all(values):
+                parser.error(f'argument {option_string}: an empty name')
+            _note(f'{option_string} takes words now: {option_string} {" ".join(map(repr, values))}')
+        setattr(namespace, self.dest, values)
+
+
+# Everything that two or more tools have; `add` puts them into a parser.
+SHARED: dict[str, dict[str, Any]] = {
+    '--config': dict(type=Path, metavar='CONFIG', help='config file'),
+    '--cfg-options': dict(
         nargs='+',
         default=[],
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_cfg.max_epochs=12; an unknown key is an error',
+    ),
+    '--run': dict(type=Path, metavar='WORK_DIR', help='work dir of a run: its config and best checkpoint are used'),
+    '--checkpoint': dict(type=Path, metavar='FILE', help='trained checkpoint'),
+    '--data-root': dict(
+        type=Path,
+        metavar='DIR',
+        help='folder of the data: one that holds VOCdevkit/VOC2012, that folder itself, or one with the annotation '
+        'files that the config names',
+    ),
+    '--image-root': dict(type=Path, metavar='DIR', help='folder that the image names are relative to'),
+    '--classes': dict(action=names, metavar='NAME', help='classes to keep'),
+    '--split': dict(choices=('test', 'val', 'train'), default='test', help='split of the data (default: %(default)s)'),
+    '--batch-size': dict(type=positive_int, metavar='N', help='images per step on one device'),
+    '--epochs': dict(type=positive_int, metavar='N', help='length of the training'),
+    '--score-thr': dict(
+        type=share, default=SCORE_THR, metavar='SCORE', help='lowest score of a detection (default: %(default)s)'
+    ),
+    '--workers': dict(type=positive_int, metavar='N', help='processes (default: all cores); the result is the same'),
+    '--seed': dict(type=int, default=0, metavar='N', help='seed of all random choices (default: %(default)s)'),
+    '--skip-bad': dict(action='store_true', help='leave out images with problems, and list them, instead of stopping'),
+    '--trust-masks': dict(
+        action='store_true', help='keep images in which only the classes or the XML disagree with the masks'
+    ),
+    '--out': dict(type=Path, help='where to write'),
+    '--overwrite': dict(action='store_true', help='replace what an earlier call of this tool has written there'),
+    '--json': dict(action='store_true', help='print the result as JSON'),
+    '--no-pictures': dict(dest='pictures', action='store_false', help='write no pictures'),
+    '--dry-run': dict(action='store_true', help='check and report only'),
+}
+
+
+def add(parser: Any, *options: str, more: str = '', **changes: Any) -> None:
+    """Add options of `SHARED`.
+
+    Args:
+        parser: A parser or a group of one.
+        *options: Their names.
+        more: What only this tool says of them; follows the common help.
+        **changes: Differences from the common settings, e.g. a default; not the help.
+    """
+    for option in options:
+        settings = {**SHARED[option], **changes}
+        if more:
+            settings['help'] += f'{"" if more.startswith((" ", ";", ",")) else " "}{more}'
+        parser.add_argument(option, **settings)
+
+
+def _note(text: str) -> None:
+    print(f'note: {text}', file=sys.stderr, flush=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that still takes the option names of the last release, with a note."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.old_options: dict[str, str] = {}
+
+    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
+        return super().parse_known_args(
+            [self._renamed(arg) for arg in (sys.argv[1:] if args is None else args)], namespace
+        )
+
+    def _renamed(self, arg: str) -> str:
+        name, equals, value = arg.partition('=')
+        new = self.old_options.get(name)
+        if new is None:
+            return arg
+        _note(f'{name} is now called {new}; the old name will be removed in the next release')
+        return f'{new}{equals}{value}'
+
+
+def old_option(parser: Parser, old: str, new: str) -> None:
+    """Accept an option under the name that it had in the last release too."""
+    parser.old_options[old] = new
+
+
+def make_parser(description: str, examples: str) -> Parser:
+    """Make a parser whose help ends with examples, one command a line, and the exit codes."""
+    lines = '\n'.join(f'  {line.strip()}' for line in examples.strip().splitlines())
+    codes = '\n'.join(f'  {code:<9} {meaning}' for code, meaning in EXIT_CODES.items())
+    return Parser(
+        description=description,
+        epilog=f'examples:\n{lines}\n\nexit codes:\n{codes}',
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
 
 
@@ -51,10 +175,9 @@ def _own_message(error: UserError) -> str:
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Run a tool's ``main`` and exit.
+    """Run a tool's ``main`` and exit with one of `EXIT_CODES`; ``main`` returns 0 or 1.
 
-    The code is 0 or what ``main`` returns, 2 on a UserError, 130 on Ctrl-C, and 128 + the signal
-    where a run was asked to stop. Of several processes one shows the error.
+    Of several processes of a run one shows the error.
     """
     launch.follow_launcher()
     try:
@@ -79,6 +202,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = 0
     except Exception as error:
         if not launch.report(traceback.format_exc(), error):
-            raise
-        code = 1
+            traceback.print_exc()
+        code = EXIT_CRASH
     sys.exit(code)

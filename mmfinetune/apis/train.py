@@ -62,7 +62,7 @@ def check_early(options: Options) -> None:
         if value is not None and value < 1:
             raise UserError(f'{flag} {value}: pass a number of at least 1')
     size = options.batch_size
-    if size not in (None, AUTO) and not (size.isdigit() and int(size) > 0):
+    if size not in (None, AUTO) and not (str(size).isdigit() and int(size) > 0):
         raise UserError(f'--batch-size {size}: pass a number of images per GPU, or auto')
     if size == AUTO and options.resume:
         raise UserError(
@@ -129,7 +129,8 @@ def run(options: Options) -> int:
     elif options.head_init:
         _test_untrained(cfg)
     else:
-        file = Path(options.weights) if options.weights else weights_work_dir.best_checkpoint(Path(cfg.work_dir))
+        chosen = options.checkpoint or options.weights
+        file = Path(chosen) if chosen else weights_work_dir.best_checkpoint(Path(cfg.work_dir))
         _test(test_runner(cfg, file), file)
     work_dir = cfg.work_dir
     say(

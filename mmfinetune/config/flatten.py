@@ -73,14 +73,16 @@ def flatten(path: str | Path) -> str:
     return f'# The resolved settings of {Path(path).name}, without _base_.\n\n{text}\n'
 
 
-def write_new(path: Path, text: str) -> None:
-    """Write a config file that is not there yet.
+def write(path: Path, text: str, overwrite: bool = False) -> None:
+    """Write a config file.
 
     Raises:
-        UserError: It is there, or cannot be written.
+        UserError: It exists and is not to be replaced, or cannot be written.
     """
-    if path.exists():
-        raise UserError(f'{path} is there already', cure='name another file, or delete it')
+    if path.exists() and not overwrite:
+        raise UserError(
+            'config-exists', '{path} already exists', hint='name another file, or pass --overwrite', path=str(path)
+        )
     atomic_write_text(path, text)
 
 

@@ -31,12 +31,13 @@ class Options:
     dry_run: bool = False
     check: bool = True
     weights: str | None = None
+    checkpoint: str | None = None
     head_init: str | None = None
-    data_root: str | None = None
+    data_root: str | Path | None = None
     work_dir: str | None = None
     resume: str | bool = False
     gpus: str | None = None
-    batch_size: str | None = None
+    batch_size: int | str | None = None
     accumulate: int | None = None
     amp: str | None = None
     lr: float | None = None

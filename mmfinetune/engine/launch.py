@@ -159,7 +159,7 @@ def launch(count: int, argv: Sequence[str]) -> int:
         argv: Script and arguments.
 
     Returns:
-        Exit code: 0, 2 after a UserError, 128 + the signal after a stop, else 1.
+        Exit code: 0, 2 after a UserError, 128 + the signal after a stop, else that of a crash, 70.
 
     Raises:
         UserError: The machines do not meet.
@@ -310,7 +310,8 @@ def _show(failures: dict, alone: bool = True) -> int:
     else:
         text = told[1]
     print(text, file=sys.stderr, flush=True)
-    return max(1, failure.exitcode)
+    # 1 is a tool's answer, and a signal no exit code: both are crashes here.
+    return failure.exitcode if failure.exitcode > 1 else os.EX_SOFTWARE
 
 
 def report(text: str, error: BaseException) -> bool:

@@ -490,7 +490,7 @@ def test_flattened_text_is_the_same_run(tmp_path, loaded, name):
     text = flatten.flatten(CONFIGS / name)
     assert '_base_ =' not in text
     path = tmp_path / 'flat.py'
-    flatten.write_new(path, text)
+    flatten.write(path, text)
     flat = load.load(path)
     assert flatten.differences(flatten.settings(loaded(name)), flatten.settings(flat)) == []
 
@@ -506,8 +506,8 @@ def test_flattened_text_keeps_tuples(tmp_path):
 def test_an_existing_config_is_not_overwritten(tmp_path):
     path = tmp_path / 'flat.py'
     path.write_text('mine = 1')
-    with pytest.raises(UserError, match='is there already'):
-        flatten.write_new(path, 'x = 1')
+    with pytest.raises(UserError, match='config-exists'):
+        flatten.write(path, 'x = 1')
     assert path.read_text() == 'mine = 1'
 
 

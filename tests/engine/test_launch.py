@@ -323,7 +323,7 @@ def test_a_bug_is_shown_with_its_traceback_once(start):
             raise ValueError('a bug')
         time.sleep(600)
         """)
-    assert done.code == 1
+    assert done.code == 70
     assert done.err.count('Traceback') == done.err.count('ValueError: a bug') == 1
 
 
@@ -335,7 +335,7 @@ def test_the_cause_is_shown_and_not_what_followed_from_it(start):
         wait_for_the_end_of(1)
         raise RuntimeError('Connection closed by peer')
         """)
-    assert done.code == 1
+    assert done.code == 70
     assert 'the cause' in done.err and 'Connection' not in done.err
 
 
@@ -347,7 +347,7 @@ def test_a_killed_process_is_named_and_not_what_its_peers_say(start):
         wait_for_the_end_of(1)
         raise RuntimeError('Connection closed by peer')
         """)
-    assert done.code == 1
+    assert done.code == 70
     assert done.err == (
         'error: process 1 of the run was killed by SIGKILL (the kernel does so when memory runs '
         'out); the others were stopped.\nHow to mend it: go on with --resume\n'
@@ -444,18 +444,18 @@ def test_peers_that_nccl_aborts_are_no_cause(tmp_path, capsys):
 
 def test_peers_that_hang_and_are_killed_by_the_launcher_are_no_cause(tmp_path, capsys):
     failures = {0: failure(-signal.SIGKILL, 131), 1: failure(1, 100, told(tmp_path, 'e', 'ValueError', 100))}
-    assert launch._show(failures) == 1
+    assert launch._show(failures) == 70
     assert capsys.readouterr().err == 'ValueError\n'
 
 
 def test_a_crash_is_told_by_its_signal(capsys):
-    assert launch._show({0: failure(-signal.SIGSEGV, 100), 1: failure(-signal.SIGTERM, 100)}) == 1
+    assert launch._show({0: failure(-signal.SIGSEGV, 100), 1: failure(-signal.SIGTERM, 100)}) == 70
     assert 'process 0 of the run was killed by SIGSEGV;' in capsys.readouterr().err
 
 
 def test_a_connection_lost_to_another_machine_says_where_to_look(tmp_path, capsys):
     path = told(tmp_path, 'e', 'Traceback\nDistBackendError: Connection closed by peer', 100)
-    assert launch._show({2: failure(1, 100, path)}, alone=False) == 1
+    assert launch._show({2: failure(1, 100, path)}, alone=False) == 70
     err = capsys.readouterr().err
     assert err.startswith('error: a process of another machine has gone (DistBackendError')
     assert 'its output says why' in err and 'Traceback' not in err

@@ -287,7 +287,7 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(site, tmp_path, monkey
         start = time.monotonic()
         outcome = spawn(*args, timeout=500)
         took = time.monotonic() - start
-        assert outcome.code == 1
+        assert outcome.code == 70
         assert 'Starting 2 processes' in outcome.out
         assert outcome.err.count('error: ') == 1 and 'Traceback' not in outcome.err
         assert 'error: process 1 of the run was killed by SIGKILL' in outcome.err
