@@ -95,7 +95,6 @@ SHARED: dict[str, dict[str, Any]] = {
         type=share, default=SCORE_THR, metavar='SCORE', help='lowest score of a detection (default: %(default)s)'
     ),
     '--workers': dict(type=positive_int, metavar='N', help='processes (default: all cores); the result is the same'),
-    '--seed': dict(type=int, default=0, metavar='N', help='seed of all random choices (default: %(default)s)'),
     '--skip-bad': dict(action='store_true', help='leave out images with problems, and list them, instead of stopping'),
     '--trust-masks': dict(
         action='store_true', help='keep images in which only the classes or the XML disagree with the masks'
