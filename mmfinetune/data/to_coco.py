@@ -14,7 +14,8 @@ from typing import Any
 from pycocotools import mask as mask_api
 
 from mmfinetune.data.records import Instance, Item, Record, Source
-from mmfinetune.utils.masks import polygon_problem, rle_problem
+from mmfinetune.utils.errors import Problem
+from mmfinetune.utils.masks import check_polygon, check_rle
 from mmfinetune.utils.workers import in_order
 
 _GIVEN_LATER = frozenset({'id', 'image_id'})
@@ -127,19 +128,16 @@ def _add_instance(task: Task, record: Record, instance: Instance, done: Done) ->
             done.problems.append(f"{where}unknown class '{instance.category}'")
         return
     shape, width, height = instance.segmentation, record.width, record.height
-    if isinstance(shape, dict):
-        problem = rle_problem(shape, width, height)
-    else:
-        problem = next(filter(None, (polygon_problem(p, width, height) for p in shape)), None)
-    if problem:
-        done.problems.append(where + problem)
+    try:
+        if isinstance(shape, dict):
+            rle = shape = check_rle(shape, height, width)
+        else:
+            for polygon in shape:
+                check_polygon(polygon, height, width)
+    except Problem as problem:
+        done.problems.append(f'{where}{problem}')
         return
-    if isinstance(shape, dict):
-        counts = shape['counts']
-        if not isinstance(counts, str):
-            counts = mask_api.frPyObjects(shape, height, width)['counts'].decode()
-        rle = shape = {'size': [height, width], 'counts': counts}
-    else:
+    if not isinstance(shape, dict):
         # Of fewer than three points: no area, and pycocotools would take two for a box.
         full = [polygon for polygon in shape if len(polygon) >= 6]
         if full and len(full) < len(shape):

@@ -1,4 +1,4 @@
-"""Downloads that resume, are checked, and are whole or not there."""
+"""Downloads that resume, are verified, and appear only when complete."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from pathlib import Path, PurePosixPath
 
 from tqdm import tqdm
 
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import CHUNK, digest, looks_like
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import CHUNK, digest, looks_like, not_writable
+
+_BY_HAND = 'download {url} by other means and put it at {dst}'
+_AGAIN = 'run again, try a mirror, or ' + _BY_HAND
 
 
 def download(
@@ -31,21 +34,21 @@ def download(
     retries: int = 3,
     wait: float = 1.0,
 ) -> Path:
-    """Fetch `url` to `dst`; `dst` appears only when whole and verified.
+    """Download `url` to `dst`, which appears only when complete and verified.
 
-    What has come so far stays in `<dst>.part` and is resumed by the next call. A `dst` that
-    already passes the checks is not fetched again, and one that fails them is replaced only by
+    A partial download stays in `<dst>.part` and is resumed by the next call. A `dst` that
+    already passes the checks is not downloaded again, and one that fails them is replaced only by
     one that passes.
 
     Args:
         url: An http or https address.
         dst: The file to make.
-        sha256: Expected SHA-256, whole or its first digits (as in the names of model files).
+        sha256: Expected SHA-256, all of it or its first digits (as in the names of model files).
         md5: Expected MD5.
         size: Expected size in bytes.
         timeout: Seconds without an answer before a try counts as failed.
         progress: Whether to show a progress bar.
-        retries: Tries after the first that bring nothing new; one that does resets the count.
+        retries: Further tries that bring nothing new; one that does resets the count.
         wait: Seconds before the first retry, doubled for each further one.
 
     Raises:
@@ -53,7 +56,7 @@ def download(
     """
     dst = Path(dst)
     if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
-        raise UserError(f'{url}: not an http or https address')
+        raise UserError('download-address', '{url}: not an http or https address', url=url)
     if dst.is_file() and not _mismatch(dst, sha256, md5, size):
         return dst
     part = dst.with_name(dst.name + '.part')
@@ -66,33 +69,29 @@ def download(
             _Fetch(url, dst, part, size, checked, timeout, progress).run(retries, wait)
         bad = _mismatch(part, sha256, md5, size)
         if bad:
-            looks = looks_like(part)
+            found = looks_like(part)
             _forget(part)
-            raise UserError(
-                f'{url}: not the expected file{f" but {looks}" if looks else ""}',
-                [bad],
-                'run again, try a mirror, or ' + _by_hand(url, dst),
-            )
+            if found:
+                text = '{url}: not the expected file but {found}'
+                raise UserError('download-other', text, [bad], hint=_AGAIN, url=url, dst=dst, found=found)
+            raise UserError('download-mismatch', '{url}: not the expected file', [bad], hint=_AGAIN, url=url, dst=dst)
         part.replace(dst)
         _forget(part)
     except OSError as error:
-        raise UserError(
-            f'{dst}: cannot be written: {error.strerror or error}',
-            cure='choose a folder you may write to, on a disk with room',
-        ) from error
+        raise not_writable(dst, error) from error
     return dst
 
 
 def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bool = True) -> Path:
-    """Unpack the folder `inner` of a tar archive as `target`, which appears only when whole.
+    """Unpack the folder `inner` of a tar archive as `target`, which appears only when complete.
 
     Raises:
         UserError: A damaged archive, one with members outside `inner` or other than files and
-            folders, too little room, or `target` is there already.
+            folders, too little room, or `target` already exists.
     """
     archive, target, inside = Path(archive), Path(target), PurePosixPath(inner).parts
     if target.exists():
-        raise UserError(f'{target}: there already', cure='move it away to unpack anew')
+        raise UserError('unpack-exists', '{path}: already exists', hint='move it away to unpack again', path=target)
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,9 +100,12 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
             bad = [member.name for member in members if not _may_unpack(member, inside)]
             if bad or not members:
                 raise UserError(
-                    f'{archive}: must hold files and folders of {inner} only, but has',
+                    'unpack-members',
+                    '{archive}: must hold only files and folders of {inner}, but has',
                     bad or ['nothing'],
-                    'fetch the archive anew from its source',
+                    hint='download the archive again from its source',
+                    archive=archive,
+                    inner=inner,
                 )
             # A tenth more, since each small file ends in a disk block that it does not fill.
             _check_room(target.parent, int(1.1 * sum(member.size for member in members)))
@@ -115,8 +117,12 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
         temporary.joinpath(*inside).rename(target)
     except (tarfile.TarError, EOFError, OSError) as error:
         raise UserError(
-            f'{archive}: cannot be unpacked as {target}: {error}',
-            cure='remove the archive if it is damaged, and fetch it anew',
+            'unpack-failed',
+            '{archive}: cannot be unpacked as {target}: {reason}',
+            hint='remove the archive if it is damaged, and download it again',
+            archive=archive,
+            target=target,
+            reason=error,
         ) from error
     finally:
         if temporary:
@@ -150,10 +156,15 @@ class _Fetch:
                 failures = 1 if have > most else failures + 1
                 most = max(most, have)
                 if failures > retries:
-                    kept = f' ({have:,} bytes are kept in {self.part})' if have else ''
                     raise UserError(
-                        f'{self.url}: download failed: {error}{kept}',
-                        cure='check the network and run again to resume, or ' + _by_hand(self.url, self.dst),
+                        'download-failed',
+                        '{url}: download failed: {reason} ({kept:,} bytes are kept in {part})',
+                        hint='check the network and run again to resume, or ' + _BY_HAND,
+                        url=self.url,
+                        dst=self.dst,
+                        part=self.part,
+                        reason=error,
+                        kept=have,
                     ) from error
                 time.sleep(wait * 2 ** (failures - 1))
 
@@ -181,17 +192,16 @@ class _Fetch:
             _forget(self.part)
             raise _NetworkError('the server answered with another range than asked for')
         if response.status != 206:
-            # The server ignored the range, or the file there has changed: begin anew.
+            # The server ignored the range, or the file there has changed: start again.
             have = 0
         length = response.headers.get('Content-Length', '')
         total = have + int(length) if length.isdigit() else None
         if self.size is not None and total not in (None, self.size):
             # Said before the part is touched: a login page must not cost what has come so far.
-            raise UserError(
-                f'{self.url}: not the expected file',
-                [f'size: expected {self.size:,} bytes, offered are {total:,} ({response.headers.get_content_type()})'],
-                'try a mirror, or ' + _by_hand(self.url, self.dst),
-            )
+            text = '{url}: expected {size:,} bytes, but the server offers {offered:,} ({type})'
+            kind = response.headers.get_content_type()
+            facts = dict(url=self.url, dst=self.dst, size=self.size, offered=total, type=kind)
+            raise UserError('download-size', text, hint='try a mirror, or ' + _BY_HAND, **facts)
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
         self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
@@ -228,8 +238,13 @@ class _Fetch:
         if error.code in (408, 425, 429) or error.code >= 500:
             raise _NetworkError(f'HTTP {error.code} {error.reason}')
         raise UserError(
-            f'{self.url}: HTTP {error.code} {error.reason}',
-            cure='check the address, or ' + _by_hand(self.url, self.dst),
+            'download-http',
+            '{url}: HTTP {status} {reason}',
+            hint='check the address, or ' + _BY_HAND,
+            url=self.url,
+            dst=self.dst,
+            status=error.code,
+            reason=error.reason,
         ) from error
 
     def _resumable(self) -> int:
@@ -248,22 +263,27 @@ class _Fetch:
         return ''
 
 
-def _mismatch(path: Path, sha256: str | None, md5: str | None, size: int | None) -> str:
-    """What is wrong with a file's size or checksum; empty if nothing."""
+def _mismatch(path: Path, sha256: str | None, md5: str | None, size: int | None) -> Message | None:
+    """What is wrong with a file's size or checksum."""
     if size is not None and _size(path) != size:
-        return f'size: expected {size:,} bytes, got {_size(path):,}'
+        return Message('file-size', 'size: expected {size:,} bytes, got {found:,}', size=size, found=_size(path))
     for kind, expected in (('sha256', sha256), ('md5', md5)):
-        if expected and not (got := digest(path, kind)).startswith(expected.lower()):
-            return f'{kind}: expected {expected.lower()}, got {got}'
-    return ''
+        if expected and not (found := digest(path, kind)).startswith(expected.lower()):
+            text = '{kind}: expected {digest}, got {found}'
+            return Message('file-digest', text, kind=kind, digest=expected.lower(), found=found)
+    return None
 
 
 def _check_room(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted > free:
         raise UserError(
-            f'{folder}: {wanted / 1e9:.2f} GB wanted, {free / 1e9:.2f} GB free',
-            cure='make room or choose another folder',
+            'disk-full',
+            '{path}: {wanted:,.2f} GB needed, {free:,.2f} GB free',
+            hint='make room or choose another folder',
+            path=folder,
+            wanted=wanted / 1e9,
+            free=free / 1e9,
         )
 
 
@@ -271,10 +291,6 @@ def _may_unpack(member: tarfile.TarInfo, inside: tuple[str, ...]) -> bool:
     parts = PurePosixPath(member.name).parts
     within = parts[: len(inside)] == inside[: len(parts)] and '..' not in parts
     return within and (member.isdir() or (member.isreg() and len(parts) > len(inside)))
-
-
-def _by_hand(url: str, dst: Path) -> str:
-    return f'fetch {url} by other means and put it at {dst}'
 
 
 def _size(path: Path) -> int:

@@ -36,6 +36,31 @@ class Message:
     def __hash__(self) -> int:
         return hash((self.code, str(self)))
 
+    def at(self, place: object) -> Message:
+        """The same message with the place (fact `place`) in front, for a finder that does not know it."""
+        if 'place' in self.facts:
+            return Message(self.code, self.text, **{**self.facts, 'place': f'{place}: {self.facts["place"]}'})
+        return Message(self.code, f'{{place}}: {self.text}', place=str(place), **self.facts)
+
+
+class Problem(ValueError):
+    """What is wrong with a file or a value, raised where nobody knows yet what it means for the user.
+
+    Args:
+        code, text, **facts: See `Message`.
+    """
+
+    def __init__(self, code: str, text: str, /, **facts: Any) -> None:
+        self.message = Message(code, text, **facts)
+        super().__init__(str(self.message))
+
+    def __reduce__(self) -> tuple:
+        return _rebuilt_problem, (self.message,)
+
+
+def _rebuilt_problem(message: Message) -> Problem:
+    return Problem(message.code, message.text, **message.facts)
+
 
 class UserError(Exception):
     """A problem that the user can fix; shown as one message, exit code 2, no traceback.

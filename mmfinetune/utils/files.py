@@ -1,22 +1,24 @@
-"""Files that are there whole or not at all: writing, checksums, download, unpacking."""
+"""Files: written completely or not at all, found in natural order, read with short reasons."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Problem, UserError
 
 CHUNK = 1 << 20  # bytes
 
 
 def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
-    """Write several files; none of them changes before all new contents lie on the disk.
+    """Write several files; none of them changes before all new contents are on the disk.
 
     Args:
         contents: The bytes for each path. Missing folders are made; a symbolic link is followed.
@@ -41,22 +43,53 @@ def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
         for temporary, path in staged:
             temporary.replace(path)
     except OSError as error:
-        raise UserError(
-            f'{path}: cannot be written: {error.strerror or error}',
-            cure='choose a folder you may write to, on a disk with room',
-        ) from error
+        raise not_writable(path, error) from error
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
 
 
+def not_writable(path: Path | None, error: OSError) -> UserError:
+    """The error to raise where a file or folder cannot be written."""
+    return UserError(
+        'file-not-writable',
+        '{path}: cannot be written: {reason}',
+        hint='choose a folder that you may write to, on a disk with room',
+        path=path,
+        reason=reason_of(error),
+    )
+
+
+def require_writable(folder: str | Path) -> None:
+    """Refuse a folder in which nothing can be written, before the work instead of after it.
+
+    A temporary file is written in the nearest folder that exists, since `os.access` is wrong for
+    root and on NFS. No folder is made or removed.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    folder = Path(folder).absolute()
+    try:
+        place = next(path for path in (folder, *folder.parents) if path.exists())
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise not_writable(folder, error) from error
+
+
+def reason_of(error: Exception) -> str:
+    """Why reading or writing failed, in a few words."""
+    return getattr(error, 'strerror', None) or str(error) or type(error).__name__
+
+
 def atomic_write_bytes(path: str | Path, data: bytes) -> None:
-    """Write `data` to `path`, whole or not at all; see `atomic_write_all`."""
+    """Write `data` to `path`, completely or not at all; see `atomic_write_all`."""
     atomic_write_all({Path(path): data})
 
 
 def atomic_write_text(path: str | Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`, whole or not at all; see `atomic_write_all`."""
+    """Write `text` as UTF-8 to `path`, completely or not at all; see `atomic_write_all`."""
     atomic_write_bytes(path, text.encode())
 
 
@@ -68,7 +101,7 @@ def json_bytes(value: object, indent: int | None = None) -> bytes:
 
 
 def atomic_write_json(path: str | Path, value: object, indent: int | None = None) -> None:
-    """Write `value` as JSON to `path`, whole or not at all; see `atomic_write_all`."""
+    """Write `value` as JSON to `path`, completely or not at all; see `atomic_write_all`."""
     atomic_write_bytes(path, json_bytes(value, indent))
 
 
@@ -78,6 +111,12 @@ def sha256_of(path: str | Path) -> str:
 
 
 def digest(path: Path, kind: str) -> str:
+    """A checksum of a file's content in hexadecimal digits.
+
+    Args:
+        path: The file.
+        kind: An algorithm of `hashlib`, e.g. 'md5'.
+    """
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open('rb') as file:
         while data := file.read(CHUNK):
@@ -85,21 +124,21 @@ def digest(path: Path, kind: str) -> str:
     return digest.hexdigest()
 
 
-def looks_like(path: Path) -> str:
-    """What a file is that often stands in for a binary one; empty if none of these.
+def looks_like(file: Path | bytes) -> str:
+    """What a file or its first bytes are, if it is one that often stands in for a binary one.
 
-    A web page (saved instead of the download) or a Git LFS pointer.
+    A web page (saved instead of the download) or a Git LFS pointer; empty if neither.
     """
-    with path.open('rb') as file:
-        start = file.read(512).lstrip().lower()
+    if isinstance(file, Path):
+        with contextlib.suppress(OSError), file.open('rb') as opened:
+            file = opened.read(512)
+    start = b'' if isinstance(file, Path) else file[:512].lstrip().lower()
     if start.startswith((b'<!doctype html', b'<html')):
         return 'a web page (a login or an error page?)'
     if start.startswith(b'version https://git-lfs'):
         return 'a Git LFS pointer (run `git lfs pull`)'
     return ''
 
-
-pass
 
 _NOT_DATA = frozenset({'__MACOSX', 'Thumbs.db'})
 
@@ -157,36 +196,37 @@ def read_text(path: Path) -> str:
     """The text of a label file: UTF-8, or UTF-16 with its mark.
 
     Raises:
-        ValueError: With a short reason: missing, unreadable, not text.
+        Problem: It is missing, unreadable or not text.
     """
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise ValueError('missing') from None
+        raise Problem('text-file-missing', 'missing') from None
     except OSError as error:
-        raise ValueError(f'unreadable ({error.strerror or error})') from None
+        raise Problem('text-file-unreadable', 'unreadable ({reason})', reason=reason_of(error)) from None
     try:
         # A mark in front (Windows editors write it) would become part of the first word.
         return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except UnicodeDecodeError as error:
-        raise ValueError(f'not UTF-8 text (byte {error.start})') from None
+        raise Problem('text-file-encoding', 'not UTF-8 text (byte {byte})', byte=error.start) from None
 
 
 def read_json(path: Path) -> Any:
-    """The value of a JSON file; NaN and infinity are let through, see `polygon_problem`.
+    """The value of a JSON file; NaN and infinity are let through, see `masks.check_polygon`.
 
     Raises:
-        ValueError: With a short reason and the place.
+        Problem: See `read_text`; or it is not JSON, with the place.
     """
     text = read_text(path)
     if not text.strip():
-        raise ValueError('empty file')
+        raise Problem('json-empty', 'empty file')
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f'not JSON ({error.msg}, line {error.lineno}, column {error.colno})') from None
+        where = dict(reason=error.msg, line=error.lineno, column=error.colno)
+        raise Problem('json-syntax', 'not JSON ({reason}, line {line}, column {column})', **where) from None
     except RecursionError:
-        raise ValueError('not usable JSON (nested too deeply)') from None
+        raise Problem('json-nesting', 'not usable JSON (nested too deeply)') from None
 
 
 _HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$')

@@ -1,4 +1,4 @@
-"""Run-length codes that may be damaged, read without trusting them."""
+"""Segmentations: masks to run-length codes (RLE), and the checks that pycocotools leaves out."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
+
+from mmfinetune.utils.errors import Problem
+
+_LONGEST_RUN = (1 << 32) - 1  # pycocotools keeps a run in 32 bits
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
@@ -19,8 +23,7 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     Returns:
         `{'size': [height, width], 'counts': str}`.
     """
-    rle = mask_api.encode(np.asfortranarray(mask, dtype=np.uint8))
-    return {'size': [int(side) for side in rle['size']], 'counts': rle['counts'].decode()}
+    return _as_json(mask_api.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
 def masks_to_rles(indices: np.ndarray, values: Iterable[int]) -> list[dict[str, Any]]:
@@ -46,126 +49,115 @@ def masks_to_rles(indices: np.ndarray, values: Iterable[int]) -> list[dict[str, 
         counts = np.diff(edges, prepend=0, append=columns.size).tolist()
         if not counts[-1] and len(counts) > 1:
             counts.pop()
-        rle = mask_api.frPyObjects({'size': [height, width], 'counts': counts}, height, width)
-        rles.append({'size': [height, width], 'counts': rle['counts'].decode()})
+        rles.append(to_rle({'size': [height, width], 'counts': counts}, height, width))
     return rles
 
 
-def polygon_problem(points: Any, width: int, height: int) -> str | None:
-    """What is wrong with a polygon that cannot be meant so; None if nothing.
+def to_rle(shape: list | dict[str, Any], height: int, width: int) -> dict[str, Any]:
+    """The compressed RLE of a segmentation that is known to be valid, see `check_rle` and `check_polygon`.
+
+    Args:
+        shape: Polygons of three points or more, or an RLE with counts of either kind.
+        height: Height of the image.
+        width: Width of the image.
+    """
+    if isinstance(shape, list):
+        return _as_json(mask_api.merge(mask_api.frPyObjects(shape, height, width)))
+    if isinstance(shape['counts'], list):
+        return _as_json(mask_api.frPyObjects(shape, height, width))
+    return {'size': [height, width], 'counts': shape['counts']}
+
+
+def _as_json(rle: dict[str, Any]) -> dict[str, Any]:
+    return {'size': [int(side) for side in rle['size']], 'counts': rle['counts'].decode()}
+
+
+def check_polygon(points: Any, height: int, width: int) -> None:
+    """Refuse a polygon that cannot be meant that way.
 
     One of fewer than three points, or outside the image by less than the image's longer side, is
-    not wrong: it covers few pixels or none, and is clipped.
+    fine: it covers few pixels or none, and is clipped.
 
     Args:
         points: A flat list x, y, x, y, ... in pixels.
-        width: Of the image.
-        height: Of the image.
+        height: Height of the image.
+        width: Width of the image.
+
+    Raises:
+        Problem: What is wrong.
     """
     if not isinstance(points, (list, tuple)):
-        return f'a polygon is {type(points).__name__}, not a list of numbers'
+        raise Problem('shape-polygon-type', 'a polygon is {type}, not a list of numbers', type=type(points).__name__)
     for value in points:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return f'a polygon holds {_short(value)}, not a number'
+            raise Problem('shape-polygon-number', 'a polygon holds {value}, not a number', value=_short(value))
     if len(points) % 2:
-        return f'a polygon has an odd number of coordinates ({len(points)})'
+        raise Problem('shape-polygon-odd', 'a polygon has an odd number of coordinates ({count})', count=len(points))
     # Rasterising costs the length of the outline, without limit.
     reach = max(width, height)
     far = next((value for value in points if not -reach <= value <= 2 * reach), None)
     if far is None:
-        return None
+        return
     if far in (math.inf, -math.inf) or far != far:
-        return 'a polygon holds NaN or infinity'
-    return f'a polygon reaches {_short(far)}, far outside the {width}x{height} image'
+        raise Problem('shape-polygon-nan', 'a polygon holds NaN or infinity')
+    text = 'a polygon reaches {value}, far outside the {width}x{height} image'
+    raise Problem('shape-polygon-far', text, value=_short(far), width=width, height=height)
 
 
-def rle_problem(rle: Any, width: int, height: int) -> str | None:
-    """What is wrong with a COCO RLE, compressed or not; None if nothing.
+def check_rle(rle: Any, height: int, width: int) -> dict[str, Any]:
+    """A COCO RLE, compressed, if it is valid.
 
     pycocotools does not check these, and a bad one makes it write past its memory.
 
     Args:
         rle: `{'size': [height, width], 'counts': str or list of ints}`.
-        width: Of the image.
-        height: Of the image.
-    """
-    if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys():
-        return "an RLE without 'size' and 'counts'"
-    if rle['size'] != [height, width]:
-        return f'an RLE of size {_short(rle["size"])} (height, width), not [{height}, {width}]'
-    counts = rle['counts']
-    if isinstance(counts, str):
-        try:
-            runs = rle_runs(counts)
-        except ValueError as error:
-            return f'an RLE whose counts are {error}'
-    elif isinstance(counts, list) and all(type(run) is int for run in counts):
-        if any(not 0 <= run <= width * height for run in counts):
-            return 'an RLE with a run that is negative or longer than the image'
-        runs = np.array(counts, dtype=np.int64)
-    else:
-        return "an RLE whose 'counts' are neither a string nor a list of integers"
-    if runs.size and runs.min() < 0:
-        return 'an RLE with a negative run'
-    if runs.sum() != width * height:
-        return f'an RLE of {runs.sum()} pixels for {width * height} of the image'
-    return None
-
-
-def rle_runs(counts: str) -> np.ndarray:
-    """The run lengths (int64) in a compressed RLE string.
-
-    Each number is written in groups of 5 bits, low ones first, and from the fourth on as the
-    difference from the one two before (`rleFrString` of pycocotools' maskApi.c).
+        height: Height of the image.
+        width: Width of the image.
 
     Raises:
-        ValueError: It is no such string.
+        Problem: What is wrong.
     """
-    try:
-        codes = np.frombuffer(counts.encode('ascii'), dtype=np.uint8).astype(np.int64) - 48
-    except UnicodeEncodeError:
-        raise ValueError('not ASCII') from None
-    if not codes.size:
-        return codes
-    if codes.min() < 0 or codes.max() > 63:
-        raise ValueError('no compressed RLE')
-    is_last = (codes & 0x20) == 0
-    if not is_last[-1]:
-        raise ValueError('cut off')
-    ends = np.flatnonzero(is_last)
-    starts = np.concatenate(([0], ends[:-1] + 1))
-    lengths = ends - starts + 1
-    if lengths.max() > 7:  # 35 bits, more than the 32 of a run
-        raise ValueError('no compressed RLE')
-    shifts = 5 * (np.arange(codes.size) - np.repeat(starts, lengths))
-    runs = np.add.reduceat((codes & 0x1F) << shifts, starts)
-    negative = (codes[ends] & 0x10) != 0
-    runs[negative] -= np.int64(1) << (5 * lengths[negative])
-    runs[1::2] = np.cumsum(runs[1::2])
-    runs[2::2] = np.cumsum(runs[2::2])
-    return runs
+    if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys():
+        raise Problem('shape-rle-keys', "an RLE without 'size' and 'counts'")
+    if rle['size'] != [height, width]:
+        text = 'an RLE of size {size} (height, width), not [{height}, {width}]'
+        raise Problem('shape-rle-size', text, size=_short(rle['size']), height=height, width=width)
+    counts = compress(rle['counts'], [height, width])
+    pixels = int(run_lengths([counts])[0][0])
+    if pixels < 0:
+        raise Problem('shape-rle-damaged', 'an RLE whose counts are damaged')
+    _check_pixels(pixels, height, width)
+    return {'size': [height, width], 'counts': counts.decode()}
 
 
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + '...'
+def compress(counts: Any, size: list[int]) -> bytes:
+    """The compressed counts of an RLE; a string is not decoded, so `run_lengths` has the last word.
+
+    Args:
+        counts: A string or a list of run lengths.
+        size: Height and width.
+
+    Raises:
+        Problem: What is wrong.
+    """
+    if isinstance(counts, str) and counts:
+        if not counts.isascii():
+            raise Problem('shape-rle-ascii', 'an RLE whose counts are not ASCII')
+        return counts.encode()
+    if counts == '' or counts == []:
+        raise Problem('shape-rle-empty', 'an RLE whose counts are empty')
+    if not isinstance(counts, list) or not all(type(run) is int for run in counts):
+        raise Problem('shape-rle-type', "an RLE whose 'counts' are neither a string nor a list of integers")
+    if not all(0 <= run <= _LONGEST_RUN for run in counts):
+        raise Problem('shape-rle-run', 'an RLE with a run that is negative or of 2^32 pixels or more')
+    _check_pixels(sum(counts), *size)
+    return mask_api.frPyObjects({'size': size, 'counts': counts}, *size)['counts']
 
 
-def as_bytes(counts: object, size: list[int]) -> tuple[str, bytes]:
-    """Compressed counts, or what is wrong with them."""
-    if isinstance(counts, str):
-        try:
-            content = counts.encode('ascii')
-        except UnicodeEncodeError:
-            return 'counts are no RLE string', b''
-        return ('', content) if content else ('counts are empty', b'')
-    if not isinstance(counts, list):
-        return f'counts are {type(counts).__name__}', b''
-    if not counts or any(type(v) is not int or v < 0 for v in counts):
-        return 'counts are not all integers of 0 or more', b''
-    if sum(counts) != size[0] * size[1]:
-        return f'the runs sum to {sum(counts)}, not {size[0] * size[1]}', b''
-    return '', mask_api.frPyObjects({'size': size, 'counts': counts}, *size)['counts']
+def _check_pixels(pixels: int, height: int, width: int) -> None:
+    if pixels != height * width:
+        text = 'an RLE of {pixels} pixels for {wanted} of the image'
+        raise Problem('shape-rle-pixels', text, pixels=pixels, wanted=height * width)
 
 
 def run_lengths(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
@@ -179,7 +171,7 @@ def run_lengths(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
         strings: None of them empty.
 
     Returns:
-        (N,) int64 sums of all runs, -1 where a string is no valid code; (N,) sums of the runs
+        (N,) int64 sums of all runs, -1 where a string is not a valid code; (N,) sums of the runs
         that are object.
     """
     lengths = np.fromiter(map(len, strings), np.int64, len(strings))
@@ -190,7 +182,6 @@ def run_lengths(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     last = (code & 32) == 0
     string_ends = np.cumsum(lengths) - 1
     bad[~last[string_ends]] = True
-    last = last.copy()
     last[string_ends] = True
     ends = np.flatnonzero(last)
     starts = np.concatenate([[0], ends[:-1] + 1])
@@ -213,7 +204,12 @@ def run_lengths(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:
     before = np.concatenate([[0], sums[heads[1:] - 1]])
     runs = np.empty_like(sums)
     runs[order] = sums - np.repeat(before, np.diff(heads, append=len(key)))
-    bad[of_run[(runs < 0) | (runs > 1 << 40)]] = True
-    runs = np.clip(runs, 0, 1 << 40)
+    bad[of_run[(runs < 0) | (runs > _LONGEST_RUN)]] = True
+    runs = np.clip(runs, 0, _LONGEST_RUN)
     totals = np.add.reduceat(runs, first)
     return np.where(bad, -1, totals), np.add.reduceat(np.where(index % 2, runs, 0), first)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else text[:37] + '...'

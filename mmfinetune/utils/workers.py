@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -20,7 +23,7 @@ _work: Callable[[Any], Any] | None = None
 def _start(work: Callable[[Any], Any]) -> None:
     global _work
     _work = work
-    # Ctrl-C reaches every process of the terminal; only the parent shall answer it.
+    # Ctrl-C reaches every process of the terminal; only the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -34,9 +37,9 @@ def in_order(
     """The results for all items, in their order whatever the number of workers.
 
     Args:
-        work: Goes to each process once, pickled; what it holds need not be small.
+        work: Function or object to call; what it holds may be large, since forked processes share it.
         items: What it is called with.
-        workers: Processes; 1 works in this one.
+        workers: Number of processes; 1 works in this one.
         chunk: Items that a process takes at a time.
         **bar: For tqdm, e.g. ``desc`` and ``disable``.
 
@@ -55,7 +58,10 @@ def in_order(
     # A thread of an earlier progress bar; forking with threads is unsafe.
     if tqdm.monitor:
         tqdm.monitor.exit()
-    with ProcessPoolExecutor(workers, initializer=_start, initargs=(work,)) as pool:
+    # Forked processes share memory until they write to it, as the collector does: not to what is frozen.
+    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
+    gc.freeze()
+    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(work,)) as pool:
         try:
             # So many that no worker waits, so few that the results of a large set fit in memory.
             waiting = [pool.submit(_do, part) for part in islice(chunks, 4 * workers)]
@@ -67,8 +73,8 @@ def in_order(
                     yield from done
                     shown.update(len(done))
         except BrokenProcessPool as error:
-            raise UserError(
-                'a worker process was ended from outside (out of memory?)', cure='run again with --workers 1'
-            ) from error
+            text = 'a worker process was ended from outside (out of memory?)'
+            raise UserError('worker-killed', text, hint='run again with --workers 1') from error
         finally:
+            gc.unfreeze()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Problem, UserError
 
 
 @contextlib.contextmanager
@@ -18,6 +18,16 @@ def refused(code: str, **facts: Any) -> Iterator[pytest.ExceptionInfo[UserError]
         yield caught
     assert caught.value.code == code, f'{caught.value.code}: {caught.value}'
     assert {k: caught.value.facts.get(k) for k in facts} == facts
+
+
+@contextlib.contextmanager
+def faulty(code: str, **facts: Any) -> Iterator[pytest.ExceptionInfo[Problem]]:
+    """Expect a Problem with this code, and these facts among its own."""
+    with pytest.raises(Problem) as caught:
+        yield caught
+    message = caught.value.message
+    assert message.code == code, repr(message)
+    assert {k: message.facts.get(k) for k in facts} == facts
 
 
 def codes(messages) -> list[str]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pickle
 from pathlib import Path
 
-from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.errors import Message, Problem, UserError
 
 
 class _LongList(UserError):
@@ -54,3 +54,13 @@ def test_an_error_comes_whole_out_of_a_worker_process():
         back = pickle.loads(pickle.dumps(there))
         assert type(back) is kind and str(back) == str(there) and back.message == there.message
         assert (back.problems, back.hint, back.code) == (there.problems, there.hint, 'file-odd')
+
+
+def test_places_stand_in_front_of_a_problem():
+    problem = Problem('mask-odd', 'an odd {kind}', kind='mask')
+    assert str(problem) == 'an odd mask'
+    message = problem.message.at('shape 3').at('a.json')
+    assert str(message) == 'a.json: shape 3: an odd mask'
+    assert (message.code, message.facts) == ('mask-odd', {'place': 'a.json: shape 3', 'kind': 'mask'})
+    back = pickle.loads(pickle.dumps(problem))
+    assert back.message == problem.message and str(back) == str(problem)

@@ -1,265 +1,27 @@
+"""Files: written completely or not at all, found in natural order, read with short reasons."""
+
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import socket
 import stat
-import tarfile
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from mmfinetune.utils import download, files
-from mmfinetune.utils.errors import UserError
-
-DATA = bytes(range(256)) * 4000  # 1,024,000 bytes
-MD5 = hashlib.md5(DATA).hexdigest()
-SHA = hashlib.sha256(DATA).hexdigest()
-
-
-class Server(ThreadingHTTPServer):
-    """Serves `body` at any path and notes each request's Range header."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        self.body = DATA
-        self.ranges = True  # whether Range is honoured
-        self.cuts: list[int] = []  # bytes after which the next answers break off
-        self.errors: list[int] = []  # status codes of the next answers
-        self.tag = '"v1"'
-        self.seen: list[str | None] = []
-        super().__init__(('127.0.0.1', 0), Handler)
-
-    @property
-    def url(self) -> str:
-        return f'http://127.0.0.1:{self.server_port}/model.bin'
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        server, wanted = self.server, self.headers.get('Range')
-        server.seen.append(wanted)
-        if server.errors:
-            self.send_error(server.errors.pop(0))
-            return
-        start, condition = 0, self.headers.get('If-Range')
-        if wanted and server.ranges and condition in (None, server.tag):
-            start = int(wanted.removeprefix('bytes=').rstrip('-'))
-            if start >= len(server.body):
-                self.send_response(416)
-                self.send_header('Content-Range', f'bytes */{len(server.body)}')
-                self.send_header('Content-Length', '0')
-                self.end_headers()
-                return
-            self.send_response(206)
-            self.send_header('Content-Range', f'bytes {start}-{len(server.body) - 1}/{len(server.body)}')
-        else:
-            self.send_response(200)
-        self.send_header('ETag', server.tag)
-        self.send_header('Content-Length', str(len(server.body) - start))
-        self.end_headers()
-        end = start + server.cuts.pop(0) if server.cuts else None
-        self.wfile.write(server.body[start:end])
-
-    def log_message(self, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def server():
-    server = Server()
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
-
-
-def fetch(server: Server, dst: Path, **options) -> Path:
-    return download.download(server.url, dst, **{'progress': False, 'wait': 0, **options})
+from mmfinetune.utils import files
+from mmfinetune.utils.files import find_files, natural_key, read_json, read_text
+from mmfinetune.utils.images import find_images
+from tests.builders.errors import faulty, refused
 
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_full_download(server, tmp_path):
-    dst = fetch(server, tmp_path / 'deep' / 'model.bin', sha256=SHA, md5=MD5, size=len(DATA))
-    assert dst.read_bytes() == DATA
-    assert names(dst.parent) == ['model.bin']
-    assert files.sha256_of(dst) == SHA
-
-
-def test_good_file_is_not_fetched_again(server, tmp_path):
-    dst = tmp_path / 'model.bin'
-    dst.write_bytes(DATA)
-    assert fetch(server, dst, sha256=SHA[:8]) == dst
-    assert server.seen == []
-
-
-def test_bad_file_is_replaced_by_a_good_one(server, tmp_path):
-    dst = tmp_path / 'model.bin'
-    dst.write_bytes(b'half')
-    fetch(server, dst, md5=MD5)
-    assert dst.read_bytes() == DATA
-
-
-def test_cut_download_is_resumed_within_one_call(server, tmp_path):
-    server.cuts = [300_000, 200_000]
-    dst = fetch(server, tmp_path / 'model.bin', sha256=SHA[:12])
-    assert dst.read_bytes() == DATA
-    assert server.seen == [None, 'bytes=300000-', 'bytes=500000-']
-
-
-def test_a_try_that_brings_more_resets_the_count(server, tmp_path):
-    server.cuts = [100_000] * 8
-    assert fetch(server, tmp_path / 'model.bin', sha256=SHA, retries=1).read_bytes() == DATA
-
-
-@pytest.mark.parametrize('check', [{'md5': MD5}, {}])
-def test_cut_download_is_resumed_by_the_next_call(server, tmp_path, check):
-    dst = tmp_path / 'model.bin'
-    server.cuts = [300_000]
-    with pytest.raises(UserError, match='300,000 bytes are kept'):
-        fetch(server, dst, retries=0, **check)
-    assert not dst.exists()
-    fetch(server, dst, **check)
-    assert dst.read_bytes() == DATA
-    assert server.seen[-1] == 'bytes=300000-'
-    assert names(tmp_path) == ['model.bin']
-
-
-def test_without_a_checksum_a_changed_file_begins_anew(server, tmp_path):
-    server.cuts = [300_000]
-    with pytest.raises(UserError):
-        fetch(server, tmp_path / 'model.bin', retries=0)
-    server.body, server.tag = DATA[::-1], '"v2"'
-    assert fetch(server, tmp_path / 'model.bin').read_bytes() == DATA[::-1]
-
-
-def test_part_of_unknown_origin_is_kept_only_with_a_checksum(server, tmp_path):
-    part = tmp_path / 'model.bin.part'
-    part.write_bytes(DATA[:1000])
-    assert fetch(server, tmp_path / 'model.bin').read_bytes() == DATA
-    assert server.seen == [None]
-    part.write_bytes(DATA[:1000])
-    (tmp_path / 'model.bin').unlink()
-    assert fetch(server, tmp_path / 'model.bin', md5=MD5).read_bytes() == DATA
-    assert server.seen == [None, 'bytes=1000-']
-
-
-def test_server_that_ignores_range(server, tmp_path):
-    server.ranges, server.cuts = False, [300_000]
-    assert fetch(server, tmp_path / 'model.bin', sha256=SHA).read_bytes() == DATA
-    assert server.seen == [None, 'bytes=300000-']
-
-
-def test_server_that_ignores_range_and_always_breaks_off(server, tmp_path):
-    server.ranges, server.cuts = False, [300_000] * 20
-    with pytest.raises(UserError, match='connection closed after 300,000 of 1,024,000 bytes'):
-        fetch(server, tmp_path / 'model.bin', sha256=SHA)
-    assert len(server.seen) < 8
-
-
-def test_whole_part_is_taken_after_416(server, tmp_path):
-    (tmp_path / 'model.bin.part').write_bytes(DATA)
-    assert fetch(server, tmp_path / 'model.bin', sha256=SHA).read_bytes() == DATA
-    assert server.seen == [f'bytes={len(DATA)}-']
-
-
-def test_whole_part_of_known_size_needs_no_network(server, tmp_path):
-    (tmp_path / 'model.bin.part').write_bytes(DATA)
-    fetch(server, tmp_path / 'model.bin', sha256=SHA, size=len(DATA))
-    assert server.seen == []
-
-
-def test_too_long_part_begins_anew(server, tmp_path):
-    (tmp_path / 'model.bin.part').write_bytes(DATA + b'more')
-    assert fetch(server, tmp_path / 'model.bin', sha256=SHA).read_bytes() == DATA
-    assert server.seen[-1] is None
-
-
-@pytest.mark.parametrize('kind', ['sha256', 'md5'])
-def test_wrong_checksum(server, tmp_path, kind):
-    dst = tmp_path / 'model.bin'
-    dst.write_bytes(b'older, but mine')
-    with pytest.raises(UserError) as caught:
-        fetch(server, dst, **{kind: '0123456789abcdef'})
-    text = str(caught.value)
-    assert server.url in text
-    assert '0123456789abcdef' in text
-    assert (SHA if kind == 'sha256' else MD5) in text
-    assert f'put it at {dst}' in text
-    assert dst.read_bytes() == b'older, but mine'
-    assert names(tmp_path) == ['model.bin']
-
-
-def test_login_page_is_recognised(server, tmp_path):
-    server.body = b'<!DOCTYPE html><html>Please log in</html>'
-    with pytest.raises(UserError, match='a web page'):
-        fetch(server, tmp_path / 'model.bin', sha256=SHA)
-    assert names(tmp_path) == []
-
-
-def test_login_page_does_not_cost_the_part(server, tmp_path):
-    part = tmp_path / 'model.bin.part'
-    part.write_bytes(DATA[:1000])
-    server.body, server.ranges = b'<html>Please log in</html>', False
-    with pytest.raises(UserError, match='expected 1,024,000 bytes, offered are 26'):
-        fetch(server, tmp_path / 'model.bin', sha256=SHA, size=len(DATA))
-    assert part.read_bytes() == DATA[:1000]
-
-
-def test_missing_address(server, tmp_path):
-    server.errors = [404]
-    with pytest.raises(UserError, match='HTTP 404') as caught:
-        fetch(server, tmp_path / 'model.bin')
-    assert 'put it at' in str(caught.value)
-    assert len(server.seen) == 1
-
-
-def test_busy_server_is_asked_again(server, tmp_path):
-    server.errors = [503, 500]
-    assert fetch(server, tmp_path / 'model.bin').read_bytes() == DATA
-    server.errors = [503] * 9
-    with pytest.raises(UserError, match='HTTP 503'):
-        fetch(server, tmp_path / 'other.bin')
-
-
-def test_connection_refused(tmp_path):
-    with socket.socket() as free:
-        free.bind(('127.0.0.1', 0))
-        url = f'http://127.0.0.1:{free.getsockname()[1]}/model.bin'
-    with pytest.raises(UserError, match='(?i)refused') as caught:
-        download.download(url, tmp_path / 'model.bin', progress=False, wait=0)
-    assert f'put it at {tmp_path / "model.bin"}' in str(caught.value)
-
-
-def test_silent_server_times_out(tmp_path):
-    with socket.socket() as listening:
-        listening.bind(('127.0.0.1', 0))
-        listening.listen()
-        url = f'http://127.0.0.1:{listening.getsockname()[1]}/model.bin'
-        with pytest.raises(UserError, match='timed out'):
-            download.download(url, tmp_path / 'm', timeout=0.1, retries=1, progress=False, wait=0)
-
-
-def test_other_schemes_are_refused(tmp_path):
-    with pytest.raises(UserError, match='not an http or https address'):
-        download.download('file:///etc/passwd', tmp_path / 'model.bin')
-
-
-def test_full_disk(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 1000}))
-    with pytest.raises(UserError, match='0.00 GB free'):
-        fetch(server, tmp_path / 'model.bin')
+def written(path: Path, data: bytes) -> Path:
+    path.write_bytes(data)
+    return path
 
 
 def test_atomic_write(tmp_path):
@@ -289,14 +51,14 @@ def test_atomic_write_honours_the_umask_and_follows_links(tmp_path):
 def test_failed_write_changes_none_of_the_files(tmp_path, monkeypatch):
     (tmp_path / 'a').write_text('old')
     (tmp_path / 'file').write_text('')
-    with pytest.raises(UserError, match='file/b: cannot be written'):
+    with refused('file-not-writable', path=tmp_path / 'file/b'):
         files.atomic_write_all({tmp_path / 'a': b'new', tmp_path / 'file' / 'b': b'new'})
 
     def fail(handle: int) -> None:
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr(files.os, 'fsync', fail)
-    with pytest.raises(UserError, match='No space left on device'):
+    with refused('file-not-writable', reason='No space left on device'):
         files.atomic_write_text(tmp_path / 'a', 'new')
     assert (tmp_path / 'a').read_text() == 'old'
     assert names(tmp_path) == ['a', 'file']
@@ -308,70 +70,85 @@ def test_nan_is_not_written(tmp_path):
     assert names(tmp_path) == []
 
 
-def make_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:
-    with tarfile.open(path, 'w') as tar:
-        for name, content in members.items():
-            if isinstance(content, bytes):
-                info = tarfile.TarInfo(name)
-                info.size = len(content)
-                tar.addfile(info, io.BytesIO(content))
-            else:
-                content.name = name
-                tar.addfile(content)
-    return path
+def test_files_are_found_in_natural_order_without_hidden_ones(tmp_path):
+    names = [
+        'img10.jpg',
+        'img2.JPG',
+        'b/ünï çode 1.png',
+        'b/.hidden.png',
+        '.git/a.png',
+        '__MACOSX/a.jpg',
+        'notes.txt',
+        'B/a.tiff',
+        'b/img1.jpeg',
+        'Thumbs.db',
+        'c/01.bmp',
+        'c/1.bmp',
+    ]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert found == ['B/a.tiff', 'b/img1.jpeg', 'b/ünï çode 1.png', 'c/01.bmp', 'c/1.bmp', 'img2.JPG', 'img10.jpg']
+    assert [path.name for path in find_files(tmp_path, {'.txt'})] == ['notes.txt']
 
 
-def link(to: str, kind: bytes = tarfile.SYMTYPE) -> tarfile.TarInfo:
-    info = tarfile.TarInfo()
-    info.type, info.linkname = kind, to
-    return info
+def test_a_folder_is_walked_once_whatever_links_lead_to_it(tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a/1.png').touch()
+    (tmp_path / 'a/loop').symlink_to(tmp_path)
+    (tmp_path / 'self').symlink_to(tmp_path / 'self')
+    elsewhere = tmp_path.with_name(tmp_path.name + '_elsewhere')
+    elsewhere.mkdir()
+    (elsewhere / '2.png').touch()
+    (tmp_path / 'b').symlink_to(elsewhere)
+    assert [path.name for path in find_images(tmp_path)] == ['1.png', '2.png']
 
 
-def folder() -> tarfile.TarInfo:
-    info = tarfile.TarInfo()
-    info.type = tarfile.DIRTYPE
-    return info
+def test_natural_keys_order_any_names():
+    names = ['a', '10', '9', 'a10b2', 'a10b1', 'A2', '', '٣', '²']
+    assert len({natural_key(name) for name in names}) == len(names)
+    assert sorted(names, key=natural_key) == ['', '9', '10', 'a', 'A2', 'a10b1', 'a10b2', '²', '٣']
 
 
-def test_unpack(tmp_path):
-    archive = make_tar(
-        tmp_path / 'a.tar', {'kit': folder(), './kit/VOC/': folder(), 'kit/VOC/x/1.txt': b'1', 'kit/VOC/2.txt': b'2'}
-    )
-    target = download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
-    assert (target / 'x' / '1.txt').read_bytes() == b'1'
-    assert names(target) == ['2.txt', 'x']
-    assert names(target.parent) == ['VOC']
-    with pytest.raises(UserError, match='there already'):
-        download.unpack_tar(archive, 'kit/VOC', target, progress=False)
+@pytest.mark.parametrize('data, text', [('ä\n'.encode(), 'ä\n'), (b'\xef\xbb\xbfx', 'x'), ('ä'.encode('utf-16'), 'ä')])
+def test_text_with_marks(tmp_path, data, text):
+    assert read_text(written(tmp_path / 'a.txt', data)) == text
 
 
-def test_unpack_lists_all_members_that_do_not_belong(tmp_path):
-    bad = {
-        '/kit/VOC/a': b'',
-        '../b': b'',
-        'kit/VOC/../../c': b'',
-        'other/d': b'',
-        'kit': b'',
-        'kit/VOC/e': link('/etc/passwd'),
-        'kit/VOC/f': link('kit/VOC/g', tarfile.LNKTYPE),
-    }
-    archive = make_tar(tmp_path / 'a.tar', {'kit/VOC/good': b'', **bad})
-    with pytest.raises(UserError) as caught:
-        download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
-    assert caught.value.problems == list(bad)
-    assert names(tmp_path / 'out') == []
+@pytest.mark.parametrize(
+    'data, facts, code',
+    [
+        (b'', {}, 'json-empty'),
+        (b' \n', {}, 'json-empty'),
+        (b'{"a": [1,', dict(line=1, column=10), 'json-syntax'),
+        (b'{\n"a": x}', dict(line=2), 'json-syntax'),
+        (b'\xff\x00\xfe', dict(byte=0), 'text-file-encoding'),
+        (b'[' * 100_000, {}, 'json-nesting'),
+    ],
+)
+def test_bad_json_is_a_short_reason(tmp_path, data, facts, code):
+    with faulty(code, **facts):
+        read_json(written(tmp_path / 'a.json', data))
+    with faulty('text-file-missing'):
+        read_json(tmp_path / 'none.json')
 
 
-def test_unpack_of_damaged_archives(tmp_path, monkeypatch):
-    archive = make_tar(tmp_path / 'a.tar', {'kit/VOC/a': DATA, 'kit/VOC/b': DATA})
-    whole = archive.read_bytes()
-    for damaged in (b'', b'no tar', whole[: len(whole) // 2], whole[:1000]):
-        archive.write_bytes(damaged)
-        with pytest.raises(UserError, match=r'a\.tar'):
-            download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
-        assert names(tmp_path / 'out') == []
-    archive.write_bytes(whole)
-    monkeypatch.setattr(files.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': len(DATA)}))
-    with pytest.raises(UserError, match='make room'):
-        download.unpack_tar(archive, 'kit/VOC', tmp_path / 'out' / 'VOC', progress=False)
-    assert names(tmp_path / 'out') == []
+def test_a_folder_is_probed_and_left_as_it_is(tmp_path, monkeypatch):
+    (tmp_path / 'file').touch()
+    files.require_writable(tmp_path / 'new/deep')
+    files.require_writable(tmp_path)
+    assert names(tmp_path) == ['file']
+    for place in ('file', 'file/deep'):
+        with refused('file-not-writable', path=tmp_path / place):
+            files.require_writable(tmp_path / place)
+    # A second run may make a folder next to this one meanwhile.
+    probe = tempfile.TemporaryFile
+
+    def meanwhile(dir):
+        (tmp_path / 'new/other').mkdir(parents=True)
+        return probe(dir=dir)
+
+    monkeypatch.setattr(tempfile, 'TemporaryFile', meanwhile)
+    files.require_writable(tmp_path / 'new/deep')
+    assert names(tmp_path / 'new') == ['other']

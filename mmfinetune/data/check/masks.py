@@ -25,7 +25,8 @@ from mmfinetune.data.check.kinds import (
     TINY_PX,
 )
 from mmfinetune.data.check.table import Table
-from mmfinetune.utils.masks import as_bytes, run_lengths
+from mmfinetune.utils.errors import Problem
+from mmfinetune.utils.masks import compress, run_lengths
 
 _BLOCK = 20_000  # annotations: their coordinates stay within the processor's cache
 _CROSSING_PX = 16
@@ -268,12 +269,11 @@ def _measure_rles(table: Table, shapes: list, rows: np.ndarray, masks: Masks) ->
         elif w and size != [h, w]:
             wrong_size[i] = f'size {size}, the image is {[h, w]}'
         else:
-            reason, counts = as_bytes(counts, size)
-            if reason:
-                wrong_counts[i] = reason
-            else:
+            try:
+                encoded.append({'size': size, 'counts': compress(counts, size)})
                 usable.append(i)
-                encoded.append({'size': size, 'counts': counts})
+            except Problem as problem:
+                wrong_counts[i] = str(problem)
     if usable:
         totals, areas = run_lengths([rle['counts'] for rle in encoded])
         whole = [h * w for h, w in (rle['size'] for rle in encoded)]

@@ -22,7 +22,7 @@ from mmfinetune.data.records import Instance, Item, Record
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import find_files, read_json, shown
 from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
-from mmfinetune.utils.masks import mask_to_rle, polygon_problem
+from mmfinetune.utils.masks import check_polygon, mask_to_rle
 
 # Number of points that each shape with an area may have. X-AnyLabeling, which writes the same
 # files, gives a rectangle four corners and calls a turned one 'rotation'.
@@ -307,8 +307,7 @@ def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict
     ):
         raise ValueError("'points' is no list of [x, y]")
     flat = [value for point in points for value in point]
-    if problem := polygon_problem(flat, width, height):
-        raise ValueError(problem)
+    check_polygon(flat, height, width)
     allowed = _POINTS[kind]
     if (allowed and len(points) not in allowed) or len(points) < 2:
         raise ValueError(f'a {kind} of {len(points)} points')
