@@ -17,6 +17,7 @@ from mmfinetune.apis import run_data, testing
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.paths import select_split
 from mmfinetune.config.views import innermost
+from mmfinetune.data import coco_json
 from mmfinetune.evaluation import detections, report, run_results
 from mmfinetune.evaluation.coco_eval import KINDS
 from mmfinetune.utils.errors import UserError
@@ -201,11 +202,12 @@ def _predict(options: Options) -> Inputs:
         paths.set_data_root(cfg, options.data_root)
     select_split(cfg, options.split)
     paths.check_heads(cfg)
-    run_data.prepare_data(cfg, train=False)
     dataset = innermost(cfg.test_dataloader.dataset)
     root = Path(dataset.get('data_root') or '')
     kinds = _kinds(cfg)
-    truth = detections.read_truth(root / dataset.ann_file, 'segm' in kinds)
+    with coco_json.parsed_once():
+        run_data.prepare_data(cfg, train=False)
+        truth = detections.read_truth(root / dataset.ann_file, 'segm' in kinds)
     rows = detect(cfg, weights, kinds)
     return Inputs(
         truth,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mmfinetune.config import load, paths, views
+from mmfinetune.data import coco_json
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import check as weights_check
 from mmfinetune.weights import class_map
@@ -281,11 +281,11 @@ def _known_ids(cfg: Config, classes: Sequence[str]) -> tuple[list[int], dict[str
     root = Path(dataset.get('data_root') or '')
     # The data need not be there any longer, and must not stand in the way of a prediction.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        known = json.loads((root / (dataset.get('ann_file') or '')).read_bytes())
-        ids = {c['name']: int(c['id']) for c in known['categories']}
+        known = coco_json.read(root / (dataset.get('ann_file') or ''), compact=True)
+        ids = {c['name']: int(c['id']) for c in known.categories}
         folder = root / (dataset.get('data_prefix') or {}).get('img', '')
         return [ids[name] for name in classes], {
-            os.path.realpath(folder / i['file_name']): int(i['id']) for i in known['images']
+            os.path.realpath(folder / i['file_name']): int(i['id']) for i in known.images
         }
     return list(range(1, len(classes) + 1)), {}
 

@@ -9,7 +9,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +18,6 @@ from mmfinetune.apis.testing import bare_runner, test_runner
 from mmfinetune.config import load, lr, paths, views
 from mmfinetune.config.options import AUTO, LOG_DIR, Options, apply
 from mmfinetune.data import coco_json
-from mmfinetune.data.check import run as data_check_run
 from mmfinetune.engine import batch_size, launch
 from mmfinetune.engine.processes import join_group
 from mmfinetune.evaluation import run_results
@@ -105,9 +104,8 @@ def run(options: Options) -> int:
     if do_train or do_test:
         rank0_first(lambda: _check_writable(Path(cfg.work_dir)))
     # Only rank 0 writes; the others wait until data and weights are there.
-    splits = rank0_first(lambda: run_data.prepare_data(cfg, train=do_train or options.dry_run))
-    if options.check and (do_train or do_test):
-        rank0_first(lambda: _check_data(cfg, splits))
+    full = options.check and (do_train or do_test)
+    splits = rank0_first(lambda: run_data.prepare_data(cfg, do_train or options.dry_run, full))
     if options.batch_size == 'auto':
         cfg.train_dataloader.batch_size = rank0_first(lambda: batch_size.find(cfg))
     plan = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
@@ -139,15 +137,6 @@ def run(options: Options) -> int:
         + f'\nCurves:  tensorboard --logdir {work_dir}/{LOG_DIR}'
     )
     return 0
-
-
-def _check_data(cfg: Config, splits: Mapping[str, coco_json.Split]) -> None:
-    """Look for faults in the data that training would only show by bad results."""
-    places, classes = run_data.splits_of_config(cfg)
-    report = data_check_run.check({name: places[name] for name in splits}, classes)
-    if lines := report.lines(5):
-        say('\n'.join(lines))
-    report.require_good()
 
 
 def summary(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config import load, paths, sizing
 from mmfinetune.data import coco_json
-from mmfinetune.data.layout import SPLITS, WHOLE
+from mmfinetune.data.layout import SPLITS, Prepared, file_name
 from mmfinetune.data.statistics import Statistics, gather
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_text
@@ -64,10 +64,14 @@ def write(
         UserError: Bad arguments, or data that cannot be trained on; nothing is written then.
     """
     out = _check_arguments(name, out, base, images_per_gpu, epochs, overwrite)
-    files = find_splits(root)
+    data = Prepared(root)
+    files = data.splits()
     base_cfg = load.load(base)
-    statistics = gather(files)
-    prefix = _image_prefix(root, statistics.first_image)
+    with coco_json.parsed_once():
+        statistics = gather(files)
+        prefix = data.image_prefix([statistics.first_image])
+        for file in files.values():
+            coco_json.read_split(file, root / prefix, statistics.classes)
     text, lines = compose(
         base_cfg,
         statistics,
@@ -81,8 +85,6 @@ def write(
         epochs=epochs,
         flip=list(dict.fromkeys(flip)),
     )
-    for file in files.values():
-        coco_json.read_split(file, root / prefix, statistics.classes)
     # Beside the file, since its base may be named relative to it; and not in its place yet.
     trial = out.with_name(f'new_config_{os.getpid()}_{out.name}')
     try:
@@ -120,25 +122,6 @@ def _check_arguments(
     if out.exists() and not overwrite:
         raise UserError(f'{out} is there already', cure='take another --name or --out, or replace it with --overwrite')
     return out
-
-
-def find_splits(root: Path) -> dict[str, Path]:
-    """The annotation files of a prepared folder, by split.
-
-    Raises:
-        UserError: Train or val is missing.
-    """
-    folder = root / 'annotations'
-    files = {split: folder / f'instances_{split}.json' for split in SPLITS}
-    missing = [str(files[s]) for s in ('train', 'val') if not files[s].is_file()]
-    if missing:
-        cure = 'make the folder with `python tools/prepare_data.py SRC OUT`'
-        if (folder / WHOLE).is_file():
-            cure = f'split the data first: python tools/split_dataset.py {root}'
-        elif root.is_dir():
-            cure += ', and split it with `python tools/split_dataset.py OUT`'
-        raise UserError(f'{root} is no folder with split data. Missing:', missing, cure)
-    return {split: file for split, file in files.items() if file.is_file()}
 
 
 def compose(
@@ -306,11 +289,11 @@ def _flips(base_cfg: Config, directions: Sequence[str]) -> list[str]:
 
 def _loaders(test: bool, images_per_gpu: int | None, negatives: bool, tiny: bool) -> list[str]:
     def loader(split: str, before: Sequence[str] = (), inside: Sequence[str] = ()) -> list[str]:
-        file = f"dataset=dict(ann_file='annotations/instances_{split}.json'"
+        file = f"dataset=dict(ann_file='annotations/{file_name(split)}'"
         return _filled(f'{split}_dataloader = dict(', [*before, file, *inside, '**dataset'], '))')
 
     def evaluator(split: str) -> str:
-        return f"{split}_evaluator = dict(ann_file=data_root + 'annotations/instances_{split}.json')"
+        return f"{split}_evaluator = dict(ann_file=data_root + 'annotations/{file_name(split)}')"
 
     filters = [*(['filter_empty_gt=False'] if negatives else []), *(['min_size=1'] if tiny else [])]
     lines = [
@@ -431,15 +414,6 @@ def _warnings(statistics: Statistics) -> list[str]:
             'the 100 best detections of an image only'
         )
     return lines
-
-
-def _image_prefix(root: Path, first: str) -> str:
-    """Folder that file names are relative to: ``images/``, the data folder, or one in it."""
-    folders = sorted(p.name for p in root.iterdir() if p.is_dir())
-    for prefix in ('images/', '', *(f'{folder}/' for folder in folders)):
-        if (root / prefix / first).is_file():
-            return prefix
-    return 'images/' if (root / 'images').is_dir() else ''
 
 
 def _from_here(path: Path) -> str:

@@ -1,224 +1,304 @@
-"""Checks of COCO annotation files against the config, before any training. No torch here."""
+"""The one reader of COCO annotation files; what commands know of a file is a view of `Coco`. No torch here."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import json
 from array import array
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.images import image_size
 
-from mmfinetune.data.check.kinds import KINDS
-from mmfinetune.utils.errors import UserError
-
-pass
+SECTIONS = ('images', 'annotations', 'categories')
+_SHOWN = 5  # places of one problem; the same mistake is mostly in all entries
 
 
 @dataclass(frozen=True)
-class Split:
-    """What an annotation file holds.
+class Coco:
+    """An annotation file, parsed once. Views may share it: none of them changes it.
 
     Attributes:
         path: The file.
-        images: Number of images.
-        annotations: Number of annotations, crowd regions included.
-        usable: Number of images with at least one annotation that is no crowd region.
-        classes: Category names in the file's order, which is that of the labels.
+        data: Its top object. The three sections are lists of objects; an entry that is not an
+            object is an empty one here, a section that is missing is an empty list.
+        faults: What is wrong with the file as a whole.
     """
 
     path: Path
-    images: int
-    annotations: int
-    usable: int
-    classes: tuple[str, ...]
+    data: dict[str, Any] = field(repr=False)
+    faults: tuple[Message, ...] = ()
+
+    @property
+    def images(self) -> list[dict]:
+        return self.data['images']
+
+    @property
+    def annotations(self) -> list[dict]:
+        return self.data['annotations']
+
+    @property
+    def categories(self) -> list[dict]:
+        return self.data['categories']
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Category names in the file's order, which is that of the labels."""
+        return tuple(c['name'] for c in self.categories)
+
+    @cached_property
+    def by_image(self) -> dict[Any, list[dict]]:
+        """Annotations by the id of their image, in the file's order."""
+        found: dict[Any, list[dict]] = {image['id']: [] for image in self.images}
+        for annotation in self.annotations:
+            found.setdefault(annotation['image_id'], []).append(annotation)
+        return found
+
+    def require(
+        self,
+        images: Sequence[str] = (),
+        annotations: Sequence[str] = (),
+        links: bool = True,
+        unique_files: bool = False,
+        utf8: bool = False,
+    ) -> Coco:
+        """Insist on what a view relies on.
+
+        Args:
+            images: Keys that all images must have besides ``id`` and ``file_name``.
+            annotations: Keys that all annotations must have besides ``image_id`` and
+                ``category_id``; ``id`` must be unique and not 0 then.
+            links: Whether the image and the category of each annotation must be in the file.
+            unique_files: Whether each image file may be listed only once.
+            utf8: Whether it must be plain UTF-8, which pycocotools needs.
+
+        Raises:
+            UserError: All problems of the first kind found: no file, faults of the file, entries.
+        """
+        hint = (
+            '`python tools/check_dataset.py {path}` lists all that is wrong with a file; --fix writes a repaired copy'
+        )
+        if any(fault.code == 'coco-no-file' for fault in self.faults):
+            raise UserError(
+                'coco-missing',
+                'There is no annotation file {path}',
+                hint='correct the path, or make the file with `python tools/prepare_data.py SRC OUT` or '
+                'tools/prepare_voc.py',
+                path=self.path,
+            )
+        faults = [f for f in self.faults if utf8 or f.code != 'coco-encoding' or not self.images]
+        if faults:
+            raise UserError('coco-file', '{path} is not a usable COCO annotation file:', faults, hint, path=self.path)
+        problems = self._missing_keys(('id', 'file_name', *images), ('image_id', 'category_id', *annotations))
+        if not problems:
+            problems = self._contradictions('id' in annotations, links, unique_files)
+        if problems:
+            raise UserError(
+                'coco-entries', '{path} has entries that cannot be used:', problems.lines(), hint, path=self.path
+            )
+        return self
+
+    def _missing_keys(self, images: Sequence[str], annotations: Sequence[str]) -> Problems:
+        problems = Problems()
+        for section, keys in (('images', images), ('annotations', annotations), ('categories', ('id', 'name'))):
+            needed = set(keys)
+            for number, entry in enumerate(self.data[section], 1):
+                if not needed <= entry.keys():
+                    problems.add(
+                        'coco-keys-missing',
+                        '{count:,} {section} without {keys}: {places}',
+                        f'number {number}',
+                        section=section,
+                        keys=', '.join(k for k in keys if k not in entry),
+                    )
+        return problems
+
+    def _contradictions(self, own_ids: bool, links: bool, unique_files: bool) -> Problems:
+        problems = Problems()
+        unique = [('images', 'id'), ('categories', 'id'), ('categories', 'name')]
+        unique += [('annotations', 'id')] * own_ids + [('images', 'file_name')] * unique_files
+        for section, key in unique:
+            for value in _repeated([entry[key] for entry in self.data[section]]):
+                problems.add(
+                    'coco-repeated',
+                    '{section} with the same {key}: {places}',
+                    shown_value(value),
+                    section=section,
+                    key=key,
+                )
+        for image in self.images:
+            if reason := name_problem(image['file_name']):
+                problems.add('coco-file-name', 'images without a usable file_name: {places}', f'{reason}')
+        for category in self.categories:
+            if not isinstance(category['name'], str) or not is_text(category['name']):
+                problems.add('coco-name', 'categories whose name is not text: {places}', shown_value(category['name']))
+        if own_ids:
+            for annotation in self.annotations:
+                if annotation['id'] == 0:
+                    problems.add(
+                        'coco-id-zero',
+                        'annotations with id 0, which COCO evaluation takes for "no match"; '
+                        'number them from 1 (image: {places})',
+                        shown_value(annotation['image_id']),
+                    )
+        for key, section in (('image_id', 'images'), ('category_id', 'categories')):
+            known = {entry['id'] for entry in self.data[section] if not _is_container(entry['id'])}
+            for annotation in self.annotations:
+                value = annotation[key]
+                if _is_container(value) or (links and value not in known):
+                    problems.add(
+                        'coco-link',
+                        '{count:,} annotations whose {key} is not in the file: {places}',
+                        shown_value(value),
+                        key=key,
+                    )
+        return problems
 
 
-def read_split(path: Path, image_root: Path, classes: Sequence[str] | None = None) -> Split:
-    """Read an annotation file and check it and the headers of its images.
+class Problems:
+    """Gathers what is wrong with many entries, the places of one kind in one line."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple, tuple[str, dict[str, Any], Counter[str]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._found)
+
+    def add(self, code: str, text: str, place: str, /, **facts: Any) -> None:
+        """Add a place of a problem; the text may show ``{count}`` and ``{places}`` besides the facts."""
+        self._found.setdefault((code, *facts.values()), (text, facts, Counter()))[2][place] += 1
+
+    def lines(self) -> list[Message]:
+        lines = []
+        for (code, *_), (text, facts, places) in self._found.items():
+            shown = ', '.join(list(places)[:_SHOWN]) + (', …' if len(places) > _SHOWN else '')
+            lines.append(Message(code, text, count=places.total(), places=shown, **facts))
+        return lines
+
+
+_kept: dict[tuple, Coco] | None = None
+
+
+@contextlib.contextmanager
+def parsed_once() -> Iterator[None]:
+    """Until the end of the block keep what `read` parses, for commands that view one file several times."""
+    global _kept
+    if _kept is not None:
+        yield
+        return
+    _kept = {}
+    try:
+        yield
+    finally:
+        _kept = None
+
+
+def read(path: Path, compact: bool = False) -> Coco:
+    """Read an annotation file as pycocotools does; never raises, see `Coco.faults`.
 
     Args:
         path: COCO JSON.
-        image_root: Folder that the file names are relative to.
-        classes: Class names of the config in label order, if it names them.
-
-    Raises:
-        UserError: All problems of the first kind found: unreadable file, missing parts, id 0,
-            other classes than the config's, missing or unreadable images.
-    """
-    cure = (
-        'make it again with `python tools/prepare_voc.py`, or correct data_root in the '
-        'config; `python tools/check_dataset.py` says more'
-    )
-    if not path.is_file():
-        raise UserError(f'There is no annotation file {path}', cure=cure)
-    data, problem = load(path)
-    if problem:
-        code, detail = problem
-        raise UserError(
-            f'{path} is no COCO annotation file: {detail or KINDS[code].title}', cure=KINDS[code].cure if data else cure
-        )
-    try:
-        images, annotations, categories = (data[k] for k in ('images', 'annotations', 'categories'))
-        names = tuple(c['name'] for c in categories)
-        with_objects = {a['image_id'] for a in annotations if not a.get('iscrowd', 0)}
-        ids_of_zero = [a['image_id'] for a in annotations if a['id'] == 0]
-        image_files = {i['id']: (i['file_name'], (i['width'], i['height'])) for i in images}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f'key {error} is missing' if isinstance(error, KeyError) else str(error)
-        raise UserError(f'{path} is no COCO annotation file: {what}', cure=cure) from None
-    if not images:
-        raise UserError(f'{path} lists no images', cure=cure)
-    if ids_of_zero:
-        raise UserError(
-            f'{path}: annotation id 0 (image {ids_of_zero[0]}); COCO evaluation takes it for "no match"',
-            cure='number annotations from 1',
-        )
-    if classes is not None and tuple(classes) != names:
-        raise UserError(
-            f'{path}: its categories are not the classes of the config, in their order:',
-            [f'config: {", ".join(classes)}', f'file:   {", ".join(names)}'],
-            'set metainfo.classes to the names in the order of the file, and num_classes to their number',
-        )
-    problems = []
-    for file_name, size in image_files.values():
-        problem = name_problem(file_name) or _image_problem(image_root / file_name, size)
-        if problem:
-            problems.append(problem)
-    if problems:
-        raise UserError(
-            f'{path}: {len(problems)} of {len(images)} images cannot be used:',
-            problems,
-            'put good copies there, correct data_root, or leave them out '
-            '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
-        )
-    return Split(path, len(images), len(annotations), len(with_objects & set(image_files)), names)
-
-
-def _image_problem(path: Path, size: tuple[int, int]) -> str | None:
-    """What is wrong with an image, seen from its first and last bytes only."""
-    try:
-        with Image.open(path) as image:
-            found, kind = image.size, image.format
-        with path.open('rb') as file:
-            file.seek(-min(2048, path.stat().st_size), 2)
-            tail = file.read()
-    except FileNotFoundError:
-        return f'{path}: missing'
-    # Pillow's header readers raise many kinds (OSError, SyntaxError, struct.error, …).
-    except Exception as error:
-        reason = 'not an image' if isinstance(error, UnidentifiedImageError) else error
-        return f'{path}: {reason}'
-    # Cameras write (height, width) before the EXIF rotation is undone; mmcv undoes it.
-    if found not in (size, size[::-1]):
-        return f'{path}: is {found[0]}x{found[1]}, the annotation file says {size[0]}x{size[1]}'
-    if (kind == 'JPEG' and b'\xff\xd9' not in tail) or (kind == 'PNG' and b'IEND' not in tail):
-        return f'{path}: truncated'
-    return None
-
-
-def read_coco(path: Path) -> dict[str, Any]:
-    """Read a COCO annotation file as far as splitting and counting rely on it.
-
-    Raises:
-        UserError: It is missing or malformed, or ids in it point nowhere or at two things.
-    """
-    cure = '`python tools/check_dataset.py` lists all that is wrong with a file; --fix mends a copy'
-    if not path.is_file():
-        raise UserError(
-            f'There is no annotation file {path}', cure='make one with `python tools/prepare_data.py SRC OUT`'
-        )
-    # The collector would look through millions of new objects again and again: twice the time.
-    collecting = gc.isenabled()
-    gc.disable()
-    try:
-        data = json.loads(path.read_bytes())
-        images = [(i['id'], i['file_name']) for i in data['images']]
-        categories = [(c['id'], c['name']) for c in data['categories']]
-        used = [(a['image_id'], a['category_id']) for a in data['annotations']]
-        names, labels = dict(images), dict(categories)
-        lost = sorted({i for i, _ in used if i not in names}, key=str)
-        unknown = sorted({c for _, c in used if c not in labels}, key=str)
-    except (ValueError, KeyError, TypeError, RecursionError, OSError) as error:
-        what = f'key {error} is missing' if isinstance(error, KeyError) else str(error)
-        raise UserError(f'{path} is no COCO annotation file: {what}', cure=cure) from None
-    finally:
-        if collecting:
-            gc.enable()
-    problems = [
-        f'two {kind} have the same {what}: {value!r}'
-        for kind, what, values in (
-            ('images', 'id', [i for i, _ in images]),
-            ('images', 'file_name', [n for _, n in images]),
-            ('categories', 'id', [i for i, _ in categories]),
-            ('categories', 'name', [n for _, n in categories]),
-        )
-        for value in _repeated(values)
-    ]
-    problems += [f'file_name of image {i!r} is no text: {n!r}' for i, n in images if not isinstance(n, str)]
-    problems += [f'name of category {i!r} is no text: {n!r}' for i, n in categories if not isinstance(n, str)]
-    problems += [f'annotations of an image that is not listed: id {i!r}' for i in lost]
-    problems += [f'annotations of a category that is not listed: id {c!r}' for c in unknown]
-    if problems:
-        raise UserError(f'{path} contradicts itself:', problems, cure)
-    if not images:
-        raise UserError(f'{path} lists no images', cure=cure)
-    return data
-
-
-def _repeated(values: list) -> list:
-    """The values that occur more than once; those that cannot be hashed are reported elsewhere."""
-    seen, twice = set(), {}
-    for value in values:
-        if isinstance(value, (str, int, float)):
-            twice.update({value: None} if value in seen else {})
-            seen.add(value)
-    return list(twice)
-
-
-def load(path: Path, compact: bool = False) -> tuple[dict | None, tuple[str, str] | None]:
-    """Read JSON as pycocotools does, and say what is wrong with it.
-
-    Args:
-        path: The file.
         compact: Polygons become arrays of doubles, a quarter of the memory.
-
-    Returns:
-        The top object, and code and detail of a problem. Both where the file can be read, but
-        not by pycocotools.
     """
+    if _kept is None:
+        return _parse(path, compact)
+    try:
+        status = path.stat()
+    except (OSError, ValueError):
+        return _parse(path, compact)
+    key = path.resolve(), status.st_mtime_ns, status.st_size, compact
+    if key not in _kept:
+        _kept[key] = _parse(path, compact)
+    return dataclasses.replace(_kept[key], path=path)
+
+
+def _parse(path: Path, compact: bool) -> Coco:
+    faults: list[Message] = []
+    top = _load(path, compact, faults)
+    data: dict[str, Any] = {section: [] for section in SECTIONS}
+    if top is None:
+        return Coco(path, data, tuple(faults))
+    for section in SECTIONS:
+        if section not in top:
+            faults.append(Message('coco-section-missing', 'it has no list {section}', section=section))
+            continue
+        entries = top[section]
+        if not isinstance(entries, list):
+            faults.append(
+                Message(
+                    'coco-section-type', '{section} is {kind}, not a list', section=section, kind=json_kind(entries)
+                )
+            )
+            continue
+        wrong = [i for i, kind in enumerate(map(type, entries)) if kind is not dict]
+        if wrong:
+            faults.append(
+                Message(
+                    'coco-entry-type',
+                    '{section}: {count:,} entries are not objects, the first is {kind} at position {position}',
+                    section=section,
+                    count=len(wrong),
+                    kind=json_kind(entries[wrong[0]]),
+                    position=wrong[0],
+                )
+            )
+            for i in wrong:
+                entries[i] = {}
+        data[section] = entries
+        if not entries and section == 'images':
+            faults.append(Message('coco-no-images', 'it lists no images'))
+        if not entries and section == 'categories':
+            faults.append(Message('coco-no-categories', 'it lists no categories'))
+    return Coco(path, {**top, **data}, tuple(faults))
+
+
+def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | None:
+    """The top object; None if there is none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        return None, ('no-file', '')
+        faults.append(Message('coco-no-file', 'it does not exist'))
+        return None
     except (OSError, ValueError) as error:
-        return None, ('file-unreadable', getattr(error, 'strerror', None) or str(error))
+        reason = getattr(error, 'strerror', None) or str(error)
+        faults.append(Message('coco-file-unreadable', 'it cannot be read: {reason}', reason=reason))
+        return None
     encoding = json.detect_encoding(content)
-    problem = None if encoding == 'utf-8' else ('encoding', encoding.replace('-sig', ' with a byte order mark'))
+    if encoding != 'utf-8':
+        name = encoding.replace('-sig', ' with a byte order mark')
+        faults.append(_encoding_fault(name))
     # Millions of objects are made, none of them in a cycle: collecting would double the time.
     collecting = gc.isenabled()
     gc.disable()
     try:
         text = content.decode(encoding)
         del content
-        data = json.loads(text, object_hook=_compact if compact else None)
+        top = json.loads(text, object_hook=_compact if compact else None)
+        if isinstance(top, dict):
+            return top
+        faults[:] = [Message('coco-top-level', 'its top is {kind}, not a JSON object', kind=json_kind(top))]
     except UnicodeDecodeError as error:
-        return None, ('encoding', f'byte {error.start} is no {encoding}')
+        faults[:] = [_encoding_fault(f'byte {error.start} is not {encoding}')]
     except RecursionError:
-        return None, ('nesting', '')
+        faults[:] = [Message('coco-nesting', 'it is nested too deeply')]
     except ValueError as error:
         # Also for integers of more digits than Python converts.
-        return None, ('not-json', str(error))
+        faults[:] = [Message('coco-not-json', 'it is not JSON: {reason}', reason=str(error))]
     finally:
         if collecting:
             gc.enable()
-    if not isinstance(data, dict):
-        return None, ('top-level', f'it is {json_kind(data)}')
-    return data, problem
+    return None
+
+
+def _encoding_fault(found: str) -> Message:
+    return Message('coco-encoding', 'it is not plain UTF-8: {found}', found=found)
 
 
 def _compact(entry: dict) -> dict:
@@ -230,18 +310,116 @@ def _compact(entry: dict) -> dict:
     return entry
 
 
+@dataclass(frozen=True)
+class Split:
+    """What a run knows of an annotation file.
+
+    Attributes:
+        path: The file.
+        images: Number of images.
+        annotations: Number of annotations, crowd regions included.
+        usable: Number of images with at least one annotation that is not a crowd region.
+        classes: Category names in the file's order, which is that of the labels.
+    """
+
+    path: Path
+    images: int
+    annotations: int
+    usable: int
+    classes: tuple[str, ...]
+
+
+def read_split(path: Path, image_root: Path | None = None, classes: Sequence[str] | None = None) -> Split:
+    """Read an annotation file and check it for a run.
+
+    Args:
+        path: COCO JSON.
+        image_root: Folder that the file names are relative to; None does not look at the images.
+        classes: Class names of the config in label order, if it names them.
+
+    Raises:
+        UserError: All problems of the first kind found: see `Coco.require`, other classes than the
+            config's, missing or unreadable images.
+    """
+    coco = read(path, compact=True).require(images=('width', 'height'), annotations=('id',), links=False, utf8=True)
+    if classes is not None and tuple(classes) != coco.classes:
+        raise UserError(
+            'coco-classes',
+            '{path}: its categories are not the classes of the config, in their order:\n'
+            '  config: {config}\n'
+            '  file:   {file}',
+            hint='set metainfo.classes to the names in the order of the file, and num_classes to their number',
+            path=path,
+            config=', '.join(classes),
+            file=', '.join(coco.classes),
+        )
+    if image_root is not None:
+        _check_headers(coco, image_root)
+    with_objects = {a['image_id'] for a in coco.annotations if not a.get('iscrowd')}
+    usable = sum(image['id'] in with_objects for image in coco.images)
+    return Split(path, len(coco.images), len(coco.annotations), usable, coco.classes)
+
+
+def _check_headers(coco: Coco, image_root: Path) -> None:
+    problems = []
+    for image in coco.images:
+        path, size = image_root / image['file_name'], (image['width'], image['height'])
+        try:
+            found = image_size(path)
+        except ValueError as error:
+            problems.append(Message('image-file', '{path}: {reason}', path=path, reason=str(error)))
+            continue
+        # Some files have the size before the EXIF rotation; mmcv takes what it reads.
+        if found not in (size, size[::-1]):
+            problems.append(
+                Message(
+                    'image-size',
+                    '{path}: is {found}, the annotation file says {listed}',
+                    path=path,
+                    found='{}x{}'.format(*found),
+                    listed='{}x{}'.format(*size),
+                )
+            )
+    if problems:
+        raise UserError(
+            'coco-images',
+            '{path}: {bad:,} of {count:,} images cannot be used:',
+            problems,
+            'restore these images, correct data_root, or leave them out '
+            '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
+            path=coco.path,
+            bad=len(problems),
+            count=len(coco.images),
+        )
+
+
+def _repeated(values: list) -> list:
+    """The values that occur more than once; lists and objects, which are not ids, always."""
+    with contextlib.suppress(TypeError):
+        if len(set(values)) == len(values):
+            return []
+    counts = Counter(v for v in values if not _is_container(v))
+    return [v for v in values if _is_container(v)] + [v for v, n in counts.items() if n > 1]
+
+
+def _is_container(value: object) -> bool:
+    return isinstance(value, (list, dict))
+
+
+_JSON_KINDS = {
+    dict: 'an object',
+    list: 'a list',
+    str: 'a string',
+    bool: 'a truth value',
+    int: 'a number',
+    float: 'a number',
+    type(None): 'null',
+    array: 'a polygon',
+}
+
+
 def json_kind(value: object) -> str:
-    names = {
-        dict: 'an object',
-        list: 'a list',
-        str: 'a string',
-        bool: 'a truth value',
-        int: 'a number',
-        float: 'a number',
-        type(None): 'null',
-        array: 'a polygon',
-    }
-    return names.get(type(value), type(value).__name__)
+    return _JSON_KINDS.get(type(value), type(value).__name__)
 
 
 def shown_value(value: object) -> str:
@@ -250,16 +428,16 @@ def shown_value(value: object) -> str:
 
 
 def name_problem(name: object) -> str:
-    """Why a ``file_name`` can be that of no file; empty if it can."""
+    """Why a ``file_name`` cannot name a file; empty if it can."""
     if not isinstance(name, str):
         return f'file_name {shown_value(name)}'
     if not name.strip():
         return 'file_name is empty'
     if '\0' in name:
         return 'file_name has a NUL character'
-    return '' if is_text(name) else 'file_name is no valid Unicode'
+    return '' if is_text(name) else 'file_name is not valid Unicode'
 
 
 def is_text(name: str) -> bool:
-    # A lone surrogate is valid JSON, but can be neither printed nor be in the name of a file.
+    # A lone surrogate is valid JSON, but can neither be printed nor be in the name of a file.
     return not any('\ud800' <= c <= '\udfff' for c in name)

@@ -1,20 +1,76 @@
-"""Where the folder of a prepared data set keeps its files."""
+"""Where the folder of a prepared data set keeps its files, and where to look for the images of a file."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import UserError
 
-if TYPE_CHECKING:
-    pass
-
-
 SPLITS = ('train', 'val', 'test')
-WHOLE = 'instances_all.json'
+_PREFIX = 'instances_'
+_SAMPLE = 20  # image names that are tried in a folder
+
+
+def file_name(split: str) -> str:
+    """``instances_train.json`` of ``train``."""
+    return f'{_PREFIX}{split}.json'
+
+
+WHOLE = file_name('all')
+
+
+def split_name(path: Path) -> str:
+    """``train`` of ``instances_train.json``."""
+    return path.stem.removeprefix(_PREFIX) or path.stem
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A folder with ``annotations/instances_<split>.json`` and ``images/``."""
+
+    root: Path
+
+    @property
+    def annotations(self) -> Path:
+        return self.root / 'annotations'
+
+    @property
+    def images(self) -> Path:
+        return self.root / 'images'
+
+    def annotation(self, split: str) -> Path:
+        return self.annotations / file_name(split)
+
+    def splits(self) -> dict[str, Path]:
+        """The annotation files of train, val and, where there is one, test.
+
+        Raises:
+            UserError: Train or val is missing.
+        """
+        files = {split: self.annotation(split) for split in SPLITS}
+        missing = [files[split] for split in ('train', 'val') if not files[split].is_file()]
+        if missing:
+            if self.annotation('all').is_file():
+                hint = 'split the data first: python tools/split_dataset.py {root}'
+            elif self.root.is_dir():
+                hint = (
+                    'make the folder with `python tools/prepare_data.py SRC OUT`, and split it with '
+                    '`python tools/split_dataset.py OUT`'
+                )
+            else:
+                hint = 'make the folder with `python tools/prepare_data.py SRC OUT`'
+            raise UserError('layout-splits', '{root} does not hold split data. Missing:', missing, hint, root=self.root)
+        return {split: file for split, file in files.items() if file.is_file()}
+
+    def image_prefix(self, names: Sequence[str]) -> str:
+        """What file names are relative to in the folder: ``images/``, nothing, or another folder in it."""
+        folders = sorted(p.name for p in self.root.iterdir() if p.is_dir())
+        prefixes = ['images/', '', *(f'{folder}/' for folder in folders)]
+        best = max(prefixes, key=lambda prefix: _count(self.root / prefix, names))
+        return best if self.images.is_dir() or _count(self.root / best, names) else ''
 
 
 def find_source(given: Path) -> Path:
@@ -25,84 +81,93 @@ def find_source(given: Path) -> Path:
     """
     if not given.is_dir():
         return given
-    folder = given / 'annotations' if (given / 'annotations').is_dir() else given
+    folder = Prepared(given).annotations
+    if not folder.is_dir():
+        folder = given
     if (folder / WHOLE).is_file():
         return folder / WHOLE
     found = sorted(folder.glob('*.json'))
     if not found:
         raise UserError(
-            f'There is no annotation file in {folder}',
-            cure='pass the file itself, or make one with `python tools/prepare_data.py SRC OUT`',
+            'layout-no-source',
+            'There is no annotation file in {folder}',
+            hint='pass the file itself, or make one with `python tools/prepare_data.py SRC OUT`',
+            folder=folder,
         )
     if len(found) > 1:
         raise UserError(
-            f'{folder} has no {WHOLE}, but several other files:',
-            map(str, found),
+            'layout-several-sources',
+            '{folder} has no {whole}, but several other files:',
+            found,
             'it seems to be split already; to split one of these, pass that file and --out',
+            folder=folder,
+            whole=WHOLE,
         )
     return found[0]
-
-
-def guess_root(path: Path, files: Sequence[str | None]) -> Path:
-    """The folder that the image names of an annotation file are relative to.
-
-    The folder with the most of the first images: ``images/`` beside ``annotations/``, a folder
-    named like the split, or one of those above.
-    """
-    here, above = path.parent, path.parent.parent
-    split = split_name(path)
-    candidates = [folder / name for folder in (above, here) for name in ('images', '', split, f'images/{split}')]
-    sample = [f for f in files if f is not None][:20]
-
-    def there(folder: Path) -> int:
-        count = 0
-        for name in sample:
-            with contextlib.suppress(OSError):
-                count += (folder / name).exists()
-        return count
-
-    return max(candidates, key=there) if sample else candidates[0]
-
-
-def split_name(path: Path) -> str:
-    """``train`` of ``instances_train.json``."""
-    return path.stem.removeprefix('instances_') or path.stem
 
 
 def find_splits(targets: Sequence[Path], images: Path | None = None) -> dict[str, tuple[Path, Path | None]]:
     """Splits from what was named on the command line.
 
     Args:
-        targets: Annotation files, or one folder with ``annotations/instances_<split>.json``.
+        targets: Annotation files, or folders with ``annotations/instances_<split>.json``.
         images: Image folder of all of them.
 
+    Returns:
+        Annotation file and image folder by split, the training split first.
+
     Raises:
-        UserError: A folder without annotation files, or several.
+        UserError: A folder without annotation files, or no folder of images.
     """
     if images is not None and not images.is_dir():
-        raise UserError(f'There is no folder {images}', cure='correct --images')
+        raise UserError('layout-no-images', 'There is no folder {images}', hint='correct --image-root', images=images)
     files: list[Path] = []
     for target in targets:
-        if not target.is_dir():
-            files.append(target)
-            continue
-        found = sorted((target / 'annotations').glob('*.json')) or sorted(target.glob('*.json'))
-        found = [f for f in found if f.name.startswith('instances_')] or found
-        if len(found) > 1:
-            # What the others were split from shares every image with them.
-            found = [f for f in found if f.name != 'instances_all.json']
-        if not found:
-            raise UserError(
-                f'{target}: no annotation files in it',
-                [f'looked for {target / "annotations" / "instances_<split>.json"}'],
-                'pass the JSON files, or make them with tools/prepare_data.py',
-            )
-        files += found
+        files += _annotation_files(target) if target.is_dir() else [target]
     splits: dict[str, tuple[Path, Path | None]] = {}
-    # The training split first: what is expected of the others comes from it.
+    # What is expected of the other splits comes from the training split.
     for path in sorted(dict.fromkeys(files), key=lambda p: 'train' not in split_name(p)):
         name = split_name(path)
         while name in splits:
-            name = f'{path.parent.name}/{name}' if f'{path.parent.name}/{name}' not in splits else name + '+'
+            longer = f'{path.parent.name}/{name}'
+            name = f'{name}+' if longer in splits else longer
         splits[name] = (path, images)
     return splits
+
+
+def _annotation_files(folder: Path) -> list[Path]:
+    found = sorted(Prepared(folder).annotations.glob('*.json')) or sorted(folder.glob('*.json'))
+    found = [f for f in found if f.name.startswith(_PREFIX)] or found
+    if len(found) > 1:
+        # What the others were split from shares every image with them.
+        found = [f for f in found if f.name != WHOLE]
+    if not found:
+        raise UserError(
+            'layout-no-files',
+            '{folder}: there are no annotation files in it, such as {example}',
+            hint='pass the JSON files, or make them with tools/prepare_data.py',
+            folder=folder,
+            example=Prepared(folder).annotation('<split>'),
+        )
+    return found
+
+
+def guess_image_root(path: Path, names: Iterable[str | None]) -> Path:
+    """The folder that the image names of an annotation file are relative to.
+
+    It is the folder with the most of the first images: ``images/`` next to ``annotations/``, a
+    folder named like the split, or one of those above.
+    """
+    here, split = path.parent, split_name(path)
+    above = here.parent if here.name else path.resolve().parent.parent
+    candidates = [folder / name for folder in (above, here) for name in ('images', '', split, f'images/{split}')]
+    sample = [name for name in names if name is not None][:_SAMPLE]
+    return max([*candidates, above.parent], key=lambda folder: _count(folder, sample))
+
+
+def _count(folder: Path, names: Sequence[str]) -> int:
+    count = 0
+    for name in names[:_SAMPLE]:
+        with contextlib.suppress(OSError, ValueError):
+            count += (folder / name).exists()
+    return count

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mmfinetune.data.coco_json import read_coco
+from mmfinetune.data import coco_json
 from mmfinetune.data.layout import SPLITS, WHOLE, find_source
 from mmfinetune.data.stratify import best_of
 from mmfinetune.utils.errors import UserError
@@ -226,7 +226,7 @@ def split_file(
             map(str, earlier),
             'replace all of them with --overwrite, or pass another folder with --out',
         )
-    data = read_coco(path)
+    data = coco_json.read(path).require(unique_files=True).data
     images = sorted(data['images'], key=lambda image: image['file_name'])
     keys, series = series_of([image['file_name'] for image in images], group_by)
     if len(set(keys)) < len(wanted):

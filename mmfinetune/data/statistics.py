@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from mmfinetune.data.coco_json import read_coco
+from mmfinetune.data import coco_json
 from mmfinetune.utils.errors import UserError
 
 
@@ -49,7 +49,7 @@ def gather(files: dict[str, Path]) -> Statistics:
     """
     images, most, train = {}, 0, {}
     for split, path in files.items():
-        found = read_coco(path)
+        found = coco_json.read(path, compact=True).require(unique_files=True).data
         images[split] = len(found['images'])
         counts: dict[Any, int] = {}
         for annotation in found['annotations']:

@@ -12,8 +12,10 @@ from PIL import Image, ImageDraw
 
 from mmfinetune.config import flatten, load, new, sizing
 from mmfinetune.data import statistics as data_statistics
+from mmfinetune.data.layout import Prepared
 from mmfinetune.data.statistics import Statistics
 from mmfinetune.utils.errors import UserError
+from tests.builders.errors import refused
 from tests.builders.runs import CONFIGS, REPO, drive, files_in, inside, train_tool
 
 VOC = CONFIGS / 'mask_rcnn_voc_pretrained.py'
@@ -518,12 +520,12 @@ def test_data_that_cannot_be_trained_on_leaves_no_config(tmp_path, split, change
 
 def test_unsplit_data_names_the_tool_that_splits(tmp_path):
     root = make_data(tmp_path / 'd', ['a'], {'all': 4})
-    with pytest.raises(UserError, match='no folder with split data') as caught:
-        new.find_splits(root)
-    assert f'tools/split_dataset.py {root}' in caught.value.cure
-    with pytest.raises(UserError) as caught:
-        new.find_splits(tmp_path / 'nowhere')
-    assert 'tools/prepare_data.py' in caught.value.cure
+    with refused('layout-splits', root=root) as caught:
+        Prepared(root).splits()
+    assert f'tools/split_dataset.py {root}' in caught.value.hint
+    with refused('layout-splits') as caught:
+        Prepared(tmp_path / 'nowhere').splits()
+    assert 'tools/prepare_data.py' in caught.value.hint
 
 
 @pytest.mark.parametrize(

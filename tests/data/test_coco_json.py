@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmfinetune.data import coco_json
 from mmfinetune.data.coco_json import Split, read_split
 from mmfinetune.utils.errors import UserError
+from tests.builders.errors import codes, refused
 
 CLASSES = ('cat', 'dog')
 
@@ -22,7 +24,7 @@ class Data:
             {'id': i, 'file_name': f'{i}.{kind}', 'width': 40, 'height': 30}
             for i, kind in ((1, 'jpg'), (2, 'png'), (3, 'jpg'))
         ]
-        self.annotations = [self.annotation(1, 1, 1), self.annotation(2, 1, 2), self.annotation(3, 2, 1, iscrowd=1)]
+        self.annotations = [self.annotation(1, 1, 1), self.annotation(2, 1, 5), self.annotation(3, 2, 1, iscrowd=1)]
         self.categories = [{'id': 1, 'name': 'cat'}, {'id': 5, 'name': 'dog'}]
         for image in self.images:
             self.draw(image['file_name'])
@@ -44,17 +46,19 @@ class Data:
         Image.fromarray(pixels).save(self.root / name)
         return self.root / name
 
-    def read(self, classes=CLASSES) -> Split:
+    def write(self) -> None:
         self.path.write_text(
             json.dumps({'images': self.images, 'annotations': self.annotations, 'categories': self.categories})
         )
+
+    def read(self, classes=CLASSES) -> Split:
+        self.write()
         return read_split(self.path, self.root, classes)
 
-    def error(self, classes=CLASSES) -> UserError:
-        with pytest.raises(UserError) as caught:
+    def error(self, code: str, classes=CLASSES) -> UserError:
+        with refused(code, path=self.path) as caught:
             self.read(classes)
-        assert str(self.path) in caught.value.message
-        assert caught.value.cure
+        assert caught.value.hint
         return caught.value
 
 
@@ -78,7 +82,7 @@ def test_annotation_of_an_image_that_is_not_listed_counts_for_no_image(data):
     assert data.read().usable == 1
 
 
-def test_missing_iscrowd_is_no_crowd(data):
+def test_missing_iscrowd_is_not_a_crowd(data):
     del data.annotations[2]['iscrowd']
     data.annotations[2]['iscrowd'] = 0
     del data.annotations[0]['iscrowd']
@@ -86,60 +90,134 @@ def test_missing_iscrowd_is_no_crowd(data):
 
 
 def test_no_file(tmp_path):
-    with pytest.raises(UserError, match='There is no annotation file') as caught:
+    with refused('coco-missing', path=tmp_path / 'no.json') as caught:
         read_split(tmp_path / 'no.json', tmp_path)
-    assert 'prepare_voc.py' in caught.value.cure
+    assert 'prepare_voc.py' in caught.value.hint
+
+
+ONE_CLASS = '"categories": [{"id": 1, "name": "a"}]'
 
 
 @pytest.mark.parametrize(
-    ('text', 'expected'),
+    ('text', 'faults'),
     [
-        ('{"images": [', 'is no COCO annotation file'),
-        ('', 'is no COCO annotation file'),
-        ('[]', 'is no COCO annotation file'),
-        ('{}', "key 'images' is missing"),
-        ('{"images": [], "annotations": []}', "key 'categories' is missing"),
-        ('{"images": [], "annotations": [], "categories": [{"id": 1}]}', "key 'name' is missing"),
-        ('{"images": [{"id": 1}], "annotations": [], "categories": []}', "key 'file_name' is missing"),
-        ('{"images": [], "annotations": [{"id": 1}], "categories": []}', "key 'image_id' is missing"),
-        ('{"images": 1, "annotations": 2, "categories": 3}', 'is no COCO annotation file'),
-        ('{"images": [], "annotations": [], "categories": []}', 'lists no images'),
+        ('{"images": [', ['coco-not-json']),
+        ('', ['coco-not-json']),
+        ('[' * 100_000, ['coco-nesting']),
+        ('[]', ['coco-top-level']),
+        ('{}', ['coco-section-missing'] * 3),
+        ('{"images": [{}], "annotations": []}', ['coco-section-missing']),
+        ('{"images": 1, "annotations": 2, "categories": 3}', ['coco-section-type'] * 3),
+        ('{"images": [{}, 5], "annotations": [], ' + ONE_CLASS + '}', ['coco-entry-type']),
+        ('{"images": [], "annotations": [], "categories": []}', ['coco-no-images', 'coco-no-categories']),
+        ('\ufeff{"images": [{}], "annotations": [], ' + ONE_CLASS + '}', ['coco-encoding']),
     ],
 )
-def test_broken_file(tmp_path, text, expected):
+def test_broken_file(tmp_path, text, faults):
     path = tmp_path / 'a.json'
-    path.write_text(text)
-    with pytest.raises(UserError, match=expected) as caught:
+    path.write_text(text, encoding='utf-8')
+    with refused('coco-file', path=path) as caught:
         read_split(path, tmp_path)
-    assert str(path) in caught.value.message
+    assert codes(caught.value.problems) == faults
+    assert codes(coco_json.read(path).faults) == faults
 
 
-def test_file_that_is_no_text(tmp_path):
+@pytest.mark.parametrize(
+    ('images', 'annotations', 'categories', 'found'),
+    [
+        ([{'id': 1}], [], [{'id': 1, 'name': 'a'}], ('images', 'file_name, width, height')),
+        ([], [{'id': 1}], [], ('annotations', 'image_id, category_id')),
+        ([], [], [{'id': 1}], ('categories', 'name')),
+    ],
+)
+def test_keys_that_are_missing(data, images, annotations, categories, found):
+    data.images += images
+    data.annotations += annotations
+    data.categories += categories
+    (problem,) = data.error('coco-entries').problems
+    assert problem.code == 'coco-keys-missing'
+    assert (problem.facts['section'], problem.facts['keys'], problem.facts['count']) == (*found, 1)
+
+
+@pytest.mark.parametrize(
+    ('section', 'changes', 'code', 'places'),
+    [
+        ('images', {'id': 2}, 'coco-repeated', '2'),
+        ('images', {'id': [2]}, 'coco-repeated', '[2]'),
+        ('images', {'file_name': '2.png'}, 'coco-repeated', "'2.png'"),
+        ('images', {'file_name': 3}, 'coco-file-name', 'file_name 3'),
+        ('images', {'file_name': ''}, 'coco-file-name', 'file_name is empty'),
+        ('images', {'file_name': 'a\0'}, 'coco-file-name', 'file_name has a NUL character'),
+        ('images', {'file_name': '\ud800'}, 'coco-file-name', 'file_name is not valid Unicode'),
+        ('categories', {'id': 5}, 'coco-repeated', '5'),
+        ('categories', {'name': 'dog'}, 'coco-repeated', "'dog'"),
+        ('categories', {'name': None}, 'coco-name', 'None'),
+        ('annotations', {'id': 2}, 'coco-repeated', '2'),
+        ('annotations', {'id': 0}, 'coco-id-zero', '1'),
+        ('annotations', {'image_id': 99}, 'coco-link', '99'),
+        ('annotations', {'category_id': {}}, 'coco-link', '{}'),
+    ],
+)
+def test_contradictions(data, section, changes, code, places):
+    data.read()
+    getattr(data, section)[0].update(changes)
+    data.write()
+    coco = coco_json.read(data.path)
+    assert not coco.faults
+    with refused('coco-entries', path=data.path) as caught:
+        coco.require(annotations=('id',), unique_files=True)
+    assert (code, places) in [(p.code, p.facts['places']) for p in caught.value.problems]
+
+
+def test_places_of_one_problem_are_one_line(data):
+    data.annotations = [data.annotation(number, 90 + number, 1) for number in range(1, 21)]
+    data.write()
+    with refused('coco-entries') as caught:
+        coco_json.read(data.path).require()
+    (problem,) = caught.value.problems
+    assert problem.facts == {'key': 'image_id', 'count': 20, 'places': '91, 92, 93, 94, 95, …'}
+
+
+def test_views(data):
+    data.write()
+    coco = coco_json.read(data.path, compact=True).require()
+    assert coco.classes == CLASSES
+    assert {i: [a['id'] for a in found] for i, found in coco.by_image.items()} == {1: [1, 2], 2: [3], 3: []}
+    assert coco.annotations[0]['segmentation'][0].tolist() == [1, 1, 6, 1, 6, 6]
+    assert coco_json.read(data.path).annotations[0]['segmentation'] == [[1, 1, 6, 1, 6, 6]]
+
+
+def test_a_file_is_parsed_once_within_a_block_unless_it_changes(data):
+    data.write()
+    with coco_json.parsed_once():
+        first = coco_json.read(data.path)
+        with coco_json.parsed_once():
+            assert coco_json.read(data.path).data is first.data
+        data.images.pop()
+        data.write()
+        assert len(coco_json.read(data.path).images) == 2
+    assert coco_json.read(data.path).data is not coco_json.read(data.path).data
+
+
+def test_file_that_is_not_text(tmp_path):
     path = tmp_path / 'a.json'
     path.write_bytes(b'\x80\xff\x00' * 10)
-    with pytest.raises(UserError, match='is no COCO annotation file'):
+    with refused('coco-file') as caught:
         read_split(path, tmp_path)
-
-
-def test_annotation_id_zero(data):
-    data.annotations[1]['id'] = 0
-    error = data.error()
-    assert 'annotation id 0 (image 1)' in error.message
-    assert 'from 1' in error.cure
+    assert codes(caught.value.problems) == ['coco-encoding']
 
 
 @pytest.mark.parametrize('classes', [('dog', 'cat'), ('cat',), ('cat', 'dog', 'cow'), ('cat', 'Dog'), ()])
 def test_other_classes_or_another_order(data, classes):
-    error = data.error(classes)
-    assert 'in their order' in error.message
-    assert error.problems == [f'config: {", ".join(classes)}', 'file:   cat, dog']
-    assert 'num_classes' in error.cure
+    error = data.error('coco-classes', classes)
+    assert (error.facts['config'], error.facts['file']) == (', '.join(classes), 'cat, dog')
+    assert 'num_classes' in error.hint
 
 
 def test_order_is_that_of_the_file_not_of_the_ids(data):
     data.categories.reverse()
     assert data.read(('dog', 'cat')).classes == ('dog', 'cat')
-    data.error(('cat', 'dog'))
+    data.error('coco-classes', ('cat', 'dog'))
 
 
 def spoil(path: Path, kind: str) -> None:
@@ -166,7 +244,7 @@ def spoil(path: Path, kind: str) -> None:
     ('kind', 'expected'),
     [
         ('missing', 'missing'),
-        ('empty', 'not an image'),
+        ('empty', 'empty'),
         ('text', 'not an image'),
         ('half', 'truncated'),
         ('last bytes gone', 'truncated'),
@@ -176,16 +254,20 @@ def spoil(path: Path, kind: str) -> None:
 )
 def test_image_that_cannot_be_used(data, name, kind, expected):
     spoil(data.root / name, kind)
-    error = data.error()
-    assert '1 of 3 images cannot be used' in error.message
-    assert len(error.problems) == 1
-    assert error.problems[0].startswith(f'{data.root / name}: ')
-    assert expected in error.problems[0]
+    data.write()
+    assert read_split(data.path).images == 3
+    error = data.error('coco-images')
+    assert (error.facts['bad'], error.facts['count']) == (1, 3)
+    (problem,) = error.problems
+    assert problem.facts['path'] == data.root / name
+    assert expected in problem.facts['reason']
 
 
 def test_image_of_another_size(data):
     data.draw('1.jpg', (50, 30))
-    assert data.error().problems == [f'{data.root / "1.jpg"}: is 50x30, the annotation file says 40x30']
+    (problem,) = data.error('coco-images').problems
+    assert problem.code == 'image-size'
+    assert problem.facts == {'path': data.root / '1.jpg', 'found': '50x30', 'listed': '40x30'}
 
 
 def test_image_that_exif_turns(data):
@@ -205,7 +287,7 @@ def test_bytes_after_the_end_of_a_jpeg_are_harmless(data):
 def test_all_images_at_once(data):
     for image in data.images:
         (data.root / image['file_name']).unlink()
-    assert len(data.error().problems) == 3
+    assert len(data.error('coco-images').problems) == 3
 
 
 def test_real_coco(real_data):

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from pycocotools import mask as mask_api
 
+from mmfinetune.data import coco_json
 from mmfinetune.data.check.findings import Report
 from mmfinetune.data.check.images import look_at
 from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
 from mmfinetune.data.check.run import Options, Splits, check, examine
 from mmfinetune.data.check.shapes import as_json, clip, measure, to_rle, turn_mask, turn_polygons, usable_polygons
-from mmfinetune.data.check.table import SECTIONS, Table
-from mmfinetune.data.coco_json import load
+from mmfinetune.data.check.table import Table
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
 
@@ -192,9 +192,8 @@ class _Repair:
 
     def run(self) -> dict:
         table = self.table
-        data, _ = load(table.path)
-        for section in SECTIONS:
-            data[section] = [e if isinstance(e, dict) else {} for e in data[section]]
+        # Not the table's, whose polygons are arrays; it is changed below.
+        data = coco_json.read(table.path).data
         if any(code == 'encoding' for code, _ in table.fatal):
             self._note('saved as UTF-8')
         categories, category_of = self._categories(data['categories'])

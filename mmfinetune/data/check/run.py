@@ -21,7 +21,7 @@ from mmfinetune.data.check.images import ImageFacts, check_images, read_images, 
 from mmfinetune.data.check.kinds import IMBALANCE, RARE
 from mmfinetune.data.check.masks import Masks, check_masks
 from mmfinetune.data.check.table import Table, read_table
-from mmfinetune.data.layout import guess_root
+from mmfinetune.data.layout import guess_image_root
 
 if TYPE_CHECKING:
     pass
@@ -95,7 +95,7 @@ def examine(
     for (path, root), sharing in names.items():
         table = read_table(', '.join(sharing), path, root or Path())
         if root is None:
-            table.root = guess_root(path, table.files)
+            table.root = guess_image_root(path, table.files)
         masks = check_masks(table, options.progress)
         facts.append({})
         if options.images:

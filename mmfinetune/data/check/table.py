@@ -9,11 +9,11 @@ from pathlib import Path, PureWindowsPath
 
 import numpy as np
 
+from mmfinetune.data import coco_json
 from mmfinetune.data.check.findings import Marks
 from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
-from mmfinetune.data.coco_json import is_text, json_kind, load, name_problem, shown_value
+from mmfinetune.data.coco_json import is_text, name_problem, shown_value
 
-SECTIONS = ('images', 'annotations', 'categories')
 BACKGROUND = ('background', '_background_', '__background__', '__ignore__')
 _LARGEST_ID = 2**63 - 1
 _MISSING = object()
@@ -81,39 +81,12 @@ def read_table(name: str, path: Path, root: Path) -> Table:
 
     Never raises on bad input: what is wrong is in `Table.fatal` and `Table.marks`.
     """
-    table = Table(name, path, root)
-    data, problem = load(path, compact=True)
-    if problem:
-        table.fatal.append(problem)
-        if data is None:
-            return table
-    for section in SECTIONS:
-        entries = data.get(section, _MISSING)
-        if entries is _MISSING:
-            table.fatal.append(('section-missing', section))
-        elif not isinstance(entries, list):
-            table.fatal.append(('section-type', f'{section} is {json_kind(entries)}'))
-        else:
-            wrong = [i for i, kind in enumerate(map(type, entries)) if kind is not dict]
-            if wrong:
-                table.fatal.append(
-                    (
-                        'entry-type',
-                        f'{section}: {len(wrong)} of them, the first '
-                        f'is {json_kind(entries[wrong[0]])} at position {wrong[0]}',
-                    )
-                )
-                for i in wrong:
-                    entries[i] = {}
-            setattr(table, section, entries)
-    del data
+    coco = coco_json.read(path, compact=True)
+    table = Table(name, path, root, coco.images, coco.annotations, coco.categories)
+    table.fatal = [(fault.code.removeprefix('coco-'), str(fault)) for fault in coco.faults]
     if any(code.startswith('section') for code, _ in table.fatal):
         table.images, table.annotations, table.categories = [], [], []
         return table
-    if not table.images:
-        table.fatal.append(('no-images', ''))
-    if not table.categories:
-        table.fatal.append(('no-categories', ''))
     categories = _check_categories(table)
     images = _check_images(table)
     _check_annotations(table, images, categories)

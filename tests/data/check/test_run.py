@@ -299,7 +299,7 @@ def test_fault_planted_in_an_image_is_found(site, code, plant, others):
 
 
 def test_every_code_is_planted_somewhere():
-    from test_malformed import ENTRIES, FILES, IMAGES
+    from tests.data.formats.test_malformed import ENTRIES, FILES, IMAGES
 
     planted = {row[0] for row in PLANTED + IN_IMAGES} | {r[2] for r in FILES + ENTRIES + IMAGES}
     assert set(KINDS) - planted <= {'no-file', 'file-unreadable'}
