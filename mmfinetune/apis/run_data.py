@@ -10,6 +10,7 @@ from mmfinetune.config import views
 from mmfinetune.data import coco_json, demo
 from mmfinetune.data.check.run import check
 from mmfinetune.data.formats import voc, voc_devkit
+from mmfinetune.data.preflight import Split, read_split
 from mmfinetune.utils.dist import say
 from mmfinetune.utils.errors import Message, UserError
 
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[str, coco_json.Split]:
+def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[str, Split]:
     """Make missing annotation files from what is there, then check all that the run reads.
 
     Args:
@@ -36,14 +37,14 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
     missing = [d for d in datasets.values() if not views.annotation_file(d).is_file()]
     if missing:
         _make_annotations(cfg, [views.annotation_file(d) for d in missing], Path(missing[0]['data_root']))
-    splits: dict[str, coco_json.Split] = {}
-    done: dict[Path, coco_json.Split] = {}
+    splits: dict[str, Split] = {}
+    done: dict[Path, Split] = {}
     with coco_json.parsed_once():
         for name, dataset in datasets.items():
             path = views.annotation_file(dataset)
             if path not in done:
                 root = None if full else _image_root(dataset)
-                done[path] = coco_json.read_split(path, root, views.dataset_classes(dataset))
+                done[path] = read_split(path, root, views.dataset_classes(dataset))
             splits[name] = done[path]
         if full:
             places, classes = splits_of_config(cfg)

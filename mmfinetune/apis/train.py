@@ -17,7 +17,7 @@ from mmfinetune.apis import run_data
 from mmfinetune.apis.testing import bare_runner, test_runner
 from mmfinetune.config import load, lr, paths, views
 from mmfinetune.config.options import AUTO, LOG_DIR, Options, apply
-from mmfinetune.data import coco_json
+from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, launch
 from mmfinetune.engine.processes import join_group
 from mmfinetune.evaluation import run_results
@@ -140,7 +140,7 @@ def run(options: Options) -> int:
 
 
 def summary(
-    cfg: Config, splits: dict[str, coco_json.Split], plan: lr.LrPlan, world: int, adapted: Sequence[str] = ()
+    cfg: Config, splits: dict[str, Split], plan: lr.LrPlan, world: int, adapted: Sequence[str] = ()
 ) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
     lines = [

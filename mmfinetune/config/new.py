@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from mmfinetune.config import load, paths, sizing
 from mmfinetune.data import coco_json
 from mmfinetune.data.layout import SPLITS, Prepared, file_name
+from mmfinetune.data.preflight import read_split
 from mmfinetune.data.statistics import Statistics, gather
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_text
@@ -71,7 +72,7 @@ def write(
         statistics = gather(files)
         prefix = data.image_prefix([statistics.first_image])
         for file in files.values():
-            coco_json.read_split(file, root / prefix, statistics.classes)
+            read_split(file, root / prefix, statistics.classes)
     text, lines = compose(
         base_cfg,
         statistics,

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.images import image_size
 
 SECTIONS = ('images', 'annotations', 'categories')
 _SHOWN = 5  # places of one problem; the same mistake is mostly in all entries
@@ -308,89 +307,6 @@ def _compact(entry: dict) -> dict:
         with contextlib.suppress(TypeError, OverflowError):
             entry['segmentation'] = [array('d', polygon) for polygon in segmentation]
     return entry
-
-
-@dataclass(frozen=True)
-class Split:
-    """What a run knows of an annotation file.
-
-    Attributes:
-        path: The file.
-        images: Number of images.
-        annotations: Number of annotations, crowd regions included.
-        usable: Number of images with at least one annotation that is not a crowd region.
-        classes: Category names in the file's order, which is that of the labels.
-    """
-
-    path: Path
-    images: int
-    annotations: int
-    usable: int
-    classes: tuple[str, ...]
-
-
-def read_split(path: Path, image_root: Path | None = None, classes: Sequence[str] | None = None) -> Split:
-    """Read an annotation file and check it for a run.
-
-    Args:
-        path: COCO JSON.
-        image_root: Folder that the file names are relative to; None does not look at the images.
-        classes: Class names of the config in label order, if it names them.
-
-    Raises:
-        UserError: All problems of the first kind found: see `Coco.require`, other classes than the
-            config's, missing or unreadable images.
-    """
-    coco = read(path, compact=True).require(images=('width', 'height'), annotations=('id',), links=False, utf8=True)
-    if classes is not None and tuple(classes) != coco.classes:
-        raise UserError(
-            'coco-classes',
-            '{path}: its categories are not the classes of the config, in their order:\n'
-            '  config: {config}\n'
-            '  file:   {file}',
-            hint='set metainfo.classes to the names in the order of the file, and num_classes to their number',
-            path=path,
-            config=', '.join(classes),
-            file=', '.join(coco.classes),
-        )
-    if image_root is not None:
-        _check_headers(coco, image_root)
-    with_objects = {a['image_id'] for a in coco.annotations if not a.get('iscrowd')}
-    usable = sum(image['id'] in with_objects for image in coco.images)
-    return Split(path, len(coco.images), len(coco.annotations), usable, coco.classes)
-
-
-def _check_headers(coco: Coco, image_root: Path) -> None:
-    problems = []
-    for image in coco.images:
-        path, size = image_root / image['file_name'], (image['width'], image['height'])
-        try:
-            found = image_size(path)
-        except ValueError as error:
-            problems.append(Message('image-file', '{path}: {reason}', path=path, reason=str(error)))
-            continue
-        # Some files have the size before the EXIF rotation; mmcv takes what it reads.
-        if found not in (size, size[::-1]):
-            problems.append(
-                Message(
-                    'image-size',
-                    '{path}: is {found}, the annotation file says {listed}',
-                    path=path,
-                    found='{}x{}'.format(*found),
-                    listed='{}x{}'.format(*size),
-                )
-            )
-    if problems:
-        raise UserError(
-            'coco-images',
-            '{path}: {bad:,} of {count:,} images cannot be used:',
-            problems,
-            'restore these images, correct data_root, or leave them out '
-            '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
-            path=coco.path,
-            bad=len(problems),
-            count=len(coco.images),
-        )
 
 
 def _repeated(values: list) -> list:

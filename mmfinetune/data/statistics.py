@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -45,61 +45,81 @@ def gather(files: dict[str, Path]) -> Statistics:
     """Read the annotation files and take their statistics.
 
     Raises:
-        UserError: A file is malformed, has no classes, no objects to learn, or sizes missing.
+        UserError: A file is malformed, has no objects to learn, or lacks usable sizes.
     """
-    images, most, train = {}, 0, {}
-    for split, path in files.items():
-        found = coco_json.read(path, compact=True).require(unique_files=True).data
-        images[split] = len(found['images'])
-        counts: dict[Any, int] = {}
-        for annotation in found['annotations']:
-            if not annotation.get('iscrowd'):
-                counts[annotation['image_id']] = counts.get(annotation['image_id'], 0) + 1
-        most = max([most, *counts.values()])
-        if split == 'train':
-            train, usable = found, len(counts)
-    path = files['train']
-    cure = f'`python tools/check_dataset.py {path.parent.parent}` lists all that is wrong with it'
-    if not train['categories']:
-        raise UserError(f'{path} has no categories', cure=cure)
-    awkward = [repr(c['name']) for c in train['categories'] if '{{' in c['name']]
-    if awkward:
+    splits = {
+        split: coco_json.read(path, compact=True).require(('width', 'height'), ('bbox',), unique_files=True)
+        for split, path in files.items()
+    }
+    train = splits['train']
+    _check_names(train)
+    counts = {split: Counter(a['image_id'] for a in _objects(coco)) for split, coco in splits.items()}
+    objects = _objects(train)
+    if not objects:
         raise UserError(
-            f'{path}: MMEngine takes {{{{ in a config for a placeholder, and so in these class names:',
-            awkward,
-            'rename the categories in all annotation files',
+            'statistics-empty',
+            '{path}: no image has an object: there is nothing to learn',
+            hint='annotate objects, or pass the right folder',
+            path=train.path,
         )
-    if not usable:
-        raise UserError(
-            f'{path}: no image has an object: there is nothing to learn',
-            cure='annotate objects, or pass the right folder',
-        )
-    row = {image['id']: i for i, image in enumerate(train['images'])}
-    objects = [a for a in train['annotations'] if not a.get('iscrowd')]
-    try:
-        sizes = np.array([(i['width'], i['height']) for i in train['images']], float)
-        boxes = np.array([a['bbox'] for a in objects], float).reshape(-1, 4)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f'{path}: an image without width and height, or an object without bbox ({error})', cure=cure
-        ) from None
-    if not np.isfinite(sizes).all() or sizes.min() <= 0:
-        raise UserError(f'{path}: an image without a positive size', cure=cure)
+    sizes = _numbers(train, [(i['width'], i['height']) for i in train.images], 2, 'width and height of an image')
+    boxes = _numbers(train, [a['bbox'] for a in objects], 4, 'bbox of an object')
+    if sizes.min() <= 0:
+        raise _unusable(train, 'width and height of an image')
     sides = np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))
-    order = {c['id']: i for i, c in enumerate(train['categories'])}
-    pairs = {(a['image_id'], order[a['category_id']]) for a in objects}
     real = sides > 0
     if not real.any():
-        raise UserError(f'{path}: no object has a box of a positive size', cure=cure)
+        raise _unusable(train, 'bbox of every object')
+    row = {image['id']: i for i, image in enumerate(train.images)}
+    column = {category['id']: i for i, category in enumerate(train.categories)}
+    pairs = {(a['image_id'], column[a['category_id']]) for a in objects}
     return Statistics(
-        tuple(c['name'] for c in train['categories']),
-        images,
-        len({a['image_id'] for a in train['annotations']}),
-        usable,
-        np.bincount([c for _, c in pairs], minlength=len(order)),
+        train.classes,
+        {split: len(coco.images) for split, coco in splits.items()},
+        len({a['image_id'] for a in train.annotations}),
+        len(counts['train']),
+        np.bincount([c for _, c in pairs], minlength=len(column)),
         sizes,
         sides[real],
         np.array([row[a['image_id']] for a in objects])[real],
-        most,
-        train['images'][0]['file_name'],
+        max(max(of_image.values(), default=0) for of_image in counts.values()),
+        train.images[0]['file_name'],
+    )
+
+
+def _objects(coco: coco_json.Coco) -> list[dict]:
+    """The annotations that are not crowd regions."""
+    return [a for a in coco.annotations if not a.get('iscrowd')]
+
+
+def _check_names(coco: coco_json.Coco) -> None:
+    awkward = [repr(name) for name in coco.classes if '{{' in name]
+    if awkward:
+        raise UserError(
+            'statistics-names',
+            '{path}: MMEngine takes {mark} in a config for a placeholder, and so in these class names:',
+            awkward,
+            'rename the categories in all annotation files',
+            path=coco.path,
+            mark='{{',
+        )
+
+
+def _numbers(coco: coco_json.Coco, values: list, columns: int, what: str) -> np.ndarray:
+    try:
+        array = np.array(values, float).reshape(len(values), columns)
+    except (TypeError, ValueError):
+        raise _unusable(coco, what) from None
+    if not np.isfinite(array).all():
+        raise _unusable(coco, what)
+    return array
+
+
+def _unusable(coco: coco_json.Coco, what: str) -> UserError:
+    return UserError(
+        'statistics-sizes',
+        '{path}: the {what} is not a positive size',
+        hint='`python tools/check_dataset.py {path}` lists all that is wrong with it',
+        path=coco.path,
+        what=what,
     )

@@ -15,6 +15,7 @@ from mmfinetune.data.coco_json import Problems
 from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import read_json
+from mmfinetune.utils.masks import to_rle
 
 _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
 
@@ -54,16 +55,11 @@ class Truth:
 
     def rle(self, annotation: Mapping[str, Any]) -> dict:
         """The mask of an annotation, given as polygons or run lengths."""
-        from pycocotools import mask as mask_api
-
         image, shape = self.images[annotation['image_id']], annotation['segmentation']
         if isinstance(shape, list):
             # Fewer than three points have no area; pycocotools would take two for a box.
             shape = [polygon for polygon in shape if len(polygon) >= 6] or [[0.0] * 6]
-            return mask_api.merge(mask_api.frPyObjects(shape, image['height'], image['width']))
-        if isinstance(shape['counts'], list):
-            return mask_api.frPyObjects(shape, image['height'], image['width'])
-        return shape
+        return to_rle(shape, image['height'], image['width'])
 
 
 def read_truth(path: Path, masks: bool = True) -> Truth:

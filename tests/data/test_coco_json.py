@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from mmfinetune.data import coco_json
-from mmfinetune.data.coco_json import Split, read_split
+from mmfinetune.data.preflight import Split, read_split
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import codes, refused
 
@@ -243,13 +243,13 @@ def spoil(path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ('kind', 'expected'),
     [
-        ('missing', 'missing'),
-        ('empty', 'empty'),
-        ('text', 'not an image'),
-        ('half', 'truncated'),
-        ('last bytes gone', 'truncated'),
-        ('end of zeros', 'truncated'),
-        ('folder', 'directory'),
+        ('missing', 'image-file-missing'),
+        ('empty', 'image-file-empty'),
+        ('text', 'image-file-other'),
+        ('half', 'image-file-truncated'),
+        ('last bytes gone', 'image-file-truncated'),
+        ('end of zeros', 'image-file-truncated'),
+        ('folder', 'image-file-unreadable'),
     ],
 )
 def test_image_that_cannot_be_used(data, name, kind, expected):
@@ -259,8 +259,7 @@ def test_image_that_cannot_be_used(data, name, kind, expected):
     error = data.error('coco-images')
     assert (error.facts['bad'], error.facts['count']) == (1, 3)
     (problem,) = error.problems
-    assert problem.facts['path'] == data.root / name
-    assert expected in problem.facts['reason']
+    assert (problem.code, problem.facts['place']) == (expected, str(data.root / name))
 
 
 def test_image_of_another_size(data):

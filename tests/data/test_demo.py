@@ -10,8 +10,8 @@ from pycocotools.coco import COCO
 
 from mmfinetune.data import demo
 from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, coco_name
-from mmfinetune.data.coco_json import read_split
 from mmfinetune.data.formats import voc
+from mmfinetune.data.preflight import read_split
 
 TRAIN, VAL = 6, 4
 

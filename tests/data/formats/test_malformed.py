@@ -18,7 +18,7 @@ from pycocotools import mask as mask_api
 
 from mmfinetune.data.check import report as data_check_report
 from mmfinetune.data.check.run import Options, check
-from mmfinetune.data.coco_json import read_split
+from mmfinetune.data.preflight import read_split
 from mmfinetune.utils.errors import UserError
 
 SECONDS = 20

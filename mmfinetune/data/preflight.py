@@ -1,0 +1,96 @@
+"""What a run knows of its annotation files, checked before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmfinetune.data import coco_json
+from mmfinetune.utils.errors import Message, Problem, UserError
+from mmfinetune.utils.images import image_size
+
+
+@dataclass(frozen=True)
+class Split:
+    """What a run knows of an annotation file.
+
+    Attributes:
+        path: The file.
+        images: Number of images.
+        annotations: Number of annotations, crowd regions included.
+        usable: Number of images with at least one annotation that is not a crowd region.
+        classes: Category names in the file's order, which is that of the labels.
+    """
+
+    path: Path
+    images: int
+    annotations: int
+    usable: int
+    classes: tuple[str, ...]
+
+
+def read_split(path: Path, image_root: Path | None = None, classes: Sequence[str] | None = None) -> Split:
+    """Read an annotation file and check it for a run.
+
+    Args:
+        path: COCO JSON.
+        image_root: Folder that the file names are relative to; None does not look at the images.
+        classes: Class names of the config in label order, if it names them.
+
+    Raises:
+        UserError: All problems of the first kind found: see `coco_json.Coco.require`, other classes than the
+            config's, missing or unreadable images.
+    """
+    coco = coco_json.read(path, compact=True).require(
+        images=('width', 'height'), annotations=('id',), links=False, utf8=True
+    )
+    if classes is not None and tuple(classes) != coco.classes:
+        raise UserError(
+            'coco-classes',
+            '{path}: its categories are not the classes of the config, in their order:\n'
+            '  config: {config}\n'
+            '  file:   {file}',
+            hint='set metainfo.classes to the names in the order of the file, and num_classes to their number',
+            path=path,
+            config=', '.join(classes),
+            file=', '.join(coco.classes),
+        )
+    if image_root is not None:
+        _check_headers(coco, image_root)
+    with_objects = {a['image_id'] for a in coco.annotations if not a.get('iscrowd')}
+    usable = sum(image['id'] in with_objects for image in coco.images)
+    return Split(path, len(coco.images), len(coco.annotations), usable, coco.classes)
+
+
+def _check_headers(coco: coco_json.Coco, image_root: Path) -> None:
+    problems = []
+    for image in coco.images:
+        path, size = image_root / image['file_name'], (image['width'], image['height'])
+        try:
+            found = image_size(path)
+        except Problem as problem:
+            problems.append(problem.message.at(path))
+            continue
+        # Some files have the size before the EXIF rotation; mmcv takes what it reads.
+        if found not in (size, size[::-1]):
+            problems.append(
+                Message(
+                    'image-size',
+                    '{path}: is {found}, the annotation file says {listed}',
+                    path=path,
+                    found='{}x{}'.format(*found),
+                    listed='{}x{}'.format(*size),
+                )
+            )
+    if problems:
+        raise UserError(
+            'coco-images',
+            '{path}: {bad:,} of {count:,} images cannot be used:',
+            problems,
+            'restore these images, correct data_root, or leave them out '
+            '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
+            path=coco.path,
+            bad=len(problems),
+            count=len(coco.images),
+        )
