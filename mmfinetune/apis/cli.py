@@ -164,15 +164,6 @@ def make_parser(description: str, examples: str) -> Parser:
     )
 
 
-def _own_message(error: UserError) -> str:
-    """The message alone: a DataLoader worker wraps it into its own traceback."""
-    text = str(error)
-    mark = 'mmfinetune.utils.errors.UserError: '
-    if text.startswith('Caught UserError') and mark in text:
-        text = text.rsplit(mark, 1)[1].strip()
-    return text
-
-
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's ``main`` and exit with one of `EXIT_CODES`; ``main`` returns 0 or 1.
 
@@ -184,7 +175,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         launch.leave_group()
         sys.stdout.flush()
     except UserError as error:
-        text = f'error[{error.code}]: {_own_message(error)}'
+        text = f'error[{error.code}]: {error}'
         if not launch.report(text, error):
             print(text, file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR

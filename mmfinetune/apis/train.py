@@ -18,7 +18,7 @@ from mmfinetune.apis.testing import bare_runner, test_runner
 from mmfinetune.config import load, lr, paths, views
 from mmfinetune.config.options import AUTO, LOG_DIR, Options, apply
 from mmfinetune.data.preflight import Split
-from mmfinetune.engine import batch_size, launch
+from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.engine.processes import join_group
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
@@ -208,6 +208,8 @@ def _train(cfg: Config) -> Runner:
     from mmengine.dist import barrier
     from mmengine.runner import Runner
 
+    from mmfinetune.engine.hooks.stop import stoppable
+
     # What cannot start must not leave logs, nor move an earlier run out of its way.
     if cfg.resume:
         weights_check.check(cfg, Path(cfg.load_from), {}).require_good()
@@ -220,16 +222,13 @@ def _train(cfg: Config) -> Runner:
     barrier()
     runner = Runner.from_cfg(cfg)
     try:
-        runner.train()
+        with stoppable(runner):
+            runner.train()
     except Exception as error:
         explained = _explained(error, cfg)
         if explained is error:
             raise
         raise explained from error
-    finally:
-        for hook in runner.hooks:
-            if hasattr(hook, 'release'):
-                hook.release()
     say(f'Trained; checkpoints in {cfg.work_dir}')
     return runner
 
@@ -238,7 +237,7 @@ def _explained(error: Exception, cfg: Config) -> Exception:
     """The error itself, but of memory that ran out what would help, in numbers."""
     import torch
 
-    on_cpu = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    on_cpu = compat.is_out_of_cpu_memory(error)
     if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
         return error
     batch = cfg.train_dataloader.batch_size
@@ -308,9 +307,9 @@ def _test(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, flo
     """Test, print the headline numbers and write all of them to a file of the work dir."""
     from mmengine.dist import is_main_process
 
-    from mmfinetune.engine.train_loop import machine_trouble
+    from mmfinetune.engine.train_loop import translate_system_errors
 
-    with machine_trouble():
+    with translate_system_errors():
         metrics = runner.test()
     if is_main_process():
         out = Path(runner.work_dir) / name

@@ -5,12 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import UserError
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
 
 
 @dataclass(frozen=True)
@@ -157,12 +153,3 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
                 old, loop[key] = loop[key], adapted(loop[key])
                 lines.append(f'train_cfg.{key}: {old} -> {loop[key]} steps (/ {factor:g})')
     return lines
-
-
-def recipe(cfg: Config, world: int) -> dict[str, int]:
-    """What steps and learning rate follow from."""
-    return {
-        'processes': world,
-        'batch_size': cfg.train_dataloader.batch_size,
-        'accumulation': cfg.optim_wrapper.get('accumulative_counts', 1),
-    }

@@ -96,7 +96,7 @@ def apply(cfg: Config, options: Options, world: int) -> None:
     if options.amp:
         _set_amp(cfg, options.amp)
     if options.resume:
-        set_resume(cfg, options, world)
+        set_resume(cfg, options.resume, world)
 
 
 def _set_amp(cfg: Config, kind: str) -> None:

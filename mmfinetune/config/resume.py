@@ -2,107 +2,166 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from mmfinetune.config.lr import recipe
 from mmfinetune.utils.dist import rank0_first, say
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.weights import read
 from mmfinetune.weights import work_dir as weights_work_dir
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-    from mmfinetune.config.options import Options
 AUTO = 'auto'
+# Of what this toolkit keeps in a checkpoint: its key, there and in the message hub, and its layout.
+KEY = 'mmfinetune'
+VERSION = 1
 
 
-def set_resume(cfg: Config, options: Options, world: int) -> None:
-    if options.resume not in (True, AUTO):
-        path = Path(options.resume)
-        meta = _meta_of_run(path)
+@dataclass(frozen=True)
+class BatchSetup:
+    """What the images of an update are made of; steps and learning rate follow from it."""
+
+    processes: int
+    batch_size: int
+    accumulation: int
+
+    @classmethod
+    def of_config(cls, cfg: Config, world: int) -> BatchSetup:
+        """The setup of a run in so many processes."""
+        return cls(world, cfg.train_dataloader.batch_size, cfg.optim_wrapper.get('accumulative_counts', 1))
+
+    def same_steps(self, other: BatchSetup) -> bool:
+        """Whether a step sees as many images, and an update as many steps."""
+        return (self.images, self.accumulation) == (other.images, other.accumulation)
+
+    @property
+    def images(self) -> int:
+        """Images of a step, of all processes."""
+        return self.processes * self.batch_size
+
+    def __str__(self) -> str:
+        return '{processes} processes x {batch_size} images x {accumulation} accumulation'.format(**asdict(self))
+
+
+def set_resume(cfg: Config, resume: str | bool, world: int) -> None:
+    """Let the run continue from the checkpoint that ``--resume`` asks for.
+
+    Args:
+        cfg: Resolved config; changed in place.
+        resume: A checkpoint; True for the newest of the work dir; ``'auto'`` for that, if there is one.
+        world: Number of processes.
+
+    Raises:
+        UserError: There is no checkpoint to resume from, or it is of another batch setup.
+    """
+    path: Path | None
+    if isinstance(resume, str) and resume != AUTO:
+        path = Path(resume)
+        checkpoint = _read_run(path)
     else:
         # One choice for all, made before any process writes there again.
-        path, meta = rank0_first(lambda: _last_whole(Path(cfg.work_dir), options.resume == AUTO))
+        path, checkpoint = rank0_first(lambda: _newest(Path(cfg.work_dir), resume == AUTO))
     if path is None:
         say(f'There is nothing to resume in {cfg.work_dir}: the run begins')
         return
     cfg.resume = True
     cfg.load_from = str(path)
-    _check_recipe(path, meta.get('recipe'), recipe(cfg, world))
-    if meta.get('seed') is not None:
+    _check_batch_setup(path, checkpoint['batch_setup'], BatchSetup.of_config(cfg, world))
+    if checkpoint['seed'] is not None:
         # What is drawn in each step follows from it.
-        cfg.randomness = dict(cfg.get('randomness') or {}, seed=meta['seed'])
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=checkpoint['seed'])
 
 
-def _last_whole(work_dir: Path, may_lack: bool = False) -> tuple[Path | None, dict]:
-    """The newest checkpoint that can be resumed, and its ``meta``; tells of damaged newer ones.
+def _newest(work_dir: Path, may_lack: bool) -> tuple[Path | None, dict]:
+    """The newest checkpoint that can be resumed and `_read_run` of it; prints which newer ones are damaged.
 
     None where there is no checkpoint and ``may_lack``.
     """
     damaged = []
     for path in weights_work_dir.candidates(work_dir):
         try:
-            meta = _meta_of_run(path)
+            facts = _read_run(path)
         except UserError as error:
             damaged.append(error)
             continue
         if damaged:
-            say(
-                '\n'.join(['Damaged, so an older checkpoint is taken:', *(f'  - {error.message}' for error in damaged)])
-            )
+            say('\n'.join(['Damaged, so an older checkpoint is used:', *(f'  - {e.message}' for e in damaged)]))
         say(f'Resuming {path}')
-        return path, meta
+        return path, facts
     if may_lack and not damaged:
         return None, {}
     if len(damaged) == 1:
         raise damaged[0]
     raise UserError(
-        f'There is nothing to resume in {work_dir}',
-        [e.message for e in damaged],
-        'drop --resume, or pass the checkpoint: --resume PATH',
+        'resume-nothing',
+        'There is nothing to resume in {work_dir}',
+        problems=[e.message for e in damaged],
+        hint='drop --resume, or pass the checkpoint: --resume PATH',
+        work_dir=work_dir,
     )
 
 
-def _meta_of_run(path: Path) -> dict:
-    """The ``meta`` of a checkpoint; raises a UserError unless it holds a run."""
+def _read_run(path: Path) -> dict[str, Any]:
+    """Seed and batch setup of a checkpoint; a UserError unless it holds a run that can be resumed."""
     # The safe way; MMEngine would unpickle anything if that fails.
     loaded = read.read_checkpoint(path)
     missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
     if missing:
         raise UserError(
-            f'{path} holds no run to resume; it lacks:',
-            missing,
-            'pass a checkpoint of a run (epoch_*.pth), or start from it: --weights',
+            'resume-no-run',
+            '{path} does not hold a run to resume; missing:',
+            problems=[Message('resume-missing-key', '{key}', key=key) for key in missing],
+            hint='pass a checkpoint of a run (epoch_*.pth), or start from it: --weights',
+            path=path,
         )
-    if 'config' in loaded['meta']:
+    meta = loaded['meta']
+    if 'config' in meta:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.
         raise UserError(
-            f'{path} is refused: it holds a config, which is code', cure='resume from a checkpoint of your own run'
+            'resume-holds-code',
+            '{path} is refused: it holds a config, which is code',
+            hint='resume from a checkpoint of your own run',
+            path=path,
         )
-    return loaded['meta']
+    state = loaded['message_hub'].get('runtime_info', {}).get(KEY, {})
+    check_version(state, path)
+    # Before version 1 it stood in `meta`.
+    setup = state.get('batch_setup') or meta.get('recipe')
+    return {'seed': meta.get('seed'), 'batch_setup': BatchSetup(**setup) if setup else None}
 
 
-def _check_recipe(path: Path, before: dict | None, now: dict[str, int]) -> None:
+def check_version(state: Mapping[str, Any], path: str | Path) -> None:
+    """Refuse the state of a run that a newer version of the toolkit wrote."""
+    version = state.get('version', VERSION)
+    if version > VERSION:
+        raise UserError(
+            'resume-newer-version',
+            '{path} was written by a newer version of the toolkit (run state {version}; this one knows {known})',
+            hint='update the toolkit, or start from its weights: --weights {path}',
+            path=path,
+            version=version,
+            known=VERSION,
+        )
+
+
+def _check_batch_setup(path: Path, before: BatchSetup | None, now: BatchSetup) -> None:
     """Refuse another batch: optimizer, schedule and the place in the epoch come from the file."""
-
-    def key(of: dict) -> tuple:
-        return of['processes'] * of['batch_size'], of['accumulation']
-
-    if not before or key(before) == key(now):
+    if before is None or before.same_steps(now):
         return
-
-    def text(of: dict) -> str:
-        return f'{of["processes"]} processes x {of["batch_size"]} images x {of["accumulation"]} accumulation'
-
-    images = before['processes'] * before['batch_size']
-    same = f'--gpus {before["processes"]} --batch-size {before["batch_size"]}'
-    if images % now['processes'] == 0:
-        same = f'--batch-size {images // now["processes"]}'
+    same = f'--gpus {before.processes} --batch-size {before.batch_size}'
+    if before.images % now.processes == 0:
+        same = f'--batch-size {before.images // now.processes}'
     raise UserError(
-        f'{path} comes from a run of {text(before)}, and this one has {text(now)}: the steps of an '
-        'epoch and the learning rate would not be those of the checkpoint',
-        cure=f'{same} --accumulate {before["accumulation"]} has the same steps; --weights {path} '
-        'without --resume starts anew from its weights',
+        'resume-other-batch',
+        '{path} comes from a run of {before}, and this one has {now}: the steps of an epoch and the learning rate '
+        'would not be those of the checkpoint',
+        hint='{options} has the same steps; --weights {path} without --resume starts again from its weights',
+        path=path,
+        before=str(before),
+        now=str(now),
+        options=f'{same} --accumulate {before.accumulation}',
     )

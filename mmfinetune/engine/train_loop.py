@@ -2,58 +2,65 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
-import copy
 import errno
 import logging
 import signal
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.registry import DATASETS
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
-from mmengine.runner import EpochBasedTrainLoop
+from mmengine.runner import BaseLoop
+from mmengine.runner.utils import calc_dynamic_intervals
 from torch.utils.data import DataLoader
 
-from mmfinetune.engine.state import EPOCH_START, VALIDATED
+from mmfinetune.engine import compat
+from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.engine.training_dataset import TrainingDataset, read_faults, seed_step
 from mmfinetune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 
 
 @contextlib.contextmanager
-def machine_trouble() -> Iterator[None]:
-    """Tell what the machine did to a run as a UserError: a full disk, a killed worker."""
+def translate_system_errors() -> Iterator[None]:
+    """Raise what the machine did to a run as a UserError: a full disk, a killed worker."""
     try:
         yield
     except OSError as error:
         if error.errno not in _DISK:
             raise
         raise UserError(
-            f'The run cannot write its files: {error}. Its checkpoints are whole.',
-            cure='mend that, e.g. make room, then go on with --resume',
+            'run-cannot-write',
+            'The run cannot write its files: {reason}. Its checkpoints are complete.',
+            hint='fix that, e.g. make room, then continue with --resume',
+            reason=str(error),
         ) from error
     except RuntimeError as error:
-        # PyTorch has no type of its own for it.
-        if 'DataLoader worker' not in str(error):
+        if not compat.is_worker_killed(error):
             raise
         # Or PyTorch raises it again, wherever the program is, as each of the others leaves.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         raise UserError(
-            f'{str(error).strip()} The checkpoints of the run are whole.',
-            cure='go on with --resume. If the kernel killed it as memory ran out '
-            '(dmesg tells), take fewer: --cfg-options train_dataloader.num_workers=1 '
-            'val_dataloader.num_workers=1',
+            'run-worker-killed',
+            '{reason} The checkpoints of the run are complete.',
+            hint='continue with --resume. If the kernel killed it as memory ran out (see dmesg), use fewer: '
+            '--cfg-options train_dataloader.num_workers=1 val_dataloader.num_workers=1',
+            reason=str(error).strip(),
         ) from error
 
 
 @LOOPS.register_module()
-class ExactTrainLoop(EpochBasedTrainLoop):
-    """``EpochBasedTrainLoop`` whose every step is determined by seed and step number.
+class ExactTrainLoop(BaseLoop):
+    """Trains by epochs; every step is determined by seed and step number.
 
     The random numbers of a step and those of a sample are seeded by their numbers. So a run that
     is resumed, also within an epoch, computes what it would have computed without the stop, and
@@ -63,17 +70,50 @@ class ExactTrainLoop(EpochBasedTrainLoop):
     Args:
         runner: The runner.
         dataloader: Config of the training data.
+        max_epochs: Epochs to train.
+        val_begin: The first epoch to validate.
+        val_interval: Epochs between validations; the last epoch is always validated.
+        dynamic_intervals: Pairs of an epoch and the ``val_interval`` from it on.
         max_faulty_images: How many unreadable images each process may replace by others.
-        **kwargs: See mmengine's ``EpochBasedTrainLoop``.
     """
 
-    def __init__(self, runner, dataloader: dict, *args, max_faulty_images: int = 10, **kwargs) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        dataloader: dict,
+        max_epochs: int,
+        val_begin: int = 1,
+        val_interval: int = 1,
+        dynamic_intervals: Sequence[tuple[int, int]] | None = None,
+        max_faulty_images: int = 10,
+    ) -> None:
         dataset = DATASETS.build(dataloader['dataset'])
         if hasattr(dataset, 'full_init'):
             dataset.full_init()
         self.data = TrainingDataset(dataset, runner.seed, runner.work_dir, max_faulty_images)
-        dataloader = dict(copy.deepcopy(dataloader), dataset=self.data)
-        super().__init__(runner, dataloader, *args, **kwargs)
+        super().__init__(runner, dict(dataloader, dataset=self.data))
+        self.max_epochs = max_epochs
+        self.val_begin, self.val_interval = val_begin, val_interval
+        self._milestones, self._intervals = calc_dynamic_intervals(val_interval, dynamic_intervals)
+        self.stop_training = False  # EarlyStopHook sets it
+        # Runner.resume sets these two.
+        self._epoch = self._iter = 0
+        runner.visualizer.dataset_meta = getattr(dataset, 'metainfo', None)
+
+    @property
+    def max_iters(self) -> int:
+        """Steps of the whole run."""
+        return self.max_epochs * len(self.dataloader)
+
+    @property
+    def epoch(self) -> int:
+        """Epochs that are done."""
+        return self._epoch
+
+    @property
+    def iter(self) -> int:
+        """Steps that are done."""
+        return self._iter
 
     def run(self) -> torch.nn.Module:
         """Train and validate.
@@ -81,63 +121,52 @@ class ExactTrainLoop(EpochBasedTrainLoop):
         Raises:
             UserError: The disk is full or fails, or a process that loads data was killed.
         """
-        with machine_trouble():
+        with translate_system_errors():
             self.runner.call_hook('before_train')
-            if self._iter and not self._is_within_epoch():
-                self._validate(resumed=True)
-            while self._epoch < self._max_epochs and not self.stop_training:
-                self.run_epoch()
-                self._validate()
+            if self._iter and run_state(self.runner).epoch_start.get('epoch') != self._epoch:
+                self._catch_up_validation()
+            while self._epoch < self.max_epochs and not self.stop_training:
+                self._run_epoch()
+                if self._is_validation_due():
+                    self.runner.val_loop.run()
             self.runner.call_hook('after_train')
         return self.runner.model
 
-    def _is_within_epoch(self) -> bool:
-        return self._start_of_epoch().get('epoch') == self._epoch
-
-    def _start_of_epoch(self) -> dict[str, int]:
-        """Epoch and step at which the last epoch began; kept in checkpoints."""
-        # Not by the length of the data loader, which mmdet's AspectRatioBatchSampler with
-        # drop_last gets wrong by one in some epochs.
-        return self.runner.message_hub.runtime_info.get(EPOCH_START) or {}
-
-    def _validate(self, resumed: bool = False) -> None:
-        self._decide_current_val_interval()
-        due = (
+    def _is_validation_due(self) -> bool:
+        self.val_interval = self._intervals[bisect.bisect(self._milestones, self._epoch + 1) - 1]
+        return (
             self.runner.val_loop is not None
             and self._epoch >= self.val_begin
-            and (self._epoch % self.val_interval == 0 or self._epoch == self._max_epochs)
+            and (self._epoch % self.val_interval == 0 or self._epoch == self.max_epochs)
         )
-        known = self.runner.message_hub.runtime_info.get(VALIDATED)
-        if not due or (resumed and known == self._epoch):
+
+    def _catch_up_validation(self) -> None:
+        """Validate the epoch after which the run was stopped, if that is not done."""
+        if not self._is_validation_due() or run_state(self.runner).validated_epoch == self._epoch:
             return
-        if resumed:
-            print_log(f'Epoch {self._epoch} was trained but not validated: validating it now', logger='current')
-            # As RuntimeInfoHook leaves them after the epoch; metrics may look at them.
-            self.runner.message_hub.update_info_dict({'epoch': self._epoch - 1, 'iter': self._iter - 1})
+        print_log(f'Epoch {self._epoch} was trained but not validated: validating it now', logger='current')
+        # As RuntimeInfoHook leaves them after the epoch; metrics may look at them.
+        self.runner.message_hub.update_info_dict({'epoch': self._epoch - 1, 'iter': self._iter - 1})
         self.runner.val_loop.run()
 
-    def run_epoch(self) -> None:
+    def _run_epoch(self) -> None:
         """Train an epoch, or what is left of it."""
-        if not self._is_within_epoch():
-            self.runner.message_hub.update_info(EPOCH_START, {'epoch': self._epoch, 'iter': self._iter})
-        done = self._iter - self._start_of_epoch()['iter']
+        done = self._iter - begin_epoch(self.runner)['iter']
         self.runner.call_hook('before_train_epoch')
         self.runner.model.train()
         self.data.set_epoch(self._epoch)
-        for idx, data_batch in enumerate(self._batches(done), done):
-            self.run_iter(idx, data_batch)
-        self._tell_faults()
+        for idx, batch in enumerate(self._batches(done), done):
+            self._run_step(idx, batch)
+        self._warn_about_faults()
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
 
     def _batches(self, skip: int) -> Iterator[Any]:
         """The batches of the epoch after the first ``skip``, which are not even read."""
-        if not skip:
-            return iter(self.dataloader)
         loader = self.dataloader
-        print_log(f'Going on within epoch {self._epoch + 1}, after step {skip} of {len(loader)}', logger='current')
-        return iter(
-            DataLoader(
+        if skip:
+            print_log(f'Continuing epoch {self._epoch + 1} after step {skip} of {len(loader)}', logger='current')
+            loader = DataLoader(
                 loader.dataset,
                 batch_sampler=list(loader.batch_sampler)[skip:],
                 num_workers=loader.num_workers,
@@ -148,14 +177,17 @@ class ExactTrainLoop(EpochBasedTrainLoop):
                 multiprocessing_context=loader.multiprocessing_context,
                 prefetch_factor=loader.prefetch_factor,
             )
-        )
+        return iter(loader)
 
-    def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
+    def _run_step(self, idx: int, batch: Any) -> None:
         """Train one step, on its own random numbers."""
         seed_step(self.runner.seed, self._iter * get_world_size() + get_rank())
-        super().run_iter(idx, data_batch)
+        self.runner.call_hook('before_train_iter', batch_idx=idx, data_batch=batch)
+        outputs = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
+        self.runner.call_hook('after_train_iter', batch_idx=idx, data_batch=batch, outputs=outputs)
+        self._iter += 1
 
-    def _tell_faults(self) -> None:
+    def _warn_about_faults(self) -> None:
         faults = read_faults(self.data.faults)
         if faults:
             print_log(

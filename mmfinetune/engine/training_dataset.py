@@ -1,4 +1,4 @@
-"""The data set that training reads: randomness of its own per sample, faulty images replaced."""
+"""The data set that training reads: random numbers of each sample's own, faulty images replaced."""
 
 from __future__ import annotations
 
@@ -51,20 +51,20 @@ class TrainingDataset(Dataset):
     """Wraps the data set of a config.
 
     What augmentation draws depends on the seed, the epoch and the sample alone: not on the number
-    of workers or processes, nor on where a resumed run went on.
+    of workers or processes, nor on where a run was resumed.
 
     An image that cannot be read is noted in ``<work_dir>/faulty_images_rank<n>.jsonl`` and replaced
     by another one, drawn the same way.
 
     Args:
-        dataset: A built data set. Its attributes are those of this object too.
-        seed: Of the run.
+        dataset: A built data set. This object has its attributes too.
+        seed: Seed of the run.
         work_dir: Where faults are noted.
-        max_faults: So many different images may be replaced in each process, counted anew when a
-            run is resumed; 0 stops at the first.
+        max_faults: How many different images may be replaced in each process since the run was
+            started or resumed; 0 stops at the first.
 
     Raises:
-        UserError: From ``__getitem__``, one image more than that; it lists all of them.
+        UserError: From ``__getitem__``, at one image more than that; it lists all of them.
     """
 
     def __init__(self, dataset: Any, seed: int, work_dir: str, max_faults: int) -> None:
@@ -72,7 +72,7 @@ class TrainingDataset(Dataset):
         self.seed = seed
         self.max_faults = max_faults
         self.faults = Path(work_dir) / FAULTS.format(rank=get_rank())
-        # Images may have been mended since.
+        # Images may have been repaired since.
         self.faults.unlink(missing_ok=True)
         # Shared memory, since workers that live through all epochs have a copy of this object.
         self._epoch = multiprocessing.Value('q', 0, lock=False)
@@ -99,7 +99,7 @@ class TrainingDataset(Dataset):
         return len(self.dataset)
 
     def set_epoch(self, epoch: int) -> None:
-        """Say which epoch the samples are for; before its first is read."""
+        """Set the epoch that the samples are for, before its first is read."""
         self._epoch.value = epoch
 
     def __getitem__(self, index: int) -> Any:
@@ -114,9 +114,10 @@ class TrainingDataset(Dataset):
 
     def _note(self, index: int, error: UserError) -> None:
         """Write a fault down, once for each image; raise if it is one too many."""
-        entry = {'index': index, 'epoch': self._epoch.value, 'problem': error.message}
+        problem = str(error.message)
         # By the message, which names the file: a repeated data set has several indices for one.
-        if error.message not in self._problems():
+        if problem not in self._problems():
+            entry = {'index': index, 'epoch': self._epoch.value, 'problem': problem}
             # One short line in one write: workers append to the same file.
             with self.faults.open('a') as file:
                 file.write(json.dumps(entry) + '\n')
@@ -124,10 +125,13 @@ class TrainingDataset(Dataset):
         problems = self._problems()
         if len(problems) > min(self.max_faults, len(self) - 1):
             raise UserError(
-                f'{len(problems)} images of the training set cannot be read, and '
-                f'{self.max_faults} may be replaced by others (train_cfg.max_faulty_images):',
-                sorted(problems),
-                'put back good copies or take them out of the annotation file, then --resume',
+                'train-faulty-images',
+                '{count} images of the training set cannot be read, and {allowed} may be replaced by others '
+                '(train_cfg.max_faulty_images):',
+                problems=sorted(problems),
+                hint='restore good copies or remove them from the annotation file, then --resume',
+                count=len(problems),
+                allowed=self.max_faults,
             )
 
     def _problems(self) -> set[str]:

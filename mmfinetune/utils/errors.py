@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -62,6 +64,10 @@ def _rebuilt_problem(message: Message) -> Problem:
     return Problem(message.code, message.text, **message.facts)
 
 
+# How PyTorch passes on an error of a process that loads data: the text of its traceback.
+_OF_WORKER = re.compile(r'Caught \w+ in DataLoader worker .*UserError: \[([a-z0-9-]+)\] (.*)', re.DOTALL)
+
+
 class UserError(Exception):
     """A problem that the user can fix; shown as one message, exit code 2, no traceback.
 
@@ -78,6 +84,8 @@ class UserError(Exception):
     def __init__(
         self, code: str, text: Any = '', /, problems: Iterable[Any] = (), hint: str = '', cure: str = '', **facts: Any
     ) -> None:
+        if not text and (of_worker := _OF_WORKER.match(code)):
+            code, text = of_worker[1], of_worker[2].strip()
         if ' ' in code:  # UserError(text, problems, cure): removed once no call is left
             code, text, problems, hint = 'uncoded', code, list(text), problems if isinstance(problems, str) else cure
             self.message: Message = Message(code, text)
@@ -102,6 +110,12 @@ class UserError(Exception):
     def facts(self) -> dict[str, Any]:
         """What it is about."""
         return self.message.facts
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        data = sys.modules.get('torch.utils.data')
+        # The traceback is all that the main process gets, so the code has to be in it.
+        return f'[{self.code}] {text}' if data is not None and data.get_worker_info() is not None else text
 
     def __reduce__(self) -> tuple:
         # Exceptions are pickled with `args`, which hold the whole text alone.

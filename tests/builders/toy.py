@@ -23,8 +23,9 @@ from mmengine.runner import Runner
 from torch import nn
 
 import mmfinetune.engine.hooks.checkpoint
-import mmfinetune.engine.hooks.nonfinite
+import mmfinetune.engine.hooks.early_stop
 import mmfinetune.engine.train_loop  # noqa: F401
+from mmfinetune.engine.hooks.stop import stoppable
 from mmfinetune.utils.errors import Stopped, UserError
 from mmfinetune.weights import read
 from mmfinetune.weights import work_dir as weights_work_dir
@@ -68,7 +69,7 @@ class ToyDataset:
 
     def __getitem__(self, index: int) -> dict:
         if index in self.bad:
-            raise UserError(f'img{index}.jpg cannot be read')
+            raise UserError('toy-image', '{file} cannot be read', file=f'img{index}.jpg')
         if self.pid_dir:
             Path(self.pid_dir, str(os.getpid())).touch()
         noise = random.random() + float(np.random.rand()) + float(torch.rand(()))
@@ -159,7 +160,7 @@ def make_cfg(work_dir: Path, **changes) -> Config:
                 **changes.pop('checkpoint', {}),
             },
         ),
-        custom_hooks=[dict(type='SaveValidatedHook'), dict(type='StopHook'), *changes.pop('hooks', ())],
+        custom_hooks=list(changes.pop('hooks', ())),
         env_cfg=dict(cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork')),
         randomness=dict(seed=3),
         log_level='WARNING',
@@ -178,11 +179,9 @@ def train(cfg: Config, *hooks: Hook, resume: bool | Path = False) -> Runner:
     for hook in hooks:
         runner.register_hook(hook)
     try:
-        runner.train()
+        with stoppable(runner):
+            runner.train()
     finally:
-        for hook in runner.hooks:
-            if hasattr(hook, 'release'):
-                hook.release()
         # Left to the garbage collector, PyTorch waits 5 s for each worker.
         if not isinstance(runner._train_loop, dict):
             runner.train_dataloader._iterator = None
@@ -207,16 +206,7 @@ def names(folder: Path) -> list[str]:
 def differences(one: object, other: object, at: str = '') -> list[str]:
     """Where two checkpoints differ; paths, durations and what is kept aside."""
     leaf = at.rpartition('/')[2]
-    if leaf in (
-        'cfg',
-        'time',
-        'experiment_name',
-        'last_ckpt',
-        'best_ckpt',
-        'data_time',
-        'eta',
-        'keep_ckpt_ids',
-    ) or leaf.endswith(('/time', 'eta_hours')):
+    if leaf in ('cfg', 'time', 'experiment_name', 'data_time', 'eta', 'kept') or leaf.endswith(('/time', 'eta_hours')):
         return []
     if isinstance(one, dict) and isinstance(other, dict):
         found = [f'{at}/{key} in one only' for key in one.keys() ^ other.keys()]

@@ -11,9 +11,8 @@ from mmengine.config import Config
 
 from mmfinetune.apis.train import check_early
 from mmfinetune.config import load as config_load
-from mmfinetune.config import lr
-from mmfinetune.config.lr import recipe
 from mmfinetune.config.options import Options, apply
+from mmfinetune.config.resume import BatchSetup
 from mmfinetune.engine import launch
 from mmfinetune.utils.errors import UserError
 
@@ -65,7 +64,7 @@ def test_gpus_are_torchruns_business_where_it_started_the_run(monkeypatch):
 
 def test_batch_and_accumulation(cfg):
     apply(cfg, Options(config=MAIN, batch_size='1', accumulate=4), 2)
-    assert recipe(cfg, 2) == {'processes': 2, 'batch_size': 1, 'accumulation': 4}
+    assert BatchSetup.of_config(cfg, 2) == BatchSetup(processes=2, batch_size=1, accumulation=4)
 
 
 def test_auto_is_found_later(cfg):
@@ -109,59 +108,6 @@ def test_amp_needs_a_gpu_that_can(cfg, monkeypatch):
     with pytest.raises(UserError, match='This GPU has no bfloat16') as caught:
         apply(cfg, Options(config=MAIN, amp='bf16'), 1)
     assert caught.value.cure == 'use --amp fp16'
-
-
-# Resume
-
-
-def save_run(path: Path, **recipe_of: int) -> Path:
-    torch.save({'state_dict': {}, 'optimizer': {}, 'message_hub': {}, 'meta': {'seed': 7, 'recipe': recipe_of}}, path)
-    return path
-
-
-BEFORE = {'processes': 2, 'batch_size': 2, 'accumulation': 3}
-
-
-@pytest.mark.parametrize(
-    ('world', 'batch', 'accumulate', 'flags'),
-    [
-        (1, 2, 3, '--batch-size 4 --accumulate 3 '),
-        (4, 2, 3, '--batch-size 1 --accumulate 3 '),
-        (3, 2, 3, '--gpus 2 --batch-size 2 --accumulate 3 '),
-        (2, 2, 1, '--batch-size 2 --accumulate 3 '),
-        (2, 6, 1, '--batch-size 2 --accumulate 3 '),
-    ],
-)
-def test_another_batch_is_refused_with_the_flags_to_use(cfg, tmp_path, world, batch, accumulate, flags):
-    path = save_run(tmp_path / 'epoch_1.pth', **BEFORE)
-    with pytest.raises(UserError, match='comes from a run of 2 processes x 2 images x 3') as caught:
-        apply(cfg, Options(config=MAIN, resume=str(path), batch_size=str(batch), accumulate=accumulate), world)
-    assert caught.value.cure.startswith(flags)
-    assert f'--weights {path}' in caught.value.cure
-
-
-@pytest.mark.parametrize(('world', 'batch'), [(2, '2'), (1, '4'), (4, '1')])
-def test_the_same_batch_goes_on(cfg, tmp_path, world, batch):
-    path = save_run(tmp_path / 'epoch_1.pth', **BEFORE)
-    apply(cfg, Options(config=MAIN, resume=str(path), batch_size=batch, accumulate=3), world)
-    assert (cfg.resume, cfg.load_from, cfg.randomness.seed) == (True, str(path), 7)
-
-
-def test_auto_resumes_what_is_there(cfg, tmp_path, capsys):
-    asked = Options(config=MAIN, resume='auto', work_dir=str(tmp_path))
-    check_early(asked)
-    apply(cfg, asked, 1)
-    assert not cfg.resume
-    assert capsys.readouterr().out == f'There is nothing to resume in {tmp_path}: the run begins\n'
-    path = save_run(tmp_path / 'epoch_1.pth', processes=1, batch_size=2, accumulation=1)
-    apply(cfg, asked, 1)
-    assert cfg.resume and Path(cfg.load_from) == path
-
-
-def test_auto_does_not_begin_anew_where_all_is_damaged(cfg, tmp_path):
-    (tmp_path / 'epoch_1.pth').write_bytes(b'')
-    with pytest.raises(UserError, match='epoch_1.pth'):
-        apply(cfg, Options(config=MAIN, resume='auto', work_dir=str(tmp_path)), 1)
 
 
 # One line of --cfg-options each
@@ -275,7 +221,3 @@ def test_bf16_trains_on_the_cpu_too(batch):
 def test_a_misspelt_line_is_refused(line):
     with pytest.raises(UserError, match='settings that nothing reads'):
         load(line)
-
-
-def test_the_recipe_of_the_main_config(voc_cfg):
-    assert lr.recipe(voc_cfg, 8) == {'processes': 8, 'batch_size': 2, 'accumulation': 1}

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.engine import train_loop
 from mmfinetune.weights.read import read_checkpoint
+from tests.builders.errors import refused
 from tests.builders.toy import DoAt, assert_same_checkpoint, make_cfg, names, stop, train
 
 LAST = 'epoch_4.pth'
@@ -190,9 +191,9 @@ def test_faulty_images_are_replaced_and_told(tmp_path, capsys, workers):
 
 
 def test_too_many_faulty_images_end_the_run(tmp_path):
-    with pytest.raises(UserError, match='3 images of the training set cannot be read') as caught:
+    with refused('train-faulty-images', count=3, allowed=2) as caught:
         train(make_cfg(tmp_path, dataset=dict(type='ToyDataset', bad=(3, 4, 7)), train_cfg=dict(max_faulty_images=2)))
-    assert all(f'img{i}.jpg cannot be read' in str(caught.value) for i in (3, 4, 7))
+    assert [problem.split()[0] for problem in caught.value.problems] == ['img3.jpg', 'img4.jpg', 'img7.jpg']
 
 
 @pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGINT))
@@ -221,10 +222,16 @@ def test_workers_outlive_a_signal_to_all_processes(whole, tmp_path, number):
     assert codes == [0, 0]
 
 
-@pytest.mark.parametrize(('number', 'told'), [(errno.ENOSPC, True), (errno.EROFS, True), (errno.ENOENT, False)])
-def test_full_disk_is_told_wherever_it_is_met(tmp_path, number, told):
-    def fail(runner) -> None:
-        raise OSError(number, os.strerror(number), 'events.out')
+@pytest.mark.parametrize('number', (errno.ENOSPC, errno.EROFS))
+def test_full_disk_is_told_wherever_it_is_met(number):
+    problem = OSError(number, os.strerror(number), 'events.out')
+    with refused('run-cannot-write', reason=str(problem)), train_loop.translate_system_errors():
+        raise problem
 
-    with pytest.raises(UserError if told else OSError, match=os.strerror(number)):
+
+def test_other_errors_of_the_system_are_not_translated(tmp_path):
+    def fail(runner) -> None:
+        raise FileNotFoundError(errno.ENOENT, 'gone')
+
+    with pytest.raises(FileNotFoundError):
         train(make_cfg(tmp_path), DoAt(fail, 6))

@@ -1,253 +1,284 @@
-"""Checkpoints that are whole or not there, and a stop that loses nothing."""
+"""When a run is saved, and what its checkpoints hold beside MMEngine's."""
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
+import io
 import math
-import shutil
-from collections.abc import Iterator
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_world_size, is_main_process
-from mmengine.fileio import LocalBackend, register_backend
 from mmengine.hooks import CheckpointHook, Hook
 
-from mmfinetune.config.lr import recipe
-from mmfinetune.engine.state import GRADIENTS, OUTDATED, VALIDATED, WITHIN_EPOCH
+from mmfinetune.config.resume import BatchSetup, check_version
+from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints, remove_leftovers
+from mmfinetune.engine.state import KEY, run_state, update_run_state, upgrade
 from mmfinetune.utils.dist import bare_model
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_bytes, atomic_write_text
+from mmfinetune.utils.files import atomic_write_bytes
+from mmfinetune.weights import read
 
-BACKEND = 'atomic'
-_MIB = 2**20
-
-
-class AtomicBackend(LocalBackend):
-    """Files of the local disk, written to a temporary file, synced and renamed."""
-
-    def put(self, obj: bytes, filepath: str | Path) -> None:
-        _require_room(Path(filepath), len(obj))
-        atomic_write_bytes(filepath, obj)
-
-    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        self.put(obj.encode(encoding), filepath)
-
-
-register_backend(BACKEND, AtomicBackend, force=True)
-
-
-def _require_room(path: Path, size: int) -> None:
-    """Raise a UserError where ``size`` bytes do not fit beside what is there."""
-    free = shutil.disk_usage(path.parent).free
-    if free < size:
-        raise UserError(
-            f'{path} cannot be saved: it takes {size / _MIB:,.0f} MiB, and the disk has '
-            f'{free / _MIB:,.0f} MiB left. The checkpoints before it are whole.',
-            cure='make room (default_hooks.checkpoint.max_keep_ckpts=1 keeps fewer), then go on with --resume',
-        )
-
-
-class _LateRemoval(LocalBackend):
-    """Notes what is to be removed, until what replaces it is there."""
-
-    def __init__(self) -> None:
-        self.noted: list[Path] = []
-
-    def remove(self, filepath: str | Path) -> None:
-        self.noted.append(Path(filepath))
-
-    def remove_noted(self, *keep: str | Path | None) -> None:
-        for path in self.noted:
-            if path not in [Path(k) for k in keep if k]:
-                path.unlink(missing_ok=True)
-        self.noted.clear()
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
 
 
 @HOOKS.register_module()
-class SafeCheckpointHook(CheckpointHook):
-    """``CheckpointHook`` that never leaves the run without a whole checkpoint.
+class SafeCheckpointHook(Hook):
+    """Saves a run so that it always has a complete checkpoint to continue from.
 
-    Files are written atomically, and an old file goes only after the new one is there. Gradients
-    that wait in an unfinished accumulation are saved too.
+    Files are written atomically, and an old file is removed only after the new one is there. After
+    its validation, and after all that other hooks write of it, an epoch is saved again: so a
+    checkpoint knows whether its epoch was validated and which score is the best, and a run that is
+    killed in between validates it when resumed. Gradients that wait in an unfinished accumulation
+    are saved too.
 
     Args:
+        interval: Epochs (steps, if not ``by_epoch``) between checkpoints; -1 saves the last alone.
+        by_epoch: Whether training is counted in epochs.
+        save_optimizer: Whether checkpoints hold the optimizer, without which nothing can be resumed.
+        save_param_scheduler: Whether they hold the schedulers.
+        out_dir: Folder in which a folder of the work dir's name gets the checkpoints; default: the work dir.
+        max_keep_ckpts: How many are kept; all if not positive.
+        save_last: Whether the last epoch is saved, whatever the interval.
+        save_best: Metrics whose best weights are kept in ``best_<metric>_epoch_<n>.pth``; ``'auto'``
+            takes the first metric.
+        rule: ``'greater'`` or ``'less'`` is better, for all metrics or one for each; None infers it
+            from the name as MMEngine's ``CheckpointHook`` does.
+        greater_keys: Metrics of which more is better, for that.
+        less_keys: Metrics of which less is better.
+        filename_tmpl: File name with one ``{}`` for the epoch or step.
+        published_keys: What of the last and the best checkpoint goes into a copy named by its hash
+            after the training.
+        save_begin: Epochs (steps) before the first checkpoint.
         every_n_iters: Save within the epoch too, each so many steps: ``iter_<n>.pth``, of which
             only the newest is kept, until the epoch's own checkpoint. 0 does not.
-        **kwargs: See mmengine's ``CheckpointHook``.
 
     Raises:
         UserError: Before the first step and before each save, if the disk has too little room.
     """
 
-    def __init__(self, *args, every_n_iters: int = 0, **kwargs) -> None:
-        super().__init__(*args, **{'backend_args': dict(backend=BACKEND), **kwargs})
-        if every_n_iters and not self.by_epoch:
-            raise ValueError('every_n_iters is for by_epoch=True; otherwise set interval')
-        self.every_n_iters = every_n_iters
+    priority = 'VERY_LOW'
+    files: Checkpoints  # from `before_train` on
+
+    def __init__(
+        self,
+        interval: int = -1,
+        by_epoch: bool = True,
+        save_optimizer: bool = True,
+        save_param_scheduler: bool = True,
+        out_dir: str | None = None,
+        max_keep_ckpts: int = -1,
+        save_last: bool = True,
+        save_best: str | Sequence[str] | None = None,
+        rule: str | Sequence[str] | None = None,
+        greater_keys: Sequence[str] | None = None,
+        less_keys: Sequence[str] | None = None,
+        filename_tmpl: str | None = None,
+        published_keys: str | Sequence[str] | None = None,
+        save_begin: int = 0,
+        every_n_iters: int = 0,
+    ) -> None:
+        if every_n_iters and not by_epoch:
+            raise UserError(
+                'checkpoint-every-n-iters',
+                'default_hooks.checkpoint.every_n_iters is for by_epoch=True',
+                hint='set interval instead, which counts steps where by_epoch is False',
+            )
+        self.interval, self.by_epoch, self.save_begin, self.save_last = interval, by_epoch, save_begin, save_last
+        self.every_n_iters, self.max_keep_ckpts, self.out_dir = every_n_iters, max_keep_ckpts, out_dir
+        self.pattern = filename_tmpl or ('epoch_{}.pth' if by_epoch else WITHIN_EPOCH)
+        self._content = {'save_optimizer': save_optimizer, 'save_param_scheduler': save_param_scheduler}
+        self.published_keys = [published_keys] if isinstance(published_keys, str) else published_keys
+        self._rules = partial(_rules, rule=rule, greater_keys=greater_keys, less_keys=less_keys)
+        # Metric -> 'greater' or 'less', or None for 'auto' before its first validation.
+        self.best_rules = self._rules(save_best) if save_best else {}
+        self._is_training = False
         self._saved_at = 0
         self._gradients: dict[str, torch.Tensor] = {}
-        self._outdated: list[str] = []
 
-    def before_train(self, runner) -> None:
-        if is_main_process():
-            _remove_leftovers(Path(runner.work_dir))
-        if runner._resume and self.out_dir is None:
-            _relocate(runner)
-        super().before_train(runner)
-        self.file_backend = _LateRemoval()
+    def before_train(self, runner: Runner) -> None:
+        work_dir = Path(runner.work_dir)
+        folder = Path(self.out_dir, work_dir.name) if self.out_dir else work_dir
+        folder.mkdir(parents=True, exist_ok=True)
+        self.files = Checkpoints(folder, self.pattern, self.max_keep_ckpts, is_main_process())
+        if self.files.writes:
+            remove_leftovers(work_dir)
+        state = run_state(runner)
+        self.files.remove(state.outdated)
+        setup = BatchSetup.of_config(runner.cfg, get_world_size())
+        update_run_state(runner, outdated=[], best=self._best_there(runner), batch_setup=vars(setup))
         self._saved_at = runner.iter
-        self.last_ckpt = runner.message_hub.runtime_info.get('last_ckpt')
-        if is_main_process():
-            for name in self._outdated:
-                Path(self.out_dir, Path(name).name).unlink(missing_ok=True)
-            self._require_room_for_run(runner)
+        self._require_room(runner)
+        self._is_training = True
 
-    def _require_room_for_run(self, runner) -> None:
+    def _best_there(self, runner: Runner) -> dict[str, dict[str, Any]]:
+        """The best scores whose files are there; another would leave the run without a best checkpoint."""
+        found = {}
+        for metric, entry in run_state(runner).best.items():
+            if (self.files.folder / entry['file']).is_file():
+                # '' is the only metric of an old checkpoint.
+                found[metric or next(iter(self.best_rules), 'auto')] = entry
+            else:
+                runner.logger.warning(f'{entry["file"]} is not there: the next validation makes a new best checkpoint')
+        return found
+
+    def _require_room(self, runner: Runner) -> None:
         weights, full = checkpoint_bytes(runner)
         saves = math.ceil(runner.max_epochs / self.interval) if self.by_epoch and self.interval > 0 else 1
-        # One more than is kept, as each is written before another goes.
-        files = 1 + bool(self.every_n_iters) + (min(self.max_keep_ckpts, saves) if self.max_keep_ckpts > 0 else saves)
-        need = files * full + bool(self.save_best) * weights
-        have = sum(path.stat().st_size for path in Path(self.out_dir).glob('*.pth'))
-        free = shutil.disk_usage(self.out_dir).free
-        if free + have < need:
-            raise UserError(
-                f'{self.out_dir} has too little room: up to {files} checkpoints of '
-                f'{full / _MIB:,.0f} MiB and the best weights take {need / _MIB:,.0f} MiB at a '
-                f'time, and {(free + have) / _MIB:,.0f} MiB can be had',
-                cure='make room, pass another --work-dir, or keep fewer: --cfg-options '
-                'default_hooks.checkpoint.max_keep_ckpts=1',
-            )
+        self.files.require_room(saves, full, bool(self.every_n_iters) * full + bool(self.best_rules) * weights)
 
-    def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        super().after_train_iter(runner, batch_idx, data_batch, outputs)
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        if not self.by_epoch:
+            if self.every_n_train_iters(runner, self.interval, self.save_begin) or (
+                self.save_last and self.is_last_train_iter(runner)
+            ):
+                self.save_step(runner)
         # The last step of an epoch is followed by the epoch's own checkpoint.
-        if (
+        elif (
             self.every_n_iters
             and runner.iter + 1 - self._saved_at >= self.every_n_iters
             and not self.end_of_epoch(runner.train_dataloader, batch_idx)
         ):
             self.save_step(runner)
 
-    def save_step(self, runner) -> None:
-        """Save after a step, with an epoch that may be unfinished."""
-        if not self.by_epoch:
-            self._save_checkpoint(runner)
-            return
-        done = runner.iter + 1
-        path = Path(self.out_dir) / WITHIN_EPOCH.format(done)
-        runner.logger.info(f'Saving checkpoint at {done} iterations')
-        with self._saving(runner, path, done):
-            runner.save_checkpoint(
-                self.out_dir,
-                path.name,
-                save_optimizer=self.save_optimizer,
-                save_param_scheduler=self.save_param_scheduler,
-                by_epoch=False,
-                meta=dict(epoch=runner.epoch, iter=done, recipe=_recipe(runner)),
-                backend_args=self.backend_args,
-            )
-        self._remove_within_epoch(keep=path)
+    def after_train_epoch(self, runner: Runner) -> None:
+        if self.by_epoch and (
+            self.every_n_epochs(runner, self.interval, self.save_begin)
+            or (self.save_last and self.is_last_train_epoch(runner))
+        ):
+            runner.logger.info(f'Saving checkpoint at {runner.epoch + 1} epochs')
+            self._save(runner, runner.epoch + 1, runner.iter)
 
-    def save_epoch(self, runner, epochs: int) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, Any] | None = None) -> None:
+        if not self.best_rules or not self._is_training:
+            return
+        if not metrics:
+            runner.logger.warning('The validation has no metrics: no best checkpoint is chosen')
+            return
+        if 'auto' in self.best_rules:
+            self.best_rules = self._rules(next(iter(metrics)))
+        for metric, rule in self.best_rules.items():
+            if metric not in metrics:
+                raise UserError(
+                    'checkpoint-no-metric',
+                    'The validation has no {metric}, which default_hooks.checkpoint.save_best names',
+                    problems=sorted(metrics),
+                    hint='pass one of these',
+                    metric=metric,
+                )
+            self._save_if_best(runner, metric, rule, metrics[metric])
+
+    def _save_if_best(self, runner: Runner, metric: str, rule: str, score: float) -> None:
+        best = run_state(runner).best
+        # 'auto' where a run was resumed before its first validation.
+        old = best.get(metric) or best.get('auto') or {}
+        if not CheckpointHook.rule_map[rule](score, old.get('score', CheckpointHook.init_value_map[rule])):
+            return
+        number = runner.epoch if self.by_epoch else runner.iter
+        name = f'best_{metric}_{self.pattern.format(number)}'.replace('/', '_')
+        others = {key: entry for key, entry in best.items() if key != 'auto'}
+        update_run_state(runner, best={**others, metric: {'score': float(score), 'file': name}})
+        replaces = [old['file']] if old else []
+        self._write(runner, name, runner.epoch, runner.iter, replaces, **dict.fromkeys(self._content, False))
+        runner.logger.info(f'The best checkpoint so far, {metric} = {score:0.4f}, is {name}')
+
+    def after_val(self, runner: Runner) -> None:
+        # After all that other hooks wrote of the validation in their `after_val_epoch`.
+        if self._is_training and self._saved_at == runner.iter and run_state(runner).last:
+            update_run_state(runner, validated_epoch=runner.epoch)
+            self._save(runner, runner.epoch, runner.iter)
+
+    def after_train(self, runner: Runner) -> None:
+        state = run_state(runner)
+        names = [state.last, *(entry['file'] for entry in state.best.values())] if self.published_keys else []
+        for name in filter(None, names if self.files.writes else []):
+            _publish(self.files.folder / name, self.published_keys or ())
+        self._is_training = False
+
+    def save_step(self, runner: Runner) -> None:
+        """Save after a step, with an epoch that may be unfinished."""
+        done = runner.iter + 1
+        runner.logger.info(f'Saving checkpoint at {done} iterations')
+        if not self.by_epoch:
+            self._save(runner, runner.epoch, done)
+            return
+        self._save_as(runner, WITHIN_EPOCH.format(done), runner.epoch, done, self.files.within_epoch())
+
+    def save_epoch(self, runner: Runner, epochs: int) -> None:
         """Save an epoch that is trained, unless it is saved already."""
         if self._saved_at != runner.iter:
-            self._save_checkpoint_with_step(
-                runner, epochs if self.by_epoch else runner.iter, dict(epoch=epochs, iter=runner.iter)
-            )
+            self._save(runner, epochs, runner.iter)
 
-    def save_validated(self, runner) -> None:
-        """Save the epoch again, if it was saved, now that it is validated and its score known."""
-        if self._saved_at == runner.iter and self.last_ckpt is not None:
-            runner.message_hub.update_info(VALIDATED, runner.epoch)
-            self._saved_at = None
-            self.save_epoch(runner, runner.epoch)
+    def _save(self, runner: Runner, epoch: int, iteration: int) -> None:
+        """Save the checkpoint of an epoch, or of a step where epochs do not count."""
+        number = epoch if self.by_epoch else iteration
+        kept, outdated = self.files.prune(run_state(runner).kept, number)
+        update_run_state(runner, kept=kept, outdated=outdated)
+        within = self.files.within_epoch() if self.by_epoch else []
+        self._save_as(runner, self.pattern.format(number), epoch, iteration, [*outdated, *within])
+        update_run_state(runner, outdated=[])
 
-    def _save_checkpoint_with_step(self, runner, step: int, meta: dict) -> None:
-        path = Path(self.out_dir, self.filename_tmpl.format(step))
-        with self._saving(runner, path, meta['iter']):
-            super()._save_checkpoint_with_step(runner, step, {**meta, 'recipe': _recipe(runner)})
-            self.file_backend.remove_noted(path)
-        if self.by_epoch:
-            self._remove_within_epoch()
-
-    @contextlib.contextmanager
-    def _saving(self, runner, path: Path, iteration: int) -> Iterator[None]:
+    def _save_as(self, runner: Runner, name: str, epoch: int, iteration: int, replaces: Sequence[str]) -> None:
         self._gradients = _waiting_gradients(runner)
-        self.last_ckpt = str(path)
-        runner.message_hub.update_info('last_ckpt', self.last_ckpt)
-        try:
-            if is_main_process():
-                # Before the file: killed in between, no pointer leads to an older one.
-                atomic_write_text(Path(runner.work_dir) / 'last_checkpoint', str(path))
-            yield
-        except OSError as error:
-            raise UserError(
-                f'{path} cannot be saved: {error}. The checkpoints before it are whole.',
-                cure='make room, then go on with --resume',
-            ) from error
+        update_run_state(runner, last=name)
+        self.files.point_to(name, Path(runner.work_dir))
+        self._write(runner, name, epoch, iteration, replaces, **self._content)
         self._saved_at = iteration
 
-    def before_save_checkpoint(self, runner, checkpoint: dict) -> None:
-        if 'optimizer' not in checkpoint:  # the best one: weights alone
-            return
-        if self._gradients:
-            checkpoint[GRADIENTS] = self._gradients
-        if self.file_backend.noted:
-            # For a run that is killed before it comes to remove them.
-            checkpoint[OUTDATED] = [path.name for path in self.file_backend.noted]
+    def _write(self, runner: Runner, name: str, epoch: int, iteration: int, replaces: Sequence[str], **content) -> None:
+        write = partial(
+            runner.save_checkpoint,
+            str(self.files.folder),
+            name,
+            meta={'epoch': epoch, 'iter': iteration},
+            backend_args={'backend': BACKEND},
+            **content,
+        )
+        self.files.save(name, write, replaces)
 
-    def after_load_checkpoint(self, runner, checkpoint: dict) -> None:
-        if not runner._resume:
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        # The best one holds weights alone.
+        if 'optimizer' in checkpoint and self._gradients:
+            checkpoint[KEY] = {'gradients': self._gradients}
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        if not runner.cfg.get('resume'):
             return
-        self._outdated = checkpoint.get(OUTDATED, [])
+        upgrade(checkpoint)
+        check_version(checkpoint['message_hub']['runtime_info'][KEY], runner.cfg.get('load_from'))
         parameters = dict(bare_model(runner).named_parameters())
-        for name, gradient in checkpoint.get(GRADIENTS, {}).items():
+        for name, gradient in checkpoint.get(KEY, {}).get('gradients', {}).items():
             parameters[name].grad = gradient.to(parameters[name])
 
-    def _remove_within_epoch(self, keep: Path | None = None) -> None:
-        if is_main_process():
-            for path in Path(self.out_dir).glob(WITHIN_EPOCH.format('*')):
-                if path != keep:
-                    path.unlink()
 
-    def _save_best_checkpoint(self, runner, metrics: dict) -> None:
-        # The base class would save the epoch again; `SaveValidatedHook` does, when all is written.
-        last, self.last_ckpt = self.last_ckpt, None
-        super()._save_best_checkpoint(runner, metrics)
-        self.last_ckpt = last
-        if self.save_best:
-            best = [self.best_ckpt_path] if len(self.key_indicators) == 1 else self.best_ckpt_path_dict.values()
-            self.file_backend.remove_noted(*best)
-
-
-def _recipe(runner) -> dict[str, int]:
-    return recipe(runner.cfg, get_world_size())
+def _rules(metrics: str | Sequence[str], **arguments: Any) -> dict[str, Any]:
+    """Which of two scores is better, for each metric, as MMEngine's hook tells it."""
+    try:
+        hook = CheckpointHook(save_best=metrics if isinstance(metrics, str) else list(metrics), **arguments)
+    except (AssertionError, KeyError, ValueError) as error:
+        raise UserError(
+            'checkpoint-rule',
+            'default_hooks.checkpoint: {reason}',
+            hint="rule is 'greater' or 'less', for all metrics of save_best or one for each",
+            reason=str(error.args[0]),
+        ) from None
+    return dict(zip(hook.key_indicators, hook.rules, strict=True))
 
 
-def _remove_leftovers(work_dir: Path) -> None:
-    """Remove the temporary files of writes that were killed; see `atomic_write_all`."""
-    for path in work_dir.rglob('.*.[0-9]*.tmp'):
-        path.unlink(missing_ok=True)
+def _publish(path: Path, keys: Sequence[str]) -> None:
+    """Write a copy with some of the entries, its SHA-256 in its name."""
+    buffer = io.BytesIO()
+    torch.save({key: value for key, value in read.read_checkpoint(path).items() if key in keys}, buffer)
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    atomic_write_bytes(path.with_name(f'{path.stem}-{digest[:8]}.pth'), buffer.getvalue())
 
 
-def _relocate(runner) -> None:
-    """Take the files that a checkpoint names for those of this work dir.
-
-    It may be a copy, and the best checkpoint of the original is not to be removed from here. A best
-    score whose file is not there counts no more, or the run might end without a best checkpoint.
-    """
-    info = runner.message_hub.runtime_info
-    for key in [k for k in info if k == 'last_ckpt' or k.startswith('best_ckpt')]:
-        info[key] = str(Path(runner.work_dir, Path(info[key]).name))
-        if key != 'last_ckpt' and not Path(info[key]).is_file():
-            runner.logger.warning(f'{info.pop(key)} is not there: the next validation makes a new best checkpoint')
-            info.pop(key.replace('best_ckpt', 'best_score'), None)
-
-
-def checkpoint_bytes(runner) -> tuple[int, int]:
+def checkpoint_bytes(runner: Runner) -> tuple[int, int]:
     """About what the weights take on the disk, and what a checkpoint to resume from takes."""
 
     def size(tensors) -> int:
@@ -263,7 +294,7 @@ def checkpoint_bytes(runner) -> tuple[int, int]:
     return weights, weights + state
 
 
-def _waiting_gradients(runner) -> dict[str, torch.Tensor]:
+def _waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:
     """Gradients of an unfinished accumulation by parameter, the mean over all processes."""
     if runner.optim_wrapper.should_update():
         return {}
@@ -274,22 +305,6 @@ def _waiting_gradients(runner) -> dict[str, torch.Tensor]:
     return {name: gradient.cpu() for name, gradient in found.items()}
 
 
-def checkpoint_hook(runner) -> SafeCheckpointHook | None:
+def checkpoint_hook(runner: Runner) -> SafeCheckpointHook | None:
     """The one of a run, if there is one."""
     return next((hook for hook in runner.hooks if isinstance(hook, SafeCheckpointHook)), None)
-
-
-@HOOKS.register_module()
-class SaveValidatedHook(Hook):
-    """Saves an epoch again after its validation, when all results are written.
-
-    So a checkpoint knows whether its epoch was validated, and which score is the best; a run that
-    is killed in between validates the epoch again when resumed.
-    """
-
-    priority = 'LOWEST'
-
-    def after_val_epoch(self, runner, metrics: dict | None = None) -> None:
-        hook = checkpoint_hook(runner)
-        if hook is not None:
-            hook.save_validated(runner)

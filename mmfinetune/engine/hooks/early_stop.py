@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from mmdet.registry import HOOKS
 from mmengine.hooks import EarlyStoppingHook
+
+from mmfinetune.engine.state import run_state, update_run_state
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
 
 
 @HOOKS.register_module()
 class EarlyStopHook(EarlyStoppingHook):
-    """Stops when the metric has not improved for a while; goes on counting after ``--resume``.
+    """Stops when the metric has not improved for a while; continues to count after ``--resume``.
 
     Args:
-        monitor: Metric.
+        monitor: Name of the metric.
         min_delta: What counts as an improvement. MMEngine's default of 0.1 is a tenth of the whole
             scale of mAP; 0.001 is a tenth of a point of it.
-        patience: Validations without improvement.
-        **kwargs: See mmengine's ``EarlyStoppingHook``.
+        patience: Validations without improvement before the run stops.
+        rule: Whether ``'greater'`` or ``'less'`` is better.
+        **kwargs: See MMEngine's ``EarlyStoppingHook``.
     """
 
     priority = 'LOW'  # before the checkpoint that keeps its state
@@ -30,16 +38,15 @@ class EarlyStopHook(EarlyStoppingHook):
     ) -> None:
         super().__init__(monitor=monitor, min_delta=min_delta, patience=patience, rule=rule, **kwargs)
 
-    def before_train(self, runner) -> None:
-        state = runner.message_hub.runtime_info.get('early_stop')
+    def before_train(self, runner: Runner) -> None:
+        state = run_state(runner).early_stop
         if state:
-            self.best_score, self.wait_count = state
+            self.best_score, self.wait_count = state['best'], int(state['waited'])
             reached = self.stopping_threshold is not None and self.rule_map[self.rule](
                 self.best_score, self.stopping_threshold
             )
             runner.train_loop.stop_training = reached or self.wait_count >= self.patience
 
-    def after_val_epoch(self, runner, metrics: dict) -> None:
-        super().after_val_epoch(runner, metrics)
-        # Plain numbers, which a checkpoint that is read as data may hold.
-        runner.message_hub.update_info('early_stop', [float(self.best_score), self.wait_count])
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
+        super().after_val_epoch(runner, metrics or {})
+        update_run_state(runner, early_stop={'best': float(self.best_score), 'waited': self.wait_count})

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_world_size, is_main_process
-from mmengine.hooks import CheckpointHook, Hook
+from mmengine.hooks import Hook
 from mmengine.logging import print_log
 from mmengine.runner import IterBasedTrainLoop
 
 import mmfinetune
-from mmfinetune.engine.state import EPOCH_START
+from mmfinetune.engine.hooks.checkpoint import checkpoint_hook
+from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import plots, run_results
 from mmfinetune.utils.errors import UserError
@@ -66,9 +67,7 @@ class ResultsHook(Hook):
 
     def before_train_epoch(self, runner) -> None:
         # Kept in checkpoints, since a run may be resumed in the middle of the epoch.
-        start = runner.message_hub.runtime_info.get(EPOCH_START) or {}
-        if start.get('epoch') != runner.epoch:
-            runner.message_hub.update_info(EPOCH_START, {'epoch': runner.epoch, 'iter': runner.iter})
+        begin_epoch(runner)
 
     def before_val(self, runner) -> None:
         # A hook may validate a resumed model before this one's turn in before_train.
@@ -163,7 +162,7 @@ class ResultsHook(Hook):
         hub = runner.message_hub
         steps = row['iter'] - self._last_iter()
         if 'epoch' in row:
-            known = hub.runtime_info.get(EPOCH_START) or {}
+            known = run_state(runner).epoch_start
             steps = row['iter'] - known['iter'] if known.get('epoch') == row['epoch'] - 1 else _batches(runner)
         recent = {
             key.removeprefix('train/'): buffer.data[0][-steps:]
@@ -265,12 +264,8 @@ def _done(runner) -> int:
 
 def _best_metrics(runner) -> dict[str, bool]:
     """The metrics of ``save_best``, and whether less is better."""
-    for hook in runner.hooks:
-        if isinstance(hook, CheckpointHook) and hook.save_best:
-            return {
-                key: rule == 'less' for key, rule in zip(hook.key_indicators, hook.rules, strict=False) if key != 'auto'
-            }
-    return {}
+    hook = checkpoint_hook(runner)
+    return {key: rule == 'less' for key, rule in hook.best_rules.items() if rule} if hook else {}
 
 
 def _setup(runner) -> dict[str, str]:

@@ -7,20 +7,20 @@ import os
 import shutil
 import signal
 import time
-from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from mmengine.fileio import get_file_backend
 
 from mmfinetune.engine.hooks import checkpoint
-from mmfinetune.utils.errors import UserError
+from mmfinetune.engine.hooks import stop as stop_hook
+from mmfinetune.utils.files import hash_in_name, sha256_of
 from mmfinetune.weights.read import read_checkpoint
+from tests.builders.disk import nearly_full
+from tests.builders.errors import refused
 from tests.builders.toy import SCORES, DoAt, assert_same_checkpoint, make_cfg, names, stop, train
 
 LAST = 'epoch_4.pth'
-Usage = namedtuple('Usage', 'total used free')
 
 
 class Killed(BaseException):
@@ -127,44 +127,35 @@ def test_best_of_several_scores_is_there_before_the_old_goes(tmp_path):
     assert {'best_score_epoch_4.pth', 'best_score2_epoch_4.pth'} <= set(names(tmp_path))
 
 
-def test_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
-    backend = get_file_backend(backend_args=dict(backend='atomic'))
-    backend.put(b'old', tmp_path / 'a.pth')
-    backend.put_text('text', tmp_path / 't')
-    assert (tmp_path / 't').read_text() == 'text'
-
-    def full(number: int) -> None:
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'fsync', full)
-    with pytest.raises(UserError, match='No space left on device'):
-        backend.put(b'new', tmp_path / 'a.pth')
-    assert (tmp_path / 'a.pth').read_bytes() == b'old'
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.pth', 't']
-
-
-def test_run_that_does_not_fit_the_disk_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(10, 9, 1000))
-    with pytest.raises(UserError, match=r'3 checkpoints[\s\S]*max_keep_ckpts=1'):
+def test_run_that_does_not_fit_the_disk_is_refused(tmp_path):
+    with nearly_full(1000), refused('checkpoint-no-room-for-run', files=3, folder=tmp_path):
         train(make_cfg(tmp_path))
     assert names(tmp_path) == []
 
 
-def test_room_is_that_of_files_kept_at_a_time(tmp_path, monkeypatch):
-    runner = train(make_cfg(tmp_path))
-    weights, full = checkpoint.checkpoint_bytes(runner)
-    parameters = sum(p.numel() for p in runner.model.parameters()) * 4
-    assert full == weights + parameters  # momentum
-    have = sum(path.stat().st_size for path in tmp_path.glob('*.pth'))
-    hook = checkpoint.checkpoint_hook(runner)
-    for keep, every, files in ((1, 0, 2), (2, 0, 3), (2, 5, 4), (-1, 0, 5), (9, 0, 5)):
-        hook.max_keep_ckpts, hook.every_n_iters = keep, every
+@pytest.mark.parametrize(('keep', 'every', 'files'), [(1, 0, 2), (2, 0, 3), (2, 5, 4), (-1, 0, 5), (9, 0, 5)])
+def test_room_is_that_of_files_kept_at_a_time(whole, tmp_path, keep, every, files):
+    def look(runner) -> None:
+        weights, full = checkpoint.checkpoint_bytes(runner)
+        parameters = sum(p.numel() for p in runner.model.parameters()) * 4
+        assert full == weights + parameters  # momentum
         need = files * full + weights
-        monkeypatch.setattr(shutil, 'disk_usage', lambda _, need=need: Usage(0, 0, need - have))
-        hook._require_room_for_run(runner)
-        monkeypatch.setattr(shutil, 'disk_usage', lambda _, need=need: Usage(0, 0, need - have - 1))
-        with pytest.raises(UserError, match=f'up to {files} checkpoints'):
-            hook._require_room_for_run(runner)
+        with nearly_full(need):
+            hook._require_room(runner)
+        with nearly_full(need - 1), refused('checkpoint-no-room-for-run'):
+            hook._require_room(runner)
+        raise Killed
+
+    cfg = make_cfg(tmp_path, checkpoint=dict(max_keep_ckpts=keep, every_n_iters=every))
+    hook = None
+
+    def find(runner) -> None:
+        nonlocal hook
+        hook = checkpoint.checkpoint_hook(runner)
+        look(runner)
+
+    with pytest.raises(Killed):
+        train(cfg, DoAt(find, 0))
 
 
 def test_state_of_an_optimizer_before_its_first_step(tmp_path):
@@ -179,16 +170,12 @@ def test_state_of_an_optimizer_before_its_first_step(tmp_path):
     assert sizes == [(weights, full - 4 * len(list(runner.model.parameters())))]
 
 
-def test_disk_that_fills_up_ends_the_run_and_keeps_what_is_there(whole, tmp_path, monkeypatch):
-    real = shutil.disk_usage
-
-    def fill(runner) -> None:
-        monkeypatch.setattr(shutil, 'disk_usage', lambda path: Usage(10, 9, 1000))
-
-    with pytest.raises(UserError, match=r'epoch_2.pth cannot be saved[\s\S]*--resume'):
-        train(make_cfg(tmp_path), DoAt(fill, 6))
+def test_disk_that_fills_up_ends_the_run_and_keeps_what_is_there(whole, tmp_path):
+    with contextlib.ExitStack() as until_there_is_room:
+        fill = DoAt(lambda runner: until_there_is_room.enter_context(nearly_full(1000)), 6)
+        with refused('checkpoint-no-room', path=tmp_path / 'epoch_2.pth'):
+            train(make_cfg(tmp_path), fill)
     assert names(tmp_path) == ['best_score_epoch_1.pth', 'epoch_1.pth']
-    monkeypatch.setattr(shutil, 'disk_usage', real)
     train(make_cfg(tmp_path), resume=True)
     assert_same_checkpoint(whole / LAST, tmp_path / LAST)
 
@@ -229,19 +216,28 @@ def test_stop_between_saves_saves(tmp_path, point):
     assert stopped.checkpoint.name == 'epoch_1.pth' and stopped.checkpoint.is_file()
 
 
-def test_what_a_checkpoint_tells_of_its_run(whole):
+def test_what_a_checkpoint_says_of_its_run(whole):
     loaded = read_checkpoint(whole / LAST)
-    assert loaded['meta']['recipe'] == {'processes': 1, 'batch_size': 2, 'accumulation': 1}
     assert (loaded['meta']['epoch'], loaded['meta']['iter']) == (4, 20)
-    info = loaded['message_hub']['runtime_info']
-    assert info['validated_epoch'] == 4 and info['best_score'] == max(SCORES[:4])
-    assert 'gradients' not in loaded
+    assert {'state_dict', 'optimizer', 'param_schedulers', 'message_hub', 'meta'} == loaded.keys()
+    state = loaded['message_hub']['runtime_info']['mmfinetune']
+    assert state == {
+        'version': 1,
+        'epoch_start': {'epoch': 3, 'iter': 15},
+        'validated_epoch': 4,
+        'early_stop': {},
+        'last': LAST,
+        'best': {'score': {'score': max(SCORES[:4]), 'file': 'best_score_epoch_4.pth'}},
+        'kept': [3, 4],
+        'outdated': [],
+        'batch_setup': {'processes': 1, 'batch_size': 2, 'accumulation': 1},
+    }
 
 
 def test_gradients_of_an_unfinished_accumulation_are_saved(tmp_path):
     changes = dict(accumulate=2, checkpoint=dict(max_keep_ckpts=-1))
     train(make_cfg(tmp_path, **changes))
-    waiting = {n: 'gradients' in read_checkpoint(tmp_path / n) for n in names(tmp_path)}
+    waiting = {n: bool(read_checkpoint(tmp_path / n).get('mmfinetune')) for n in names(tmp_path)}
     # 5 steps an epoch: after epochs 1 and 3 one waits.
     assert waiting == {
         'epoch_1.pth': True,
@@ -310,6 +306,81 @@ def test_run_counted_in_iterations_is_stopped_and_goes_on(tmp_path):
     assert train(cfg, resume=True).iter == 10
 
 
-def test_saves_within_the_epoch_need_epochs():
-    with pytest.raises(ValueError, match='by_epoch'):
-        checkpoint.SafeCheckpointHook(by_epoch=False, every_n_iters=3)
+def test_a_signal_within_the_handler_of_another_is_not_lost(monkeypatch):
+    hook = stop_hook._Stop()
+    seen = []
+
+    def interrupted() -> float:
+        # SIGINT comes while SIGTERM is being noted.
+        if not seen:
+            seen.append(signal.SIGINT)
+            hook._note(signal.SIGINT, None)
+        return 0.0
+
+    monkeypatch.setattr(stop_hook.time, 'monotonic', interrupted)
+    hook._note(signal.SIGTERM, None)
+    assert hook._signal
+
+
+def test_hooks_of_earlier_configs_are_accepted(whole, tmp_path):
+    train(make_cfg(tmp_path, hooks=[dict(type='SaveValidatedHook'), dict(type='StopHook')]))
+    assert_same_checkpoint(whole / LAST, tmp_path / LAST)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'code'),
+    [
+        (dict(by_epoch=False, every_n_iters=3), 'checkpoint-every-n-iters'),
+        (dict(save_best='score'), 'checkpoint-rule'),
+        (dict(save_best='score', rule='more'), 'checkpoint-rule'),
+        (dict(save_best=['a', 'b', 'c'], rule=['less', 'less']), 'checkpoint-rule'),
+    ],
+)
+def test_settings_that_contradict_each_other(settings, code):
+    with refused(code):
+        checkpoint.SafeCheckpointHook(**settings)
+
+
+@pytest.mark.parametrize(
+    ('settings', 'rules'),
+    [
+        (dict(save_best='coco/segm_mAP'), {'coco/segm_mAP': 'greater'}),
+        (dict(save_best=['a_loss', 'x'], rule='less'), {'a_loss': 'less', 'x': 'less'}),
+        (dict(save_best=['loss', 'acc']), {'loss': 'less', 'acc': 'greater'}),
+        (dict(save_best='auto'), {'auto': None}),
+        (dict(), {}),
+    ],
+)
+def test_which_score_is_better(settings, rules):
+    assert checkpoint.SafeCheckpointHook(**settings).best_rules == rules
+
+
+def test_best_of_the_first_metric_by_auto_and_where_less_is_better(tmp_path):
+    evaluator = dict(type='ToyMetric', names=['loss', 'acc'])
+    cfg = make_cfg(tmp_path, checkpoint=dict(save_best='auto', rule=None), val_evaluator=evaluator)
+    stop(cfg, 11)
+    train(cfg, resume=True)
+    assert 'best_loss_epoch_1.pth' in names(tmp_path) and not any('acc' in name for name in names(tmp_path))
+
+
+def test_best_by_a_metric_that_is_not_there(tmp_path):
+    with refused('checkpoint-no-metric', metric='mAP') as caught:
+        train(make_cfg(tmp_path, checkpoint=dict(save_best='mAP')))
+    assert caught.value.problems == ['score']
+
+
+def test_published_copies_are_named_by_their_hash(tmp_path):
+    train(make_cfg(tmp_path, checkpoint=dict(published_keys=['state_dict'])))
+    published = [path for path in tmp_path.glob('*.pth') if hash_in_name(path)]
+    assert [path.name.rpartition('-')[0] for path in sorted(published)] == ['best_score_epoch_4', 'epoch_4']
+    for path in published:
+        assert sha256_of(path).startswith(hash_in_name(path))
+        assert read_checkpoint(path).keys() == {'state_dict'}
+
+
+def test_checkpoints_in_another_folder(whole, tmp_path):
+    cfg = make_cfg(tmp_path / 'run', checkpoint=dict(out_dir=str(tmp_path / 'store')))
+    stop(cfg, 7)
+    assert Path((tmp_path / 'run/last_checkpoint').read_text()) == tmp_path / 'store/run/iter_8.pth'
+    train(cfg, resume=tmp_path / 'store/run/iter_8.pth')
+    assert names(tmp_path / 'store/run') == names(whole) and names(tmp_path / 'run') == []

@@ -1,0 +1,136 @@
+"""The checkpoint files of a run: written atomically, the old ones removed after it, room checked before it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from mmengine.fileio import LocalBackend, register_backend
+
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.files import atomic_write_bytes, atomic_write_text
+
+BACKEND = 'atomic'
+WITHIN_EPOCH = 'iter_{}.pth'
+POINTER = 'last_checkpoint'
+_MIB = 2**20
+
+
+class AtomicBackend(LocalBackend):
+    """MMEngine's way to the local disk, but each file is complete or not there."""
+
+    def put(self, obj: bytes, filepath: str | Path) -> None:
+        """Write to a temporary file, sync, rename."""
+        path = Path(filepath)
+        free = shutil.disk_usage(path.parent).free
+        if free < len(obj):
+            raise UserError(
+                'checkpoint-no-room',
+                '{path} cannot be saved: it takes {size:,.0f} MiB, and the disk has {free:,.0f} MiB left. '
+                'Earlier checkpoints are complete.',
+                hint='make room (default_hooks.checkpoint.max_keep_ckpts=1 keeps fewer), then continue with --resume',
+                path=path,
+                size=len(obj) / _MIB,
+                free=free / _MIB,
+            )
+        atomic_write_bytes(path, obj)
+
+    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
+        """Write a text the same way."""
+        self.put(obj.encode(encoding), filepath)
+
+
+register_backend(BACKEND, AtomicBackend, force=True)
+
+
+class Checkpoints:
+    """The files in a folder, of which at every moment at least one is complete.
+
+    Args:
+        folder: Where they lie.
+        pattern: File name by number, e.g. ``epoch_{}.pth``.
+        keep: How many of that pattern are kept; all if not positive.
+        writes: False on all processes but the first, which change nothing.
+    """
+
+    def __init__(self, folder: Path, pattern: str, keep: int, writes: bool = True) -> None:
+        self.folder, self.pattern, self.keep, self.writes = folder, pattern, keep, writes
+
+    def prune(self, kept: Sequence[int], number: int) -> tuple[list[int], list[str]]:
+        """Choose what stays beside a new checkpoint: the numbers kept with it, the files that it replaces."""
+        if self.keep <= 0:
+            return [], []
+        numbers = [*(n for n in kept if n != number), number]
+        return numbers[-self.keep :], [self.pattern.format(n) for n in numbers[: -self.keep]]
+
+    def save(self, name: str, write: Callable[[], None], replaces: Iterable[str] = ()) -> None:
+        """Write a checkpoint, then remove the files that it replaces.
+
+        Raises:
+            UserError: The disk is full or fails; the old files are still there.
+        """
+        try:
+            write()
+        except OSError as error:
+            raise UserError(
+                'checkpoint-not-saved',
+                '{path} cannot be saved: {reason}. Earlier checkpoints are complete.',
+                hint='make room, then continue with --resume',
+                path=self.folder / name,
+                reason=str(error),
+            ) from error
+        self.remove(old for old in replaces if old != name)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Remove files; some may be gone already."""
+        if self.writes:
+            for name in names:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def within_epoch(self) -> list[str]:
+        """Checkpoints from within an epoch, which a newer one replaces."""
+        return [path.name for path in self.folder.glob(WITHIN_EPOCH.format('*'))]
+
+    def point_to(self, name: str, work_dir: Path) -> None:
+        """Name the newest checkpoint in the file ``last_checkpoint``.
+
+        Before the checkpoint is written: when killed in between, no pointer leads to an older one.
+        """
+        if self.writes:
+            atomic_write_text(work_dir / POINTER, str(self.folder / name))
+
+    def require_room(self, saves: int, full: int, extra: int = 0) -> None:
+        """Check that a whole run fits the disk.
+
+        Args:
+            saves: How many checkpoints it makes in all, beside those within an epoch.
+            full: Bytes of one.
+            extra: Bytes of everything else: those within an epoch, the best weights.
+
+        Raises:
+            UserError: It does not, counting what lies there as room, since it will be replaced.
+        """
+        # One more than is kept, as each is written before another goes.
+        files = 1 + (min(self.keep, saves) if self.keep > 0 else saves)
+        need = files * full + extra
+        room = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob('*.pth'))
+        if self.writes and room < need:
+            raise UserError(
+                'checkpoint-no-room-for-run',
+                '{folder} has too little room: up to {files} checkpoints of {size:,.0f} MiB and what lies beside them '
+                'take {need:,.0f} MiB at a time, and {room:,.0f} MiB are available',
+                hint='make room, pass another --work-dir, or keep fewer: --cfg-options '
+                'default_hooks.checkpoint.max_keep_ckpts=1',
+                folder=self.folder,
+                files=files,
+                size=full / _MIB,
+                need=need / _MIB,
+                room=room / _MIB,
+            )
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove the temporary files of writes that were killed; see `atomic_write_all`."""
+    for path in folder.rglob('.*.[0-9]*.tmp'):
+        path.unlink(missing_ok=True)

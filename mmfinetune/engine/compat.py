@@ -1,0 +1,76 @@
+"""Private parts and messages of MMEngine and PyTorch that the toolkit relies on.
+
+The only file that may touch them. ``tests/engine/test_compat.py`` fails where a new version changes one.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
+
+# Where a process that torchrun started leaves its error.
+ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
+_LOST_CONNECTION = (  # gloo and NCCL, when a peer has gone
+    'Connection closed by peer',
+    'Connection reset by peer',
+    'Broken pipe',
+    'ncclRemoteError',
+    'NCCL communicator was aborted',
+)
+_PORT_TAKEN = ('EADDRINUSE', 'address already in use')
+
+
+def has_training(runner: Runner) -> bool:
+    """Whether the runner has built its training loop; asking for its epoch or loop would build it."""
+    from mmengine.runner import BaseLoop
+
+    return isinstance(runner._train_loop, BaseLoop)
+
+
+# PyTorch has no exception types for these.
+
+
+def is_worker_killed(error: BaseException) -> bool:
+    """Whether a process that loads data was killed."""
+    return isinstance(error, RuntimeError) and 'DataLoader worker' in str(error)
+
+
+def is_out_of_cpu_memory(error: BaseException) -> bool:
+    """Whether PyTorch could not allocate memory on the CPU."""
+    return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+
+
+def is_connection_lost(text: str) -> bool:
+    """Whether an error's text says that another process of the run has gone."""
+    return any(mark in text for mark in _LOST_CONNECTION)
+
+
+def is_port_taken(error: BaseException) -> bool:
+    """Whether processes cannot meet because another program uses the port."""
+    return any(mark in str(error) for mark in _PORT_TAKEN)
+
+
+def write_error_file(path: str | Path, text: str, error: BaseException) -> None:
+    """Leave an error to the process that started this one.
+
+    The format is that of ``torch.distributed.elastic.multiprocessing.errors.ErrorHandler``, plus seconds:
+    its own timestamp is too coarse to distinguish cause and consequence.
+    """
+    now = time.time()
+    facts = {'py_callstack': ''.join(traceback.format_exception(error)), 'seconds': now, 'timestamp': str(int(now))}
+    Path(path).write_text(json.dumps({'message': {'message': text, 'extraInfo': facts}}))
+
+
+def read_error_file(path: str | Path) -> tuple[float, str] | None:
+    """When a process failed and its error; None if it left none, or not by `write_error_file`."""
+    try:
+        message = json.loads(Path(path).read_text())['message']
+        return message['extraInfo']['seconds'], message['message']
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
