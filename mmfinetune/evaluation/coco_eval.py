@@ -11,12 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from mmfinetune.evaluation import run_results
+from mmfinetune.evaluation.stats import STATS
 
 ENGINES = ('hotcoco', 'pycocotools')
-STATS = tuple(name for name, *_ in run_results.STATS)
-# As COCO calls the kinds of result, and as people do.
-KINDS = {'segm': 'mask', 'bbox': 'box'}
 # Bolya et al., TIDE (ECCV 2020), section 2.2; IoU_max is the largest IoU with any object.
 TIDE_ERRORS = {
     'Cls': 'right place (IoU ≥ 0.5), wrong class',
@@ -36,8 +33,8 @@ class Scores:
         iou_type: ``'bbox'`` or ``'segm'``.
         stats: COCO's 12 numbers in the order of `STATS`; -1 where there is no ground truth.
         precision: (IoU, recall, class, area, maxDets), -1 where there is no ground truth.
-        iou_thrs: Of the first axis.
-        names: Of the classes, in the order of the third axis.
+        iou_thrs: IoU thresholds of the first axis.
+        names: Names of the classes, in the order of the third axis.
     """
 
     iou_type: str
@@ -54,8 +51,8 @@ class Scores:
         """Average precision over COCO's 101 recall points, objects of all sizes.
 
         Args:
-            name: Of a class; the mean over all classes with ground truth by default.
-            iou: At this threshold; the mean over all thresholds by default.
+            name: Name of a class; by default the mean over all classes with ground truth.
+            iou: IoU threshold; by default the mean over all thresholds.
 
         Returns:
             None where there is no ground truth, or no such threshold.
@@ -75,7 +72,7 @@ class Tide:
 
     Attributes:
         ap50: AP at IoU 0.5, mean over the classes with ground truth.
-        d_ap: By how much AP50 rises if all errors of one kind, and only these, are mended.
+        d_ap: By how much AP50 rises if all errors of one kind, and only these, are fixed.
         counts: Number of errors of each kind, among the 100 best detections an image and class.
     """
 
@@ -96,9 +93,9 @@ def evaluate(
     """Evaluate detections of one kind by COCO's rules (``maxDets`` 1, 10, 100).
 
     Args:
-        dataset: Content of a COCO annotation file; stays as it is.
-        rows: COCO result rows, those of masks without ``bbox``, or COCO's areas would be those of
-            the boxes; may be empty.
+        dataset: Content of a COCO annotation file; it is not changed.
+        rows: COCO result rows, may be empty. Rows of masks must have no ``bbox``: COCO would take
+            the areas of the boxes.
         iou_type: ``'bbox'`` or ``'segm'``.
         engine: One of `ENGINES`.
         cat_ids: Classes to evaluate; all in the order of the file by default.
@@ -157,9 +154,12 @@ def tide(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str) -> 
 def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str):
     if engine == 'hotcoco':
         from hotcoco import COCO, COCOeval
-    else:
-        from pycocotools.coco import COCO
-        from pycocotools.cocoeval import COCOeval
+
+        hot = COCO(dataset)
+        return COCOeval(hot, hot.loadRes(rows), iou_type)
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
     truth, found = COCO(), COCO()
     # Copies, since pycocotools writes into both.
     truth.dataset = {**dataset, 'annotations': [dict(a) for a in dataset['annotations']]}

@@ -1,4 +1,13 @@
-"""Detections matched to objects whatever their classes: confusion matrix, F1, the worst images."""
+"""Detections matched to objects whatever their classes: confusion matrix, F1, the worst images.
+
+hotcoco 1.3 has a confusion matrix, F scores and diagnostics of images too. They are not used,
+since (tests/evaluation/test_confusion.py, ``test_hotcoco_…``):
+
+- its matrix counts a detection in a crowd region as false; without crowd regions both agree;
+- its image diagnostics match within each class and at every score, so that a cat predicted as a
+  dog is two errors, and do not say which object a second detection lies on;
+- its F scores are a mean over classes, each at a threshold of its own that is not returned.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +22,7 @@ from tqdm import tqdm
 from mmfinetune.evaluation.detections import Truth
 
 IOU_THR = 0.5
-MAX_DETS = 100  # an image, as in COCO's AP
+MAX_DETS = 100  # per image, as in COCO's AP
 NOTHING = 'background'
 
 
@@ -22,7 +31,7 @@ class ImageErrors:
     """What is wrong in one image; numbers are places in `Matches.rows` and `Matches.objects`.
 
     Attributes:
-        image_id: Of the image.
+        image_id: Id of the image.
         right: Number of objects found with the right class.
         missed: Objects without a detection.
         false: Detections without an object.
@@ -37,12 +46,12 @@ class ImageErrors:
 
     @property
     def count(self) -> int:
-        """Number of errors; an object taken for another class is one."""
+        """Number of errors; an object predicted as another class is one."""
         return len(self.missed) + len(self.false) + len(self.confused)
 
     @property
     def f1(self) -> float:
-        """Of objects found with the right class; 1 where there is nothing and nothing is found."""
+        """F1 of objects found with the right class; 1 where there is nothing and nothing is found."""
         wrong = len(self.missed) + len(self.false) + 2 * len(self.confused)
         total = 2 * self.right + wrong
         return 2 * self.right / total if total else 1.0
@@ -52,21 +61,20 @@ class ImageErrors:
 class Matches:
     """Each detection with the object it covers, and what became of each object.
 
-    In each image detections take objects in the order of their scores, each the one with the
-    largest IoU, at least 0.5, that is still free, whatever the classes. So what a detection gets
-    does not depend on those with lower scores, and one matching serves for all score thresholds.
-    One that gets none and lies by half in a crowd region of its class is ignored.
+    In each image detections take objects in the order of their scores, each the free one with the
+    largest IoU, at least 0.5, whatever the classes. So what a detection gets does not depend on
+    those with lower scores, and one matching serves for all score thresholds. One that gets none
+    and lies at least by half in a crowd region of its class is ignored.
 
     Attributes:
-        names: Of the classes in label order.
-        rows: The detections, at most 100 an image, as COCO result rows.
-        objects: Annotations, crowd regions left out.
+        names: Names of the classes in label order.
+        rows: The detections, at most 100 per image, as COCO result rows.
+        objects: Annotations without crowd regions.
         labels: Class number of each detection.
-        scores: Of each detection.
-        found: Of each detection, the number of its object; -1 for none.
-        over: Of each detection, the number of the object it covers best; -1 for none. One that has
-            no object of its own lies there on one that a better detection has taken.
-        ignored: Whether a detection counts for nothing.
+        scores: Score of each detection.
+        found: Number of the object that each detection takes; -1 for none.
+        over: Number of the object that each detection covers best, taken or not; -1 for none.
+        ignored: Whether a detection is not counted.
         object_labels: Class number of each object.
     """
 
@@ -100,9 +108,9 @@ class Matches:
 
     def f1(self, score_thr: float) -> float:
         """F1 of objects found with the right class, over all images and classes."""
-        used = (self.scores >= score_thr) & ~self.ignored
-        total = int(used.sum()) + len(self.objects)
-        return 2 * int((self._right() & used).sum()) / total if total else 1.0
+        matrix = self.confusion(score_thr)
+        total = int(matrix[:, :-1].sum() + matrix[:-1].sum())  # detections and objects
+        return 2 * int(matrix[:-1].trace()) / total if total else 1.0
 
     def best_f1(self) -> tuple[float, float] | None:
         """The highest F1 over all score thresholds, and the shortest number that gives it.
@@ -110,12 +118,14 @@ class Matches:
         Returns:
             F1 and threshold; None if there is no detection.
         """
-        order = np.argsort(-self.scores[~self.ignored], kind='stable')
+        order = np.argsort(-self.scores, kind='stable')
+        order = order[~self.ignored[order]]
         if not order.size:
             return None
-        scores = self.scores[~self.ignored][order]
-        right = np.cumsum(self._right()[~self.ignored][order])
-        f1 = 2 * right / (np.arange(1, len(order) + 1) + len(self.objects))
+        scores, found = self.scores[order], self.found[order]
+        right = found >= 0
+        right[right] = self.object_labels[found[right]] == self.labels[order][right]
+        f1 = 2 * np.cumsum(right) / (np.arange(1, len(order) + 1) + len(self.objects))
         # A threshold takes all detections of one score or none of them.
         last = np.flatnonzero(np.append(scores[1:] < scores[:-1], True))
         best = int(last[int(np.argmax(f1[last]))])
@@ -126,8 +136,7 @@ class Matches:
     def errors(self, score_thr: float) -> list[ImageErrors]:
         """Images with errors, the worst first.
 
-        The more objects missed, falsely found or taken for another class, the worse; among as many,
-        the lower F1 is worse.
+        Worse is more objects missed, falsely found or confused with another class; then a lower F1.
         """
         used = (self.scores >= score_thr) & ~self.ignored
         hit = used & (self.found >= 0)
@@ -152,7 +161,7 @@ class Matches:
         return sorted(found, key=lambda e: (-e.count, e.f1, e.image_id))
 
     def describe(self, errors: ImageErrors) -> str:
-        """E.g. ``missed: 2 dog; false: cow on cat; confused: cat taken for dog``."""
+        """E.g. ``missed: 2 dog; false: cow on cat; confused: cat predicted as dog``."""
 
         def listed(texts: Sequence[str]) -> str:
             return ', '.join(f'{n} {t}' if n > 1 else t for t, n in Counter(texts).items())
@@ -173,22 +182,17 @@ class Matches:
         return f'second {name}' if under == name else f'{name} on {under}'
 
     def confused_text(self, thing: int, detection: int) -> str:
-        """``cat taken for dog``."""
-        return f'{self.names[self.object_labels[thing]]} taken for {self.names[self.labels[detection]]}'
-
-    def _right(self) -> np.ndarray:
-        right = self.found >= 0
-        right[right] = self.object_labels[self.found[right]] == self.labels[right]
-        return right
+        """``cat predicted as dog``."""
+        return f'{self.names[self.object_labels[thing]]} predicted as {self.names[self.labels[detection]]}'
 
 
 def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU_THR) -> Matches:
     """Match detections to the objects of their images; see `Matches`.
 
     Args:
-        truth: The objects.
+        truth: Ground truth.
         rows: COCO result rows.
-        kind: ``'segm'`` or ``'bbox'``: IoU of what.
+        kind: ``'segm'`` or ``'bbox'``: what the IoU is measured of.
         iou_thr: Least IoU, and least share of a detection in a crowd region.
     """
     from pycocotools import mask as mask_api

@@ -8,6 +8,8 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 
+from mmfinetune.utils.text import csv_text
+
 _COLUMN_ORDER = ('epoch', 'iter', 'train/', 'val/', '', 'lr', 'train_seconds', 'val_seconds')
 
 
@@ -19,7 +21,7 @@ class History:
     base), ``lr/<group>``, ``train_seconds``, ``val_seconds``.
 
     Args:
-        rows: With ascending ``iter``.
+        rows: Rows with ascending ``iter``.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, float]] = ()) -> None:
@@ -31,11 +33,11 @@ class History:
         return 'epoch' if all('epoch' in row for row in self.rows) else 'iter'
 
     def cut(self, iteration: int) -> None:
-        """Forget what came after an iteration."""
+        """Drop the rows after an iteration."""
         self.rows = [row for row in self.rows if row['iter'] <= iteration]
 
     def add(self, row: Mapping[str, float]) -> None:
-        """Append a row, in place of one of the same iteration or later."""
+        """Append a row in place of those of the same or a later iteration."""
         self.cut(int(row['iter']) - 1)
         self.rows.append(dict(row))
 
@@ -58,27 +60,23 @@ class History:
         return best_of(self.curve(name), less)
 
     def to_csv(self) -> str:
-        """All digits; an empty field where there is no value."""
+        """The table with all digits; an empty field where there is no value."""
         columns = self.columns()
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator='\n')
-        writer.writerow(columns)
-        writer.writerows([row.get(name, '') for name in columns] for row in self.rows)
-        return out.getvalue()
+        return csv_text([columns, *([row.get(name, '') for name in columns] for row in self.rows)])
 
     @classmethod
     def from_csv(cls, data: bytes) -> History:
         """Read what `to_csv` wrote.
 
         Raises:
-            ValueError: It is not that, or was changed so that it cannot be understood.
+            ValueError: It is something else, or was changed so that it cannot be understood.
         """
         try:
             header, *lines = csv.reader(io.StringIO(data.decode('utf-8-sig')), strict=True)
         except (csv.Error, ValueError) as error:
             raise ValueError(f'not a table: {error}') from error
         if not {'epoch', 'iter'} <= set(header) or len(set(header)) < len(header):
-            raise ValueError('line 1: no columns epoch and iter, or one name twice')
+            raise ValueError('line 1: no columns epoch and iter, or a duplicated name')
         history = cls()
         for number, line in enumerate(lines, 2):
             if not line:

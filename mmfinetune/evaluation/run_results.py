@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
+from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS, number, stat_rows
 from mmfinetune.utils.files import atomic_write_all, atomic_write_text
 from mmfinetune.utils.text import duration, table
 
@@ -20,26 +21,17 @@ DETECTION, SEGMENTATION = 'det_results.txt', 'seg_results.txt'
 RECORD_MAP = 'record_mAP.txt'
 CURVES, CLASS_BARS = 'curves.png', 'per_class.png'
 SUMMARY = 'summary.md'
-PREFIX = 'coco/'
-KINDS = {'bbox': 'box', 'segm': 'mask'}
-# COCO's twelve numbers: our name, IoU, area, detections per image; in pycocotools' order.
-STATS = (
-    ('mAP', '0.50:0.95', 'all', 100),
-    ('mAP_50', '0.50', 'all', 100),
-    ('mAP_75', '0.75', 'all', 100),
-    ('mAP_s', '0.50:0.95', 'small', 100),
-    ('mAP_m', '0.50:0.95', 'medium', 100),
-    ('mAP_l', '0.50:0.95', 'large', 100),
-    ('AR@1', '0.50:0.95', 'all', 1),
-    ('AR@10', '0.50:0.95', 'all', 10),
-    ('AR@100', '0.50:0.95', 'all', 100),
-    ('AR_s@100', '0.50:0.95', 'small', 100),
-    ('AR_m@100', '0.50:0.95', 'medium', 100),
-    ('AR_l@100', '0.50:0.95', 'large', 100),
-)
+# As the torchvision-based fine-tuning projects have it.
+_BOXES_FIRST = ('bbox', 'segm')
 PerClass = Mapping[str, Mapping[str, float]]
-# What else the summary points to, where it is there.
-_OTHER_FILES = {
+# What the summary links to, if it exists.
+_FILES = {
+    RESULTS: 'every number of every epoch',
+    DETECTION: 'box results, one line an epoch',
+    SEGMENTATION: 'mask results, one line an epoch',
+    RECORD_MAP: 'COCO summary and AP50 of each class',
+    CURVES: 'curves',
+    CLASS_BARS: 'classes',
     'test_results.json': 'numbers of the final test',
     'figures': 'test pictures',
     'tensorboard_logs': 'TensorBoard',
@@ -48,7 +40,7 @@ _OTHER_FILES = {
 
 
 def set_aside(path: Path) -> Path:
-    """Rename a file to a free ``<name>.bak``; its new path."""
+    """Rename a file to a free ``<name>.bak`` and return the new path."""
     names = (f'{path.name}.bak{count if count > 1 else ""}' for count in itertools.count(1))
     return path.rename(next(path.with_name(n) for n in names if not path.with_name(n).exists()))
 
@@ -57,12 +49,12 @@ def per_class_of(evaluator: Any, metrics: Mapping[str, float]) -> dict[str, dict
     """AP and AP50 of each class, as far as they are known.
 
     Args:
-        evaluator: MMEngine's, whose metrics may have ``per_class``.
-        metrics: What it returned; ``coco/<kind>_AP/<class>`` is taken where no metric tells more.
+        evaluator: MMEngine's evaluator, whose metrics may have ``per_class``.
+        metrics: What it returned; ``coco/<kind>_AP/<class>`` is used where no metric has ``per_class``.
 
     Returns:
-        By class, in the order of the labels where known: ``bbox_AP``, ``bbox_AP50``, ``segm_AP``,
-        ``segm_AP50``; a class without ground truth lacks them.
+        ``bbox_AP``, ``bbox_AP50``, ``segm_AP``, ``segm_AP50`` by class, in the order of the labels
+        where known; a class without ground truth lacks them.
     """
     for metric in getattr(evaluator, 'metrics', ()):
         if getattr(metric, 'per_class', None):
@@ -76,20 +68,20 @@ def per_class_of(evaluator: Any, metrics: Mapping[str, float]) -> dict[str, dict
 
 
 def result_lines(history: History, kind: str) -> str:
-    """A line an epoch in the format of the torchvision-based fine-tuning projects.
+    """One line per epoch in the format of the torchvision-based fine-tuning projects.
 
-    ``epoch:{n}``, COCO's twelve numbers and the mean training loss with four digits, the learning
-    rate with six. That is the base one, of which the groups have their shares. Epochs count from
-    1; where training is not counted in epochs, lines begin with ``iter:``.
+    ``epoch:{n}``, COCO's twelve numbers and the mean training loss with four digits, the base
+    learning rate with six. Epochs count from 1; where training is not counted in epochs, lines
+    begin with ``iter:``.
 
     Args:
-        history: Of the run.
+        history: Results of the run.
         kind: ``'bbox'`` or ``'segm'``.
 
     Returns:
         The lines of those rows that have these numbers; empty if none has.
     """
-    names = [f'{PREFIX}{kind}_{stat[0]}' for stat in STATS]
+    names = [f'{PREFIX}{kind}_{stat}' for stat in STATS]
     lines = []
     for row in history.rows:
         if all(name in row for name in names):
@@ -106,15 +98,15 @@ def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: s
 
     Args:
         metrics: ``coco/<bbox|segm>_<stat>``.
-        per_class: Of `per_class_of`.
-        source: What the numbers are of, for the first line.
+        per_class: See `per_class_of`.
+        source: What was evaluated, for the first line.
     """
-    blocks = []
-    for kind in KINDS:
+    blocks = [f'{source}\n'] if source else []
+    for kind in _BOXES_FIRST:
         if f'{PREFIX}{kind}_mAP' not in metrics:
             continue
         lines = [f'IoU metric: {kind}', 'COCO results:']
-        for name, iou, area, detections in STATS:
+        for name, (_, iou, area, detections) in STATS.items():
             what = ('Average Precision', '(AP)') if name.startswith('mAP') else ('Average Recall', '(AR)')
             lines.append(
                 f' {what[0]:<18} {what[1]} @[ IoU={iou:<9} | area={area:>6s} | '
@@ -128,30 +120,21 @@ def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: s
             lines += [f' {name:15}: {values.get(key, -1)}' for name, values in per_class.items()]
             lines.append(f' {"total":15}: {metrics.get(f"{PREFIX}{kind}_{total}", -1)}')
         blocks.append('\n'.join(lines) + '\n')
-    return '\n'.join([f'{source}\n'] * bool(source) + blocks)
-
-
-def write_record_map(path: str | Path, metrics: Mapping[str, float], per_class: PerClass, source: str = '') -> None:
-    """Write `record_map_text`.
-
-    Raises:
-        UserError: The file cannot be written.
-    """
-    atomic_write_text(path, record_map_text(metrics, per_class, source))
+    return '\n'.join(blocks)
 
 
 @dataclass
 class RunFacts:
-    """What there is to tell of a run beside its results.
+    """What is known of a run besides its results.
 
     Attributes:
-        name: Of the run.
-        command: How it was started.
-        total: Epochs (or iterations) it is to have.
+        name: Name of the run.
+        command: The command that started it.
+        total: Planned number of epochs (or iterations).
         unit: ``epoch`` or ``iter``.
         best: The metrics by which the best checkpoint is chosen, and whether less is better.
         setup: Weights, versions, device and the like.
-        data: Split, images, objects, classes, file.
+        data: Rows of split, images, objects, classes, file.
     """
 
     name: str
@@ -167,12 +150,12 @@ def summary_text(facts: RunFacts, history: History, done: int, state: str, per_c
     """A run as one Markdown page.
 
     Args:
-        facts: Of the run.
-        history: Its results so far.
+        facts: What is known besides the results.
+        history: Results so far.
         done: Epochs (or iterations) trained so far.
-        state: Of the run, as a phrase.
-        per_class: Of the last validation.
-        work_dir: Its folder; files that are there are linked.
+        state: State of the run, as a phrase.
+        per_class: AP of each class at the last validation.
+        work_dir: Folder of the run; existing files are linked.
     """
     unit = {'epoch': 'epoch', 'iter': 'iteration'}[facts.unit]
     lines = [
@@ -214,23 +197,24 @@ def class_section(per_class: PerClass, source: str, picture: bool) -> str:
     ]
     rows = [['class', 'label', *(f'{KINDS[k]} {which}' for k, _, which in (key.partition('_') for key in keys))]]
     rows += [
-        [name, str(label), *(_number(values.get(key)) for key in keys)]
+        [name, str(label), *(number(values.get(key), 4) for key in keys)]
         for label, (name, values) in enumerate(per_class.items())
     ]
-    return f'{source}\n\n{_markdown(rows)}' + f'\n![AP and AP50 of each class]({CLASS_BARS})\n' * picture
+    link = f'\n![AP and AP50 of each class]({CLASS_BARS})\n' if picture else ''
+    return f'{source}\n\n{_markdown(rows)}{link}'
 
 
 def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], per_class: PerClass) -> list[Path]:
     """Write ``record_mAP.txt`` and ``per_class.png`` of a test and put it into ``summary.md``.
 
     Args:
-        work_dir: Of the run; a summary is begun if there is none.
-        checkpoint: What was tested.
-        metrics: As the runner returned them.
-        per_class: Of `per_class_of`.
+        work_dir: Folder of the run; a summary is started if there is none.
+        checkpoint: The tested checkpoint.
+        metrics: Metrics as the runner returned them.
+        per_class: See `per_class_of`.
 
     Returns:
-        The files.
+        The files written.
 
     Raises:
         UserError: They cannot be written.
@@ -241,12 +225,7 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
         text = path.read_text(encoding='utf-8')
     except (OSError, ValueError):
         text = f'# {work_dir.resolve().name}\n'
-    rows = [['', 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl', 'AR1', 'AR10', 'AR100', 'ARs', 'ARm', 'ARl']]
-    rows += [
-        [word, *(_number(metrics.get(f'{PREFIX}{kind}_{name}')) for name, *_ in STATS)]
-        for kind, word in KINDS.items()
-        if f'{PREFIX}{kind}_mAP' in metrics
-    ]
+    rows = stat_rows(metrics, _BOXES_FIRST, 4)
     body = f'`{checkpoint.name}`' + (f', loss {metrics["test/loss"]:.4f}' if 'test/loss' in metrics else '') + '\n\n'
     text = _with_section(text, 'Test', body + _markdown(rows))
     contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
@@ -265,51 +244,37 @@ def _history_table(history: History) -> str:
         'val/loss': 'validation loss',
         **{
             f'{PREFIX}{kind}_{stat}': plots.title_of(f'{PREFIX}{kind}_{stat}')
-            for kind in KINDS
+            for kind in _BOXES_FIRST
             for stat in ('mAP', 'mAP_50')
         },
         'lr': 'lr',
         'train_seconds': 'training',
         'val_seconds': 'validation',
     }
-    forms = {'lr': '{:g}'.format, 'train_seconds': duration, 'val_seconds': duration}
+    forms: dict[str, Callable[..., str]] = {'lr': '{:g}'.format, 'train_seconds': duration, 'val_seconds': duration}
     there = [name for name in titles if name in history.columns()]
     rows = [[history.unit, *(titles[name] for name in there)]]
     rows += [
-        [str(row[history.unit]), *(forms.get(name, _number)(row[name]) if name in row else '-' for name in there)]
+        [str(row[history.unit]), *(forms.get(name, _four_digits)(row[name]) if name in row else '-' for name in there)]
         for row in history.rows
     ]
     return _markdown(rows, left=0)
 
 
-def _number(value: float | None) -> str:
-    """Four digits; ``-`` for none and for -1, COCO's sign of no ground truth."""
-    return '-' if value is None or value == -1 else f'{value:.4f}'
+def _four_digits(value: float) -> str:
+    return number(value, 4)
 
 
 def _file_list(work_dir: Path) -> str:
-    known = {
-        RESULTS: 'every number of every epoch',
-        DETECTION: 'box results, one line an epoch',
-        SEGMENTATION: 'mask results, one line an epoch',
-        RECORD_MAP: 'COCO summary and AP50 of each class',
-        CURVES: 'curves',
-        CLASS_BARS: 'classes',
-        **_OTHER_FILES,
-    }
-    return ''.join(f'- [{name}]({name}): {what}\n' for name, what in known.items() if (work_dir / name).exists())
+    return ''.join(f'- [{name}]({name}): {what}\n' for name, what in _FILES.items() if (work_dir / name).exists())
 
 
 def _with_section(text: str, title: str, body: str) -> str:
     """A page with a section replaced, or put last if it is new."""
     head, *sections = text.split('\n## ')
-    new = f'{title}\n\n{body}'
-    places = [i for i, section in enumerate(sections) if section.partition('\n')[0] == title]
-    if places:
-        sections[places[0]] = new
-    else:
-        sections.append(new)
-    return '\n## '.join(part if part.endswith('\n') else f'{part}\n' for part in (head, *sections))
+    bodies = {section.partition('\n')[0]: section for section in sections}
+    bodies[title] = f'{title}\n\n{body}'
+    return '\n## '.join(part if part.endswith('\n') else f'{part}\n' for part in (head, *bodies.values()))
 
 
 def _markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
