@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from mmfinetune.apis.cli import add, make_parser, run
-from mmfinetune.evaluation.compare import METRIC, STEM, ZERO_SHOT, compare
+from mmfinetune.evaluation.compare import METRIC, STEM, ZERO_SHOT, compare_runs
 
 EXAMPLES = """
 python tools/compare_runs.py work_dirs/mask_rcnn_pretrained work_dirs/from_scratch
@@ -42,7 +42,7 @@ def main() -> int:
     )
     args = parser.parse_args()
 
-    print(compare(args.dirs, args.names, args.metric, args.out))
+    print(compare_runs(args.dirs, args.names, args.metric, args.out))
     return 0
 
 

@@ -17,8 +17,8 @@ Colour = tuple[int, int, int]
 _SMALLEST = 480
 _BACKGROUND: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
-# Fonts with Chinese, Japanese and Korean that systems bring along, found by Pillow by their names.
-_WIDE_FONTS = (
+# Files of common system fonts with Chinese, Japanese and Korean letters.
+WIDE_FONTS = (
     'NotoSansCJK-Regular.ttc',
     'NotoSansCJKsc-Regular.otf',
     'NotoSansSC-Regular.otf',
@@ -400,7 +400,7 @@ def _font_sources() -> tuple[str, ...]:
     """Fonts to try: DejaVu as matplotlib brings it, Pillow's own, and those of the system."""
     found = importlib.util.find_spec('matplotlib')
     own = Path(found.origin).parent / 'mpl-data/fonts/ttf/DejaVuSans.ttf' if found else None
-    return (*([str(own)] if own and own.is_file() else []), '', *_WIDE_FONTS)
+    return (*([str(own)] if own and own.is_file() else []), '', *WIDE_FONTS)
 
 
 def _font(size: int, text: str) -> ImageFont.FreeTypeFont:

@@ -5,9 +5,6 @@ A run's curve is read from what MMEngine logs, ``<work_dir>/<timestamp>/vis_data
 
 from __future__ import annotations
 
-import csv
-import difflib
-import io
 import itertools
 import json
 import math
@@ -19,10 +16,10 @@ from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History, best_of
 from mmfinetune.evaluation.plots import title_of
 from mmfinetune.evaluation.run_results import RESULTS
-from mmfinetune.utils import text as utils_text
-from mmfinetune.utils.errors import UserError
+from mmfinetune.evaluation.stats import PREFIX
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all
-from mmfinetune.utils.text import duration
+from mmfinetune.utils.text import csv_text, duration, near, table
 
 METRIC = 'coco/segm_mAP'
 STEM = Path('work_dirs/comparison')
@@ -30,7 +27,7 @@ SUFFIXES = ('.md', '.csv', '.png')
 ZERO_SHOT = 'zero_shot.json'
 SCALARS = 'vis_data/scalars.json'
 # Logged with each validation, but not measured by it.
-_NO_METRICS = ('step', 'time', 'data_time')
+_NOT_METRICS = ('step', 'time', 'data_time')
 VAL_LOSS = 'val/loss'
 _TITLES = {VAL_LOSS: 'validation loss'}
 _MAIN = ('coco/segm_mAP', 'coco/bbox_mAP')
@@ -41,10 +38,10 @@ class Run:
     """The validation results of one run.
 
     Args:
-        name: What the run is called in the table and the legend.
+        name: Name of the run in the table and the legend.
         folder: Its work dir.
-        epochs: The metrics after each validated epoch; 0 stands for the weights before training.
-        seconds: Spent in training steps; None if not known.
+        epochs: Metrics after each validated epoch; epoch 0 stands for the weights before training.
+        seconds: Time spent in training steps; None if not known.
     """
 
     name: str
@@ -61,19 +58,20 @@ class Run:
         return best_of(self.curve(metric), less='loss' in metric)
 
 
-def compare(
+def compare_runs(
     folders: Sequence[Path], names: Sequence[str] | None = None, metrics: Sequence[str] = (METRIC,), stem: Path = STEM
 ) -> str:
     """Compare runs; write tables as ``.md`` and ``.csv`` and the curves as ``.png``.
 
     Args:
         folders: Work dirs, one per run.
-        names: Of the runs, in the order of the folders; taken from the folders by default.
-        metrics: As logged; more is better, except of those with ``loss`` in their name.
+        names: Names of the runs, in the order of the folders; those of the folders by default.
+        metrics: Metrics by the names in the logs; more is better, except of those with ``loss`` in
+            their name.
         stem: Path of the files without suffix, or a folder for files of the usual name.
 
     Returns:
-        The tables in Markdown, and in its last line where the files are.
+        The tables in Markdown; the last line says where the files are.
 
     Raises:
         UserError: No run in a folder, a broken file, or a metric that no run has.
@@ -81,10 +79,10 @@ def compare(
     runs = read_runs(folders, names)
     metrics = list(dict.fromkeys(metrics))
     check_metrics(runs, metrics)
-    text = '\n'.join([*(table(runs, metric) for metric in metrics), overview(runs)])
+    text = '\n'.join([*(metric_table(runs, metric) for metric in metrics), overview(runs)])
     if stem.is_dir():
         stem /= STEM.name
-    contents = (text.encode(), csv_text(runs, metrics).encode(), picture(runs, metrics))
+    contents = (text.encode(), metric_csv(runs, metrics).encode(), picture(runs, metrics))
     # Not with_suffix, which would cut `lr_0.02` short.
     paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
     atomic_write_all(dict(zip(paths, contents, strict=True)))
@@ -94,22 +92,27 @@ def compare(
 def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
     """The runs of several work dirs; see `read_run`."""
     if names is None:
-        names = _default_names(folders)
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            names = [str(folder) for folder in folders]
     elif len(names) != len(folders):
         raise UserError(
-            f'{len(folders)} folders, but {len(names)} names',
-            [f'{folder}: {name}' for folder, name in zip(folders, [*names, *['no name'] * len(folders)], strict=False)],
-            'give one name per folder, in the same order, or none at all',
+            'compare-name-count',
+            '{folders} folders, but {names} names',
+            [f'{folder}: {name}' for folder, name in itertools.zip_longest(folders, names, fillvalue='-')],
+            hint='give one name per folder, in the same order, or none at all',
+            folders=len(folders),
+            names=len(names),
         )
     return [read_run(folder, name) for folder, name in zip(folders, names, strict=True)]
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read all that a work dir holds of its current run, the parts before a resumption included.
+    """Read the current run of a work dir, including the parts before a resumption.
 
-    What was validated after the checkpoint that a later part was resumed from is left out, since
-    training did not go on from it. Epoch 0 comes from ``zero_shot.json``, of the form of
-    ``test_results.json``; validation losses and training time from ``results.csv``, if there.
+    Validations after the checkpoint that a later part was resumed from are left out, since
+    training did not continue from them. Epoch 0 comes from ``zero_shot.json``, which has the form
+    of ``test_results.json``; validation losses and training time from ``results.csv``, if it exists.
 
     Raises:
         UserError: There is no run, or a file is broken.
@@ -117,11 +120,18 @@ def read_run(folder: Path, name: str) -> Run:
     # MMEngine names the folders by date and time, so that their order is that of the parts.
     logs = sorted(folder.glob(f'*/{SCALARS}'))
     zero_shot = folder / ZERO_SHOT
+    if not folder.is_dir():
+        raise UserError(
+            'compare-no-folder', '{folder}: no such folder', hint='pass the work dir of a run', folder=folder
+        )
     if not logs and not zero_shot.is_file():
         raise UserError(
-            f'{folder}: no run in it' if folder.is_dir() else f'{folder}: no such folder',
+            'compare-no-run',
+            '{folder}: no run in it',
             _nearby(folder),
-            f'pass a work dir, which holds <timestamp>/{SCALARS}',
+            hint='pass a work dir, which holds <timestamp>/{file}',
+            folder=folder,
+            file=SCALARS,
         )
     epochs: dict[int, dict[str, float]] = {}
     for log in logs:
@@ -130,7 +140,10 @@ def read_run(folder: Path, name: str) -> Run:
         epochs.update(validated)
     if zero_shot.is_file():
         epochs[0] = _read_zero_shot(zero_shot)
-    history = _history(folder)
+    try:
+        history = History.from_csv((folder / RESULTS).read_bytes())
+    except (OSError, ValueError):
+        history = History()
     for row in history.rows:
         if row.get('epoch') in epochs:
             # Logged losses are smoothed over several validations, these are not.
@@ -142,29 +155,33 @@ def read_run(folder: Path, name: str) -> Run:
 def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     """Raise a UserError that names similar metrics unless a run has each of these."""
     known = sorted({key for run in runs for values in run.epochs.values() for key in values})
-    wrong = [metric for metric in metrics if metric not in known]
-    if not wrong:
-        return
     if not known:
         raise UserError(
+            'compare-not-validated',
             'No epoch of these runs has been validated yet:',
             [str(run.folder) for run in runs],
-            'wait for the end of the first epoch',
+            hint='wait for the end of the first epoch',
         )
-    near = []
-    for metric in wrong:
-        # Without its prefix too, since that is what one leaves out.
-        near += [key for key in known if key.rpartition('/')[2] == metric]
-        near += difflib.get_close_matches(metric, known, 5)
-    near = list(dict.fromkeys(near))
-    raise UserError(
-        f'No run has the metric {" nor ".join(wrong)}; {"similar" if near else "there"} are:',
-        near or known,
-        '--metric takes the names in the logs',
-    )
+    problems = []
+    for metric in metrics:
+        if metric not in known:
+            # Without its prefix too, since that is what one leaves out.
+            alike = ' or '.join(key for key in known if key.rpartition('/')[2] == metric)
+            suggestion = f'; did you mean {alike}?' if alike else near(metric, known, '; ', most=5)
+            problems.append(
+                Message('compare-no-metric', 'no run has {metric}{suggestion}', metric=metric, suggestion=suggestion)
+            )
+    if problems:
+        raise UserError(
+            'compare-metrics',
+            'Unknown metrics:',
+            problems,
+            hint='--metric takes the names in the logs; these runs have {known}',
+            known=', '.join(known),
+        )
 
 
-def table(runs: Sequence[Run], metric: str) -> str:
+def metric_table(runs: Sequence[Run], metric: str) -> str:
     """A Markdown table: one row per run, one column per validated epoch, then the best one.
 
     ``-`` stands for an epoch that was not validated, ``nan`` for a result that is undefined.
@@ -173,50 +190,35 @@ def table(runs: Sequence[Run], metric: str) -> str:
     rows = [[f'{metric} after epoch', *map(str, columns), 'best (epoch)']]
     for run in runs:
         curve = run.curve(metric)
-        rows.append(
-            [run.name] + [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns] + [_best(run, metric)]
-        )
-    return utils_text.table(rows, markdown=True) + '\n'
+        values = [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
+        rows.append([run.name, *values, _best(run, metric)])
+    return table(rows, markdown=True) + '\n'
 
 
 def overview(runs: Sequence[Run]) -> str:
     """A Markdown table: best mask and box AP, number of epochs and training time of each run."""
     rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs', 'training time']]
-    rows += [
-        [
-            run.name,
-            *(_best(run, metric) for metric in _MAIN),
-            str(max(run.epochs, default=0)),
-            '-' if run.seconds is None else duration(run.seconds),
-        ]
-        for run in runs
-    ]
-    return utils_text.table(rows, markdown=True) + '\n'
+    for run in runs:
+        seconds = '-' if run.seconds is None else duration(run.seconds)
+        best = [_best(run, metric) for metric in _MAIN]
+        rows.append([run.name, *best, str(max(run.epochs, default=0)), seconds])
+    return table(rows, markdown=True) + '\n'
 
 
-def csv_text(runs: Sequence[Run], metrics: Sequence[str]) -> str:
+def metric_csv(runs: Sequence[Run], metrics: Sequence[str]) -> str:
     """The tables of all metrics with all digits; empty where the Markdown ones have ``-``."""
     columns = sorted({epoch for metric in metrics for epoch in _columns(runs, metric)})
-    out = io.StringIO()
-    writer = csv.writer(out, lineterminator='\n')
-    writer.writerow(['run', 'metric', *(f'epoch_{epoch}' for epoch in columns), 'best', 'best_epoch'])
+    rows: list[list] = [['run', 'metric', *(f'epoch_{epoch}' for epoch in columns), 'best', 'best_epoch']]
     for metric, run in itertools.product(metrics, runs):
-        curve, best = run.curve(metric), run.best(metric)
-        writer.writerow(
-            [
-                run.name,
-                metric,
-                *(curve.get(epoch, '') for epoch in columns),
-                *((best[1], best[0]) if best else ('', '')),
-            ]
-        )
-    return out.getvalue()
+        curve, (place, value) = run.curve(metric), run.best(metric) or ('', '')
+        rows.append([run.name, metric, *(curve.get(epoch, '') for epoch in columns), value, place])
+    return csv_text(rows)
 
 
 def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
     """The curves of all runs as PNG.
 
-    A panel for each metric and, where it is an AP, for AP50 beside it; one for the validation
+    A panel for each metric and, where it is an AP, for AP50 next to it; one for the validation
     loss if all runs have it.
     """
     panels = []
@@ -243,12 +245,6 @@ def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
     return plots.png(figure)
 
 
-def _default_names(folders: Sequence[Path]) -> list[str]:
-    """The folders' names; their paths if two are called the same."""
-    names = [folder.resolve().name for folder in folders]
-    return names if len(set(names)) == len(names) else [str(folder) for folder in folders]
-
-
 def _nearby(folder: Path) -> list[str]:
     """Work dirs that were perhaps meant: just above the folder or just below it."""
     above = [folder.parent] if (folder / SCALARS).is_file() else []
@@ -258,9 +254,6 @@ def _nearby(folder: Path) -> list[str]:
 
 def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
     """The first epoch of a log, and the metrics of each validation in it by epoch.
-
-    Args:
-        path: Of the log.
 
     Returns:
         Infinity and an empty dict if it has neither training nor validation.
@@ -278,7 +271,14 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
             # A killed run leaves half a line behind: the last one, without its end of line.
             if number == len(lines):
                 break
-            raise _broken(path, error, number) from error
+            raise UserError(
+                'compare-broken-line',
+                '{path}, line {line}: broken: {error}',
+                hint='remove the line',
+                path=path,
+                line=number,
+                error=error,
+            ) from error
         # A record of training steps counts them, that of a validation has the epoch as its step.
         # Step 0 is a validation outside of training, of weights that the log does not name.
         training = 'iter' in record
@@ -291,35 +291,29 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
     return first, epochs
 
 
-def _history(folder: Path) -> History:
-    """What ``results.csv`` holds; nothing where it is not there or damaged."""
-    try:
-        return History.from_csv((folder / RESULTS).read_bytes())
-    except (OSError, ValueError):
-        return History()
-
-
 def _read_zero_shot(path: Path) -> dict[str, float]:
     try:
         return _numbers(json.loads(_read(path))['metrics'])
-    except ValueError as error:
-        raise _broken(path, error) from error
-    except (KeyError, TypeError, AttributeError) as error:
-        raise _broken(path, 'no "metrics" with a number for each name') from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            'compare-broken-file',
+            '{path}: broken: not JSON with "metrics" and a number for each name',
+            hint='make the file again or remove it',
+            path=path,
+        ) from error
 
 
 def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(f'{path}: cannot be read: {error.strerror or error}') from error
-
-
-def _broken(path: Path, error: object, line: int = 0) -> UserError:
-    where = f'{path}, line {line}' if line else f'{path}'
-    return UserError(
-        f'{where}: broken: {error}', cure='take the line out' if line else 'make the file anew or remove it'
-    )
+        raise UserError(
+            'compare-unreadable',
+            '{path}: cannot be read: {error}',
+            hint='check the permissions of the file',
+            path=path,
+            error=error.strerror or error,
+        ) from error
 
 
 def _numbers(record: dict) -> dict[str, float]:
@@ -327,9 +321,9 @@ def _numbers(record: dict) -> dict[str, float]:
     numbers = {
         key: float(value)
         for key, value in record.items()
-        if key not in _NO_METRICS and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key not in _NOT_METRICS and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    return {key: math.nan if value == -1 and key.startswith('coco/') else value for key, value in numbers.items()}
+    return {key: math.nan if value == -1 and key.startswith(PREFIX) else value for key, value in numbers.items()}
 
 
 def _columns(runs: Sequence[Run], metric: str) -> list[int]:

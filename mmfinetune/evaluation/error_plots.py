@@ -7,18 +7,19 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from mmfinetune.evaluation import plots
-from mmfinetune.evaluation.coco_eval import KINDS, TIDE_ERRORS, Tide
+from mmfinetune.evaluation.coco_eval import TIDE_ERRORS, Tide
 from mmfinetune.evaluation.confusion import NOTHING
+from mmfinetune.evaluation.stats import KINDS
 
 _MOST_NAMES = 120
 _CELLS_WITH_NUMBERS = 30  # classes; with more the numbers would be too small to read
 
 
 def tide_picture(tides: Mapping[str, Tide]) -> bytes:
-    """By how much AP50 would rise without the errors of each kind, as bars with counts.
+    """Bars of how much AP50 would rise without the errors of each kind, with their counts.
 
     Args:
-        tides: By ``'segm'`` and ``'bbox'``; one or both.
+        tides: TIDE's errors by ``'segm'`` and ``'bbox'``; one or both.
     """
     figure, (axes,) = plots.new_figure(8.5, 1.6 + 0.42 * len(TIDE_ERRORS) * (0.5 + len(tides) / 2))
     thick = 0.8 / len(tides)
@@ -40,12 +41,9 @@ def tide_picture(tides: Mapping[str, Tide]) -> bytes:
         range(len(TIDE_ERRORS)), [f'{error}: {meaning}' for error, meaning in TIDE_ERRORS.items()], fontsize=9
     )
     axes.set(
-        xlim=(0, 1.3 * widest), ylim=(len(TIDE_ERRORS) - 0.4, -0.6), xlabel='rise of AP50 if mended (number of errors)'
+        xlim=(0, 1.3 * widest), ylim=(len(TIDE_ERRORS) - 0.4, -0.6), xlabel='rise of AP50 if fixed (number of errors)'
     )
-    axes.grid(axis='x', alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis='y', length=0)
-    axes.spines[['top', 'right']].set_visible(False)
+    plots.bar_style(axes)
     figure.suptitle('TIDE errors: ' + ', '.join(f'{KINDS[kind]} AP50 {tide.ap50:.3f}' for kind, tide in tides.items()))
     if len(tides) > 1:
         plots.legend(figure, handles, [KINDS[kind] for kind in tides], loc='outside lower center', ncols=2)
@@ -58,7 +56,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
     Args:
         matrix: (K + 1, K + 1) counts, see `confusion.Matches.confusion`.
         names: K class names.
-        title: What the numbers are of.
+        title: What was evaluated.
     """
     from matplotlib.colors import PowerNorm
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -21,27 +25,7 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#0
 # Another number than of the colours, so that lines that share a colour differ in the marker.
 MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
 DPI = 110
-_KINDS = {'coco/segm': 'mask', 'coco/bbox': 'box'}
-# With Chinese, Japanese and Korean letters, which matplotlib's own font lacks.
-_WIDE_FONTS = (
-    'Noto Sans CJK SC',
-    'Noto Sans CJK JP',
-    'Noto Sans SC',
-    'Source Han Sans SC',
-    'Source Han Sans CN',
-    'WenQuanYi Micro Hei',
-    'WenQuanYi Zen Hei',
-    'Droid Sans Fallback',
-    'AR PL UMing CN',
-    'Microsoft YaHei',
-    'SimHei',
-    'SimSun',
-    'PingFang SC',
-    'Hiragino Sans GB',
-    'Heiti SC',
-    'Arial Unicode MS',
-)
-_LONGEST = 40  # characters of a name that fit beside a bar
+_LONGEST = 40  # characters of a name that fit next to a bar
 _UNKNOWN = '\u25a1'  # a square, for a letter that no font here has
 _BARS_PER_COLUMN = 60
 # Agg draws no more than 2^16 px along a side.
@@ -50,10 +34,10 @@ _TALLEST = 2**16 / DPI - 8
 
 def title_of(metric: str) -> str:
     """``mask AP50`` for ``coco/segm_mAP_50``; other metrics keep their name."""
-    kind, mark, rest = metric.partition('_mAP')
-    if not mark or kind not in _KINDS:
+    kind, _, stat = metric.removeprefix(PREFIX).partition('_')
+    if not metric.startswith(PREFIX) or kind not in KINDS or stat not in STATS:
         return metric
-    return f'{_KINDS[kind]} AP{rest.replace("_", "")}'
+    return f'{KINDS[kind]} {STATS[stat][0]}'
 
 
 def legible(names: Sequence[str]) -> list[str]:
@@ -90,21 +74,20 @@ def _has_glyph(char: str) -> bool:
 
 @functools.cache
 def _families() -> list[str]:
-    """Matplotlib's own font, then those found on this machine that have more letters."""
+    """Matplotlib's own font, then those on this machine with Chinese, Japanese and Korean letters."""
     from matplotlib import rcParams
     from matplotlib.font_manager import findSystemFonts, fontManager
+
+    from mmfinetune.data import drawing
 
     # Matplotlib's list of fonts is kept from its first use on this machine.
     known = {font.fname for font in fontManager.ttflist}
     for path in set(findSystemFonts()) - known:
-        try:
+        with contextlib.suppress(OSError, RuntimeError):  # not a readable font
             fontManager.addfont(path)
-        except (OSError, RuntimeError):
-            continue  # not a font that can be read
     own = fontManager.findfont(rcParams['font.sans-serif'][0])
-    first = next(font.name for font in fontManager.ttflist if font.fname == own)
-    there = {font.name for font in fontManager.ttflist}
-    return [first, *(name for name in _WIDE_FONTS if name in there)]
+    names = {Path(font.fname).name: font.name for font in fontManager.ttflist}
+    return [names[Path(own).name], *(names[file] for file in drawing.WIDE_FONTS if file in names)]
 
 
 def new_figure(
@@ -125,7 +108,7 @@ def png(figure: Figure) -> bytes:
     from matplotlib import rc_context
     from matplotlib.text import Text
 
-    # Those that are there, and ticks that drawing makes.
+    # Existing ones, and ticks that drawing makes.
     for text in figure.findobj(Text):
         text.set_fontfamily(_families())
     out = io.BytesIO()
@@ -134,15 +117,14 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, xlabel: str, first: int = 0) -> list:
+def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, xlabel: str) -> list:
     """Draw curves into a panel.
 
     Args:
         axes: The panel.
-        curves: By name, the values by place on the x axis; not finite ones leave a gap.
-        title: Of the panel.
-        xlabel: Of the x axis, whose ticks are whole numbers.
-        first: Number of the first curve's colour and marker.
+        curves: Values by place on the x axis, by name; values that are not finite leave a gap.
+        title: Title of the panel.
+        xlabel: Label of the x axis, whose ticks are whole numbers.
 
     Returns:
         The lines, for a legend.
@@ -150,7 +132,7 @@ def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, x
     from matplotlib.ticker import MaxNLocator
 
     handles = []
-    for number, curve in enumerate(curves.values(), first):
+    for number, curve in enumerate(curves.values()):
         # Markers of a long history would hide its line.
         every = math.ceil(len(curve) / 20) or 1
         handles += axes.plot(
@@ -168,6 +150,14 @@ def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, x
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     return handles
+
+
+def bar_style(axes: Axes) -> None:
+    """Give a panel of horizontal bars a vertical grid behind them, and no frame."""
+    axes.grid(axis='x', alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis='y', length=0)
+    axes.spines[['top', 'right']].set_visible(False)
 
 
 def legend(place: Figure | Axes, handles: Sequence, names: Sequence[str], **kwargs) -> None:
@@ -213,42 +203,34 @@ def class_bars(per_class: Mapping[str, Mapping[str, float]], title: str = '') ->
     """AP and AP50 of each class as horizontal bars, the best class on top, as PNG.
 
     Args:
-        per_class: By class in the order of the labels, ``segm_AP``, ``segm_AP50`` and the same
-            for ``bbox``; boxes are shown where there are no masks. A class without these had no
+        per_class: ``segm_AP``, ``segm_AP50`` and the same for ``bbox`` by class, in the order of
+            the labels; boxes are shown where there are no masks. A class without these had no
             ground truth.
-        title: What the numbers are of.
+        title: What was evaluated.
     """
-    kind = (
-        'segm'
-        if any('segm_AP' in values for values in per_class.values())
-        or not any('bbox_AP' in values for values in per_class.values())
-        else 'bbox'
-    )
-    names = legible(list(per_class))
-    rows = sorted(
-        (
-            (values.get(f'{kind}_AP', math.nan), values.get(f'{kind}_AP50', math.nan), name)
-            for name, values in zip(names, per_class.values(), strict=True)
-        ),
-        key=lambda row: -math.inf if math.isnan(row[0]) else row[0],
-        reverse=True,
-    )
+    boxes, masks = (any(f'{kind}_AP' in values for values in per_class.values()) for kind in ('bbox', 'segm'))
+    kind = 'bbox' if boxes and not masks else 'segm'
+    rows = [
+        (values.get(f'{kind}_AP', math.nan), values.get(f'{kind}_AP50', math.nan), name)
+        for name, values in zip(legible(list(per_class)), per_class.values(), strict=True)
+    ]
+    rows.sort(key=lambda row: -math.inf if math.isnan(row[0]) else row[0], reverse=True)
     columns = min(4, math.ceil(len(rows) / _BARS_PER_COLUMN) or 1)
     count = math.ceil(len(rows) / columns) or 1
     step = min(0.24, _TALLEST / count)
     figure, places = new_figure(max(6.5, 5.5 * columns), 1.6 + step * count, columns=columns)
     for number, axes in enumerate(places):
         handles = _bars(axes, rows[number * count : (number + 1) * count], count)
-    word = {'segm': 'mask', 'bbox': 'box'}[kind]
     known = ['AP', 'AP50'] if any(math.isfinite(row[1]) for row in rows) else ['AP']
-    figure.suptitle(_writable(f'{word} {" / ".join(known)} by class{f", {title}" if title else ""}'), parse_math=False)
+    heading = f'{KINDS[kind]} {" / ".join(known)} by class'
+    figure.suptitle(_writable(f'{heading}, {title}' if title else heading), parse_math=False)
     if len(known) == 2:
         legend(figure, handles, known, loc='outside lower center', ncols=2)
     return png(figure)
 
 
 def _bars(axes: Axes, rows: Sequence[tuple[float, float, str]], count: int) -> list:
-    """One column of bars; `count` places, so that the bars of all columns are equally thick."""
+    """Draw one column of bars with `count` places, so that the bars of all columns are equally thick."""
     places = range(len(rows))
     wide = axes.barh(places, [_zero(row[1]) for row in rows], 0.8, color=COLOURS[5])
     slim = axes.barh(places, [_zero(row[0]) for row in rows], 0.42, color=COLOURS[0])
@@ -266,10 +248,7 @@ def _bars(axes: Axes, rows: Sequence[tuple[float, float, str]], count: int) -> l
         )
     axes.set_yticks(places, [row[2] for row in rows], fontsize=9, parse_math=False)
     axes.set(xlim=(0, 1.25), ylim=(count - 0.4, -0.6), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
-    axes.grid(axis='x', alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis='y', length=0)
-    axes.spines[['top', 'right']].set_visible(False)
+    bar_style(axes)
     return [slim, wide]
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from pycocotools import mask as mask_api
 
 from mmfinetune.evaluation.detections import Truth
+from mmfinetune.evaluation.report import Report, analyse
 
 SIZE = 60, 80  # height, width of the images made by hand
 # Ids with gaps and in no order, as own data may have them.
@@ -70,6 +71,24 @@ def rows_of(found: Sequence[tuple], kind: str = 'segm') -> list[dict]:
         }
         for image, category, box, score in found
     ]
+
+
+# A cat is found, a dog predicted as a cow, a cat missed, and a dog found where nothing is; there is no cow.
+A, B, C = (5, 5, 25, 25), (40, 10, 70, 50), (10, 40, 30, 55)
+THINGS = [(1, CAT, A), (1, DOG, B), (2, CAT, B)]
+FOUND = [(1, CAT, A, 0.9), (1, COW, B, 0.8), (2, DOG, (0, 57, 3, 60), 0.7)]
+
+
+def report_of(
+    found: Sequence[tuple] = FOUND,
+    kinds: Sequence[str] = ('segm', 'bbox'),
+    things: Sequence[tuple] = THINGS,
+    images: int = 2,
+    **options: Any,
+) -> Report:
+    """The report of detections of rectangles; by default of `FOUND` against `THINGS`."""
+    rows = {kind: rows_of(found, kind) for kind in kinds}
+    return analyse(truth_of(things, images=images), rows, {'predictions': 'p'}, **options)
 
 
 def write(path: Path, value: Any) -> Path:

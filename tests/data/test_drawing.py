@@ -190,7 +190,7 @@ def test_names_that_the_bundled_font_has_are_drawn_as_they_are(name):
 
 
 def test_what_no_font_has_is_written_by_number(monkeypatch):
-    monkeypatch.setattr(drawing, '_WIDE_FONTS', ())
+    monkeypatch.setattr(drawing, 'WIDE_FONTS', ())
     drawing._font_sources.cache_clear()
     drawing._font_with.cache_clear()
     try:

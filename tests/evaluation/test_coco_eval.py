@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from mmfinetune.evaluation import coco_eval
-from mmfinetune.evaluation.coco_eval import ENGINES, KINDS, STATS, TIDE_ERRORS
+from mmfinetune.evaluation.coco_eval import ENGINES, TIDE_ERRORS
+from mmfinetune.evaluation.stats import KINDS, STATS
 from tests.builders.results import CAT, CATEGORIES, COW, DOG, data_set, draw, rows_of, write
 from tests.builders.runs import spawn
 
@@ -18,7 +19,7 @@ PERFECT = [(image, category, box, 0.9) for image, category, box in THINGS]
 RUN_ENGINE = """
 import json, resource, sys, time
 from pathlib import Path
-from mmfinetune import analysis
+from mmfinetune.evaluation import coco_eval
 truth, segm, bbox, engine = sys.argv[1:]
 data = json.loads(Path(truth).read_text())
 rows = {'segm': json.loads(Path(segm).read_text()), 'bbox': json.loads(Path(bbox).read_text())}
@@ -26,7 +27,7 @@ before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 found = {}
 for kind, some in rows.items():
     start, cpu = time.perf_counter(), time.process_time()
-    stats = analysis.evaluate(data, some, kind, engine).stats.tolist()
+    stats = coco_eval.evaluate(data, some, kind, engine).stats.tolist()
     found[kind] = {'stats': stats, 'seconds': time.perf_counter() - start,
                    'cpu': time.process_time() - cpu}
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mmfinetune.evaluation import compare, plots
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import refused
 from tests.builders.runs import TOOLS, drive, spawn
 
 NAN = math.nan
@@ -92,19 +92,19 @@ new,coco/segm_mAP,,,,,,,
 
 def test_table_and_csv_exactly(three):
     runs = compare.read_runs(three)
-    assert compare.table(runs, 'coco/segm_mAP') == TABLE
-    assert compare.csv_text(runs, ['coco/segm_mAP']) == CSV
+    assert compare.metric_table(runs, 'coco/segm_mAP') == TABLE
+    assert compare.metric_csv(runs, ['coco/segm_mAP']) == CSV
     assert compare.overview(runs) == OVERVIEW
 
 
 def test_table_of_a_single_run(tmp_path):
     runs = compare.read_runs([write_log(tmp_path / 'a', {1: 0.5})], ['one | run'])
-    assert compare.table(runs, 'coco/bbox_mAP').splitlines() == [
+    assert compare.metric_table(runs, 'coco/bbox_mAP').splitlines() == [
         '| coco/bbox_mAP after epoch |   0 |     1 | best (epoch) |',
         '| ------------------------- | --: | ----: | -----------: |',
         '| one \\| run                |   - | 0.550 |    0.550 (1) |',
     ]
-    assert next(csv.DictReader(io.StringIO(compare.csv_text(runs, ['coco/bbox_mAP']))))['run'] == 'one | run'
+    assert next(csv.DictReader(io.StringIO(compare.metric_csv(runs, ['coco/bbox_mAP']))))['run'] == 'one | run'
 
 
 def test_resumed_parts_are_one_curve_and_later_results_win(tmp_path):
@@ -167,7 +167,7 @@ def test_less_loss_is_better_and_no_ground_truth_is_no_number(tmp_path):
     run = compare.read_run(tmp_path, 'x')
     assert run.best('val/loss') == (2, 0.5)
     assert run.best('coco/segm_mAP_l') is None
-    row = compare.table([run], 'coco/segm_mAP_l').splitlines()[2]
+    row = compare.metric_table([run], 'coco/segm_mAP_l').splitlines()[2]
     assert [field.strip() for field in row.split('|')[2:-1]] == ['-', 'nan', 'nan', 'nan', '-']
 
 
@@ -183,47 +183,47 @@ def test_last_line_that_only_lacks_its_end_counts(tmp_path):
 @pytest.mark.parametrize('line', ['{"coco/segm_mAP": 0.\n', '[1]\n', 'null\n{}'])
 def test_broken_line_is_named(tmp_path, line):
     write_log(tmp_path, {1: 0.5}, end=line)
-    with pytest.raises(UserError, match=r'20260101_000000/vis_data/scalars\.json, line 3: broken'):
+    with refused('compare-broken-line', path=tmp_path / '20260101_000000/vis_data/scalars.json', line=3):
         read(tmp_path)
 
 
 @pytest.mark.parametrize('text', ['{', '[]', '{}', '{"metrics": 3}', 'null'])
 def test_broken_zero_shot_is_named(tmp_path, text):
     (tmp_path / 'zero_shot.json').write_text(text)
-    with pytest.raises(UserError, match=r'zero_shot\.json: '):
+    with refused('compare-broken-file', path=tmp_path / 'zero_shot.json'):
         read(tmp_path)
 
 
 def test_folder_without_a_run(tmp_path):
     write_log(tmp_path / 'all/a', {1: 0.5})
-    with pytest.raises(UserError, match='none: no such folder'):
+    with refused('compare-no-folder', folder=tmp_path / 'none'):
         read(tmp_path / 'none')
-    with pytest.raises(UserError, match=f'all: no run in it\n.*mean {tmp_path}/all/a\\?'):
-        read(tmp_path / 'all')
-    with pytest.raises(UserError, match=f'0: no run in it\n.*mean {tmp_path}/all/a\\?'):
-        read(tmp_path / 'all/a/20260101_000000')
+    for folder in (tmp_path / 'all', tmp_path / 'all/a/20260101_000000'):
+        with refused('compare-no-run', folder=folder) as caught:
+            read(folder)
+        assert caught.value.problems == [f'did you mean {tmp_path}/all/a?']
 
 
 def test_unknown_metric_brings_similar_ones(three):
     runs = compare.read_runs(three)
-    with pytest.raises(UserError) as error:
-        compare.check_metrics(runs, ['segm_mAP'])
-    assert error.value.problems[0] == 'coco/segm_mAP'
-    assert 'No run has the metric segm_mAP; similar are:' in str(error.value)
-    with pytest.raises(UserError) as error:
-        compare.check_metrics(runs, ['coco/segm_mAP', 'bbox_mAP', 'xyz'])
-    assert 'No run has the metric bbox_mAP nor xyz; similar are:' in str(error.value)
-    assert error.value.problems[0] == 'coco/bbox_mAP'
-    with pytest.raises(UserError) as error:
-        compare.check_metrics(runs, ['xyz'])  # what training logs is none either
-    assert error.value.problems == ['coco/bbox_mAP', 'coco/segm_mAP', 'coco/segm_mAP_50', 'coco/segm_mAP_s']
-    with pytest.raises(UserError, match='validated yet'):
+
+    def problems(*metrics: str) -> list[tuple[str, str]]:
+        with refused('compare-metrics', known='coco/bbox_mAP, coco/segm_mAP, coco/segm_mAP_50, coco/segm_mAP_s') as e:
+            compare.check_metrics(runs, metrics)
+        return [(p.facts['metric'], p.facts['suggestion']) for p in e.value.problems]
+
+    assert problems('segm_mAP') == [('segm_mAP', '; did you mean coco/segm_mAP?')]
+    # What training logs is not a metric either.
+    assert problems('coco/segm_mAP', 'bbox_mAP', 'xyz') == [('bbox_mAP', '; did you mean coco/bbox_mAP?'), ('xyz', '')]
+    ((_, alike),) = problems('coco/segm_AP50')
+    assert 'coco/segm_mAP_50' in alike
+    with refused('compare-not-validated'):
         compare.check_metrics(runs[2:], ['coco/segm_mAP'])
 
 
 @pytest.mark.parametrize('names', [['a'], ['a', 'b', 'c', 'd']])
 def test_names_must_be_as_many_as_folders(three, names):
-    with pytest.raises(UserError, match=f'3 folders, but {len(names)} names'):
+    with refused('compare-name-count', folders=3, names=len(names)):
         compare.read_runs(three, names)
 
 
@@ -306,7 +306,7 @@ def test_several_metrics_on_the_command_line(three, tmp_path):
 
 def test_mistake_on_the_command_line_leaves_no_files(three, tmp_path):
     done = drive('compare_runs', *three, '--metric', 'coco/segm_AP50', '--out', tmp_path / 'out/x')
-    assert (done.code, done.out) == (2, '')
+    assert (done.code, done.out, done.error) == (2, '', 'compare-metrics')
     assert 'coco/segm_mAP_50' in done.err
     assert not (tmp_path / 'out').exists()
 

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image
 
 from mmfinetune.evaluation import coco_eval, confusion, error_plots
-from mmfinetune.evaluation.coco_eval import KINDS, TIDE_ERRORS, Tide
+from mmfinetune.evaluation.coco_eval import TIDE_ERRORS, Tide
 from mmfinetune.evaluation.confusion import match
 from mmfinetune.evaluation.detections import Truth, read_truth
+from mmfinetune.evaluation.stats import KINDS
 from tests.builders.results import CAT, COW, DOG, data_set, draw, rows_of, truth_of
 
 A, B, C = (5, 5, 25, 25), (40, 10, 70, 50), (10, 40, 30, 55)
@@ -88,19 +89,49 @@ def test_crowd_regions_are_neither_found_nor_missed():
     assert match(truth_of(crowd), rows_of(inside), 'segm').f1(0.3) == 1
 
 
-@pytest.mark.parametrize('kind', KINDS)
-@pytest.mark.parametrize('score_thr', [0.0, 0.3, 0.6])
-def test_same_as_hotcoco_but_for_crowd_regions(kind, score_thr):
+def hotcoco_eval(data: dict, rows: list[dict], kind: str = 'segm'):
     import hotcoco
 
+    coco = hotcoco.COCO(data)
+    return hotcoco.COCOeval(coco, coco.load_res(rows), kind)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('score_thr', [0.0, 0.3, 0.6])
+def test_hotcoco_has_the_same_matrix_without_crowd_regions(kind, score_thr):
     data, rows = draw(30, 40, classes=6, seed=1)
     data['annotations'] = [a for a in data['annotations'] if not a['iscrowd']]
-    coco = hotcoco.COCO(data)
-    expected = hotcoco.COCOeval(coco, coco.load_res(rows[kind]), kind).confusion_matrix(0.5, 100, score_thr)
+    expected = hotcoco_eval(data, rows[kind], kind).confusion_matrix(0.5, 100, score_thr)['matrix']
     found = match(Truth(None, data), rows[kind], kind).confusion(score_thr)
-    assert found.tolist() == expected['matrix'].tolist()
+    assert found.tolist() == expected.tolist()
     assert found[:-1, :-1].trace() > 10
     assert found.sum() > found[:-1, :-1].trace() + 20
+
+
+def test_hotcoco_counts_detections_in_crowd_regions_as_false():
+    data, rows = data_set([(1, CAT, (0, 0, 60, 60), True)]), rows_of([(1, CAT, A, 0.9)])
+    assert hotcoco_eval(data, rows).confusion_matrix(0.5, 100, 0.3)['matrix'].sum() == 1
+    assert match(Truth(None, data), rows, 'segm').confusion(0.3).sum() == 0
+
+
+def test_hotcoco_diagnostics_of_images_match_within_classes_at_every_score():
+    data, rows = data_set([(1, CAT, A)]), rows_of([(1, DOG, A, 0.9), (1, CAT, B, 0.1)])
+    evaluator = hotcoco_eval(data, rows)
+    evaluator.evaluate()
+    theirs = evaluator.image_diagnostics(0.5, 0.3)['img_summary'][1]
+    assert (theirs['tp'], theirs['fp'], theirs['fn']) == (0, 2, 1)
+    (ours,) = match(Truth(None, data), rows, 'segm').errors(0.3)
+    assert (ours.count, len(ours.confused)) == (1, 1)
+
+
+def test_hotcoco_f_score_is_a_mean_over_classes_with_thresholds_of_their_own():
+    things = [(1, CAT, A), (1, CAT, B), (2, CAT, A), (2, DOG, B)]
+    found = [(1, CAT, A, 0.9), (1, CAT, B, 0.9), (2, CAT, A, 0.9), (2, DOG, EMPTY, 0.8), (2, DOG, B, 0.2)]
+    data, rows = data_set(things), rows_of(found)
+    evaluator = hotcoco_eval(data, rows)
+    evaluator.run()
+    assert evaluator.f_scores()['F1_50'] == pytest.approx((1 + 2 / 3) / 2, abs=0.01)
+    assert match(Truth(None, data), rows, 'segm').best_f1() == (pytest.approx(8 / 9), 0.2)
 
 
 def test_at_most_a_hundred_an_image():
@@ -161,7 +192,7 @@ def test_nothing_at_all():
 
 
 def test_worst_images_by_hand():
-    # Image 1: one right. 2: one taken for another. 3: missed and false. 4: missed. 5: nothing.
+    # Image 1: one right. 2: one predicted as another. 3: missed and false. 4: missed. 5: nothing.
     # 6: one right, one missed.
     things = [(1, CAT, A), (2, CAT, A), (3, CAT, A), (4, DOG, A), (6, DOG, A), (6, CAT, B)]
     found = [(1, CAT, A, 0.9), (2, COW, A, 0.9), (3, CAT, EMPTY, 0.9), (6, DOG, A, 0.9), (1, DOG, EMPTY, 0.2)]
@@ -171,7 +202,7 @@ def test_worst_images_by_hand():
     assert [e.f1 for e in worst] == pytest.approx([0, 0, 0, 2 / 3])
     assert [m.describe(e) for e in worst] == [
         'missed: cat; false: cat',
-        'confused: cat taken for cow',
+        'confused: cat predicted as cow',
         'missed: dog',
         'missed: cat',
     ]

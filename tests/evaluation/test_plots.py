@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmfinetune.data import drawing
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
 
@@ -34,7 +35,7 @@ def _strict():
 @pytest.fixture
 def no_wide_fonts(monkeypatch):
     """As on a machine without Chinese letters."""
-    monkeypatch.setattr(plots, '_WIDE_FONTS', ())
+    monkeypatch.setattr(drawing, 'WIDE_FONTS', ())
 
 
 def forget() -> None:
@@ -166,7 +167,7 @@ def test_an_installed_font_with_the_letters_is_used(monkeypatch):
     assert plots.legible([BOLD_A]) == ['#0 \u25a1']
     without = plots.class_bars({'\u25a1': {'segm_AP': 0.5}})
     forget()
-    monkeypatch.setattr(plots, '_WIDE_FONTS', ('No Such Font', OTHER_FONT))
+    monkeypatch.setattr(drawing, 'WIDE_FONTS', ('NoSuchFont.ttf', f'{OTHER_FONT}.ttf'))
     assert plots.legible([BOLD_A, 'plain']) == [BOLD_A, 'plain']
     assert plots.class_bars({BOLD_A: {'segm_AP': 0.5}}, BOLD_A) != without
     assert plots.curves(History([{'epoch': 1, 'iter': 1, f'lr/{BOLD_A}': 0.1}]))
@@ -183,7 +184,7 @@ def test_a_font_installed_since_matplotlib_looked_is_found(monkeypatch, tmp_path
     fonts = [f for f in font_manager.fontManager.ttflist if f.name != OTHER_FONT]
     monkeypatch.setattr(font_manager.fontManager, 'ttflist', fonts)
     monkeypatch.setattr(font_manager, 'findSystemFonts', lambda: [str(new), str(broken)])
-    monkeypatch.setattr(plots, '_WIDE_FONTS', (OTHER_FONT,))
+    monkeypatch.setattr(drawing, 'WIDE_FONTS', ('new.ttf',))
     assert OTHER_FONT in plots._families()
 
 

@@ -14,9 +14,10 @@ from PIL import Image
 from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.history import History
+from mmfinetune.evaluation.stats import STATS
 from mmfinetune.utils.errors import UserError
 
-NAMES = [stat[0] for stat in run_results.STATS]
+NAMES = list(STATS)
 PER_CLASS = {
     'cat': {'bbox_AP': 0.25, 'bbox_AP50': 0.5, 'segm_AP': 0.125, 'segm_AP50': 0.375},
     'no | such <b>': {},
@@ -210,10 +211,9 @@ def test_record_map_has_the_lines_of_pycocotools():
     assert stats['coco/bbox_mAP_50'] == pytest.approx((half['cat'] + half['dog']) / 2)
 
 
-def test_record_map_of_boxes_and_masks(tmp_path):
-    path = tmp_path / 'new/record_mAP.txt'
-    run_results.write_record_map(path, {**coco('segm', 0.5), **coco('bbox')}, PER_CLASS)
-    boxes, masks = path.read_text(encoding='utf-8').split('\nIoU metric: segm\n')
+def test_record_map_of_boxes_and_masks():
+    text = run_results.record_map_text({**coco('segm', 0.5), **coco('bbox')}, PER_CLASS)
+    boxes, masks = text.split('\nIoU metric: segm\n')
     assert boxes.startswith(
         'IoU metric: bbox\nCOCO results:\n Average Precision  (AP) @[ IoU=0.50:'
         '0.95 | area=   all | maxDets=100 ] = 0.000\n'
@@ -342,6 +342,6 @@ def test_test_of_a_folder_without_a_run(tmp_path):
 
 def test_test_results_that_cannot_be_written_are_an_error(tmp_path):
     (tmp_path / 'record_mAP.txt').mkdir()
-    with pytest.raises(UserError, match=r'record_mAP\.txt: cannot be written'):
+    with pytest.raises(UserError):
         run_results.report_test(tmp_path, Path('a.pth'), coco('bbox'), {})
     assert not (tmp_path / 'summary.md').exists()

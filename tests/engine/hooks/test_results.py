@@ -19,8 +19,6 @@ import torch
 from PIL import Image
 
 from mmfinetune.engine.hooks.results import ResultsHook
-from mmfinetune.evaluation import run_results
-from mmfinetune.evaluation.coco_eval import STATS
 from mmfinetune.evaluation.history import History
 from tests.builders.runs import (
     EPOCH_STEPS,
@@ -106,10 +104,6 @@ def records(work_dir: Path) -> list[dict]:
         for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
         for line in path.read_text().splitlines()
     ]
-
-
-def test_names_are_those_of_the_metric():
-    assert tuple(stat[0] for stat in run_results.STATS) == STATS
 
 
 def test_row_holds_what_the_logs_hold(run):
