@@ -11,21 +11,21 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmfinetune.apis import run_data, testing
+from mmfinetune.apis.inference import as_array, model_files
 from mmfinetune.config import load, paths, views
-from mmfinetune.config.paths import select_split
-from mmfinetune.config.views import innermost
 from mmfinetune.data import coco_json
-from mmfinetune.evaluation import detections, report, run_results
-from mmfinetune.evaluation.coco_eval import KINDS
+from mmfinetune.evaluation import detections, render, report, run_results
+from mmfinetune.evaluation.rows import result_rows
+from mmfinetune.evaluation.stats import KINDS, SCORE_THR
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
 from mmfinetune.weights import find
-from mmfinetune.weights import work_dir as weights_work_dir
 
 if TYPE_CHECKING:
+    from mmdet.structures import DetDataSample
     from mmengine.config import Config
 
 FOLDER = 'evaluation'
@@ -33,9 +33,9 @@ FOLDER = 'evaluation'
 
 @dataclass
 class Options:
-    """What the command line says; see ``tools/evaluate.py --help``."""
+    """The command line; see ``tools/evaluate.py --help``."""
 
-    work_dir: Path | None = None
+    run: Path | None = None
     config: Path | None = None
     checkpoint: Path | None = None
     split: str = 'test'
@@ -43,13 +43,19 @@ class Options:
     predictions: Path | None = None
     boxes: Path | None = None
     ann: Path | None = None
+    image_root: Path | None = None
     out: Path | None = None
     engine: str = 'hotcoco'
-    score_thr: float = 0.3
-    worst: int = 16
+    score_thr: float = SCORE_THR
+    worst: int = report.WORST_IMAGES
     pictures: bool = True
     json: bool = False
     cfg_options: Sequence[str] = field(default_factory=list)
+
+    @property
+    def saved(self) -> bool:
+        """Whether saved predictions are evaluated, without a model."""
+        return self.predictions is not None or self.boxes is not None
 
 
 @dataclass
@@ -57,123 +63,116 @@ class Inputs:
     """What is evaluated.
 
     Attributes:
-        truth: The ground truth.
+        truth: Ground truth.
         rows: COCO result rows by kind.
-        images: What the file names are relative to; None if that is not known.
+        images: Folder that the file names are relative to; None if it is not known.
         source: What the rows are, by name.
-        new: Whether a model made them just now.
+        out: Where results go by default.
+        new: Whether a model has just made the rows.
     """
 
     truth: detections.Truth
     rows: dict[str, list[dict]]
     images: Path | None
     source: dict[str, str]
-    new: bool
+    out: Path
+    new: bool = False
 
 
 def run(options: Options) -> int:
-    """Evaluate and write the results; print them.
+    """Evaluate, write the results and print them.
 
     Returns:
         Exit code.
 
     Raises:
-        UserError: Anything the user can mend; nothing is written then.
+        UserError: Anything the user can fix; nothing is written then.
     """
     _check(options)
-    saved = options.predictions is not None or options.boxes is not None
-    # What the parts say on the way is no result.
+    # What the parts print on the way is not a result.
     with contextlib.redirect_stdout(sys.stderr):
-        inputs = _read(options) if saved else _predict(options)
+        inputs = _read(options) if options.saved else _predict(options)
     found = report.analyse(inputs.truth, inputs.rows, inputs.source, options.engine, options.score_thr, options.worst)
-    out = options.out or _default_out(options)
+    out = options.out or inputs.out
     write(found, out, inputs, options.pictures)
-    print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else found.text())
-    note = (
-        ''
-        if inputs.images or not options.pictures or not found.worst
-        else ' (no pictures of images: --data-root names no folder that holds them)'
-    )
+    print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else render.text(found))
+    note = ''
+    if options.pictures and found.worst and not inputs.images:
+        note = ' (no pictures of images: --image-root names no folder that holds them)'
     print(f'Results: {out / "evaluation.md"}{note}', file=sys.stderr if options.json else sys.stdout)
     return 0
 
 
 def write(found: report.Report, out: Path, inputs: Inputs, pictures: bool = True) -> None:
-    """Write all files of a report, or none; pictures of an earlier one that are no more go.
+    """Write all files of a report, or none; outdated pictures of an earlier report are removed.
 
     Raises:
         UserError: They cannot be written.
     """
     contents: dict[str, bytes] = {}
     if pictures:
-        contents |= found.charts()
+        contents |= render.charts(found)
         if inputs.images:
-            contents |= found.draw_worst(inputs.images)
+            contents |= render.draw_worst(found, inputs.images)
     if inputs.new:
         names = {i: image['file_name'] for i, image in inputs.truth.images.items()}
-        contents |= {
-            f'predictions.{kind}.json': json_bytes([{**row, 'file_name': names[row['image_id']]} for row in rows])
-            for kind, rows in inputs.rows.items()
-        }
+        for kind, rows in inputs.rows.items():
+            named = [{**row, 'file_name': names[row['image_id']]} for row in rows]
+            contents[f'predictions.{kind}.json'] = json_bytes(named)
     source = '; '.join(f'{name}: {value}' for name, value in inputs.source.items())
     contents |= {
         'evaluation.json': json_bytes(found.as_dict(), indent=1),
-        'evaluation.md': found.markdown().encode(),
-        'per_class.csv': found.class_csv().encode(),
-        'confusion.csv': found.confusion_csv().encode(),
+        'evaluation.md': render.markdown(found).encode(),
+        'per_class.csv': render.class_csv(found).encode(),
+        'confusion.csv': render.confusion_csv(found).encode(),
         run_results.RECORD_MAP: run_results.record_map_text(found.metrics(), found.per_class(), source).encode(),
     }
     atomic_write_all({out / name: content for name, content in contents.items()})
-    for old in (*out.glob(f'{report.WORST}/[0-9]*_*.jpg'), out / 'tide.png', out / 'confusion.png'):
+    for old in (*out.glob(f'{render.WORST}/[0-9]*_*.jpg'), out / 'tide.png', out / 'confusion.png'):
         if old.relative_to(out).as_posix() not in contents:
             old.unlink(missing_ok=True)
 
 
 def _check(options: Options) -> None:
-    """What can be said before anything heavy is imported."""
-    if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise UserError('The evaluation runs in one process', cure='start it without torchrun')
-    if not 0 <= options.score_thr <= 1:
-        raise UserError(f'--score-thr {options.score_thr:g} is no score', cure='give a number from 0 to 1')
-    if options.worst < 0:
-        raise UserError(f'--worst {options.worst} is no number of images')
-    model = {
-        'WORK_DIR': options.work_dir,
-        '--config': options.config,
-        '--checkpoint': options.checkpoint,
-        '--cfg-options': options.cfg_options,
-    }
-    if options.predictions or options.boxes:
+    """Check all that needs no heavy import."""
+    if int(os.environ.get('WORLD_SIZE', '1')) > 1:
+        raise UserError('eval-processes', 'The evaluation runs in one process', hint='start it without torchrun')
+    if options.saved:
+        model = {
+            'WORK_DIR': options.run,
+            '--config': options.config,
+            '--checkpoint': options.checkpoint,
+            '--cfg-options': options.cfg_options,
+        }
         both = [name for name, value in model.items() if value]
         if both:
             raise UserError(
-                'Saved predictions are evaluated without a model, but these name one:',
-                both,
-                'leave them out, or leave out --predictions and --boxes',
+                'eval-model-and-saved',
+                'Saved predictions are evaluated without a model, but these options name one: {options}',
+                hint='leave them out, or leave out --predictions and --boxes',
+                options=', '.join(both),
             )
         if not options.ann:
-            raise UserError('--predictions needs the ground truth', cure='pass the annotation file with --ann')
+            raise UserError(
+                'eval-no-truth', '--predictions needs the ground truth', hint='pass the annotation file with --ann'
+            )
     elif options.ann:
         raise UserError(
-            '--ann goes with --predictions only',
-            cure='to evaluate a model on other data name their folder with --data-root',
+            'eval-truth-of-model',
+            '--ann is for --predictions only',
+            hint='to evaluate a model on other data, pass their folder with --data-root',
         )
-    elif not (options.work_dir or (options.config and options.checkpoint)):
+    elif not (options.run or (options.config and options.checkpoint)):
         raise UserError(
+            'eval-nothing',
             'There is nothing to evaluate',
-            cure='pass the work dir of a run, or --config and --checkpoint, or --predictions and --ann',
+            hint='pass the work dir of a run, or --config and --checkpoint, or --predictions and --ann',
         )
-
-
-def _default_out(options: Options) -> Path:
-    if options.predictions or options.boxes:
-        return Path('work_dirs') / FOLDER
-    folder = options.work_dir or options.checkpoint.parent
-    return folder / (FOLDER if options.split == 'test' else f'{FOLDER}_{options.split}')
 
 
 def _read(options: Options) -> Inputs:
     """Saved predictions and their ground truth."""
+    assert options.ann is not None  # see _check
     truth = detections.read_truth(options.ann, masks=options.predictions is not None)
     rows, source = {}, {}
     if options.predictions:
@@ -185,51 +184,46 @@ def _read(options: Options) -> Inputs:
     if options.boxes:
         rows['bbox'] = detections.checked_rows(options.boxes, detections.read_rows(options.boxes), truth, 'bbox')
         source['boxes'] = str(options.boxes)
-    images = detections.image_folder(truth, options.data_root) if options.pictures else None
-    return Inputs(truth, rows, images, {**source, 'annotations': str(options.ann)}, False)
+    images = detections.image_folder(truth, options.image_root) if options.pictures else None
+    source['annotations'] = str(options.ann)
+    return Inputs(truth, rows, images, source, Path('work_dirs') / FOLDER)
 
 
 def _predict(options: Options) -> Inputs:
     """Run a model on a split."""
-    if options.work_dir:
-        files = weights_work_dir.find_run(options.work_dir, options.config, options.checkpoint)
-        config_file, weights = files.config, files.checkpoint
-    else:
-        config_file, weights = options.config, options.checkpoint
-    find.verify_file(weights)
-    cfg = load.load(config_file, options.cfg_options)
+    files = model_files(options.run, options.config, options.checkpoint)
+    find.verify_file(files.checkpoint)
+    cfg = load.load(files.config, options.cfg_options)
     if options.data_root:
         paths.set_data_root(cfg, options.data_root)
-    select_split(cfg, options.split)
+    paths.select_split(cfg, options.split)
     paths.check_heads(cfg)
-    dataset = innermost(cfg.test_dataloader.dataset)
+    dataset = views.innermost(cfg.test_dataloader.dataset)
     root = Path(dataset.get('data_root') or '')
     kinds = _kinds(cfg)
     with coco_json.parsed_once():
         run_data.prepare_data(cfg, train=False)
         truth = detections.read_truth(root / dataset.ann_file, 'segm' in kinds)
-    rows = detect(cfg, weights, kinds)
-    return Inputs(
-        truth,
-        rows,
-        root / (dataset.get('data_prefix') or {}).get('img', ''),
-        {
-            'checkpoint': str(weights),
-            'config': str(config_file),
-            'split': options.split,
-            'annotations': str(truth.path),
-        },
-        True,
-    )
+    source = {
+        'checkpoint': str(files.checkpoint),
+        'config': str(files.config),
+        'split': options.split,
+        'annotations': str(truth.path),
+    }
+    rows = detect(cfg, files.checkpoint, kinds, list(truth.names))
+    images = root / (dataset.get('data_prefix') or {}).get('img', '')
+    out = (options.run or files.work_dir) / (FOLDER if options.split == 'test' else f'{FOLDER}_{options.split}')
+    return Inputs(truth, rows, images, source, out, new=True)
 
 
-def detect(cfg: Config, weights: Path, kinds: Sequence[str]) -> dict[str, list[dict]]:
-    """What a model finds in the test split of a config.
+def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Sequence[int]) -> dict[str, list[dict]]:
+    """Run a model on the test split of a config.
 
     Args:
-        cfg: Changed in place: nothing of the run's logs, curves and pictures is touched.
-        weights: Its checkpoint.
+        cfg: Config; it is changed so that none of the run's logs, curves and pictures is touched.
+        weights: Checkpoint of the model.
         kinds: ``'segm'``, ``'bbox'`` or both.
+        category_ids: Category id of each label.
 
     Returns:
         COCO result rows by kind.
@@ -237,49 +231,44 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str]) -> dict[str, list[d
     Raises:
         UserError: The weights do not fit, or an image cannot be read.
     """
-    dataset = innermost(cfg.test_dataloader.dataset)
-    cfg.test_evaluator = dict(
-        type='DetectionRows', metric=list(kinds), ann_file=str(Path(dataset.get('data_root') or '') / dataset.ann_file)
-    )
+    import torch
+    from mmengine.runner.amp import autocast
+    from tqdm import tqdm
+
+    cfg.test_evaluator = []  # the rows are evaluated later
     cfg.test_cfg = dict(type='TestLoop', fp16=(cfg.get('test_cfg') or {}).get('fp16', False))
     # Those of the training would write into its folder, or change the model (EMA).
     cfg.custom_hooks = []
     cfg.default_hooks = dict(logger=None, checkpoint=None)
     cfg.visualizer = dict(type='Visualizer', vis_backends=[], name='evaluation')
     cfg.log_level = 'WARNING'
+    rows: dict[str, list[dict]] = {kind: [] for kind in kinds}
     with (
         tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder,
-        contextlib.redirect_stdout(io.StringIO()),
-    ):  # pycocotools tells what it loads
+        contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints what it loads
+    ):
         cfg.work_dir = folder
         runner = testing.test_runner(cfg, weights)
-        loop = runner.test_loop
-        runner.register_hook(_progress(len(loop.dataloader.dataset)))
-        runner.test()
-        return {kind: loop.evaluator.metrics[0].rows[kind] for kind in kinds}
+        model, loop = runner.model.eval(), runner.test_loop
+        with torch.no_grad(), autocast(enabled=loop.fp16):
+            for batch in tqdm(loop.dataloader, desc='model', unit='batch', disable=None):
+                for sample in model.test_step(batch):
+                    _add_rows(rows, sample, category_ids)
+    return rows
 
 
-def _progress(images: int) -> Any:
-    from mmengine.hooks import Hook
-    from tqdm import tqdm
-
-    class Progress(Hook):
-        """A bar over the images."""
-
-        def before_test(self, runner) -> None:
-            self.bar = tqdm(total=images, desc='model', unit='image', disable=None)
-
-        def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-            self.bar.update(len(outputs or ()))
-
-        def after_test(self, runner) -> None:
-            self.bar.close()
-
-    return Progress()
+def _add_rows(rows: dict[str, list[dict]], sample: DetDataSample, category_ids: Sequence[int]) -> None:
+    found = sample.pred_instances
+    labels, scores = as_array(found.labels), as_array(found.scores)
+    if 'bbox' in rows:
+        rows['bbox'] += result_rows(sample.img_id, category_ids, labels, scores, boxes=as_array(found.bboxes))
+    if 'segm' in rows:
+        scores = as_array(found.get('mask_scores', found.scores))
+        rows['segm'] += result_rows(sample.img_id, category_ids, labels, scores, masks=as_array(found.masks))
 
 
 def _kinds(cfg: Config) -> list[str]:
-    """What the evaluator of the split asks for; masks and boxes if it does not tell."""
+    """The kinds that the evaluator of the split asks for; both if it does not say."""
     for evaluator in views.evaluators(cfg, 'test'):
         metric = evaluator.get('metric')
         asked = [metric] if isinstance(metric, str) else list(metric or ())

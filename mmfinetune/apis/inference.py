@@ -17,7 +17,7 @@ from mmfinetune.config import load, paths, views
 from mmfinetune.data import coco_json
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import check as weights_check
-from mmfinetune.weights import class_map
+from mmfinetune.weights import class_map, work_dir
 from mmfinetune.weights.transfer import transfer
 
 if TYPE_CHECKING:
@@ -204,16 +204,31 @@ class Predictor:
             keep &= torch.isin(found.labels, found.labels.new_tensor(self._kept))
         order = torch.argsort(found.scores, descending=True, stable=True)
         found = found[order[keep[order]][: self.max_per_image]]
-        masks = _array(found.masks).astype(bool, copy=False) if 'masks' in found else None
-        prediction = Prediction(_array(found.bboxes), _array(found.scores), _array(found.labels), masks)
+        masks = as_array(found.masks).astype(bool, copy=False) if 'masks' in found else None
+        prediction = Prediction(as_array(found.bboxes), as_array(found.scores), as_array(found.labels), masks)
         if proposed is not None:
             height, width = sample.ori_shape[:2]
             boxes = proposed[0][: self.proposals].cpu().numpy()
             scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)
             # The padding of a batch is no part of the image.
             prediction.proposals = (boxes / scale).clip(0, (width, height, width, height)).astype(np.float32)
-            prediction.objectness = _array(proposed[1][: self.proposals])
+            prediction.objectness = as_array(proposed[1][: self.proposals])
         return prediction
+
+
+def model_files(run: Path | None, config: Path | None, checkpoint: Path | None) -> work_dir.RunFiles:
+    """Config and checkpoint of a run, or those that are named.
+
+    Raises:
+        UserError: See `work_dir.find_run`; or neither a run nor both files are named.
+    """
+    if run is not None:
+        return work_dir.find_run(run, config, checkpoint)
+    if config is None or checkpoint is None:
+        raise UserError(
+            'model-not-named', 'No model is named', hint='pass --run WORK_DIR, or --config and --checkpoint'
+        )
+    return work_dir.RunFiles(checkpoint.parent, config, checkpoint)
 
 
 def choose_device(name: str) -> str:
@@ -319,7 +334,7 @@ def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
     ]
 
 
-def _array(values: Any) -> np.ndarray:
+def as_array(values: Any) -> np.ndarray:
     import torch
 
     values = getattr(values, 'tensor', values)

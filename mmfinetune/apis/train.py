@@ -139,9 +139,7 @@ def run(options: Options) -> int:
     return 0
 
 
-def summary(
-    cfg: Config, splits: dict[str, Split], plan: lr.LrPlan, world: int, adapted: Sequence[str] = ()
-) -> str:
+def summary(cfg: Config, splits: dict[str, Split], plan: lr.LrPlan, world: int, adapted: Sequence[str] = ()) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
     lines = [
         f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'

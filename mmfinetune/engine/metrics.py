@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import METRICS
 from mmengine.logging import MMLogger
@@ -12,6 +11,7 @@ from terminaltables import AsciiTable
 
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.coco_eval import ENGINES
+from mmfinetune.evaluation.rows import result_rows
 
 
 @METRICS.register_module()
@@ -50,21 +50,10 @@ class InstanceCocoMetric(CocoMetric):
         """COCO result rows; masks without a box, so that areas are those of the masks."""
         rows = []
         for pred in preds:
-            boxes = pred['bboxes']
-            xywh = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1)
-            scores = pred.get('mask_scores', pred['scores']) if iou_type == 'segm' else pred['scores']
-            for i, (label, score) in enumerate(zip(pred['labels'], scores, strict=True)):
-                row = {'image_id': pred['img_id'], 'category_id': self.cat_ids[label], 'score': float(score)}
-                if iou_type == 'segm':
-                    rle = pred['masks'][i]
-                    counts = rle['counts']
-                    row['segmentation'] = {
-                        'size': [int(n) for n in rle['size']],
-                        'counts': counts.decode() if isinstance(counts, bytes) else counts,
-                    }
-                else:
-                    row['bbox'] = [float(v) for v in xywh[i]]
-                rows.append(row)
+            scores, found = pred['scores'], {'boxes': pred['bboxes']}
+            if iou_type == 'segm':
+                scores, found = pred.get('mask_scores', scores), {'masks': pred['masks']}
+            rows += result_rows(pred['img_id'], self.cat_ids, pred['labels'], scores, **found)
         return rows
 
     def evaluate_rows(self, rows: list[dict], iou_type: str) -> coco_eval.Scores:
@@ -116,22 +105,3 @@ class InstanceCocoMetric(CocoMetric):
             for name, numbers in self.per_class.items()
         ]
         return AsciiTable([['class', *(c.replace('_', ' ') for c in columns)], *rows]).table
-
-
-@METRICS.register_module()
-class DetectionRows(InstanceCocoMetric):
-    """Gathers what a model finds and evaluates nothing.
-
-    Attributes:
-        rows: COCO result rows by kind, after the evaluation, on the main process.
-    """
-
-    def __init__(self, *args, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.rows: dict[str, list[dict]] = {}
-
-    def compute_metrics(self, results: list) -> dict[str, float]:
-        """Turn all ``(gt, pred)`` pairs into rows; there are no metrics."""
-        self._read_ids()
-        self.rows = {t: self._detections([pred for _, pred in results], t) for t in self.metrics}
-        return {}

@@ -83,7 +83,7 @@ class Tide:
 
 def evaluate(
     dataset: Mapping[str, Any],
-    rows: Sequence[Mapping],
+    rows: Sequence[dict],
     iou_type: str,
     engine: str = 'hotcoco',
     cat_ids: Sequence[int] | None = None,
@@ -127,7 +127,7 @@ def evaluate(
     )
 
 
-def tide(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str) -> Tide:
+def tide(dataset: Mapping[str, Any], rows: Sequence[dict], iou_type: str) -> Tide:
     """Decompose the errors of detections as TIDE does, at IoU 0.5 and 0.1; always by hotcoco.
 
     It differs from the authors' ``tidecv`` where scores are equal (there the order of equal ones
@@ -151,12 +151,12 @@ def tide(dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str) -> 
     )
 
 
-def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[Mapping], iou_type: str):
+def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[dict], iou_type: str):
     if engine == 'hotcoco':
-        from hotcoco import COCO, COCOeval
+        import hotcoco
 
-        hot = COCO(dataset)
-        return COCOeval(hot, hot.loadRes(rows), iou_type)
+        hot = hotcoco.COCO(dict(dataset))
+        return hotcoco.COCOeval(hot, hot.loadRes(list(rows)), iou_type)
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 

@@ -145,9 +145,10 @@ def read_run(folder: Path, name: str) -> Run:
     except (OSError, ValueError):
         history = History()
     for row in history.rows:
-        if row.get('epoch') in epochs:
+        epoch = int(row.get('epoch', -1))
+        if epoch in epochs:
             # Logged losses are smoothed over several validations, these are not.
-            epochs[row['epoch']].update((k, v) for k, v in row.items() if k.startswith('val/'))
+            epochs[epoch].update((k, v) for k, v in row.items() if k.startswith('val/'))
     seconds = history.curve('train_seconds')
     return Run(name, folder, epochs, math.fsum(seconds.values()) if seconds else None)
 

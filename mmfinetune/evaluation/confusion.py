@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -186,7 +186,7 @@ class Matches:
         return f'{self.names[self.object_labels[thing]]} predicted as {self.names[self.labels[detection]]}'
 
 
-def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU_THR) -> Matches:
+def match(truth: Truth, rows: Sequence[dict], kind: str, iou_thr: float = IOU_THR) -> Matches:
     """Match detections to the objects of their images; see `Matches`.
 
     Args:
@@ -205,7 +205,9 @@ def match(truth: Truth, rows: Sequence[Mapping], kind: str, iou_thr: float = IOU
         by_image[row['image_id']].append(row)
     for annotation in truth.data['annotations']:
         in_image[annotation['image_id']].append(annotation)
-    kept, objects, found, over, ignored = [], [], [], [], []
+    kept: list[dict] = []
+    objects: list[dict] = []
+    found, over, ignored = [], [], []
     for image_id in tqdm(truth.images, desc='matching', unit='image', leave=False, disable=None):
         best = sorted(by_image[image_id], key=lambda r: -r['score'])[:MAX_DETS]
         # Crowd regions last, so that an object's column is its place.

@@ -9,7 +9,7 @@ import math
 import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS
 
@@ -117,7 +117,7 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def lines(axes: Axes, curves: Mapping[str, Mapping[float, float]], title: str, xlabel: str) -> list:
+def lines(axes: Axes, curves: Mapping[Any, Mapping[int, float]], title: str, xlabel: str) -> list:
     """Draw curves into a panel.
 
     Args:

@@ -169,8 +169,8 @@ def _draw(report: Report, errors: ImageErrors, root: Path) -> bytes:
     wrong += [(m.rows[d], f'{m.confused_text(o, d)} {m.scores[d]:.2f}') for o, d in errors.confused]
     panel = functools.partial(_panel, report, _read_image(root / name))
     picture = drawing.side_by_side(
-        panel([m.objects[i] for i in objects], m.names, m.object_labels[objects]),
-        panel([m.rows[i] for i in found], m.names, m.labels[found], m.scores[found]),
+        panel([m.objects[i] for i in objects], m.names, m.object_labels[objects].tolist()),
+        panel([m.rows[i] for i in found], m.names, m.labels[found].tolist(), m.scores[found].tolist()),
         panel([item for item, _ in wrong], [what for _, what in wrong], range(len(wrong))),
         titles=[
             f'{name}: truth, {plural(len(objects), "object")}',
@@ -227,8 +227,8 @@ def _panel(
             x, y, w, h = item['bbox']
             scale = np.tile([size[0] / info['width'], size[1] / info['height']], 2)
             shapes.append(np.array([x, y, x + w, y + h]) * scale)
-    shape = {'segm': 'masks', 'bbox': 'boxes'}[report.kind]
-    return drawing.draw_instances(image, **{shape: np.array(shapes)}, names=names, labels=labels, scores=scores)
+    boxes, masks = (np.array(shapes) if report.kind == kind else None for kind in ('bbox', 'segm'))
+    return drawing.draw_instances(image, boxes=boxes, masks=masks, names=names, labels=labels, scores=scores)
 
 
 def _counts(report: Report) -> str:

@@ -147,7 +147,7 @@ class Report:
 
 def analyse(
     truth: Truth,
-    rows: Mapping[str, Sequence[Mapping]],
+    rows: Mapping[str, Sequence[dict]],
     source: dict[str, str],
     engine: str = 'hotcoco',
     score_thr: float = SCORE_THR,

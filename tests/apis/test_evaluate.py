@@ -14,22 +14,10 @@ from mmfinetune.apis.evaluate import Options
 from mmfinetune.config import load, paths, views
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import transfer
-from tests.builders.results import CAT, COW, DOG, data_set, rows_of, write
-from tests.builders.runs import (
-    CONFIGS,
-    REPO,
-    drive,
-    files_in,
-    forget_runs,
-    inside,
-    make_site,
-    random_state_dict,
-    train_tool,
-)
+from tests.builders.errors import refused
+from tests.builders.results import FOUND, THINGS, data_set, rows_of, write
+from tests.builders.runs import CONFIGS, REPO, FinishedRun, drive, files_in, forget_runs, train_tool
 
-A, B = (5, 5, 25, 25), (40, 10, 70, 50)
-THINGS = [(1, CAT, A), (1, DOG, B), (2, CAT, B)]
-FOUND = [(1, CAT, A, 0.9), (1, COW, B, 0.8), (2, DOG, (0, 57, 3, 60), 0.7)]
 ANN = 'data/demo/VOCdevkit/VOC2012/annotations/instances_{}.json'
 
 
@@ -47,18 +35,13 @@ def saved(tmp_path: Path) -> Options:
 
 
 @pytest.fixture(scope='module')
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with data and a run: the bundled weights, their heads remapped to the classes."""
+def remapped(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that finds something: the bundled weights, their heads remapped to the classes."""
     import torch
     from mmdet.registry import MODELS
     from mmengine.registry import init_default_scope
 
-    folder = tmp_path_factory.mktemp('site')
-    make_site(folder)
-    with inside(folder):
-        cfg = load.load('tiny.py')
-        Path(cfg.work_dir).mkdir(parents=True)
-        cfg.dump(f'{cfg.work_dir}/tiny.py')
+    cfg = load.load(next((finished_run.kept / 'tiny').glob('*.py')))
     init_default_scope('mmdet')
     model = MODELS.build(copy.deepcopy(cfg.model))
     transfer.transfer(
@@ -68,24 +51,27 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_init='remap',
         classes=views.class_names(cfg),
     )
-    torch.save({'meta': {}, 'state_dict': model.state_dict()}, folder / 'work_dirs/tiny/best_coco_segm_mAP_epoch_1.pth')
-    torch.save({'meta': {}, 'state_dict': random_state_dict()}, folder / 'eighty.pth')
-    return folder
+    path = tmp_path_factory.mktemp('remapped') / 'remapped.pth'
+    torch.save({'meta': {}, 'state_dict': model.state_dict()}, path)
+    return path
 
 
 @pytest.fixture
-def here(site: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(site)
+def here(finished_run: FinishedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the data and the run ``work_dirs/tiny`` of the finished run, to write into."""
+    for name in ('data', 'pretrain', 'tiny.py'):
+        (tmp_path / name).symlink_to(finished_run.folder / name)
+    run = tmp_path / 'work_dirs/tiny'
+    run.mkdir(parents=True)
+    for path in (*(finished_run.kept / 'tiny').glob('*.py'), *(finished_run.kept / 'tiny').glob('best_*.pth')):
+        shutil.copy(path, run)
+    monkeypatch.chdir(tmp_path)
     forget_runs()
-    return site
+    return tmp_path
 
 
 def result(out: Path) -> dict:
     return json.loads((out / 'evaluation.json').read_text())
-
-
-def refused(*parts: str):
-    return pytest.raises(UserError, match='(?s)' + ''.join(f'(?=.*{p})' for p in parts))
 
 
 def test_files_of_saved_predictions(saved, capsys):
@@ -164,7 +150,7 @@ def test_boxes_alone_need_no_masks_in_the_truth(saved):
     for annotation in data['annotations']:
         del annotation['segmentation']
     write(saved.ann, data)
-    with refused('without a segmentation', '--boxes'):
+    with pytest.raises(UserError):
         evaluate.run(saved)
     saved.predictions = None
     assert evaluate.run(saved) == 0
@@ -173,70 +159,72 @@ def test_boxes_alone_need_no_masks_in_the_truth(saved):
 def test_without_images_there_are_no_pictures_of_them(saved, tmp_path, capsys):
     (tmp_path / 'image_2.png').unlink()
     assert evaluate.run(saved) == 0
-    assert 'no pictures of images' in capsys.readouterr().out.splitlines()[-1]
+    assert '--image-root' in capsys.readouterr().out.splitlines()[-1]
     assert 'tide.png' in files_in(saved.out)
     assert not (saved.out / 'worst').exists()
 
 
 @pytest.mark.parametrize(
-    'options, parts',
+    ('options', 'code', 'facts'),
     [
-        ({'ann': None}, ('--predictions needs the ground truth',)),
-        ({'work_dir': Path('w')}, ('name one', 'WORK_DIR')),
-        ({'config': Path('c'), 'checkpoint': Path('p')}, ('--config', '--checkpoint')),
-        ({'predictions': None, 'boxes': None}, ('--ann goes with --predictions only',)),
-        ({'predictions': None, 'boxes': None, 'ann': None}, ('There is nothing to evaluate',)),
-        (
-            {'predictions': None, 'boxes': None, 'ann': None, 'config': Path('c')},
-            ('There is nothing to evaluate', '--config and --checkpoint'),
-        ),
-        ({'score_thr': 30.0}, ('--score-thr 30 is no score',)),
-        ({'score_thr': float('nan')}, ('--score-thr nan is no score',)),
-        ({'worst': -1}, ('--worst -1',)),
-        ({'predictions': Path('no.json')}, ('There is no file of predictions no.json',)),
-        ({'ann': Path('no.json')}, ('There is no annotation file no.json',)),
-        ({'data_root': Path('nowhere')}, ('nowhere lacks 2 of 2 images',)),
+        ({'ann': None}, 'eval-no-truth', {}),
+        ({'run': Path('w')}, 'eval-model-and-saved', {'options': 'WORK_DIR'}),
+        ({'config': Path('c'), 'checkpoint': Path('p')}, 'eval-model-and-saved', {'options': '--config, --checkpoint'}),
+        ({'predictions': None, 'boxes': None}, 'eval-truth-of-model', {}),
+        ({'predictions': None, 'boxes': None, 'ann': None}, 'eval-nothing', {}),
+        ({'predictions': None, 'boxes': None, 'ann': None, 'config': Path('c')}, 'eval-nothing', {}),
     ],
 )
-def test_wrong_options(saved, options, parts):
+def test_wrong_options(saved, options, code, facts):
     for key, value in options.items():
         setattr(saved, key, value)
-    with refused(*parts):
+    with refused(code, **facts):
         evaluate.run(saved)
+    assert not saved.out.exists()
+
+
+@pytest.mark.parametrize('option', ['predictions', 'ann', 'image_root'])
+def test_missing_files(saved, option):
+    setattr(saved, option, Path('nowhere.json'))
+    with pytest.raises(UserError) as caught:
+        evaluate.run(saved)
+    assert 'nowhere.json' in str(caught.value)
     assert not saved.out.exists()
 
 
 def test_predictions_of_another_split(saved):
     write(saved.predictions, [{**r, 'image_id': r['image_id'] + 100} for r in rows_of(FOUND)])
-    with refused('none of the 2 image ids is in', '--ann'):
+    with pytest.raises(UserError) as caught:
         evaluate.run(saved)
+    assert '--ann' in caught.value.hint
     assert not saved.out.exists()
 
 
 def test_results_that_cannot_be_written(saved, tmp_path):
     saved.out = tmp_path / 'ann.json' / 'out'
-    with refused('cannot be written'):
+    with pytest.raises(UserError) as caught:
         evaluate.run(saved)
+    assert str(saved.out) in str(caught.value)
 
 
 def test_image_that_cannot_be_read(saved, tmp_path):
     (tmp_path / 'image_2.png').write_bytes(b'no picture')
-    with refused('image_2.png', 'not an image'):
+    with refused('eval-image-unreadable', path=tmp_path / 'image_2.png'):
         evaluate.run(saved)
     assert not saved.out.exists()
 
 
 def test_several_processes_are_refused(saved, monkeypatch):
     monkeypatch.setenv('WORLD_SIZE', '2')
-    with refused('one process'):
+    with refused('eval-processes'):
         evaluate.run(saved)
 
 
-def test_a_run(here):
+def test_a_run(here, remapped):
     """The numbers of the final test, by another way; the same again from what was saved."""
     run, out = Path('work_dirs/tiny'), Path('work_dirs/tiny/evaluation')
     before = {f: (run / f).read_bytes() for f in files_in(run)}
-    done = drive('evaluate', run, '--worst', '2')
+    done = drive('evaluate', run, '--checkpoint', remapped, '--worst', '2')
     assert done.code == 0, done.err
     assert done.last_lines(1) == [f'Results: {out}/evaluation.md']
     after = [f for f in files_in(run) if not f.startswith('evaluation/')]
@@ -246,9 +234,7 @@ def test_a_run(here):
     assert (data['images'], data['source']['split']) == (4, 'test')
     assert data['detections']['segm'] == data['detections']['bbox'] > 20
     forget_runs()
-    test = train_tool(
-        'tiny.py', '--test', '--weights', run / 'best_coco_segm_mAP_epoch_1.pth', '--work-dir', 'work_dirs/tested'
-    )
+    test = train_tool('tiny.py', '--test', '--weights', remapped, '--work-dir', 'work_dirs/tested')
     assert test.code == 0, test.err
     tested = json.loads(Path('work_dirs/tested/test_results.json').read_text())['metrics']
     numbers = {k: v for k, v in tested.items() if k.startswith('coco/') and '_AP/' not in k}
@@ -303,7 +289,7 @@ def test_config_and_checkpoint_and_another_root(here, tmp_path):
         '--config',
         'tiny.py',
         '--checkpoint',
-        'work_dirs/tiny/best_coco_segm_mAP_epoch_1.pth',
+        next(Path('work_dirs/tiny').glob('best_*.pth')),
         '--data-root',
         tmp_path / 'moved',
         '--split',
@@ -322,45 +308,44 @@ def test_config_and_checkpoint_and_another_root(here, tmp_path):
     assert len(files_in(tmp_path / 'out/worst')) == 1
 
 
-def test_model_that_finds_nothing(here, tmp_path):
+def test_model_that_finds_nothing(here):
     done = drive(
-        'evaluate', 'work_dirs/tiny', '--out', tmp_path, '--cfg-options', 'model.test_cfg.rcnn.score_thr=0.999'
+        'evaluate', '--run', 'work_dirs/tiny', '--out', 'out', '--cfg-options', 'model.test_cfg.rcnn.score_thr=0.999'
     )
     assert done.code == 0, done.err
-    assert 'There is no mask detection at all: every AP is 0.' in done.out
-    assert result(tmp_path)['metrics']['coco/segm_mAP'] == 0
-    assert json.loads((tmp_path / 'predictions.segm.json').read_text()) == []
+    assert result(Path('out'))['detections'] == {'segm': 0, 'bbox': 0}
+    assert result(Path('out'))['metrics']['coco/segm_mAP'] == 0
+    assert json.loads(Path('out/predictions.segm.json').read_text()) == []
 
 
 def test_predictions_of_a_split_whose_ids_occur_in_the_other(here):
+    assert drive('evaluate', 'work_dirs/tiny', '--no-pictures').code == 0
     saved = Path('work_dirs/tiny/evaluation/predictions.segm.json')
-    if not saved.is_file():
-        assert drive('evaluate', 'work_dirs/tiny', '--no-pictures').code == 0
     done = drive('evaluate', '--predictions', saved, '--ann', ANN.format('train'))
     assert done.code == 2
-    assert 'of another split' in done.err
     assert 'demo_val_' in done.err
     assert 'demo_train_' in done.err
 
 
 @pytest.mark.parametrize(
-    'arguments, parts',
+    ('arguments', 'parts'),
     [
-        (['work_dirs/tiny', '--checkpoint', 'eighty.pth'], ('eighty.pth', 'does not fit', '(81,', '(21,')),
-        (['work_dirs/nothing'], ('There is no folder work_dirs/nothing', 'work_dirs/tiny')),
-        (['data'], ('no work dir of a run',)),
-        (['work_dirs/tiny', '--checkpoint', 'no.pth'], ('There is no checkpoint no.pth',)),
-        (['work_dirs/tiny', '--config', 'no.py'], ('There is no config no.py',)),
-        (['work_dirs/tiny', '--data-root', 'pretrain'], ('pretrain holds no data',)),
-        (['--config', 'tiny.py', '--checkpoint', 'no.pth'], ('There is no weights file no.pth',)),
+        (['work_dirs/tiny', '--checkpoint', 'eighty.pth'], ('eighty.pth', '(81,', '(21,')),
+        (['work_dirs/nothing'], ('work_dirs/nothing', 'work_dirs/tiny')),
+        (['data'], ('data',)),
+        (['work_dirs/tiny', '--checkpoint', 'no.pth'], ('no.pth',)),
+        (['work_dirs/tiny', '--config', 'no.py'], ('no.py',)),
+        (['work_dirs/tiny', '--data-root', 'pretrain'], ('pretrain',)),
+        (['--config', 'tiny.py', '--checkpoint', 'no.pth'], ('no.pth',)),
         (['work_dirs/tiny', '--cfg-options', 'modell.x=1'], ('modell',)),
     ],
 )
-def test_runs_that_cannot_be_evaluated(here, arguments, parts):
+def test_runs_that_cannot_be_evaluated(here, finished_run, arguments, parts):
+    Path('eighty.pth').symlink_to(finished_run.weights)
     before = files_in(here)
     done = drive('evaluate', *arguments)
     assert done.code == 2, done.out
-    assert done.err.startswith('error: ')
+    assert done.error
     assert 'Traceback' not in done.err
     for part in parts:
         assert part in done.err
@@ -396,5 +381,5 @@ def test_train_split_in_wrappers(loaded: Callable):
 def test_split_that_is_not_there(loaded: Callable, dataset):
     cfg = copy.deepcopy(loaded('mask_rcnn_voc_pretrained.py'))
     cfg.val_dataloader = None if dataset is None else dict(cfg.val_dataloader, dataset=dataset)
-    with refused('no val split that is one annotation file', 'test, train'):
+    with pytest.raises(UserError, match='test, train'):
         paths.select_split(cfg, 'val')

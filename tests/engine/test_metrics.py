@@ -11,7 +11,7 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mmfinetune.engine.metrics import DetectionRows, InstanceCocoMetric
+from mmfinetune.engine.metrics import InstanceCocoMetric
 from mmfinetune.evaluation.coco_eval import ENGINES, STATS
 
 HEIGHT, WIDTH = 240, 320
@@ -340,26 +340,6 @@ def test_ap50_of_a_class_needs_the_threshold(data):
     metric = make_metric(path, metric='segm', iou_thrs=[0.6, 0.7])
     gathered(metric, predictions)
     assert set(metric.per_class['cat']) == {'segm_AP'}
-
-
-def test_rows_are_gathered_and_not_evaluated(data, monkeypatch):
-    path, predictions = data
-    monkeypatch.setattr(DetectionRows, 'evaluate_rows', None)
-    metric = DetectionRows(ann_file=str(path), metric=['segm', 'bbox'])
-    metric.dataset_meta = {'classes': tuple(NAMES)}
-    assert gathered(metric, predictions) == {}
-    assert list(metric.rows) == ['segm', 'bbox']
-    count = sum(len(p['pred_instances']['labels']) for p in predictions)
-    for kind, key in (('segm', 'segmentation'), ('bbox', 'bbox')):
-        assert len(metric.rows[kind]) == count
-        assert set(metric.rows[kind][0]) == {'image_id', 'category_id', 'score', key}
-    json.dumps(metric.rows)
-    # They are what the other metric evaluates.
-    whole = make_metric(path)
-    expected = gathered(whole, predictions)
-    assert whole.evaluate_rows(metric.rows['segm'], 'segm').metrics() == {
-        k.removeprefix('coco/'): v for k, v in expected.items() if k.startswith('coco/segm_') and 'AP/' not in k
-    }
 
 
 def test_without_classwise(data):
