@@ -15,7 +15,8 @@ import numpy as np
 
 from mmfinetune.config import load, paths, views
 from mmfinetune.data import coco_json
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, Problem, UserError
+from mmfinetune.utils.text import near
 from mmfinetune.weights import check as weights_check
 from mmfinetune.weights import class_map, work_dir
 from mmfinetune.weights.transfer import transfer
@@ -33,10 +34,10 @@ class Prediction:
     Attributes:
         boxes: (N, 4) float32 left, top, right, bottom in pixels of the image.
         scores: (N,) float32.
-        labels: (N,) int64, places in the list of classes.
+        labels: (N,) int64 positions in the list of classes.
         masks: (N, H, W) bool; None if the model has no masks.
-        proposals: (P, 4) float32, the RPN's boxes, best first; None unless asked for.
-        objectness: (P,) float32, their scores.
+        proposals: (P, 4) float32 boxes of the RPN, best first; None unless asked for.
+        objectness: (P,) float32 scores of the proposals.
     """
 
     boxes: np.ndarray
@@ -70,20 +71,20 @@ class Predictor:
         config: A config, or its file.
         checkpoint: Weights of that architecture, in any of the forms that ``--weights`` takes.
         device: ``'cpu'``, ``'cuda'``, ``'cuda:1'``, or ``'auto'``: a GPU if there is one.
-        score_thr: Least score; that of the config's ``test_cfg`` by default.
-        max_per_image: The most instances of an image; as many as the config says by default.
-        classes: Names of the only classes to keep; all by default.
+        score_thr: Lowest score; by default that of the config's ``test_cfg``.
+        max_per_image: Most instances of an image; by default as many as the config says.
+        classes: Names of the only classes to keep; by default all.
         proposals: How many of the RPN's proposals to return.
 
     Attributes:
-        classes: Names in the order of the labels.
-        category_ids: For each label that of the run's annotation file, if that is there and has
-            these classes, else from 1 on.
-        image_ids: Those of the images of that file by their real paths; empty if it is not there.
+        classes: Class names in the order of the labels.
+        category_ids: Category id of each label: that of the run's annotation file if the file
+            exists and has these classes, otherwise from 1 on.
+        image_ids: Ids of the images in that file by their real paths; empty if it does not exist.
 
     Raises:
         UserError: The weights or their classes do not fit the config, an unknown class, a device
-            that is not there, or no RPN to take proposals from.
+            that does not exist, or no RPN to take proposals from.
     """
 
     def __init__(
@@ -117,7 +118,10 @@ class Predictor:
         model = MODELS.build(cfg.model)
         if proposals and not hasattr(model, 'rpn_head'):
             raise UserError(
-                f'{cfg.model.type} has no RPN, so there are no proposals to show', cure='leave out --proposals'
+                'model-no-rpn',
+                '{model} has no RPN, so there are no proposals to show',
+                hint='leave out --proposals',
+                model=cfg.model.type,
             )
         transfer(model, check.path)
         self.model = revert_sync_batchnorm(model).to(self.device).eval()
@@ -131,32 +135,36 @@ class Predictor:
             (H, W, 3) RGB uint8.
 
         Raises:
-            ValueError: With a short reason.
+            Problem: The image cannot be read.
         """
         try:
             image = self._loader({'img_path': str(path)})['img']
         except Exception as error:
-            # Decoders and file backends raise whatever they like; the loader puts the path first.
-            message = error.message if isinstance(error, UserError) else str(error)
-            reason = message.rpartition(f'{path}: ')[2].removesuffix(f': {path}').strip()
-            raise ValueError(reason or type(error).__name__) from None
+            # Decoders and file backends raise whatever they like; some name the file at the end.
+            why = error.facts.get('why', '') if isinstance(error, UserError) else str(error)
+            reason = why.removesuffix(f': {path}') or type(error).__name__
+            raise Problem('predict-image-unreadable', '{reason}', reason=reason) from None
         return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
 
     def prepare(self, image: np.ndarray) -> dict:
-        """The input of the model that the test pipeline makes of an RGB uint8 image.
+        """Make the model's input of an RGB uint8 image with the test pipeline.
 
         Raises:
-            ValueError: It has another form, or one that the pipeline cannot deal with.
+            Problem: It has another form, or one that the pipeline cannot deal with.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            raise ValueError(f'not an RGB uint8 image: {image.shape} {image.dtype}')
+            text = 'not an RGB uint8 image: {shape} {dtype}'
+            raise Problem('predict-not-rgb', text, shape=image.shape, dtype=image.dtype)
         try:
             return self._steps({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0})
         except Exception as error:
             # An image of one row, say, has none left when its long side is made smaller.
-            raise ValueError(
-                f'the test pipeline fails on {image.shape[1]} x {image.shape[0]} '
-                f'pixels: {str(error).strip() or type(error).__name__}'
+            raise Problem(
+                'predict-pipeline',
+                'the test pipeline fails on {width} x {height} pixels: {reason}',
+                width=image.shape[1],
+                height=image.shape[0],
+                reason=str(error).strip() or type(error).__name__,
             ) from None
 
     def forward(self, prepared: Sequence[dict]) -> list[Prediction]:
@@ -174,7 +182,7 @@ class Predictor:
 
     @contextlib.contextmanager
     def _recorded(self) -> Iterator[list]:
-        """Keep what the RPN hands to the heads in the same forward pass."""
+        """Keep what the RPN passes to the heads in the same forward pass."""
         kept: list = []
         if not self.proposals:
             yield kept
@@ -210,7 +218,7 @@ class Predictor:
             height, width = sample.ori_shape[:2]
             boxes = proposed[0][: self.proposals].cpu().numpy()
             scale = np.tile(sample.metainfo.get('scale_factor', (1, 1)), 2)
-            # The padding of a batch is no part of the image.
+            # The padding of a batch is not a part of the image.
             prediction.proposals = (boxes / scale).clip(0, (width, height, width, height)).astype(np.float32)
             prediction.objectness = as_array(proposed[1][: self.proposals])
         return prediction
@@ -244,7 +252,13 @@ def choose_device(name: str) -> str:
         return 'cuda' if count else 'cpu'
     there = ['cpu', *(['cuda'] if count else []), *(f'cuda:{i}' for i in range(count))]
     if name not in there:
-        raise UserError(f'There is no device {name} for PyTorch here', cure=f'use one of: {", ".join(there)}')
+        raise UserError(
+            'device-missing',
+            'There is no device {device} for PyTorch here',
+            hint='use one of: {known}',
+            device=name,
+            known=', '.join(there),
+        )
     return name
 
 
@@ -254,39 +268,47 @@ def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None, path: Pat
         return tuple(ours or theirs or ())
     same = class_map.match_classes(ours, theirs).indices
     if list(same) != list(range(len(ours))):
+        problems = []
+        for i, (a, b, k) in enumerate(zip(ours, theirs, same, strict=False)):
+            if k != i:
+                text = 'label {label}: config {config}, weights {weights}'
+                problems.append(Message('predict-label', text, label=i, config=a, weights=b))
         raise UserError(
-            f'{path} was trained on other classes than those of the config:',
-            [
-                f'label {i}: config {a}, weights {b}'
-                for i, (a, b, k) in enumerate(zip(ours, theirs, same, strict=False))
-                if k != i
-            ],
-            'pass the config that it was trained with',
+            'predict-other-classes',
+            '{path} was trained on other classes than those of the config:',
+            problems,
+            hint='pass the config that it was trained with',
+            path=path,
         )
     return tuple(ours)
 
 
 def _labels_of(wanted: Sequence[str], classes: Sequence[str]) -> list[int] | None:
-    import difflib
-
-    unknown = [name for name in wanted if name not in classes]
-    if unknown:
-        near = {name: difflib.get_close_matches(name, classes, 1, 0.5) for name in unknown}
+    problems = []
+    for name in wanted:
+        if name not in classes:
+            suggestion = near(name, classes, ': ', 0.5)
+            problems.append(Message('predict-class', '{name}{suggestion}', name=name, suggestion=suggestion))
+    if problems:
         raise UserError(
+            'predict-classes',
             'The model does not know these classes:',
-            [name + (f': did you mean {near[name][0]}?' if near[name] else '') for name in unknown],
-            'its classes are ' + ', '.join(classes),
+            problems,
+            hint='its classes are {known}',
+            known=', '.join(classes),
         )
     return sorted({classes.index(name) for name in wanted}) if wanted else None
 
 
 def _test_dataset(cfg: Config) -> Any:
-    """The config of the test data set, wrappers taken off."""
-    dataset = (cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset')
-    while dataset is not None and 'dataset' in dataset:
-        dataset = dataset['dataset']
+    """The config of the test data set without its wrappers."""
+    dataset = views.innermost((cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset'))
     if dataset is None or not dataset.get('pipeline'):
-        raise UserError('The config has no test pipeline: it lacks test_dataloader', cure='pass the config of a run')
+        raise UserError(
+            'predict-no-pipeline',
+            'The config has no test pipeline: test_dataloader is missing',
+            hint='pass the config of a run',
+        )
     return dataset
 
 
@@ -294,7 +316,7 @@ def _known_ids(cfg: Config, classes: Sequence[str]) -> tuple[list[int], dict[str
     """Ids of the classes, and of images by path, in the annotation file of the test data."""
     dataset = _test_dataset(cfg)
     root = Path(dataset.get('data_root') or '')
-    # The data need not be there any longer, and must not stand in the way of a prediction.
+    # The data may be gone by now; a prediction does not need them.
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         known = coco_json.read(root / (dataset.get('ann_file') or ''), compact=True)
         ids = {c['name']: int(c['id']) for c in known.categories}
@@ -306,7 +328,7 @@ def _known_ids(cfg: Config, classes: Sequence[str]) -> tuple[list[int], dict[str
 
 
 def _set_limits(model: Any, score_thr: float | None, max_per_image: int | None) -> None:
-    """Let the second stage drop what would be dropped later, before it makes masks of it."""
+    """Let the second stage drop what would be dropped later, before it makes masks for it."""
     stage = (model.get('test_cfg') or {}).get('rcnn')
     if stage is None:
         return
@@ -324,8 +346,10 @@ def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
     reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
     if len(reading) != 1 or steps[reading[0]].get('color_type', 'color').split('_')[0] != 'color':
         raise UserError(
-            'The test pipeline does not read colour images in one step; its steps are ' + ', '.join(names),
-            cure="let it begin with dict(type='LoadImage')",
+            'predict-pipeline-start',
+            'The test pipeline does not read colour images in one step; its steps are {steps}',
+            hint="let it begin with dict(type='LoadImage')",
+            steps=', '.join(names),
         )
     loader = steps[reading[0]]
     steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 import cv2
 import numpy as np
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, natural_key
 from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size
 
@@ -39,15 +39,32 @@ class Input:
         return self.path.suffix.lower() in VIDEO_SUFFIXES
 
 
-def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Input], Path]:
-    """The images and videos that files, folders and patterns stand for.
+@dataclass
+class Shot:
+    """An image, or a frame of a video.
 
-    Folders are searched to the bottom, in natural order. A file is taken once, whichever way it
-    is reached. A file that is named itself is taken whatever its suffix.
+    Attributes:
+        source: Where it is from.
+        image: (H, W, 3) RGB uint8.
+        frame: Number of the frame; None for an image.
+        fps: Frames per second of the resulting video.
+    """
+
+    source: Input
+    image: np.ndarray
+    frame: int | None = None
+    fps: float = 0
+
+
+def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Input], Path]:
+    """Find the images and videos that files, folders and patterns stand for.
+
+    Folders are searched recursively, in natural order. A file is used once, whichever way it
+    is reached. A file that is named itself is used whatever its suffix.
 
     Args:
         given: Paths, or patterns such as ``'photos/**/*.jpg'``.
-        results: Folders of results, what lies in these is no input.
+        results: Folders of results; what is in these is not an input.
 
     Returns:
         The files, and the folder that they share.
@@ -56,33 +73,38 @@ def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Inp
         UserError: Names that stand for nothing; all of them.
     """
     found: dict[str, Path] = {}
-    anchors, problems = [], []
+    anchors: list[str] = []
+    problems: list[Message] = []
     own = tuple(os.path.realpath(folder) + os.sep for folder in results)
     for text in given:
         path, anchor = Path(text), Path(text)
         if path.is_dir():
-            files, what = find_files(path, _SUFFIXES), 'no image or video in this folder'
+            files = find_files(path, _SUFFIXES)
+            problem = Message('predict-empty-folder', '{name}: no image or video in this folder', name=text)
         elif path.is_file():
-            files, what, anchor = [path], 'lies in the output folder', path.parent
+            files, anchor = [path], path.parent
+            problem = Message('predict-own-output', '{name}: is in the output folder', name=text)
         elif glob.has_magic(text):
             # The folder above the first wildcard; the stand-in ends a bare folder.
             anchor = Path(glob.escape(text).partition('[')[0] + '_').parent
-            files, what = _matching(anchor, path), 'no image or video has such a name'
+            files = _matching(anchor, path)
+            problem = Message('predict-no-match', '{name}: no image or video has such a name', name=text)
         else:
-            problems.append(f'{text}: no such file or folder')
+            problems.append(Message('predict-no-file', '{name}: no such file or folder', name=text))
             continue
         chosen = [p for p in files if not os.path.realpath(p).startswith(own)]
         if not chosen:
-            problems.append(f'{text}: {what}')
+            problems.append(problem)
         for p in chosen:
             found.setdefault(_absolute(p), p)
         anchors.append(_absolute(anchor))
     if problems:
         raise UserError(
+            'predict-inputs',
             'There is nothing to predict on:',
             problems,
-            'pass images, videos, folders, or patterns in quotes; results that lie '
-            'in the output folder are left out, so choose another with --out',
+            hint='pass images, videos, folders, or patterns in quotes; results in the output folder are left out, '
+            'so choose another with --out',
         )
     root = os.path.commonpath(anchors)
     # Names that are not UTF-8 could not be written as JSON.
@@ -91,12 +113,12 @@ def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Inp
 
 
 def _absolute(path: Path) -> str:
-    """Without links followed, so that a file keeps the name by which it is known."""
+    """The path without following links, so that a file keeps the name by which it is known."""
     return os.path.normpath(path.absolute())
 
 
 def _matching(folder: Path, pattern: Path) -> list[Path]:
-    """Files that a pattern below a folder stands for; as for a shell, none that are hidden."""
+    """Files that match a pattern below a folder; hidden ones do not, as in a shell."""
     found = folder.glob(str(pattern.relative_to(folder)))
     return sorted(
         (
@@ -111,13 +133,14 @@ def _matching(folder: Path, pattern: Path) -> list[Path]:
 
 
 def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
-    """Paths for what is made of files, each its own also where upper and lower case are one.
+    """Different paths for what is made of files, even where upper and lower case are the same.
 
     Args:
         names: Relative paths with slashes.
-        suffixes: Of what is made of each.
+        suffixes: Suffix of what is made of each.
     """
-    taken, chosen = set(), []
+    taken: set[str] = set()
+    chosen = []
     for name, suffix in zip(names, suffixes, strict=True):
         stem = str(PurePosixPath(name).with_suffix(''))
         candidate, count = stem + suffix, 1
@@ -130,12 +153,12 @@ def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
 
 
 def check_image(path: Path) -> None:
-    """Look for damage that decoders pass over, such as a missing end.
+    """Look for damage that decoders ignore, such as a missing end.
 
     Raises:
-        ValueError: With a short reason.
+        Problem: The image is damaged.
     """
-    # Pillow may not know a kind that OpenCV does.
+    # Pillow may not know a format that OpenCV does.
     if path.suffix.lower() in IMAGE_SUFFIXES:
         image_size(path)
 
@@ -144,11 +167,11 @@ class Video:
     """A video file to read.
 
     Attributes:
-        fps: Frames a second, as the file says.
-        frames: How many the file promises; 0 if it does not tell.
+        fps: Frames per second, as the file says.
+        frames: Number of frames that the file promises; 0 if it does not tell.
 
     Raises:
-        ValueError: With a short reason: it cannot be opened.
+        Problem: It cannot be opened.
     """
 
     def __init__(self, path: Path) -> None:
@@ -156,19 +179,19 @@ class Video:
         os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():
-            raise ValueError('not a video that can be read')
+            raise Problem('video-unreadable', 'not a readable video')
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps <= 1000 else 25.0
         self.frames = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
 
     def read(self, every: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-        """Every so many-th frame, the first one included, with its number from 0.
+        """Every n-th frame with its number from 0, beginning with the first.
 
         Yields:
             The number and an (H, W, 3) RGB uint8 array.
 
         Raises:
-            ValueError: With a short reason, after the last frame that could be read.
+            Problem: Frames are missing; after the last one that could be read.
         """
         number = 0
         try:
@@ -182,17 +205,18 @@ class Video:
         finally:
             self._capture.release()
         if not number:
-            raise ValueError('no frame in it can be read')
+            raise Problem('video-no-frames', 'no frame in it can be read')
         if number < _ENOUGH * self.frames:
-            raise ValueError(f'only {number} of {self.frames} frames can be read')
+            text = 'only {read} of {promised} frames can be read'
+            raise Problem('video-frames-missing', text, read=number, promised=self.frames)
 
 
 class VideoWriter:
-    """An MP4 file that appears when it is whole. The first frame sets the size.
+    """An MP4 file that appears when it is complete. The first frame sets the size.
 
     Args:
-        path: The file to make.
-        fps: Frames a second.
+        path: The file to write.
+        fps: Frames per second.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -216,13 +240,15 @@ class VideoWriter:
             )
             if not self._writer.isOpened():
                 raise UserError(
-                    f'{self.path}: cannot be written as a video',
-                    cure='choose a folder you may write to, or pass --no-pictures',
+                    'video-not-writable',
+                    '{path}: cannot be written as a video',
+                    hint='choose a folder that you may write to, or pass --no-pictures',
+                    path=self.path,
                 )
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def close(self, keep: bool = True) -> None:
-        """Put the file at its place, or throw it away; nothing where there was no frame."""
+        """Put the file in its place, or discard it; do nothing if there was no frame."""
         if self._writer is None:
             return
         self._writer.release()

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from mmfinetune.apis import media
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Problem
+from tests.builders.errors import codes, refused
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -89,19 +90,18 @@ def test_names_that_are_not_utf8_can_be_written_as_json(tmp_path):
 def test_results_are_no_inputs(tmp_path):
     touch(tmp_path, 'x.jpg', 'predictions/pictures/x.jpg', 'predictions_of_mine/y.jpg')
     assert names_of([tmp_path], [tmp_path / 'predictions']) == ['predictions_of_mine/y.jpg', 'x.jpg']
-    with pytest.raises(UserError, match='lies in the output folder'):
+    with refused('predict-inputs') as caught:
         names_of([tmp_path / 'predictions/pictures/x.jpg'], [tmp_path / 'predictions'])
+    assert codes(caught.value.problems) == ['predict-own-output']
 
 
 def test_all_that_stands_for_nothing_is_named(tmp_path):
     touch(tmp_path, 'notes/a.txt')
-    with pytest.raises(UserError) as caught:
-        names_of([tmp_path / 'no.jpg', tmp_path / 'notes', tmp_path / '*.png'])
-    assert [p.removeprefix(f'{tmp_path}/') for p in caught.value.problems] == [
-        'no.jpg: no such file or folder',
-        'notes: no image or video in this folder',
-        '*.png: no image or video has such a name',
-    ]
+    given = [tmp_path / 'no.jpg', tmp_path / 'notes', tmp_path / '*.png']
+    with refused('predict-inputs') as caught:
+        names_of(given)
+    assert codes(caught.value.problems) == ['predict-no-file', 'predict-empty-folder', 'predict-no-match']
+    assert [p.facts['name'] for p in caught.value.problems] == [str(path) for path in given]
 
 
 def test_a_file_that_is_named_may_have_any_suffix(tmp_path):
@@ -116,14 +116,11 @@ def test_output_names_never_meet():
     assert media.output_names(['x.avi', 'x.png'], ['.mp4', '.jpg']) == ['x.mp4', 'x.jpg']
 
 
-@pytest.mark.parametrize(
-    'name, content, reason',
-    [('a.jpg', b'', 'empty file'), ('a.png', b'hello', 'not an image'), ('no.jpg', None, 'missing')],
-)
-def test_damaged_images_are_told(tmp_path, name, content, reason):
+@pytest.mark.parametrize(('name', 'content'), [('a.jpg', b''), ('a.png', b'hello'), ('no.jpg', None)])
+def test_damaged_images_are_told(tmp_path, name, content):
     if content is not None:
         (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=reason):
+    with pytest.raises(Problem):
         media.check_image(tmp_path / name)
 
 
@@ -132,8 +129,9 @@ def test_truncated_jpeg_is_told(tmp_path):
     (tmp_path / 'a.jpg').write_bytes(data.tobytes())
     media.check_image(tmp_path / 'a.jpg')
     (tmp_path / 'a.jpg').write_bytes(data.tobytes()[: len(data) // 2])
-    with pytest.raises(ValueError, match='truncated JPEG'):
+    with pytest.raises(Problem) as caught:
         media.check_image(tmp_path / 'a.jpg')
+    assert caught.value.message.code == 'image-file-truncated'
 
 
 @pytest.mark.parametrize('every, numbers', [(1, list(range(10))), (3, [0, 3, 6, 9]), (50, [0])])
@@ -155,13 +153,15 @@ def test_frames_are_rgb(tmp_path):
     assert frame[20, 20, 0] > 150 > 60 > frame[20, 20, 2]
 
 
-def test_what_is_no_video(tmp_path, capfd):
+def test_what_is_no_video(tmp_path):
     (tmp_path / 'v.mp4').write_bytes(b'nothing' * 100)
-    with pytest.raises(ValueError, match='not a video that can be read'):
+    with pytest.raises(Problem) as caught:
         media.Video(tmp_path / 'v.mp4')
+    assert caught.value.message.code == 'video-unreadable'
     make_video(tmp_path / 'none.avi', frames=0)
-    with pytest.raises(ValueError, match='not a video|no frame in it'):
+    with pytest.raises(Problem) as caught:
         list(media.Video(tmp_path / 'none.avi').read())
+    assert caught.value.message.code in ('video-unreadable', 'video-no-frames')
 
 
 def test_half_a_video_gives_its_frames_and_then_says_so(tmp_path):
@@ -172,11 +172,12 @@ def test_half_a_video_gives_its_frames_and_then_says_so(tmp_path):
     writer.release()
     data = path.read_bytes()
     path.write_bytes(data[: len(data) // 2])
-    frames = []
-    with pytest.raises(ValueError, match=r'only \d of 10 frames can be read'):
-        for frame in media.Video(path).read():
-            frames.append(frame)
-    assert 3 <= len(frames) <= 7
+    frames: list[np.ndarray] = []
+    with pytest.raises(Problem) as caught:
+        frames.extend(frame for _, frame in media.Video(path).read())
+    problem = caught.value.message
+    assert (problem.code, problem.facts['promised']) == ('video-frames-missing', 10)
+    assert 3 <= len(frames) == problem.facts['read'] <= 7
 
 
 @pytest.mark.parametrize('size', [(64, 48), (63, 47)])

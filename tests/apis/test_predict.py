@@ -3,7 +3,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -15,8 +14,10 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from mmfinetune.apis import predict as apis_predict
+from mmfinetune.apis import predict_files
+from mmfinetune.apis.inference import Prediction
+from mmfinetune.apis.media import Input, Shot
 from mmfinetune.config import flatten
-from mmfinetune.utils.errors import UserError
 from tests.builders.runs import TOOLS, Outcome, drive, files_in, inside, random_state_dict, spawn, write_tiny_config
 
 # Heads with random weights give all classes about 1/21.
@@ -115,13 +116,6 @@ def test_json_is_what_pycocotools_reads(run, photos, tmp_path):
     assert sorted(a['id'] for a in whole.dataset['annotations']) == list(range(1, 61))
 
 
-def test_numbers_are_as_short_as_they_are_exact():
-    values = np.random.default_rng(0).uniform(0, 500, 1000).astype(np.float32)
-    short = [apis_predict._short(v) for v in values]
-    assert (np.array(short, np.float32) == values).all()
-    assert max(len(repr(v)) for v in short) <= 10
-
-
 def test_limits_reach_the_model(run, photos, tmp_path):
     assert predict(photos, '--run', run, '--out', tmp_path / 'all', *LOW).code == 0
     every = load(tmp_path / 'all/predictions.json')
@@ -132,7 +126,7 @@ def test_limits_reach_the_model(run, photos, tmp_path):
     )
     assert done.code == 0, done.err
     expected = [[r for r in every if r['image_id'] == i and r['category_id'] == wanted][:2] for i in (1, 2, 3)]
-    assert load(tmp_path / 'out/predictions.json') == sum(expected, [])
+    assert load(tmp_path / 'out/predictions.json') == [row for rows in expected for row in rows]
     assert expected[0]
 
 
@@ -163,7 +157,7 @@ def test_nothing_found(run, photos, tmp_path):
         photos, '--run', run, '--out', tmp_path / 'out', '--device', 'cpu', '--score-thr', '0.99', '--proposals'
     )
     assert done.code == 0, done.err
-    assert done.out.startswith('Nothing found on 3 images with a score of 0.99 or more')
+    assert done.out.startswith('Nothing found on 3 images')
     assert load(tmp_path / 'out/predictions.json') == []
     whole = quietly(lambda: COCO(str(tmp_path / 'out/predictions_coco.json')))
     assert (len(whole.imgs), len(whole.anns)) == (3, 0)
@@ -174,8 +168,8 @@ def test_nothing_found(run, photos, tmp_path):
     'flags, made',
     [
         (['--no-pictures'], ['predictions.json', 'predictions_coco.json']),
-        (['--no-json', '--no-contact-sheet'], ['pictures/a.jpg', 'pictures/b c.jpg', 'pictures/deep/a.jpg']),
-        (['--no-json', '--no-pictures', '--contact-sheet'], ['sheet.jpg']),
+        (['--no-coco-json', '--no-contact-sheet'], ['pictures/a.jpg', 'pictures/b c.jpg', 'pictures/deep/a.jpg']),
+        (['--no-coco-json', '--no-pictures', '--contact-sheet'], ['sheet.jpg']),
     ],
 )
 def test_only_what_is_wanted_is_made(run, photos, tmp_path, flags, made):
@@ -191,8 +185,7 @@ def test_bad_images_are_told_at_the_end_and_the_others_done(run, photos, tmp_pat
     done = predict(photos, '--run', run, '--out', tmp_path / 'out', *LOW)
     assert done.code == 1
     lines = done.err.strip().splitlines()
-    start = lines.index('4 of 7 inputs could not be used:')
-    assert [line.partition(f'{photos}/')[2].partition(':')[0] for line in lines[start + 1 :]] == [
+    assert [line.partition(f'{photos}/')[2].partition(':')[0] for line in lines if f'- {photos}/' in line] == [
         'bad.mp4',
         'cut.jpg',
         'line.png',
@@ -252,7 +245,7 @@ def test_video_with_images_beside_it(run, photos, tmp_path):
 
 def test_interrupted_video_leaves_no_half_file(run, tmp_path, monkeypatch):
     make_video(tmp_path / 'v.avi', 5)
-    add, calls = apis_predict.Results.add, []
+    add, calls = predict_files.Results.add, []
 
     def interrupted(*args):
         calls.append(1)
@@ -260,60 +253,74 @@ def test_interrupted_video_leaves_no_half_file(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         add(*args)
 
-    monkeypatch.setattr(apis_predict.Results, 'add', interrupted)
+    monkeypatch.setattr(predict_files.Results, 'add', interrupted)
     assert predict(tmp_path / 'v.avi', '--run', run, '--out', tmp_path / 'out', *LOW).code == 130
     assert files_in(tmp_path / 'out') == []
 
 
-def test_results_of_earlier_runs_are_neither_overwritten_nor_predicted_on(run, photos, tmp_path):
+def test_results_of_earlier_calls_are_replaced_on_request_and_never_predicted_on(run, photos, tmp_path):
     work_dir = Path(shutil.copytree(run, photos / 'run'))
-    for folder in ('predictions', 'predictions_2'):
-        done = predict(photos, '--run', work_dir, *LOW)
-        assert done.code == 0, done.err
-        assert done.last_lines(1)[0].startswith(f'Results: {work_dir / folder} (3 images')
-    with inside(photos):
-        assert (
-            predict(
-                '.',
-                '--config',
-                'run/tiny.py',
-                '--checkpoint',
-                next(Path('run').glob('*.pth')),
-                '--classes',
-                'bird',
-                *LOW,
-            ).code
-            == 0
-        )
-        assert Path('predictions/predictions.json').is_file()
-    done = predict(photos / 'a.jpg', '--run', work_dir, '--out', photos / 'predictions', *LOW)
-    assert done.code == 2
-    assert 'holds earlier predictions: predictions.json' in done.err
+    out = work_dir / 'predictions'
+    done = predict(photos, '--run', work_dir, *LOW)
+    assert done.code == 0, done.err
+    assert done.last_lines(1)[0].startswith(f'Results: {out} (3 images')
+    before = {f: (out / f).read_bytes() for f in files_in(out)}
+    for where in ((), ('--out', out)):
+        done = predict(photos, '--run', work_dir, *where, *LOW)
+        assert (done.code, done.error) == (2, 'predict-exists')
+    assert {f: (out / f).read_bytes() for f in files_in(out)} == before
+    (out / 'notes.txt').write_text('mine')
+    done = predict(photos, '--run', work_dir, *LOW, '--no-pictures', '--overwrite')
+    assert done.code == 0, done.err
+    assert '(3 images, ' in done.last_lines(1)[0]
+    assert files_in(out) == ['notes.txt', 'predictions.json', 'predictions_coco.json']
+
+
+def test_config_and_checkpoint_write_into_the_current_folder(run, photos, tmp_path):
+    with inside(tmp_path):
+        files = ['--config', run / 'tiny.py', '--checkpoint', next(run.glob('*.pth'))]
+        assert predict(photos / 'a.jpg', *files, '--classes', 'bird', *LOW).code == 0
+    assert (tmp_path / 'predictions/predictions.json').is_file()
+
+
+def test_json_is_all_that_is_printed(run, photos, tmp_path):
+    (photos / 'text.png').write_text('hello')
+    done = predict(photos, '--run', run, '--out', tmp_path / 'out', '--json', '--no-pictures', *LOW)
+    assert done.code == 1
+    found = json.loads(done.out)
+    classes = found.pop('classes')
+    (failed,) = found.pop('failed')
+    assert failed.startswith(f'{photos}/text.png: ')
+    assert found == {'images': 3, 'frames': 0, 'objects': 3 * PER_IMAGE, 'out': str(tmp_path / 'out')}
+    assert sum(classes.values()) == 3 * PER_IMAGE
+
+
+def test_old_name_of_an_option(run, photos, tmp_path):
+    done = predict(photos, '--run', run, '--out', tmp_path / 'out', '--no-json', *LOW)
+    assert done.code == 0
+    assert '--no-coco-json' in done.err
+    assert 'predictions.json' not in files_in(tmp_path / 'out')
 
 
 def test_sheet_has_pages_and_an_end(tmp_path, monkeypatch):
-    monkeypatch.setattr(apis_predict, '_PER_PAGE', 2)
-    monkeypatch.setattr(apis_predict, '_PAGES', 2)
-    sheet = apis_predict._Sheet(tmp_path, 7)
-    source = apis_predict.media.Input(Path('x.jpg'), 'x.jpg')
-    nothing = apis_predict.Prediction(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
+    monkeypatch.setattr(predict_files, '_PER_PAGE', 2)
+    monkeypatch.setattr(predict_files, '_PAGES', 2)
+    sheet = predict_files.Sheet(tmp_path, 7)
+    source = Input(Path('x.jpg'), 'x.jpg')
+    nothing = Prediction(np.zeros((0, 4)), np.zeros(0), np.zeros(0, int))
     for _ in range(7):
-        sheet.add(apis_predict.Shot(source, np.zeros((900, 1200, 3), np.uint8)), nothing, ['cat'])
+        sheet.add(Shot(source, np.zeros((900, 1200, 3), np.uint8)), nothing, ['cat'])
     sheet.finish()
     assert files_in(tmp_path) == ['sheet_01.jpg', 'sheet_02.jpg']
     assert sheet.left_out == 3
 
 
 def test_objects_lie_where_they_are_in_the_small_pictures(tmp_path):
-    sheet = apis_predict._Sheet(tmp_path, 1)
+    sheet = predict_files.Sheet(tmp_path, 1)
     mask = np.zeros((1, 800, 1600), bool)
     mask[:, 200:600, 400:1200] = True
-    one = apis_predict.Prediction(np.array([[400.0, 200, 1200, 600]]), np.ones(1), np.zeros(1, int), mask)
-    sheet.add(
-        apis_predict.Shot(apis_predict.media.Input(Path('x'), 'x'), np.full((800, 1600, 3), 100, np.uint8)),
-        one,
-        ['cat'],
-    )
+    one = Prediction(np.array([[400.0, 200, 1200, 600]]), np.ones(1), np.zeros(1, int), mask)
+    sheet.add(Shot(Input(Path('x'), 'x'), np.full((800, 1600, 3), 100, np.uint8)), one, ['cat'])
     (cell,) = sheet._cells
     assert cell.shape == (240, 480, 3)
     changed = (cell != 100).any(2)
@@ -323,23 +330,23 @@ def test_objects_lie_where_they_are_in_the_small_pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
+    ('arguments', 'code', 'part'),
     [
-        (['no.jpg', '--run', 'run'], 'no.jpg: no such file or folder'),
-        (['empty', '--run', 'run'], 'empty: no image or video in this folder'),
-        (['a.jpg'], 'No model to predict with is named'),
-        (['a.jpg', '--config', 'run/tiny.py'], 'No model to predict with is named'),
-        (['a.jpg', '--run', 'rum'], 'did you mean run?'),
-        (['a.jpg', '--run', 'run', '--checkpoint', 'no.pth'], 'There is no checkpoint no.pth'),
-        (['a.jpg', '--config', 'run/tiny.py', '--checkpoint', 'no.pth'], 'There is no weights file'),
-        (['a.jpg', '--run', 'run', '--no-json', '--no-pictures'], 'There is nothing to write'),
-        (['a.jpg', '--run', 'run', '--out', 'a.jpg'], 'a.jpg is a file'),
-        (['a.jpg', '--run', 'run', '--score-thr', '1.5'], '1.5 is not from 0 to 1'),
-        (['a.jpg', '--run', 'run', '--every', '0'], '0 is less than 1'),
-        (['a.jpg', '--run', 'run', '--proposals', 'x'], "invalid positive value: 'x'"),
+        (['no.jpg', '--run', 'run'], 'predict-inputs', 'no.jpg'),
+        (['empty', '--run', 'run'], 'predict-inputs', 'empty'),
+        (['a.jpg'], 'model-not-named', ''),
+        (['a.jpg', '--config', 'run/tiny.py'], 'model-not-named', ''),
+        (['a.jpg', '--run', 'rum'], '', 'did you mean run?'),
+        (['a.jpg', '--run', 'run', '--checkpoint', 'no.pth'], '', 'no.pth'),
+        (['a.jpg', '--config', 'run/tiny.py', '--checkpoint', 'no.pth'], '', 'no.pth'),
+        (['a.jpg', '--run', 'run', '--no-coco-json', '--no-pictures'], 'predict-nothing-to-write', ''),
+        (['a.jpg', '--run', 'run', '--out', 'a.jpg'], 'file-not-writable', 'a.jpg'),
+        (['a.jpg', '--run', 'run', '--score-thr', '1.5'], None, '1.5'),
+        (['a.jpg', '--run', 'run', '--every', '0'], None, "'0'"),
+        (['a.jpg', '--run', 'run', '--proposals', 'x'], None, "'x'"),
     ],
 )
-def test_errors_are_quick_and_leave_nothing(run, tmp_path, monkeypatch, arguments, message):
+def test_errors_are_quick_and_leave_nothing(run, tmp_path, monkeypatch, arguments, code, part):
     shutil.copytree(run, tmp_path / 'run')
     (tmp_path / 'empty').mkdir()
     Image.new('RGB', (50, 50)).save(tmp_path / 'a.jpg')
@@ -348,27 +355,22 @@ def test_errors_are_quick_and_leave_nothing(run, tmp_path, monkeypatch, argument
     with inside(tmp_path):
         done = predict(*arguments)
     assert done.code == 2
-    assert message in done.err
+    if code is None:
+        assert 'usage: ' in done.err
+    else:
+        assert done.error and code in ('', done.error)
+    assert part in done.err
     assert 'Traceback' not in done.err
     assert files_in(tmp_path) == before
 
 
 @pytest.mark.parametrize(
-    'arguments, message',
-    [(['--classes', 'brid'], 'brid: did you mean bird?'), (['--device', 'cuda:77'], 'There is no device cuda:77')],
+    ('arguments', 'code'), [(['--classes', 'brid'], 'predict-classes'), (['--device', 'cuda:77'], 'device-missing')]
 )
-def test_errors_that_need_the_model_leave_nothing(run, photos, tmp_path, arguments, message):
+def test_errors_that_need_the_model_leave_nothing(run, photos, tmp_path, arguments, code):
     done = predict(photos, '--run', run, '--out', tmp_path / 'out', *arguments)
-    assert done.code == 2
-    assert message in done.err
+    assert (done.code, done.error) == (2, code)
     assert not (tmp_path / 'out').exists()
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, 'access', lambda *_: False)  # root may write everywhere
-    options = apis_predict.Options([], out=tmp_path / 'new/out')
-    with pytest.raises(UserError, match=f'since {tmp_path} is read-only'):
-        apis_predict._output_folder(options)
 
 
 def test_without_memory_on_the_gpu_the_rest_is_done(run, photos, tmp_path, monkeypatch):
@@ -391,6 +393,6 @@ def test_without_memory_on_the_gpu_the_rest_is_done(run, photos, tmp_path, monke
 def test_argument_errors_need_no_torch():
     done = spawn('-X', 'importtime', TOOLS / 'predict.py', 'no_such.jpg')
     assert done.code == 2
-    assert 'No model to predict with is named' in done.err
+    assert done.error == 'model-not-named'
     imported = {line.rpartition('|')[2].strip() for line in done.err.splitlines()}
     assert not imported & {'torch', 'mmdet', 'mmengine', 'mmcv'}
