@@ -31,12 +31,13 @@ VOC_CLASSES = (
 )
 
 # The groups of the VOC devkit's documentation, written as COCO's `supercategory`.
-VOC_SUPERCATEGORIES = {
-    'person': ('person',),
-    'animal': ('bird', 'cat', 'cow', 'dog', 'horse', 'sheep'),
-    'vehicle': ('aeroplane', 'bicycle', 'boat', 'bus', 'car', 'motorbike', 'train'),
-    'indoor': ('bottle', 'chair', 'diningtable', 'pottedplant', 'sofa', 'tvmonitor'),
+_GROUPS = {
+    'person': 'person',
+    'animal': 'bird cat cow dog horse sheep',
+    'vehicle': 'aeroplane bicycle boat bus car motorbike train',
+    'indoor': 'bottle chair diningtable pottedplant sofa tvmonitor',
 }
+VOC_GROUPS = {name: group for group, names in _GROUPS.items() for name in names.split()}
 
 # MMDetection's order: row k of a COCO box head's classifier is class k of this list.
 COCO_CLASSES = (

@@ -1,35 +1,34 @@
-"""Any data set to COCO JSON and images: recognise, read in parallel, check, write."""
+"""Any data set to COCO JSON and images: detect, read in parallel, check, write."""
 
 from __future__ import annotations
 
-import difflib
+import contextlib
 import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from mmfinetune.data.records import Item, Source
-from mmfinetune.data.to_coco import Done, Task, absolute, read_all, relative_name
-from mmfinetune.data.writer import ANNOTATIONS, IMAGES, REPORT, Placing, SplitWriter, Target, place_images
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import natural_key
+from mmfinetune.data.records import Item, Reader
+from mmfinetune.data.to_coco import Converter, Result, absolute, relative_name
+from mmfinetune.data.writer import IMAGES, REPORT, InPlace, Placing, SplitWriter, Target, place_images
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import natural_key, reason_of
+from mmfinetune.utils.text import near, plural, printable, table
 
 NO_SPLIT = 'all'  # name of the only annotation file of a data set without splits
 _SHOWN_CLASSES, _SHOWN_LINES = 100, 20
 
 
-@dataclass(frozen=True)
-class Kind:
-    """Where the reader of a kind is, and what the kind looks like.
+class Format(NamedTuple):
+    """A row of the table of formats.
 
     Attributes:
-        module: In this package.
+        module: Module of the reader in `mmfinetune.data.formats`.
         reader: Class in the module.
-        layout: What `recognise` looks for.
+        layout: What the reader looks for.
     """
 
     module: str
@@ -37,44 +36,46 @@ class Kind:
     layout: str
 
 
-SOURCES = {
-    'coco2017': Kind(
-        'coco', 'Coco2017Source', 'annotations/instances_{train,val}2017.json beside train2017/ and val2017/'
+FORMATS = {
+    'coco2017': Format(
+        'coco', 'Coco2017Reader', 'annotations/instances_{train,val}2017.json next to train2017/ and val2017/'
     ),
-    'coco': Kind(
+    'coco': Format(
         'coco',
-        'CocoSource',
+        'CocoReader',
         'COCO JSON (images, annotations, categories) in the folder, in annotations/ or in '
         'train/, val/, test/; or one such file',
     ),
-    'voc': Kind('voc', 'VocSource', 'a PASCAL VOC devkit: JPEGImages/, SegmentationObject/, SegmentationClass/'),
-    'sbd': Kind('sbd', 'SbdSource', 'SBD: dataset/inst/*.mat and dataset/img/*.jpg'),
-    'cityscapes': Kind('cityscapes', 'CityscapesSource', 'leftImg8bit/ beside gtFine/ with *_gtFine_instanceIds.png'),
-    'labelme': Kind('labelme', 'LabelmeSource', "LabelMe JSON files with 'shapes'"),
-    'yolo': Kind('yolo', 'YoloSource', 'data.yaml, or images/ and labels/*.txt with classes.txt'),
-    'mask-png': Kind('masks', 'MaskPngSource', 'images/ and masks/ with one PNG of object numbers for each image'),
-    'binary-masks': Kind(
+    'voc': Format('voc', 'VocReader', 'a PASCAL VOC devkit: JPEGImages/, SegmentationObject/, SegmentationClass/'),
+    'sbd': Format('sbd', 'SbdReader', 'SBD: dataset/inst/*.mat and dataset/img/*.jpg'),
+    'cityscapes': Format(
+        'cityscapes', 'CityscapesReader', 'leftImg8bit/ next to gtFine/ with *_gtFine_instanceIds.png'
+    ),
+    'labelme': Format('labelme', 'LabelmeReader', "LabelMe JSON files with 'shapes'"),
+    'yolo': Format('yolo', 'YoloReader', 'data.yaml, or images/ and labels/*.txt with classes.txt'),
+    'mask-png': Format('masks', 'MaskPngReader', 'images/ and masks/ with one PNG of object numbers for each image'),
+    'binary-masks': Format(
         'masks',
-        'BinaryMasksSource',
+        'BinaryMasksReader',
         'a black-and-white mask PNG for each image and class: CLASS/name.jpg and '
         '.png, masks/CLASS/name.png or name_CLASS.png',
     ),
 }
-_FILES = {'.json': 'coco', '.yaml': 'yolo', '.yml': 'yolo'}  # kinds that one file may stand for
+_FILES = {'.json': 'coco', '.yaml': 'yolo', '.yml': 'yolo'}  # formats that one file may stand for
 
 
 class _LongList(UserError):
-    # A data set is mended file by file, so a list that is cut early is of little use.
+    # A data set is fixed file by file, so a list that is cut early is of little use.
     max_shown = 1000
 
 
 @dataclass
-class Split:
+class Counts:
     """What one split came to.
 
     Attributes:
         images: Images written.
-        objects: Annotations that are no crowd regions.
+        objects: Annotations that are not crowd regions.
         crowds: Crowd regions.
         empty: Images without any annotation.
         per_class: Objects of each class, in label order.
@@ -92,39 +93,59 @@ class Summary:
     """What a data set came to.
 
     Attributes:
-        kind: Kind of the source.
+        format: Format of the source.
         reason: Why it was taken for that.
         classes: In label order.
         splits: By name.
         dropped: Objects not written, by reason.
-        left_out: Ids of the images with problems.
-        problems: Why, one line each.
-        notes: What was mended or left out otherwise, one line each.
+        left_out: Keys of the images with problems, each with its split.
+        problems: Why they were left out.
+        notes: What was fixed or left out otherwise.
         placed: Images linked, copied or referred to; empty if nothing was written.
+        files: The annotation files by split; empty if nothing was written.
     """
 
-    kind: str
+    format: str
     reason: str
-    classes: list[str]
-    splits: dict[str, Split] = field(default_factory=dict)
+    classes: list[str] = field(default_factory=list)
+    splits: dict[str, Counts] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)
-    left_out: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    left_out: dict[str, str] = field(default_factory=dict)
+    problems: list[Message] = field(default_factory=list)
+    notes: list[Message] = field(default_factory=list)
     placed: dict[str, int] = field(default_factory=dict)
+    files: dict[str, Path] = field(default_factory=dict)
+
+    def count(self, result: Result) -> None:
+        """Add one image."""
+        name = result.item.split or NO_SPLIT
+        counts = self.splits.setdefault(name, Counts(per_class=dict.fromkeys(self.classes, 0)))
+        if result.problems:
+            self.left_out[result.item.key] = name
+            self.problems += result.problems
+            return
+        counts.images += 1
+        counts.objects += len(result.labels)
+        counts.crowds += result.crowds
+        if not result.annotations:
+            counts.empty += 1
+        for label in result.labels:
+            counts.per_class[self.classes[label]] += 1
+        self.dropped += result.dropped
+        self.notes += result.notes
 
 
-def reader(kind: str) -> type[Source]:
-    """The class that reads a kind of data set."""
-    known = SOURCES[kind]
-    return getattr(importlib.import_module(f'mmfinetune.data.formats.{known.module}'), known.reader)
+def reader_for(name: str) -> type[Reader]:
+    """The class that reads a format."""
+    found = FORMATS[name]
+    return getattr(importlib.import_module(f'mmfinetune.data.formats.{found.module}'), found.reader)
 
 
-def recognise(root: Path) -> tuple[str, str]:
-    """The kind of a data set, and why.
+def detect(root: Path) -> tuple[str, str]:
+    """The format of a data set, and why.
 
     Raises:
-        UserError: It looks like no kind or like several.
+        UserError: It looks like no format or like several.
     """
     if root.is_file() and root.suffix.lower() in _FILES:
         return _FILES[root.suffix.lower()], f'a {root.suffix.lower()[1:].upper()} file'
@@ -132,33 +153,36 @@ def recognise(root: Path) -> tuple[str, str]:
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
-        raise UserError(
-            f'{root}: could be of several kinds:',
-            [f'{kind}: {reason}' for kind, reason in found.items()],
-            'name the right one with --kind',
-        )
+        lines = [Message('format-possible', '{format}: {reason}', format=f, reason=r) for f, r in found.items()]
+        hint = 'name the right one with --format'
+        raise UserError('format-ambiguous', '{path}: could be of several formats:', lines, hint=hint, path=root)
+    lines = [Message('format-layout', '{format}: {layout}', format=f, layout=row.layout) for f, row in FORMATS.items()]
     inner = []
     if root.is_dir():
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-        inner = [f'{folder} ({kind})' for folder in folders[:20] for kind in _reasons(folder)]
-    raise UserError(
-        f'{root}: no data set of a known kind. Looked for:',
-        [f'{kind}: {known.layout}' for kind, known in SOURCES.items()],
-        f'name one of these folders instead: {", ".join(inner)}'
-        if inner
-        else 'name the folder that holds the data set; --kind tells in detail what is missing',
-    )
+        inner = [f'{folder} ({name})' for folder in folders[:20] for name in _reasons(folder)]
+    if inner:
+        text = '{path}: not a data set of a known format, but folders in it are. Looked for:'
+        hint = 'name one of these folders instead: {inner}'
+        raise UserError('format-inside', text, lines, hint=hint, path=root, inner=', '.join(inner))
+    text = '{path}: not a data set of a known format. Looked for:'
+    hint = 'name the folder that holds the data set; with --format the error says in detail what is missing'
+    raise UserError('format-unknown', text, lines, hint=hint, path=root)
 
 
 def _reasons(root: Path) -> dict[str, str]:
-    found = {kind: reader(kind).recognise(root) for kind in SOURCES}
-    return {kind: reason for kind, reason in found.items() if reason}
+    found = {}
+    for name in FORMATS:
+        with contextlib.suppress(OSError, ValueError, UserError):
+            if reason := reader_for(name).detect(root):
+                found[name] = reason
+    return found
 
 
 def prepare(
     src: str | Path,
     out: str | Path,
-    kind: str = 'auto',
+    format: str = 'auto',
     placing: Placing = 'link',
     workers: int | None = None,
     skip_bad: bool = False,
@@ -174,218 +198,216 @@ def prepare(
 
     Args:
         src: Folder (or COCO JSON) to read; never changed.
-        out: Folder to make, see `Target`.
-        kind: A key of `SOURCES`, or 'auto'.
-        placing: How images come into `out`, see `place_images`.
-        workers: Processes; all cores by default.
+        out: Folder to make, see `Target`; with 'in-place' the one of the annotation files.
+        format: A key of `FORMATS`, or 'auto'.
+        placing: How images come into `out`, see `place_images`. With 'in-place' only the annotation
+            files are written, with names relative to the root of the data set.
+        workers: Number of processes; all cores by default.
         skip_bad: Leave images with problems out instead of stopping.
         overwrite: Replace what an earlier call made.
         dry_run: Only read and check.
         progress: Whether to show progress bars.
         **options: For the reader; `classes` (names, an order and a subset) and `min_area` (pixels)
-            hold for all kinds.
+            hold for all formats.
 
     Raises:
         UserError: All problems of a kind in one error; `out` is then as it was.
     """
     src, out = Path(src), Path(out)
-    if not os.access(src, os.R_OK):
-        raise UserError(
-            f'{src}: ' + ('may not be read' if src.exists() else 'there is no such folder'), cure='correct the path'
-        )
-    reason = 'as named'
     workers = workers or os.cpu_count() or 1
-    try:
-        if kind == 'auto':
-            kind, reason = recognise(src)
-        target = Target(out, src, overwrite)
-        source = reader(kind).open(src, {**options, 'progress': progress})
-        items = source.items()
-    except OSError as error:
-        raise UserError(
-            f'{error.filename or src}: {error.strerror or error}', cure='make all of the data set readable'
-        ) from error
-    if not items:
-        raise UserError(
-            f'{src}: no images (read as {kind}: {SOURCES[kind].layout})',
-            cure='correct the path, or name another kind with --kind',
-        )
+    in_place = placing == 'in-place'
+    target = InPlace(out, src, overwrite) if in_place else None
+    reader, summary, items = _open(src, format, {**options, 'progress': progress})
+    target = target or Target(out, src, overwrite)
     images = len(items)
-    items, doubles = _without_doubles(items)
-    summary = Summary(kind, reason, _chosen_classes(source, options.get('classes')))
-    summary.left_out = list(doubles)
-    summary.problems = [*getattr(source, 'problems', ()), *doubles.values()]
-    summary.notes = list(getattr(source, 'notes', ()))
-    task = _task(source, summary.classes, items, options.get('min_area') or 0)
-    with nullcontext() if dry_run else target:
+    items = _without_duplicates(reader, items, summary)
+    converter = _converter(reader, summary.classes, items, in_place, options.get('min_area') or 0)
+    with contextlib.nullcontext() if dry_run else target:
         writers: dict[str, SplitWriter] = {}
         names = []
-        for done in read_all(task, items, workers, kind, progress):
-            name = done.item.split or NO_SPLIT
-            split = summary.splits.setdefault(name, Split(per_class=dict.fromkeys(summary.classes, 0)))
+        for result in converter.convert(items, workers, summary.format, progress):
+            summary.count(result)
+            name = result.item.split or NO_SPLIT
             if not dry_run and name not in writers:
-                writers[name] = SplitWriter(target.staging / ANNOTATIONS / f'instances_{name}.json')
-            _count(done, split, summary)
-            if not dry_run and not done.problems:
-                writers[name].add(done.image_id, done.image, done.annotations)
-                names.append(relative_name(done.item.image, task.base))
-        _require_good(summary, src, images, skip_bad, getattr(source, 'cure', ''))
+                writers[name] = target.writer(name)
+            if not dry_run and not result.problems:
+                writers[name].add(result.image_id, result.image, result.annotations)
+                names.append(relative_name(result.item.image, converter.base))
+        _require_good(summary, reader, src, images, skip_bad)
         if dry_run:
             return summary
         for name, writer in writers.items():
-            writer.finish(_header(source, name, src, task, summary))
-        summary.placed = place_images(names, Path(task.base), target.staging / IMAGES, placing, workers, progress)
-        target.commit(_report(summary, src, task, placing, options))
+            writer.finish(_header(reader, name, src, converter.ids, summary, in_place))
+        base = Path(converter.base)
+        summary.placed = place_images(names, base, target.staging / IMAGES, placing, workers, progress)
+        target.commit(_report(summary, src, converter, placing, options))
+        summary.files = {name: target.annotation_file(name) for name in writers}
     return summary
 
 
-def _without_doubles(items: Sequence[Item]) -> tuple[list[Item], dict[str, str]]:
-    """Items of which no two are one file; and why each other is left out, by key."""
-    first: dict[str, Item] = {}
-    lines = {}
+def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summary, list[Item]]:
+    """The reader of a data set, the summary to fill, and all images.
+
+    Raises:
+        UserError: The data set cannot be read or has no images, or the classes do not fit.
+    """
+    if not os.access(src, os.R_OK):
+        text = '{path}: cannot be read' if src.exists() else '{path}: there is no such folder'
+        code = 'prepare-source-unreadable' if src.exists() else 'prepare-source-missing'
+        raise UserError(code, text, hint='correct the path', path=src)
+    reason = 'as named'
+    try:
+        if name == 'auto':
+            name, reason = detect(src)
+        reader = reader_for(name).open(src, options)
+        items = reader.items()
+    except OSError as error:
+        hint = 'make all of the data set readable'
+        facts = dict(path=error.filename or src, reason=reason_of(error))
+        raise UserError('prepare-source-error', '{path}: {reason}', hint=hint, **facts) from error
+    if not items:
+        text = '{path}: no images (read as {format}: {layout})'
+        hint = 'correct the path, or name another format with --format'
+        raise UserError('prepare-no-images', text, hint=hint, path=src, format=name, layout=FORMATS[name].layout)
+    summary = Summary(name, reason, _chosen_classes(reader, options.get('classes')))
+    summary.problems, summary.notes = list(reader.problems), list(reader.notes)
+    return reader, summary, items
+
+
+def _without_duplicates(reader: Reader, items: Sequence[Item], summary: Summary) -> list[Item]:
+    """Items of which no two have one image file; the others are problems of the summary."""
+    first: dict[tuple, Item] = {}
     for item in items:
-        other = first.setdefault(str(absolute(item.image)), item)
-        if other is not item:
-            where = (
-                f'in {other.split or NO_SPLIT} and in {item.split or NO_SPLIT}'
-                if other.split != item.split
-                else 'twice'
-            )
-            lines[item.key] = f'{item.key}: its image is listed {where} (also by {other.key})'
-    return list(first.values()), lines
+        split = item.split or NO_SPLIT
+        other = first.setdefault((absolute(item.image), reader.overlapping and split), item)
+        if other is item:
+            continue
+        splits = dict.fromkeys((other.split or NO_SPLIT, split))
+        text = '{place}: its image is listed twice, in {splits} (also by {other})'
+        facts = dict(place=item.key, splits=' and in '.join(splits), other=other.key)
+        summary.problems.append(Message('prepare-image-twice', text, **facts))
+        summary.left_out[item.key] = split
+    return list(first.values())
 
 
-def _chosen_classes(source: Source, wanted: Sequence[str] | None) -> list[str]:
+def _chosen_classes(reader: Reader, wanted: Sequence[str] | None) -> list[str]:
     """The classes to write, in label order.
 
     Raises:
-        UserError: A name comes twice, is unknown, or there is none.
+        UserError: A name is duplicated or unknown, or there is none.
     """
-    names = list(wanted or source.classes)
-    problems = [f"'{name}' comes {count} times" for name, count in Counter(names).items() if count > 1]
-    problems += [f'{name!r} is not UTF-8' for name in names if _printable(name) != name]
-    for name in dict.fromkeys(names):
-        if name not in source.classes:
-            near = difflib.get_close_matches(name, source.classes, n=1)
-            problems.append(f"there is no class '{name}'" + (f"; did you mean '{near[0]}'?" if near else ''))
+    names = list(wanted or reader.classes)
+    problems = []
+    for name, count in Counter(names).items():
+        if count > 1:
+            problems.append(Message('class-repeated', "'{name}' is given {count} times", name=name, count=count))
+        if printable(name) != name:
+            problems.append(Message('class-encoding', '{name!r} is not UTF-8', name=name))
+        if name not in reader.classes:
+            found = near(name, reader.classes, '; ')
+            problems.append(Message('class-unknown', "there is no class '{name}'{near}", name=name, near=found))
     if problems:
-        raise UserError(
-            f'{source.root}: the classes do not fit the data:', problems, 'choose from: ' + ', '.join(source.classes)
-        )
+        text, hint = '{path}: the classes do not fit the data:', 'choose from: {known}'
+        facts = dict(path=reader.root, known=', '.join(reader.classes))
+        raise UserError('prepare-classes', text, problems, hint=hint, **facts)
     if not names:
-        raise UserError(f'{source.root}: no class is known', cure='name the classes with --classes')
+        hint = 'name the classes with --classes'
+        raise UserError('prepare-no-classes', '{path}: no class is known', hint=hint, path=reader.root)
     return names
 
 
-def _task(source: Source, classes: list[str], items: Sequence[Item], min_area: int) -> Task:
-    parents = {absolute(item.image).parent for item in items}
-    kept = getattr(source, 'category_ids', None) or {}
-    ids = [kept.get(name, 0) for name in classes]
+def _converter(reader: Reader, classes: list[str], items: Sequence[Item], in_place: bool, min_area: int) -> Converter:
+    ids = [reader.category_ids.get(name, 0) for name in classes]
     # Tools disagree whether labels follow the ids or the order in the file, so both must agree.
     if ids != sorted(set(ids)) or ids[0] < 1:
         ids = list(range(1, len(classes) + 1))
     labels = {name: label for label, name in enumerate(classes)}
-    return Task(source, labels, ids, os.path.commonpath(parents), min_area)
+    root = absolute(reader.root)
+    base = root if in_place else os.path.commonpath({absolute(item.image).parent for item in items})
+    return Converter(reader, labels, ids, str(base), min_area)
 
 
-def _count(done: Done, split: Split, summary: Summary) -> None:
-    if done.problems:
-        summary.left_out.append(done.item.key)
-        summary.problems += done.problems
-        return
-    split.images += 1
-    split.objects += len(done.labels)
-    split.crowds += done.crowds
-    split.empty += not done.annotations
-    for label in done.labels:
-        split.per_class[summary.classes[label]] += 1
-    summary.dropped += done.dropped
-    summary.notes += done.notes
-
-
-def _require_good(summary: Summary, src: Path, images: int, skip_bad: bool, cure: str) -> None:
+def _require_good(summary: Summary, reader: Reader, src: Path, images: int, skip_bad: bool) -> None:
     if summary.problems and not skip_bad:
-        count = len(summary.problems)
-        raise _LongList(
-            f'{src}: {count} problem{"s" * (count > 1)}, {len(summary.left_out)} of {images} '
-            'images unusable; nothing was written',
-            summary.problems,
-            (f'{cure}; or ' if cure else 'mend these files, or ') + 'run again with --skip-bad, '
-            'which leaves these out and goes on with the others',
-        )
-    empty = [f'{name}: all images are unusable' for name, split in summary.splits.items() if not split.images]
+        text = '{path}: {found}, {left_out} of {images} images unusable; nothing was written'
+        hint = '{advice}; or run again with --skip-bad, which leaves these out and continues with the others'
+        found = plural(len(summary.problems), 'problem')
+        facts = dict(path=src, found=found, left_out=len(summary.left_out), images=images, advice=reader.hint)
+        raise _LongList('prepare-problems', text, summary.problems, hint=hint, **facts)
+    text = '{split}: all images are unusable'
+    empty = [Message('prepare-split-empty', text, split=name) for name, s in summary.splits.items() if not s.images]
     if empty:
-        raise _LongList(f'{src}: nothing is left to write', empty + summary.problems, cure)
+        text, lines = '{path}: nothing is left to write', empty + summary.problems
+        raise _LongList('prepare-nothing-left', text, lines, hint='{advice}', path=src, advice=reader.hint)
     if not any(split.objects for split in summary.splits.values()):
-        raise UserError(
-            f'{src}: {images} images, but no object of any class',
-            [f'{count} objects dropped: {reason}' for reason, count in sorted(summary.dropped.items())],
-            'correct the path to the labels, --kind or --classes',
-        )
+        text = '{count} objects dropped: {reason}'
+        lines = [Message('prepare-dropped', text, count=n, reason=r) for r, n in sorted(summary.dropped.items())]
+        hint = 'correct the path to the labels, --format or --classes'
+        text = '{path}: {images} images, but no object of any class'
+        raise UserError('prepare-no-objects', text, lines, hint=hint, path=src, images=images)
 
 
-def _header(source: Source, split: str, src: Path, task: Task, summary: Summary) -> dict[str, Any]:
-    groups = getattr(source, 'supercategories', None) or {}
-    own = (getattr(source, 'headers', None) or {}).get(None if split == NO_SPLIT else split, {})
+def _header(reader: Reader, split: str, src: Path, ids: list[int], summary: Summary, in_place: bool) -> dict[str, Any]:
+    own = reader.headers.get(None if split == NO_SPLIT else split, {})
     # No date and no path: the same data gives the same bytes.
-    return {
-        'info': own.get('info') or {'description': f'{src.resolve().name}, {split} (prepared from {summary.kind})'},
-        'licenses': own.get('licenses') or [],
-        'categories': [
-            {'id': category_id, 'name': name, **({'supercategory': groups[name]} if groups.get(name) else {})}
-            for category_id, name in zip(task.ids, summary.classes, strict=True)
-        ],
-    }
+    info = own.get('info') or {'description': f'{src.resolve().name}, {split} (prepared from {summary.format})'}
+    if in_place:  # no report will tell
+        info = {**info, 'left_out': [key for key, of in summary.left_out.items() if of == split]}
+    categories = []
+    for category_id, name in zip(ids, summary.classes, strict=True):
+        categories.append({'id': category_id, 'name': name})
+        if group := reader.supercategories.get(name):
+            categories[-1]['supercategory'] = group
+    return {'info': info, 'licenses': own.get('licenses') or [], 'categories': categories}
 
 
-def _report(summary: Summary, src: Path, task: Task, placing: str, options: dict[str, Any]) -> dict[str, Any]:
+def _report(summary: Summary, src: Path, converter: Converter, placing: str, options: dict[str, Any]) -> dict[str, Any]:
+    splits = sorted(summary.splits.items(), key=lambda pair: natural_key(pair[0]))
     return {
-        'kind': summary.kind,
+        'format': summary.format,
         'source': str(src.resolve()),
-        'images_from': task.base,
+        'images_from': converter.base,
         'images': placing,
         'options': {
             key: str(value) if isinstance(value, Path) else value
             for key, value in sorted(options.items())
             if value not in (None, False)
         },
-        'category_ids': dict(zip(summary.classes, task.ids, strict=True)),
-        'splits': {
-            name: vars(split) for name, split in sorted(summary.splits.items(), key=lambda pair: natural_key(pair[0]))
-        },
+        'category_ids': dict(zip(summary.classes, converter.ids, strict=True)),
+        'splits': {name: vars(split) for name, split in splits},
         'dropped': dict(sorted(summary.dropped.items())),
-        **{name: [_printable(line) for line in getattr(summary, name)] for name in ('left_out', 'problems', 'notes')},
+        **{name: [printable(str(x)) for x in getattr(summary, name)] for name in ('left_out', 'problems', 'notes')},
     }
 
 
-def format_summary(summary: Summary) -> str:
-    """A table for the terminal: splits, classes, and what was left out."""
+def format_summary(summary: Summary, lines: int | None = _SHOWN_LINES) -> str:
+    """A table for the terminal: splits, classes, and what was left out.
+
+    Args:
+        summary: What to show.
+        lines: The most lines of problems and of notes; None for all.
+    """
     splits = sorted(summary.splits.items(), key=lambda pair: natural_key(pair[0]))
-    rows = [
-        f'read as {summary.kind}: {summary.reason}',
-        '',
-        f'{"split":<12}{"images":>9}{"objects":>9}{"crowds":>8}{"empty":>8}',
-    ]
-    rows += [f'{name:<12}{s.images:>9}{s.objects:>9}{s.crowds:>8}{s.empty:>8}' for name, s in splits]
-    width = max(12, *(len(name) + 2 for name in summary.classes))
-    rows += ['', f'{"class":<{width}}' + ''.join(f'{name:>9}' for name, _ in splits)]
-    rows += [
-        f'{name:<{width}}' + ''.join(f'{s.per_class[name]:>9}' for _, s in splits)
-        for name in summary.classes[:_SHOWN_CLASSES]
+    rows = [(name, s.images, s.objects, s.crowds, s.empty) for name, s in splits]
+    shown = [
+        f'read as {summary.format}: {summary.reason}',
+        table([('split', 'images', 'objects', 'crowds', 'empty'), *rows]),
+        table(
+            [
+                ('class', *(name for name, _ in splits)),
+                *((name, *(s.per_class[name] for _, s in splits)) for name in summary.classes[:_SHOWN_CLASSES]),
+            ]
+        ),
     ]
     if len(summary.classes) > _SHOWN_CLASSES:
-        rows.append(f'… and {len(summary.classes) - _SHOWN_CLASSES} more classes')
-    rows += [f'\n{count} objects dropped: {reason}' for reason, count in sorted(summary.dropped.items())]
-    for title, lines in (('left out', summary.problems), ('notes', summary.notes)):
-        if lines:
-            rows += ['', f'{title}:', *(f'  - {line}' for line in lines[:_SHOWN_LINES])]
-            if len(lines) > _SHOWN_LINES:
-                rows.append(f'  … and {len(lines) - _SHOWN_LINES} more, see {REPORT}')
+        shown[-1] += f'\n… and {len(summary.classes) - _SHOWN_CLASSES} more classes'
+    shown += [f'{count} objects dropped: {reason}' for reason, count in sorted(summary.dropped.items())]
+    for title, found in (('left out', summary.problems), ('notes', summary.notes)):
+        if found:
+            block = [f'{title}:', *(f'  - {line}' for line in found[:lines])]
+            if lines is not None and len(found) > lines:
+                block.append(f'  … and {len(found) - lines} more, see {REPORT}')
+            shown.append('\n'.join(block))
     if summary.placed:
-        rows += ['', 'images: ' + ', '.join(f'{count} {how}' for how, count in sorted(summary.placed.items()))]
-    return _printable('\n'.join(rows))
-
-
-def _printable(text: str) -> str:
-    """The text with the bytes of names that are not UTF-8 written out."""
-    return text.encode(errors='backslashreplace').decode()
+        shown.append('images: ' + ', '.join(f'{count} {how}' for how, count in sorted(summary.placed.items())))
+    return printable('\n\n'.join(shown))

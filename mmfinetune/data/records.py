@@ -1,10 +1,14 @@
-"""What every reader of a data set hands over, and what readers share. No torch here."""
+"""What every reader of a data set hands over."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
+
+from mmfinetune.utils.errors import Message, Problem
+from mmfinetune.utils.files import shown
+from mmfinetune.utils.images import image_size
 
 
 @dataclass
@@ -14,10 +18,9 @@ class Instance:
     Attributes:
         category: Name of its class.
         segmentation: Polygons as flat lists x, y, x, y, ... in pixels, or a COCO RLE
-            `{'size': [height, width], 'counts': str}`. `prepare` checks both, and compresses an
-            RLE whose counts are a list.
+            `{'size': [height, width], 'counts': str or list}`; unchecked.
         iscrowd: Whether it is a group that evaluation ignores.
-        place: Where it stands in the label file, for messages: 'annotation 17', 'shape 3'.
+        place: Where it is in the label file, for messages: 'annotation 17', 'shape 3'.
         extra: Further keys of the annotation with JSON values, such as VOC's `difficult`.
     """
 
@@ -33,13 +36,12 @@ class Record:
     """One image and its objects.
 
     Attributes:
-        image: The file as it lies in the source.
+        image: The image file in the data set.
         width: In pixels, as training reads the image: EXIF orientation applied.
         height: Likewise.
-        instances: Its objects; of no use when there are problems.
-        split: 'train', 'val', 'test' or None.
-        problems: What forbids the image: file, place, facts; one line each.
-        notes: What was left out or mended without forbidding the image, one line each.
+        instances: Its objects; meaningless if there are problems.
+        problems: Why the image cannot be used.
+        notes: What was left out or fixed in a usable image.
         image_id: Id to keep; all images of a split have one or none has.
         extra: Further keys of the image with JSON values, such as `license`.
     """
@@ -47,10 +49,9 @@ class Record:
     image: Path
     width: int
     height: int
-    instances: list[Instance]
-    split: str | None = None
-    problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    instances: list[Instance] = field(default_factory=list)
+    problems: list[Message] = field(default_factory=list)
+    notes: list[Message] = field(default_factory=list)
     image_id: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
@@ -68,37 +69,67 @@ class Item:
 
     key: str
     image: Path
-    label: Any
+    label: Any = None
     split: str | None = None
 
 
-class Source(Protocol):
-    """A data set of one kind; picklable, since it is sent to worker processes.
-
-    A source may also have these attributes: `problems` and `notes` (lists of lines that belong to
-    no single image), `cure` (how to mend problems of this kind), `category_ids` (ids to keep, by
-    class name), `supercategories` (by class name) and `headers` (`info` and `licenses` by split).
+class Reader:
+    """A data set of one format; picklable, since it is sent to worker processes.
 
     Attributes:
-        kind: Name of the kind.
+        hint: How to fix problems of this format.
         root: Folder of the data set.
         classes: Names of all classes in label order.
+        problems: What belongs to no single image but forbids the data set.
+        notes: The same of what does not forbid it.
+        category_ids: Ids to keep, by class name; may be empty.
+        supercategories: By class name.
+        headers: `info` and `licenses` by split.
+        overlapping: Whether an image may be in several splits.
     """
 
-    kind: str
-    root: Path
-    classes: list[str]
+    hint = 'fix these files'
+    overlapping = False
+
+    def __init__(self, root: Path, classes: list[str]) -> None:
+        self.root, self.classes = root, classes
+        self.problems: list[Message] = []
+        self.notes: list[Message] = []
+        self.category_ids: dict[str, int] = {}
+        self.supercategories: dict[str, str] = {}
+        self.headers: dict[str | None, dict[str, Any]] = {}
 
     @classmethod
-    def recognise(cls, root: Path) -> str | None:
-        """Why `root` seems to be of this kind, or None; looks at few files and never raises."""
+    def detect(cls, root: Path) -> str | None:
+        """Why `root` seems to be of this format, or None; looks at few files.
+
+        Raises:
+            OSError, ValueError, UserError: All mean None.
+        """
+        raise NotImplementedError
 
     @classmethod
-    def open(cls, root: Path, options: dict[str, Any]) -> Source:
-        """The data set at `root`; raises UserError with all problems if it cannot be used."""
+    def open(cls, root: Path, options: dict[str, Any]) -> Reader:
+        """The data set at `root`.
+
+        Raises:
+            UserError: It cannot be used, with all problems.
+        """
+        raise NotImplementedError
 
     def items(self) -> list[Item]:
         """All images, always in the same order."""
+        raise NotImplementedError
 
     def read(self, item: Item) -> Record:
-        """Read one image; what is wrong with it goes into `Record.problems`, never raised."""
+        """Read one image; what is wrong with it goes into `Record.problems` and is never raised."""
+        raise NotImplementedError
+
+    def start(self, item: Item) -> Record:
+        """A record with the image's size, or with the problem that its file has."""
+        record = Record(item.image, 0, 0)
+        try:
+            record.width, record.height = image_size(item.image)
+        except Problem as problem:
+            record.problems.append(problem.message.at(shown(item.image, self.root)))
+        return record

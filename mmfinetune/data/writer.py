@@ -12,13 +12,14 @@ from typing import IO, Any, Literal
 from tqdm import tqdm
 
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import json_bytes
+from mmfinetune.utils.files import json_bytes, not_writable, reason_of, require_writable
 
 ANNOTATIONS, IMAGES, REPORT = 'annotations', 'images', 'prepare_report.json'
-Placing = Literal['link', 'copy', 'reference']
+Placing = Literal['link', 'copy', 'reference', 'in-place']
 
 _PARTIAL, _REPLACED = '.partial', '.replaced'
 _COPY_CHUNK = 1 << 24  # bytes
+_APART = 'choose a folder next to it'
 
 
 class Target:
@@ -26,37 +27,46 @@ class Target:
 
     Args:
         out: The folder. Missing or empty, or, to overwrite, made by this class before.
-        source: What is read; must lie apart from `out`.
+        source: What is read; must not overlap with `out`.
         overwrite: Whether to replace what an earlier call made.
 
     Raises:
-        UserError: The folder may not be written to, is not empty, or overlaps with the source.
+        UserError: The folder cannot be written, is not empty, or overlaps with the source.
     """
 
     def __init__(self, out: Path, source: Path, overwrite: bool) -> None:
-        self.out, self.staging = out, out / _PARTIAL
-        real_out, real_source = Path(os.path.realpath(out)), Path(os.path.realpath(source))
-        if real_out == real_source or real_source in real_out.parents:
+        self.out, self.staging, self.made = out, out / _PARTIAL, None
+        self._check(Path(os.path.realpath(out)), Path(os.path.realpath(source)), overwrite)
+        require_writable(out)
+
+    def _check(self, out: Path, source: Path, overwrite: bool) -> None:
+        if out == source or source in out.parents:
+            text = '{out}: is inside the source {source}, which is never changed'
+            raise UserError('target-inside', text, hint=_APART, out=self.out, source=source)
+        if out in source.parents:
             raise UserError(
-                f'{out}: lies in the source {source}, which is never changed', cure='choose a folder beside it'
+                'target-around', '{out}: holds the source {source}', hint=_APART, out=self.out, source=source
             )
-        if real_out in real_source.parents:
-            raise UserError(f'{out}: holds the source {source}', cure='choose a folder beside it')
         if out.exists() and not out.is_dir():
-            raise UserError(f'{out}: is a file', cure='choose a folder')
+            raise UserError('target-file', '{out}: is a file', hint='choose a folder', out=self.out)
         # A run that was killed leaves nothing but its hidden folder.
         present = sorted({p.name for p in out.iterdir()} - {_PARTIAL}) if out.is_dir() else []
+        names = ', '.join(present[:5]) + (', …' if len(present) > 5 else '')
         if present and not overwrite:
-            raise UserError(
-                f'{out}: not empty ({_listed(present)})', cure='choose another folder, or replace it with --overwrite'
-            )
+            hint = 'choose another folder, or replace it with --overwrite'
+            raise UserError('target-not-empty', '{out}: not empty ({names})', hint=hint, out=self.out, names=names)
         if present and not (out / REPORT).is_file():
-            raise UserError(
-                f'{out}: holds files, but no {REPORT}; only what this tool made is overwritten',
-                cure='choose another folder, or empty it by hand',
-            )
-        _check_writable(out)
-        self.made: Path | None = None
+            text = '{out}: holds files, but no {report}; only what this tool made is overwritten'
+            hint = 'choose another folder, or empty it by hand'
+            raise UserError('target-foreign', text, hint=hint, out=self.out, report=REPORT)
+
+    def annotation_file(self, split: str) -> Path:
+        """The annotation file of a split, once committed."""
+        return self.out / ANNOTATIONS / f'instances_{split}.json'
+
+    def writer(self, split: str) -> SplitWriter:
+        """A new writer for the annotation file of a split."""
+        return SplitWriter(self.staging / ANNOTATIONS / self.annotation_file(split).name)
 
     def __enter__(self) -> Target:
         try:
@@ -66,7 +76,7 @@ class Target:
             shutil.rmtree(self.staging, ignore_errors=True)
             (self.staging / ANNOTATIONS).mkdir(parents=True)
         except OSError as error:
-            raise _unwritable(self.out, error) from error
+            raise not_writable(self.out, error) from error
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -97,7 +107,29 @@ class Target:
                 if os.path.lexists(self.out / old.name):
                     (self.out / old.name).rename(self.staging / old.name)
                 old.rename(self.out / old.name)
-            raise _unwritable(self.out, error) from error
+            raise not_writable(self.out, error) from error
+
+
+class InPlace(Target):
+    """A folder for the annotation files alone: they replace those of the same names together.
+
+    The images stay where they are; what else is in the folder stays too.
+    """
+
+    def _check(self, out: Path, source: Path, overwrite: bool) -> None:
+        """Nothing: the folder may be in the source and hold other files."""
+
+    def annotation_file(self, split: str) -> Path:
+        """See `Target`."""
+        return self.out / f'instances_{split}.json'
+
+    def commit(self, report: dict[str, Any]) -> None:  # noqa: ARG002
+        """Move the annotation files into place; the report is not kept."""
+        try:
+            for path in (self.staging / ANNOTATIONS).iterdir():
+                path.replace(self.out / path.name)
+        except OSError as error:
+            raise not_writable(self.out, error) from error
 
 
 class SplitWriter:
@@ -114,7 +146,7 @@ class SplitWriter:
                 path.with_suffix(suffix).open('w+b') for suffix in ('.images', '.annotations')
             )
         except OSError as error:
-            raise _unwritable(path, error) from error
+            raise not_writable(path, error) from error
 
     def add(self, image_id: int | None, image: str, annotations: Sequence[str]) -> None:
         """Write one image and its annotations; their ids are numbered from 1.
@@ -132,7 +164,7 @@ class SplitWriter:
                 self.annotations += 1
                 self._write(1, self.annotations, f'{{"id":{self.annotations},"image_id":{image_id},{annotation}}}')
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise not_writable(self.path, error) from error
 
     def _write(self, part: int, number: int, text: str) -> None:
         self._parts[part].write((b',' if number > 1 else b'') + text.encode())
@@ -158,7 +190,7 @@ class SplitWriter:
                 part.close()
                 Path(part.name).unlink()
         except OSError as error:
-            raise _unwritable(self.path, error) from error
+            raise not_writable(self.path, error) from error
 
 
 def place_images(
@@ -168,11 +200,11 @@ def place_images(
 
     Args:
         names: Paths of the images relative to `folder`, with slashes.
-        folder: Where they lie.
+        folder: Where they are.
         target: Folder to make.
         placing: 'link' makes hard links, and copies where the file system has none; 'reference'
-            makes one symbolic link to `folder`.
-        workers: Threads.
+            makes one symbolic link to `folder`; 'in-place' does nothing.
+        workers: Number of threads.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -181,13 +213,15 @@ def place_images(
     Raises:
         UserError: An image cannot be read or the target not be written.
     """
+    if placing == 'in-place':
+        return {}
     if placing == 'reference':
         try:
             target.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError as error:
-            raise UserError(
-                f'{target}: a symbolic link cannot be made here ({error.strerror or error})', cure='use --images copy'
-            ) from error
+            text = '{path}: cannot make a symbolic link here ({reason})'
+            facts = dict(path=target, reason=reason_of(error))
+            raise UserError('target-symlink', text, hint='use --place copy', **facts) from error
         return {'referred to': len(names)}
 
     def place(name: str) -> str:
@@ -215,28 +249,8 @@ def place_images(
                 counts[how] = counts.get(how, 0) + 1
         except OSError as error:
             pool.shutdown(wait=True, cancel_futures=True)
-            raise UserError(
-                f'{error.filename or target}: an image cannot be '
-                f'{"linked" if placing == "link" else "copied"} '
-                f'({error.strerror or error})',
-                cure='make room on the disk, or use --images reference',
-            ) from error
+            text = '{path}: the image cannot be placed by {placing} ({reason})'
+            facts = dict(path=error.filename or target, placing=placing, reason=reason_of(error))
+            hint = 'make room on the disk, or use --place reference'
+            raise UserError('target-image', text, hint=hint, **facts) from error
     return counts
-
-
-def _listed(names: list[str]) -> str:
-    return ', '.join(names[:5]) + (', …' if len(names) > 5 else '')
-
-
-def _check_writable(out: Path) -> None:
-    # Asked before the work, not after it.
-    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
-    if not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise UserError(f'{out}: cannot be written', cure='choose another folder')
-
-
-def _unwritable(path: Path, error: OSError) -> UserError:
-    return UserError(
-        f'{path}: cannot be written: {error.strerror or error}',
-        cure='choose a folder you may write to, on a disk with room',
-    )

@@ -23,7 +23,7 @@ def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
     Returns:
         `{'size': [height, width], 'counts': str}`.
     """
-    return _as_json(mask_api.encode(np.asfortranarray(mask, dtype=np.uint8)))
+    return as_json(mask_api.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
 def masks_to_rles(indices: np.ndarray, values: Iterable[int]) -> list[dict[str, Any]]:
@@ -62,13 +62,14 @@ def to_rle(shape: list | dict[str, Any], height: int, width: int) -> dict[str, A
         width: Width of the image.
     """
     if isinstance(shape, list):
-        return _as_json(mask_api.merge(mask_api.frPyObjects(shape, height, width)))
+        return as_json(mask_api.merge(mask_api.frPyObjects(shape, height, width)))
     if isinstance(shape['counts'], list):
-        return _as_json(mask_api.frPyObjects(shape, height, width))
+        return as_json(mask_api.frPyObjects(shape, height, width))
     return {'size': [height, width], 'counts': shape['counts']}
 
 
-def _as_json(rle: dict[str, Any]) -> dict[str, Any]:
+def as_json(rle: dict[str, Any]) -> dict[str, Any]:
+    """An RLE of pycocotools with its counts, bytes there, as a string."""
     return {'size': [int(side) for side in rle['size']], 'counts': rle['counts'].decode()}
 
 

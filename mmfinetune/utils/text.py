@@ -78,3 +78,8 @@ def duration(seconds: float) -> str:
     if whole < 60:
         return f'{seconds:.1f} s'
     return f'{whole // 3600}:{whole // 60 % 60:02}:{whole % 60:02}'
+
+
+def printable(text: str) -> str:
+    """The text with what UTF-8 cannot hold (file names and JSON may have it) written out."""
+    return text.encode(errors='backslashreplace').decode()

@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mmfinetune.data.formats.folders import require_size, start_record
-from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.errors import UserError
+from mmfinetune.data.formats.folders import require_size
+from mmfinetune.data.records import Instance, Item, Reader, Record
+from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import natural_key, shown
+from mmfinetune.utils.images import read_pixels
 from mmfinetune.utils.masks import masks_to_rles
 
 # Label ids and names of the classes with instances that are evaluated (cityscapesScripts,
@@ -21,61 +21,51 @@ CLASSES = {24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'tr
 _GROUPS = {name: 'human' if label < 26 else 'vehicle' for label, name in CLASSES.items()}
 _PER_LABEL = 1000  # an object's value is its label id times this, plus its number
 _IMAGE_END, _LABEL_END = '_leftImg8bit.png', '_gtFine_instanceIds.png'
-_CURE = 'unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip side by side'
+_HINT = 'unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip next to each other'
 
 
-class CityscapesSource:
+class CityscapesReader(Reader):
     """`leftImg8bit/` and `gtFine/` of Cityscapes, train and val; the labels of test are withheld.
 
     An object is the pixels of one value in `*_gtFine_instanceIds.png`. A value that is a bare label
     id marks a group in which objects could not be told apart: it becomes a crowd region.
     """
 
-    kind = 'cityscapes'
-
-    def __init__(self, root: Path, images: dict[str, list[Path]], problems: list[str]) -> None:
-        self.root, self.classes = root, list(CLASSES.values())
-        self.supercategories, self.problems, self._images = _GROUPS, problems, images
+    def __init__(self, root: Path, images: dict[str, list[Path]]) -> None:
+        super().__init__(root, list(CLASSES.values()))
+        self.supercategories, self._images = _GROUPS, images
 
     @classmethod
-    def recognise(cls, root: Path) -> str | None:
-        """See `Source.recognise`."""
-        if (root / 'leftImg8bit').is_dir() and (root / 'gtFine').is_dir():
-            return 'leftImg8bit/ beside gtFine/'
-        return None
+    def detect(cls, root: Path) -> str | None:
+        """See `Reader.detect`."""
+        found = (root / 'leftImg8bit').is_dir() and (root / 'gtFine').is_dir()
+        return 'leftImg8bit/ next to gtFine/' if found else None
 
     @classmethod
-    def open(cls, root: Path, options: dict[str, Any]) -> CityscapesSource:
-        """See `Source.open`."""
+    def open(cls, root: Path, options: dict[str, Any]) -> CityscapesReader:  # noqa: ARG003
+        """See `Reader.open`."""
         missing = [f'{name}/' for name in ('leftImg8bit', 'gtFine') if not (root / name).is_dir()]
-        images = {
-            split: sorted((root / 'leftImg8bit' / split).glob(f'*/*{_IMAGE_END}'), key=natural_key)
-            for split in ('train', 'val')
-        }
-        images = {split: paths for split, paths in images.items() if paths}
+        images = _per_split(root / 'leftImg8bit', _IMAGE_END)
         if not images:
             missing.append(f'leftImg8bit/{{train,val}}/CITY/*{_IMAGE_END}')
+        labels = _per_split(root / 'gtFine', _LABEL_END)
+        if not labels:
+            missing.append(f'gtFine/{{train,val}}/CITY/*{_LABEL_END}')
         if missing:
-            raise UserError(f'{root}: not a whole Cityscapes. Missing:', missing, _CURE)
-        labels = {
-            split: sorted((root / 'gtFine' / split).glob(f'*/*{_LABEL_END}'), key=natural_key) for split in images
-        }
-        if not any(labels.values()):
-            raise UserError(f'{root}: no gtFine/{{train,val}}/CITY/*{_LABEL_END}', cure=_CURE)
+            raise UserError(
+                'cityscapes-incomplete', '{path}: Cityscapes is incomplete. Missing:', missing, hint=_HINT, path=root
+            )
+        reader = cls(root, images)
         wanted = {_label_of(root, path) for paths in images.values() for path in paths}
-        return cls(
-            root,
-            images,
-            [
-                f'{shown(path, root)}: its image is missing'
-                for paths in labels.values()
-                for path in paths
-                if path not in wanted
-            ],
-        )
+        for split in images:
+            for path in labels.get(split, ()):
+                if path not in wanted:
+                    text = '{place}: its image is missing'
+                    reader.problems.append(Message('cityscapes-no-image', text, place=shown(path, root)))
+        return reader
 
     def items(self) -> list[Item]:
-        """See `Source.items`."""
+        """See `Reader.items`."""
         return [
             Item(path.name.removesuffix(_IMAGE_END), path, _label_of(self.root, path), split)
             for split, paths in self._images.items()
@@ -83,30 +73,33 @@ class CityscapesSource:
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Source.read`."""
-        record = start_record(item, self.root)
-        name = shown(item.label, self.root)
+        """See `Reader.read`."""
+        record = self.start(item)
         try:
             values = _read_values(item.label)
             if not record.problems:
                 require_size(values, record, self.root)
-        except ValueError as error:
-            record.problems.append(f'{name}: {error}')
-        if record.problems:
-            return record
+                self._read_objects(values, record)
+        except Problem as problem:
+            record.problems.append(problem.message.at(shown(item.label, self.root)))
+        return record
+
+    def _read_objects(self, values: np.ndarray, record: Record) -> None:
         present = np.unique(values).tolist()
-        numbers = [value for value in present if _label_id(value) in CLASSES]
         unknown = [value for value in present if _label_id(value) > max(CLASSES)]
         if unknown:
-            record.problems.append(
-                f'{name}: the value {unknown[0]} is no label id of Cityscapes (0 to 33); a file of another kind?'
-            )
-            return record
+            text = 'the value {value} is not a label id of Cityscapes (0 to 33); a file of another kind?'
+            raise Problem('cityscapes-value', text, value=unknown[0])
+        numbers = [value for value in present if _label_id(value) in CLASSES]
         record.instances = [
             Instance(CLASSES[_label_id(value)], rle, iscrowd=value < _PER_LABEL, place=f'value {value}')
             for value, rle in zip(numbers, masks_to_rles(values, numbers), strict=True)
         ]
-        return record
+
+
+def _per_split(folder: Path, end: str) -> dict[str, list[Path]]:
+    found = {split: sorted((folder / split).glob(f'*/*{end}'), key=natural_key) for split in ('train', 'val')}
+    return {split: paths for split, paths in found.items() if paths}
 
 
 def _label_of(root: Path, image: Path) -> Path:
@@ -119,21 +112,8 @@ def _label_id(value: int) -> int:
 
 
 def _read_values(path: Path) -> np.ndarray:
-    """The values of an instanceIds PNG, int32 (height, width).
-
-    Raises:
-        ValueError: With a short reason.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ('I', 'I;16', 'I;16B', 'L'):
-                raise ValueError(f'mode {image.mode} where 16-bit grey values belong')
-            return np.asarray(image).astype(np.int32)
-    except FileNotFoundError:
-        raise ValueError('missing') from None
-    except ValueError:
-        raise
-    # Pillow's decoders raise many kinds on damaged files.
-    except Exception as error:
-        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-        raise ValueError(f'unreadable ({reason})') from None
+    """The values of an instanceIds PNG, int32 (height, width); raises Problem."""
+    pixels, mode, _ = read_pixels(path)
+    if mode not in ('I', 'I;16', 'I;16B', 'L'):
+        raise Problem('cityscapes-mode', 'mode {mode} where 16-bit grey values belong', mode=mode)
+    return pixels.astype(np.int32)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-from mmfinetune.data.records import Item, Record
-from mmfinetune.utils.errors import UserError
+from mmfinetune.data.records import Record
+from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, natural_key, read_text, shown
-from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size
+from mmfinetune.utils.images import IMAGE_SUFFIXES
 
 IMAGE_FOLDERS = frozenset({'images', 'image', 'imgs', 'img'})
 MASK_FOLDERS = frozenset({'masks', 'mask', 'instances', 'instance_masks'})
@@ -26,7 +27,7 @@ _MASK_SUFFIXES = IMAGE_SUFFIXES | {'.gif'}
 _WORDS = 'masks?|labels?|instances?|instanceids?|segmentation|seg|gt|binary'
 _LAST_WORD = re.compile(rf'[-_. ](?:{_WORDS})$', re.IGNORECASE)
 _MASK_WORD = re.compile(rf'(?:^|[-_. ])(?:{_WORDS})(?=[-_. ]|$)', re.IGNORECASE)
-_SAMPLES = 5  # masks that are looked into to recognise a kind
+_SAMPLES = 5  # masks that are opened to detect a format
 _SPLIT = re.compile(r'(train|val|test)(?:ing|id|idation)?(?:[-_]?[0-9]{4})?')
 
 _Place = tuple[str, ...]  # folders without the one that tells the role, then the stem
@@ -65,45 +66,54 @@ def apart(parts: tuple[str, ...], folders: Collection[str]) -> tuple[tuple[str, 
 def find_class_list(root: Path) -> tuple[Path, list[str]] | None:
     """The class list of a data set and its names in order; None if there is no such file.
 
+    LabelMe's `__ignore__` and `_background_` are left out.
+
     Raises:
-        UserError: It is unreadable, empty, or names a class twice.
+        UserError: It is unreadable or empty, or has a duplicated name or an empty line between.
     """
     path = next((root / name for name in CLASS_LISTS if (root / name).is_file()), None)
-    return (path, read_class_list(path)) if path else None
+    if path is None:
+        return None
+    problems, names = [], []
+    try:
+        # An empty line between would shift the number of every class after it.
+        for number, line in enumerate(read_text(path).strip().splitlines(), 1):
+            if not line.strip():
+                problems.append(Message('class-list-line-empty', 'line {line}: empty', line=number))
+            elif line.strip() not in NO_CLASS:
+                names.append(line.strip())
+    except Problem as problem:
+        problems.append(problem.message)
+    for name, count in Counter(names).items():
+        if count > 1:
+            text = "'{name}' is listed {count} times"
+            problems.append(Message('class-list-repeated', text, name=name, count=count))
+    if not problems and not names:
+        problems.append(Message('class-list-empty', 'it names no class'))
+    if problems:
+        hint = 'one class name a line, in the order of the labels'
+        raise UserError('class-list', '{path}: not a list of classes', problems, hint=hint, path=path)
+    return path, names
 
 
-def read_class_list(path: Path) -> list[str]:
-    """The class names of a text file, one a line; LabelMe's `__ignore__`, `_background_` left out.
+def read_ids(path: Path) -> tuple[list[str], list[Message]]:
+    """The image ids of a text file, one a line, and the lines that are not an id or are duplicated.
 
     Raises:
-        UserError: It is unreadable, empty, names a class twice, or has an empty line between.
+        Problem: It is unreadable, or has no id.
     """
-    cure = 'one class name a line, in the order of the labels'
-    try:
-        lines = [line.strip() for line in read_text(path).strip().splitlines()]
-    except ValueError as error:
-        raise UserError(f'{path}: {error}', cure=cure) from None
-    names = [line for line in lines if line not in NO_CLASS]
-    # An empty line between would shift the number of every class after it.
-    problems = [f'line {number}: empty' for number, line in enumerate(lines, 1) if not line]
-    problems += [
-        f"'{name}' is listed {names.count(name)} times"
-        for name in dict.fromkeys(names)
-        if name and names.count(name) > 1
-    ]
-    if problems or not names:
-        raise UserError(f'{path}: not a list of classes', problems or ['it names no class'], cure)
-    return names
-
-
-def start_record(item: Item, root: Path) -> Record:
-    """A record with the image's size, or with the problem that its file has."""
-    record = Record(item.image, 0, 0, [], item.split)
-    try:
-        record.width, record.height = image_size(item.image)
-    except ValueError as error:
-        record.problems.append(f'{shown(item.image, root)}: {error}')
-    return record
+    first: dict[str, int] = {}
+    bad = []
+    for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
+        if len(line.split()) > 1 or '/' in line or '\\' in line:
+            bad.append(
+                Message('id-list-not-an-id', "line {line}: '{text}' is not one image id", line=number, text=line)
+            )
+        elif line and first.setdefault(line, number) != number:
+            bad.append(Message('id-list-twice', "line {line}: '{text}' is listed twice", line=number, text=line))
+    if not first:
+        raise Problem('id-list-empty', 'no image id in it')
+    return list(first), bad
 
 
 @dataclass
@@ -133,6 +143,10 @@ class Layout:
             bool(self.masks) and 2 * len(self.masks) >= len(self.images) and 10 * len(self.orphans) <= len(self.images)
         )
 
+    def share(self) -> str:
+        """How many images have a mask, in words."""
+        return f'{len(self.masks)} of {len(self.images)}'
+
     def images_of_masks(self) -> dict[Path, list[Path]]:
         """The other way round: the images of each mask, which should be one."""
         found: dict[Path, list[Path]] = {}
@@ -148,13 +162,16 @@ class Layout:
 
 
 def require_size(pixels: np.ndarray, record: Record, root: Path) -> None:
-    """Raise a ValueError unless a mask, (h, w), has the size of its image."""
+    """Raise a Problem unless a mask, (h, w), has the size of its image."""
     height, width = pixels.shape
-    if (width, height) != (record.width, record.height):
-        turned = ' (turned by its EXIF orientation?)' if (height, width) == (record.width, record.height) else ''
-        raise ValueError(
-            f'{width}x{height} pixels, but {shown(record.image, root)} has {record.width}x{record.height}{turned}'
-        )
+    size = (record.width, record.height)
+    if (width, height) == size:
+        return
+    facts = dict(width=width, height=height, image=shown(record.image, root), size=f'{size[0]}x{size[1]}')
+    if (height, width) == size:
+        text = '{width}x{height} pixels, but {image} has {size} (turned by its EXIF orientation?)'
+        raise Problem('mask-file-turned', text, **facts)
+    raise Problem('mask-file-size', '{width}x{height} pixels, but {image} has {size}', **facts)
 
 
 def numbered_layout(root: Path) -> Layout:

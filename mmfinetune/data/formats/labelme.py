@@ -17,12 +17,12 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from tqdm import tqdm
 
-from mmfinetune.data.formats.folders import IMAGE_FOLDERS, NO_CLASS, apart, find_class_list, split_of, start_record
-from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.errors import UserError
+from mmfinetune.data.formats.folders import IMAGE_FOLDERS, NO_CLASS, apart, find_class_list, split_of
+from mmfinetune.data.records import Instance, Item, Reader, Record
+from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, read_json, shown
 from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
-from mmfinetune.utils.masks import check_polygon, mask_to_rle
+from mmfinetune.utils.masks import as_json, check_polygon, mask_to_rle, to_rle
 
 # Number of points that each shape with an area may have. X-AnyLabeling, which writes the same
 # files, gives a rectangle four corners and calls a turned one 'rotation'.
@@ -36,7 +36,7 @@ _POINTS = {
 }
 _NO_AREA = frozenset({'point', 'points', 'line', 'linestrip'})
 _LABEL_FOLDERS = frozenset({'labels', 'label', 'annotations', 'annotation', 'json', 'jsons'})
-_SAMPLES = 5  # JSON files that are looked into to recognise the kind
+_SAMPLES = 5  # JSON files that are opened to detect the format
 _MOST_BYTES = 64 << 20  # of these; a large photograph may be embedded
 
 
@@ -46,11 +46,11 @@ class _Head:
 
     image_path: str = ''
     labels: set[str] = field(default_factory=set)
-    problem: str = ''
+    problem: Message | None = None
 
 
-class LabelmeSource:
-    """LabelMe JSON files of any version beside their images, or in a folder of their own.
+class LabelmeReader(Reader):
+    """LabelMe JSON files of any version next to their images, or in a folder of their own.
 
     Shapes of one label and one `group_id` are one object of several parts. Polygons stay as they
     are, so their pixels are those of pycocotools' rasteriser: a pixel belongs to a polygon when
@@ -63,91 +63,82 @@ class LabelmeSource:
     out.
     """
 
-    kind = 'labelme'
-    cure = (
+    hint = (
         'correct these files in LabelMe or a text editor; an image that is only embedded in '
         'its JSON file comes out with `labelme_export_json FILE.json`'
     )
 
     def __init__(
-        self, root: Path, classes: list[str], class_list: Path | None, items: list[Item], notes: list[str]
+        self, root: Path, classes: list[str], class_list: Path | None, items: list[Item], notes: list[Message]
     ) -> None:
-        self.root, self.classes, self.notes = root, classes, notes
-        self._class_list, self._items = class_list, items
+        super().__init__(root, classes)
+        self.notes, self._class_list, self._items = notes, class_list, items
 
     @classmethod
-    def recognise(cls, root: Path) -> str | None:
-        """See `Source.recognise`."""
-        try:
-            paths = find_files(root, {'.json'})
-            sample = paths[:: max(1, len(paths) // _SAMPLES)][:_SAMPLES]
-            ours = [path for path in sample if _is_labelme(path)]
-        except OSError:
-            return None
+    def detect(cls, root: Path) -> str | None:
+        """See `Reader.detect`."""
+        paths = find_files(root, {'.json'})
+        sample = paths[:: max(1, len(paths) // _SAMPLES)][:_SAMPLES]
+        ours = [path for path in sample if _is_labelme(path)]
         if 2 * len(ours) <= len(sample):
             return None
         return f"{len(paths)} *.json, with 'shapes' as LabelMe writes them ({shown(ours[0], root)})"
 
     @classmethod
-    def open(cls, root: Path, options: dict[str, Any]) -> LabelmeSource:
-        """See `Source.open`; looks into every JSON file once, for its image and its labels."""
+    def open(cls, root: Path, options: dict[str, Any]) -> LabelmeReader:
+        """See `Reader.open`; looks into every JSON file once, for its image and its labels."""
         root = Path(os.path.normpath(root))  # as the paths of images are
         paths = find_files(root, {'.json'})
         heads, notes = {}, []
         for path in tqdm(paths, desc='labels', unit='file', disable=None if options.get('progress') else True):
             head = _head(path)
             if head is None:
-                notes.append(f"{shown(path, root)}: no LabelMe file (it has no 'shapes')")
+                text = "{place}: not a LabelMe file (it has no 'shapes')"
+                notes.append(Message('labelme-other-file', text, place=shown(path, root)))
             else:
                 heads[path] = head
         if not heads:
-            raise UserError(
-                f'{root}: no LabelMe files here',
-                [f'{len(paths)} *.json were found, none with the key shapes'],
-                'name the folder that holds the JSON files',
-            )
+            text = '{path}: none of the {count} *.json files here has the key shapes of LabelMe'
+            hint = 'name the folder that holds the JSON files'
+            raise UserError('labelme-no-files', text, hint=hint, path=root, count=len(paths))
         found = sorted(set().union(*(head.labels for head in heads.values())))
         listed = find_class_list(root)
         classes = listed[1] if listed else found
         if not classes:
-            raise UserError(
-                f'{root}: no labelled shape in its {len(heads)} LabelMe files',
-                [f'{shown(path, root)}: {head.problem}' for path, head in heads.items() if head.problem],
-                'mend these files, or annotate some images first',
-            )
+            text = '{path}: no labelled shape in its {count} LabelMe files'
+            lines = [head.problem.at(shown(path, root)) for path, head in heads.items() if head.problem]
+            hint = 'fix these files, or annotate some images first'
+            raise UserError('labelme-no-shapes', text, lines, hint=hint, path=root, count=len(heads))
         images = find_images(root)
         items = _items(root, heads, images)
         left = set(images) - {item.image for item in items}
         if left:
             # LabelMe writes a file for an image without objects too, once somebody saves it.
-            notes.append(
-                f'{len(left)} of {len(images)} images have no JSON file, so nobody has looked at them yet; left out'
-            )
+            text = '{count} of {images} images have no JSON file, so nobody has looked at them yet; left out'
+            notes.append(Message('labelme-unlabelled', text, count=len(left), images=len(images)))
         return cls(root, classes, listed and listed[0], items, notes)
 
     def items(self) -> list[Item]:
-        """See `Source.items`."""
+        """See `Reader.items`."""
         return self._items
 
     def read(self, item: Item) -> Record:
-        """See `Source.read`."""
-        record = start_record(item, self.root)
+        """See `Reader.read`."""
+        record = self.start(item)
         name = shown(item.label, self.root)
         try:
             data = read_json(item.label)
-        except ValueError as error:
+            if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
+                raise Problem('labelme-shapes', "no list 'shapes'")
+            if record.problems and not item.image.exists():
+                raise _missing_image(data)
+        except Problem as problem:
             # Without the JSON nobody knows the name of the image.
-            record.problems = [f'{name}: {error}']
+            record.problems = [problem.message.at(name)]
             return record
-        if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
-            record.problems = [f"{name}: no list 'shapes'"]
-            return record
-        if record.problems:
-            if not item.image.exists():
-                record.problems = [_missing_image(name, data)]
-            return record
-        _check_size(record, data, name)
-        self._read_shapes(record, data['shapes'], name)
+        if not record.problems:
+            _check_size(record, data, name)
+            self._read_shapes(record, data['shapes'], name)
         return record
 
     def _read_shapes(self, record: Record, shapes: list[Any], name: str) -> None:
@@ -161,16 +152,18 @@ class LabelmeSource:
                     continue
                 kind = _kind(shape)
                 if kind in _NO_AREA:
-                    record.notes.append(f'{place}: a {kind} has no area; left out')
+                    text = '{place}: a {kind} has no area; left out'
+                    record.notes.append(Message('labelme-no-area', text, place=place, kind=kind))
                     continue
                 if self._class_list and label not in self.classes:
-                    raise ValueError(f'its label is not in {shown(self._class_list, self.root)}')
+                    file = shown(self._class_list, self.root)
+                    raise Problem('labelme-label-unknown', 'its label is not in {file}', file=file)
                 group = shape.get('group_id')
                 if not isinstance(group, (int, str, type(None))):
-                    raise ValueError("its 'group_id' is no number")
+                    raise Problem('labelme-group', "its 'group_id' is not a number")
                 part = _part(shape, kind, record.width, record.height)
-            except ValueError as error:
-                record.problems.append(f'{place}: {error}')
+            except Problem as problem:
+                record.problems.append(problem.message.at(place))
                 continue
             alone = number if group is None else None
             objects.setdefault((label, group, alone), []).append((number, part))
@@ -199,8 +192,8 @@ def _head(path: Path) -> _Head | None:
     """None if the file is sound and another kind of JSON."""
     try:
         data = read_json(path)
-    except ValueError as error:
-        return _Head(problem=str(error))
+    except Problem as problem:
+        return _Head(problem=problem.message)
     if not isinstance(data, dict) or 'shapes' not in data:
         return None
     head, image_path = _Head(), data.get('imagePath')
@@ -250,7 +243,7 @@ def _candidates(path: Path, image_path: str) -> Iterator[Path]:
 
 
 def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]]) -> Path:
-    """The image of a JSON file: where it says, beside it, in the folder of images, anywhere.
+    """The image of a JSON file: where it says, next to it, in the folder of images, anywhere.
 
     The last only if one image of the whole data set has that name.
     """
@@ -264,12 +257,14 @@ def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]]) -> 
     return same[0] if len(same) == 1 else path.with_suffix('.jpg')
 
 
-def _missing_image(name: str, data: dict) -> str:
-    given = data.get('imagePath')
-    text = f"{name}: its image '{given}' is missing" if given else f"{name}: no 'imagePath'"
+def _missing_image(data: dict) -> Problem:
+    facts = dict(image=data.get('imagePath') or None)
     if data.get('imageData'):
-        text += '; it is embedded in the JSON file only (imageData)'
-    return text
+        text = "its image '{image}' is missing; it is embedded in the JSON file only (imageData)"
+        return Problem('labelme-image-embedded', text, **facts)
+    if facts['image']:
+        return Problem('labelme-image-missing', "its image '{image}' is missing", **facts)
+    return Problem('labelme-image-unknown', "no 'imagePath'")
 
 
 def _check_size(record: Record, data: dict, name: str) -> None:
@@ -277,18 +272,19 @@ def _check_size(record: Record, data: dict, name: str) -> None:
     size = (record.width, record.height)
     if None in said or said == size:
         return
-    text = f'{name}: made for an image of {said[0]}x{said[1]}, but {record.image.name} is {size[0]}x{size[1]}'
+    text, code = '{place}: made for an image of {said}, but {image} is {size}', 'labelme-size'
     if said == size[::-1]:
-        text += ' (turned by its EXIF orientation?)'
-    record.problems.append(text)
+        text, code = text + ' (turned by its EXIF orientation?)', 'labelme-size-turned'
+    facts = dict(place=name, image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
+    record.problems.append(Message(code, text, **facts))
 
 
 def _label(shape: Any) -> str:
     if not isinstance(shape, dict):
-        raise ValueError('not an object with keys')
+        raise Problem('labelme-shape-type', 'not an object with keys')
     label = shape.get('label')
     if not isinstance(label, str) or not label.strip():
-        raise ValueError("no 'label'")
+        raise Problem('labelme-no-label', "no 'label'")
     return label.strip()
 
 
@@ -298,21 +294,19 @@ def _kind(shape: dict) -> str:
 
 
 def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict:
-    """A polygon or an RLE; raises ValueError with what is wrong."""
+    """A polygon or an RLE; raises Problem."""
     if kind not in _POINTS:
-        raise ValueError(f"unknown shape_type '{kind}'")
+        raise Problem('labelme-shape-unknown', "unknown shape_type '{kind}'", kind=kind)
     points = shape.get('points')
     if not isinstance(points, list) or not all(
         isinstance(point, (list, tuple)) and len(point) == 2 for point in points
     ):
-        raise ValueError("'points' is no list of [x, y]")
+        raise Problem('labelme-points', "'points' is not a list of [x, y]")
     flat = [value for point in points for value in point]
     check_polygon(flat, height, width)
     allowed = _POINTS[kind]
-    if (allowed and len(points) not in allowed) or len(points) < 2:
-        raise ValueError(f'a {kind} of {len(points)} points')
-    if kind == 'polygon' and len(points) < 3:
-        raise ValueError(f'a polygon of {len(points)} points')
+    if len(points) not in allowed if allowed else len(points) < 3:
+        raise Problem('labelme-point-count', 'a {kind} of {count} points', kind=kind, count=len(points))
     if kind == 'circle':
         return _disc(*flat, width, height)
     if kind == 'mask':
@@ -337,23 +331,23 @@ def _mask(text: Any, corners: list[float], width: int, height: int) -> dict:
     `shapes_to_label`.
     """
     if not isinstance(text, str):
-        raise ValueError("a mask without 'mask' (a PNG in base64)")
+        raise Problem('labelme-mask-missing', "a mask without 'mask' (a PNG in base64)")
     try:
         with Image.open(io.BytesIO(base64.b64decode(text))) as image:
             patch = np.asarray(image)
     except binascii.Error as error:
-        raise ValueError(f"its 'mask' is no base64 ({error})") from None
+        raise Problem('labelme-mask-base64', "its 'mask' is not base64 ({reason})", reason=error) from None
     # Pillow's decoders raise many kinds; any of them means the one thing that is reported.
     except Exception as error:
-        raise ValueError(f"its 'mask' is no PNG ({error})") from None
+        raise Problem('labelme-mask-png', "its 'mask' is not a PNG ({reason})", reason=error) from None
     patch = (patch[..., :3].any(axis=2) if patch.ndim == 3 else patch) != 0
     left, top, right, bottom = (round(value) for value in corners)
     if all(float(value).is_integer() for value in corners):
         rows, columns = bottom - top + 1, right - left + 1
         if rows < 1 or columns < 1 or patch.shape[0] < rows or patch.shape[1] < columns:
-            raise ValueError(
-                f"its 'mask' has {patch.shape[1]}x{patch.shape[0]} pixels, its points make {columns}x{rows}"
-            )
+            text = "its 'mask' has {width}x{height} pixels, its points make {columns}x{rows}"
+            facts = dict(width=patch.shape[1], height=patch.shape[0], columns=columns, rows=rows)
+            raise Problem('labelme-mask-size', text, **facts)
         patch = patch[:rows, :columns]
     full = np.zeros((height, width), dtype=bool)
     y1, x1 = max(top, 0), max(left, 0)
@@ -369,6 +363,5 @@ def _join(parts: list[list[float] | dict], width: int, height: int) -> list[list
         return parts
     if len(parts) == 1:
         return parts[0]
-    rles = [part if isinstance(part, dict) else mask_api.frPyObjects([part], height, width)[0] for part in parts]
-    union = mask_api.merge(rles)
-    return {'size': [height, width], 'counts': union['counts'].decode()}
+    rles = [to_rle(part if isinstance(part, dict) else [part], height, width) for part in parts]
+    return as_json(mask_api.merge(rles))

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mmfinetune.data.formats.folders import (
     IMAGE_FOLDERS,
@@ -19,11 +18,11 @@ from mmfinetune.data.formats.folders import (
     numbered_layout,
     require_size,
     split_of,
-    start_record,
 )
-from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.errors import UserError
+from mmfinetune.data.records import Instance, Item, Reader, Record
+from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import shown
+from mmfinetune.utils.images import read_pixels
 from mmfinetune.utils.masks import masks_to_rles
 
 VOID = 255  # in palette PNGs, as PASCAL VOC writes them: border and ignored pixels
@@ -32,33 +31,33 @@ THRESHOLD = 128  # a pixel of a black-and-white mask this bright belongs to an o
 # components but five have 33 pixels or more, and these five have one or two.
 MIN_AREA = 10  # pixels
 
-_MOST_VALUES = 4096  # more are no objects but a photograph or smoothed edges
+_MOST_VALUES = 4096  # more are not objects but a photograph or smoothed edges
+_MODES = frozenset({'1', 'L', 'P', 'LA', 'PA', 'RGB', 'RGBA', 'F', 'I', 'I;16', 'I;16B'})  # modes of masks
+_Masks = list[tuple[str | None, Path]]  # the masks of an image, each with the class that folder or name says
 
 
-class _MaskSource:
-    """What both kinds share: the list of images, and what belongs to none of them."""
+class _MaskReader(Reader):
+    """What both formats share: the list of images, and what belongs to none of them."""
 
-    kind = ''
-    cure = 'add or correct these files; to take images without a mask file as images without objects use --background'
+    hint = 'add or correct these files; to treat images without a mask file as images without objects use --background'
 
     def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
-        self.root, self.classes = root, classes
+        super().__init__(root, classes)
         self._layout, self._background = layout, bool(options.get('background'))
-        self.problems = [f'{shown(path, root)}: a mask without an image' for path in layout.orphans]
-        self.problems += [
-            f'{shown(mask, root)}: a mask of several images: ' + ', '.join(shown(image, root) for image in images)
-            for mask, images in layout.images_of_masks().items()
-            if len(images) > 1
-        ]
-        self.notes: list[str] = []
+        text = '{place}: a mask without an image'
+        self.problems = [Message('masks-no-image', text, place=shown(path, root)) for path in layout.orphans]
+        for mask, images in layout.images_of_masks().items():
+            if len(images) > 1:
+                text = '{place}: a mask of several images: {images}'
+                facts = dict(place=shown(mask, root), images=', '.join(shown(image, root) for image in images))
+                self.problems.append(Message('masks-several-images', text, **facts))
         without = sum(image not in layout.masks for image in layout.images)
         if without and self._background:
-            self.notes.append(
-                f'{without} of {len(layout.images)} images have no mask: they count as images without objects'
-            )
+            text = '{count} of {images} images have no mask: they count as images without objects'
+            self.notes.append(Message('masks-background', text, count=without, images=len(layout.images)))
 
     def items(self) -> list[Item]:
-        """See `Source.items`."""
+        """See `Reader.items`."""
         layout = self._layout
         return [
             Item(
@@ -71,20 +70,29 @@ class _MaskSource:
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Source.read`."""
-        record = start_record(item, self.root)
+        """See `Reader.read`."""
+        record = self.start(item)
         masks, class_mask = item.label
         if not masks and not self._background:
-            record.problems.append(f'{item.key}: no mask')
+            record.problems.append(Message('masks-no-mask', '{place}: no mask', place=item.key))
         if not record.problems:
             self._read_masks(record, masks, class_mask)
         return record
 
-    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]], class_mask: Path | None) -> None:
+    def _read_masks(self, record: Record, masks: _Masks, class_mask: Path | None) -> None:
         raise NotImplementedError
 
+    def _refuse_several(self, record: Record, masks: _Masks, label: str | None = None) -> None:
+        names = ', '.join(shown(path, self.root) for _, path in masks)
+        facts = dict(place=shown(record.image, self.root), masks=names)
+        if label is None:
+            record.problems.append(Message('masks-several', '{place}: several masks: {masks}', **facts))
+        else:
+            text = "{place}: several masks of '{label}': {masks}"
+            record.problems.append(Message('masks-several-of-class', text, label=label, **facts))
 
-class MaskPngSource(_MaskSource):
+
+class MaskPngReader(_MaskReader):
     """`images/`, and `masks/` with one PNG for each image: a value above 0 is an object.
 
     The PNGs hold palette indices, grey values of 8 or 16 bits, or colours; of colours each is an
@@ -94,64 +102,63 @@ class MaskPngSource(_MaskSource):
     class.
     """
 
-    kind = 'mask-png'
-
     def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
         super().__init__(root, layout, classes, options)
         self._void = options.get('void')
         if self._void is None and any(map(_is_palette, layout.sample())):
-            self.notes.append(f'value {VOID} of palette PNGs is taken as void, as in VOC; --void -1 makes it an object')
+            text = 'value {void} of palette PNGs is treated as void, as in VOC; --void -1 makes it an object'
+            self.notes.append(Message('masks-void', text, void=VOID))
 
     @classmethod
-    def recognise(cls, root: Path) -> str | None:
-        """See `Source.recognise`."""
-        try:
-            layout = numbered_layout(root)
-            if not layout.fits() or _binary(layout.sample())[0]:
-                return None
-        except (OSError, ValueError):
+    def detect(cls, root: Path) -> str | None:
+        """See `Reader.detect`."""
+        layout = numbered_layout(root)
+        if not layout.fits() or _binary(layout.sample())[0]:
             return None
-        return (
-            f'images/ and masks/ with a mask of object numbers for {len(layout.masks)} of {len(layout.images)} images'
-        )
+        return f'images/ and masks/ with a mask of object numbers for {layout.share()} images'
 
     @classmethod
-    def open(cls, root: Path, options: dict[str, Any]) -> MaskPngSource:
-        """See `Source.open`.
+    def open(cls, root: Path, options: dict[str, Any]) -> MaskPngReader:
+        """See `Reader.open`.
 
         Options: `classes` (the one class, or the meaning of the class numbers, if there is no
         classes.txt), `void` (value that is no object; -1 for none), `background`.
         """
         layout = numbered_layout(root)
         if not layout.masks:
-            raise UserError(
-                f'{root}: no image with a mask',
-                [
-                    f'images/ (or {", ".join(sorted(IMAGE_FOLDERS - {"images"}))}): {len(layout.images)} images',
-                    f'masks/ (or {", ".join(sorted(MASK_FOLDERS - {"masks"}))}): {len(layout.orphans)} files',
-                ],
-                'a mask is called as its image, or with _mask behind',
+            text = '{path}: no image with a mask: {images} in images/ (or {image_folders}), {masks} in masks/ (or {mask_folders})'
+            facts = dict(
+                images=len(layout.images),
+                masks=len(layout.orphans),
+                image_folders=', '.join(sorted(IMAGE_FOLDERS - {'images'})),
+                mask_folders=', '.join(sorted(MASK_FOLDERS - {'masks'})),
             )
+            hint = 'a mask has the name of its image, or the name followed by _mask'
+            raise UserError('masks-none', text, hint=hint, path=root, **facts)
         listed, wanted = find_class_list(root), list(options.get('classes') or ())
         classes = listed[1] if listed else wanted
         if not layout.classes and len(wanted) == 1:
             classes = wanted
         if not classes or (len(classes) > 1 and not layout.classes):
-            raise UserError(
-                f'{root}: no PNG tells the classes of the objects' if classes else f'{root}: no class names',
-                [f'{len(classes)} names: {", ".join(classes)}'] if classes else (),
-                'name one class for all by --classes NAME, or put PNGs of class numbers into '
-                'classes/ and their names into classes.txt, one a line, number 1 first',
+            hint = (
+                'name one class for all with --classes NAME, or put PNGs of class numbers into '
+                'classes/ and their names into classes.txt, one a line, number 1 first'
             )
+            facts = dict(path=root, names=', '.join(classes))
+            if classes:
+                raise UserError(
+                    'masks-classes', '{path}: no PNG says which of {names} an object is', hint=hint, **facts
+                )
+            raise UserError('masks-no-classes', '{path}: no class names', hint=hint, **facts)
         return cls(root, layout, classes, options)
 
-    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]], class_mask: Path | None) -> None:
+    def _read_masks(self, record: Record, masks: _Masks, class_mask: Path | None) -> None:
         if len(masks) > 1:
-            names = ', '.join(shown(path, self.root) for _, path in masks)
-            record.problems.append(f'{shown(record.image, self.root)}: several masks: {names}')
+            self._refuse_several(record, masks)
             return
         if self._layout.classes and class_mask is None and masks:
-            record.problems.append(f'{shown(record.image, self.root)}: no class mask')
+            place = shown(record.image, self.root)
+            record.problems.append(Message('masks-no-class-mask', '{place}: no class mask', place=place))
             return
         for _, path in masks:
             name = shown(path, self.root)
@@ -159,12 +166,13 @@ class MaskPngSource(_MaskSource):
                 numbers = self._numbers(path, name, record)
                 values = np.unique(numbers[numbers != 0]).tolist()
                 if len(values) > _MOST_VALUES:
-                    raise ValueError(
-                        f'{len(values)} different values are no numbers of objects '
+                    text = (
+                        '{count} different values are not numbers of objects '
                         '(a photograph, or a mask with smoothed edges?)'
                     )
-            except ValueError as error:
-                record.problems.append(f'{name}: {error}')
+                    raise Problem('masks-values', text, count=len(values))
+            except Problem as problem:
+                record.problems.append(problem.message.at(name))
                 continue
             names = self._classes_of(numbers, values, class_mask, record)
             record.instances = [
@@ -189,7 +197,8 @@ class MaskPngSource(_MaskSource):
             and not (numbers == VOID - 1).any()
             and ((numbers > 0) & (numbers < VOID)).any()
         ):
-            record.notes.append(f'{name}: value {VOID} taken as an object; if it is void, use --void {VOID}')
+            text = '{place}: value {void} treated as an object; if it is void, use --void {void}'
+            record.notes.append(Message('masks-maybe-void', text, place=name, void=VOID))
         return np.where(is_void, 0, numbers)
 
     def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None, record: Record) -> list[str]:
@@ -200,10 +209,10 @@ class MaskPngSource(_MaskSource):
         try:
             labels, mode = _load(class_mask)
             if mode in ('RGB', 'RGBA'):
-                raise ValueError('colours where class numbers belong')
+                raise Problem('masks-class-colours', 'colours where class numbers belong')
             require_size(labels, record, self.root)
-        except ValueError as error:
-            record.problems.append(f'{name}: {error}')
+        except Problem as problem:
+            record.problems.append(problem.message.at(name))
             return [''] * len(values)
         names = []
         for value in values:
@@ -211,20 +220,21 @@ class MaskPngSource(_MaskSource):
             known = (found > 0) & (found <= len(self.classes))
             label = int(found[counts.argmax()])
             if not 1 <= label <= len(self.classes):
-                record.problems.append(
-                    f'{name}: object {value} has the class number {label}, but there are {len(self.classes)} classes'
-                )
+                text = '{place}: object {number} has the class number {label}, but there are {count} classes'
+                facts = dict(place=name, number=value, label=label, count=len(self.classes))
+                record.problems.append(Message('masks-class-number', text, **facts))
                 label = 0
             elif known.sum() > 1:
-                record.notes.append(
-                    f"{name}: object {value} taken as '{self.classes[label - 1]}', the class of "
-                    f'{counts.max()} of its {counts.sum()} pixels'
+                text = "{place}: object {number} treated as '{label}', the class of {most} of its {pixels} pixels"
+                facts = dict(
+                    number=value, label=self.classes[label - 1], most=int(counts.max()), pixels=int(counts.sum())
                 )
+                record.notes.append(Message('masks-class-mixed', text, place=name, **facts))
             names.append(self.classes[label - 1] if label else '')
         return names
 
 
-class BinaryMasksSource(_MaskSource):
+class BinaryMasksReader(_MaskReader):
     """Images and one black-and-white mask for each image and class.
 
     The class is told by a folder (`CLASS/.../name.jpg` beside `name.png`; `images/name.jpg` and
@@ -234,8 +244,6 @@ class BinaryMasksSource(_MaskSource):
     mask makes an image without objects.
     """
 
-    kind = 'binary-masks'
-
     def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
         super().__init__(root, layout, classes, options)
         threshold, min_area = options.get('threshold'), options.get('min_area')
@@ -243,68 +251,58 @@ class BinaryMasksSource(_MaskSource):
         self._min_area = MIN_AREA if min_area is None else min_area
 
     @classmethod
-    def recognise(cls, root: Path) -> str | None:
-        """See `Source.recognise`."""
-        try:
-            layout = classed_layout(root)
-            if not layout.fits() or not _binary(layout.sample())[1]:
-                return None
-        except (OSError, ValueError):
+    def detect(cls, root: Path) -> str | None:
+        """See `Reader.detect`."""
+        layout = classed_layout(root)
+        if not layout.fits() or not _binary(layout.sample())[1]:
             return None
         found = layout.class_names()
-        return f'black-and-white masks for {len(layout.masks)} of {len(layout.images)} images, ' + (
-            f'classes told by folders or names: {", ".join(found[:5])}' + (', …' if len(found) > 5 else '')
-            if found
-            else 'of one class'
-        )
+        names = ', '.join(found[:5]) + (', …' if len(found) > 5 else '')
+        told = f'classes from folders or names: {names}' if found else 'of one class'
+        return f'black-and-white masks for {layout.share()} images, {told}'
 
     @classmethod
-    def open(cls, root: Path, options: dict[str, Any]) -> BinaryMasksSource:
-        """See `Source.open`.
+    def open(cls, root: Path, options: dict[str, Any]) -> BinaryMasksReader:
+        """See `Reader.open`.
 
         Options: `classes` (the one class, if neither folder nor name tells), `threshold` (1 to
         255), `min_area` (pixels; smaller parts are left out), `background`.
         """
         layout = classed_layout(root)
         if not layout.masks:
-            raise UserError(
-                f'{root}: no image with a mask',
-                [f'{len(layout.images)} images, {len(layout.orphans)} masks without an image'],
-                'put name.png beside name.jpg in a folder called as the class, or masks/CLASS/'
-                'name.png beside images/name.jpg',
+            text = '{path}: no image with a mask ({images} images, {masks} masks without an image)'
+            hint = (
+                'put name.png next to name.jpg in a folder that has the name of the class, or '
+                'masks/CLASS/name.png next to images/name.jpg'
             )
+            facts = dict(images=len(layout.images), masks=len(layout.orphans))
+            raise UserError('masks-binary-none', text, hint=hint, path=root, **facts)
         found, listed = layout.class_names(), find_class_list(root)
         unknown = [name for name in found if listed and name not in listed[1]]
         if unknown:
-            raise UserError(
-                f'{listed[0]}: it lacks classes that folders or names of masks tell',
-                unknown,
-                'add them, or rename the folders or files',
-            )
+            text = '{path}: it lacks classes that folders or names of masks have'
+            hint = 'add them, or rename the folders or files'
+            raise UserError('masks-unlisted', text, unknown, hint=hint, path=listed[0])
         classes = listed[1] if listed else found
-        if any(name is None for masks in layout.masks.values() for name, _ in masks):
+        unnamed = [shown(path, root) for masks in layout.masks.values() for name, path in masks if name is None]
+        if unnamed:
             alone = list(options.get('classes') or classes)
             if len(alone) != 1 or (found and found != alone):
-                raise UserError(
-                    f'{root}: neither folder nor name tells the class of some masks',
-                    [shown(path, root) for masks in layout.masks.values() for name, path in masks if name is None],
-                    'name one class for all by --classes NAME, or put the masks into masks/CLASS/',
-                )
+                text = '{path}: neither folder nor name says the class of some masks'
+                hint = 'name one class for all with --classes NAME, or put the masks into masks/CLASS/'
+                raise UserError('masks-unnamed', text, unnamed, hint=hint, path=root)
             classes = alone
             for masks in layout.masks.values():
                 masks[:] = [(alone[0], path) for _, path in masks]
         return cls(root, layout, classes, options)
 
-    def _read_masks(self, record: Record, masks: list[tuple[str | None, Path]], class_mask: Path | None) -> None:
+    def _read_masks(self, record: Record, masks: _Masks, class_mask: Path | None) -> None:  # noqa: ARG002
         from scipy import ndimage
 
         twice = [label for label, count in Counter(label for label, _ in masks).items() if count > 1]
+        for label in twice:
+            self._refuse_several(record, [mask for mask in masks if mask[0] == label], label)
         if twice:
-            record.problems += [
-                f"{shown(record.image, self.root)}: several masks of '{label}': "
-                + ', '.join(shown(path, self.root) for name, path in masks if name == label)
-                for label in twice
-            ]
             return
         for label, path in masks:
             name = shown(path, self.root)
@@ -313,22 +311,19 @@ class BinaryMasksSource(_MaskSource):
                 require_size(bright, record, self.root)
                 peak = int(bright.max())
                 if is_exact and 0 < peak < self._threshold:
-                    raise ValueError(
-                        f'its brightest pixel is {peak}, so none reaches the '
-                        f'threshold {self._threshold}; lower it by --threshold'
-                    )
-            except ValueError as error:
-                record.problems.append(f'{name}: {error}')
+                    text = 'its brightest pixel is {peak}, so none reaches the threshold {threshold}; lower --threshold'
+                    raise Problem('masks-dark', text, peak=peak, threshold=self._threshold)
+            except Problem as problem:
+                record.problems.append(problem.message.at(name))
                 continue
             parts, count = ndimage.label(bright >= self._threshold, np.ones((3, 3)))
             areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
             kept = (np.flatnonzero(areas >= self._min_area) + 1).tolist()
             if len(kept) < count:
                 small = areas[areas < self._min_area]
-                record.notes.append(
-                    f'{name}: {len(small)} of {count} parts left out, smaller than '
-                    f'{self._min_area} pixels (the largest has {small.max()})'
-                )
+                text = '{place}: {left_out} of {count} parts left out, smaller than {least} pixels (the largest has {largest})'
+                facts = dict(left_out=len(small), count=count, least=self._min_area, largest=int(small.max()))
+                record.notes.append(Message('masks-small', text, place=name, **facts))
             record.instances += [
                 Instance(label, rle, place=f'{name}, part {part}')
                 for part, rle in zip(kept, masks_to_rles(parts, kept), strict=True)
@@ -338,7 +333,7 @@ class BinaryMasksSource(_MaskSource):
 def _is_palette(path: Path) -> bool:
     try:
         return _decode(path)[1] == 'P'
-    except ValueError:
+    except Problem:
         return False
 
 
@@ -346,18 +341,18 @@ def _load(path: Path) -> tuple[np.ndarray, str]:
     """The values of a mask, int32 (height, width), and Pillow's mode; of colours R + 256 G + …
 
     Raises:
-        ValueError: With a short reason.
+        Problem: It is damaged or not a mask.
     """
     pixels, mode, is_exact = _decode(path)
     if not is_exact:
-        raise ValueError('a JPEG or WebP file, whose values are not exact; save masks as PNG')
+        raise Problem('masks-inexact', 'a JPEG or WebP file, whose values are not exact; save masks as PNG')
     if mode == 'F':
-        raise ValueError('fractions where whole numbers belong')
+        raise Problem('masks-fractions', 'fractions where whole numbers belong')
     if mode in ('LA', 'PA'):
         return np.where(pixels[..., 1] > 0, pixels[..., 0], 0).astype(np.int32), mode[0]
     if pixels.ndim == 2:
         if pixels.dtype.kind in 'iu' and pixels.min() < 0:
-            raise ValueError('negative values')
+            raise Problem('masks-negative', 'negative values')
         return pixels.astype(np.int32), mode
     channels = pixels.astype(np.int32)
     values = channels[..., 0]
@@ -382,28 +377,14 @@ def _load_bright(path: Path) -> tuple[np.ndarray, bool]:
 
 def _decode(path: Path, colours: bool = False) -> tuple[np.ndarray, str, bool]:
     """Pixels, mode, and whether the format keeps values exactly; `colours` resolves palettes."""
-    try:
-        if not path.stat().st_size:
-            raise ValueError('empty file (0 bytes)')
-        with Image.open(path) as image:
-            if colours and image.mode in ('P', 'PA'):
-                image = image.convert('RGBA' if image.mode == 'PA' else 'RGB')
-            pixels, mode = np.asarray(image), image.mode
-            is_exact = image.format not in ('JPEG', 'WEBP')
-    except ValueError:
-        raise
-    # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, …); any of them means
-    # the one thing that is reported.
-    except Exception as error:
-        reason = getattr(error, 'strerror', None) or str(error) or type(error).__name__
-        raise ValueError(f'unreadable ({reason})') from None
-    if mode not in ('1', 'L', 'P', 'LA', 'PA', 'RGB', 'RGBA', 'F', 'I', 'I;16', 'I;16B'):
-        raise ValueError(f'mode {mode}, which no mask has; save it as PNG')
-    return pixels, mode, is_exact
+    pixels, mode, file_format = read_pixels(path, colours)
+    if mode not in _MODES:
+        raise Problem('masks-mode', 'mode {mode}, which no mask has; save it as PNG', mode=mode)
+    return pixels, mode, file_format not in ('JPEG', 'WEBP')
 
 
 def _binary(paths: Iterable[Path]) -> tuple[bool, bool]:
-    """Whether masks are certainly black and white, and whether they could be; raises ValueError."""
+    """Whether masks are certainly black and white, and whether they could be; raises Problem."""
     certainly = possibly = True
     for path in paths:
         bright, _ = _load_bright(path)

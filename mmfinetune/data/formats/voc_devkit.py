@@ -27,18 +27,19 @@ def find_devkit(root: str | Path) -> Path:
     for folder in candidates:
         if any((folder / name).is_dir() for name in ('JPEGImages', 'SegmentationObject')):
             return folder
-    raise UserError(
-        f'{root}: no VOC 2012 devkit here; looked for JPEGImages in',
-        [str(folder) for folder in candidates],
-        f'run with --download, or fetch {VOC_URL} and unpack it in {root}, or name its folder by --data-root',
+    hint = (
+        'run tools/prepare_voc.py --download, or download {url} and unpack it in {path}, or name the folder that '
+        'holds VOCdevkit/VOC2012'
     )
+    text = '{path}: no VOC 2012 devkit here; looked for JPEGImages in'
+    raise UserError('voc-missing', text, map(str, candidates), hint=hint, path=root, url=VOC_URL)
 
 
 def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) -> Path:
-    """Fetch, verify and unpack the official archive; returns the `VOC2012` folder.
+    """Download, verify and unpack the official archive; returns the `VOC2012` folder.
 
     A devkit already in `root` is left alone. The archive (2.0 GB) stays in `root`, and one put
-    there by hand is used. A broken download is resumed by the next call.
+    there by hand is used. The next call resumes an interrupted download.
 
     Raises:
         UserError: See `mmfinetune.utils.download`.
@@ -47,6 +48,7 @@ def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) ->
         return find_devkit(root)
     target, archive = Path(root, 'VOCdevkit', 'VOC2012'), Path(root, PurePosixPath(VOC_URL).name)
     if target.exists():
-        raise UserError(f'{target}: there already, but no devkit', cure='move it away')
+        text = '{path}: already exists, but is not a devkit'
+        raise UserError('voc-folder-taken', text, hint='move it away', path=target)
     download(url, archive, md5=VOC_MD5, size=VOC_SIZE, progress=progress)
     return unpack_tar(archive, 'VOCdevkit/VOC2012', target, progress)

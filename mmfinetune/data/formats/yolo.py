@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from mmfinetune.data.formats.folders import CLASS_LISTS, find_class_list, split_of, start_record
-from mmfinetune.data.records import Instance, Item, Record
-from mmfinetune.utils.errors import UserError
+from mmfinetune.data.formats.folders import CLASS_LISTS, find_class_list, split_of
+from mmfinetune.data.records import Instance, Item, Reader, Record
+from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, natural_key, read_text, shown
 from mmfinetune.utils.images import find_images
 
@@ -18,19 +20,18 @@ _SPLIT_KEYS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'va
 # How far out of 0..1 a coordinate may be: what Ultralytics itself lets pass (verify_image_label).
 _SLACK = 0.01
 _NOT_LABELS = frozenset({*CLASS_LISTS, 'train.txt', 'val.txt', 'test.txt', 'readme.txt'})
-_CURE = 'see https://docs.ultralytics.com/datasets/segment for the format'
+_HINT = 'see https://docs.ultralytics.com/datasets/segment for the format'
 
 
-class YoloSource:
-    """Images, and beside `images/` a folder `labels/` with a text file of the same name for each.
+class YoloReader(Reader):
+    """Images, and next to `images/` a folder `labels/` with a text file of the same name for each.
 
     A line is a class number and a polygon `x1 y1 x2 y2 ...` in parts of the image's size. An
     image with no or an empty file has no objects. Ultralytics joins the parts of an object to one
     polygon by bridges of no width; it stays as it is, since a bridge covers no pixel.
     """
 
-    kind = 'yolo'
-    cure = 'correct these label files; for boxes that shall count as rectangular masks use --boxes-as-masks'
+    hint = 'correct these label files; for boxes to treat as rectangular masks use --boxes-as-masks'
 
     def __init__(
         self,
@@ -38,48 +39,30 @@ class YoloSource:
         classes: list[str],
         splits: dict[str | None, list[Path]],
         boxes_as_masks: bool,
-        notes: list[str],
+        notes: list[Message],
     ) -> None:
-        self.root, self.classes, self.boxes_as_masks = root, classes, boxes_as_masks
-        self._splits = splits
-        self.problems: list[str] = []
-        self.notes = notes
+        super().__init__(root, classes)
+        self.boxes_as_masks, self.notes, self._splits = boxes_as_masks, notes, splits
 
     @classmethod
-    def recognise(cls, root: Path) -> str | None:
-        """See `Source.recognise`."""
-        try:
-            for path in _yaml_files(root):
-                try:
-                    data = _load_yaml(path)
-                except UserError:
-                    continue
+    def detect(cls, root: Path) -> str | None:
+        """See `Reader.detect`."""
+        for path in _yaml_files(root):
+            with contextlib.suppress(UserError):
+                data = _load_yaml(path)
                 if data.keys() & {'names', 'nc'} and data.keys() & _SPLIT_KEYS.keys():
                     return f'{shown(path, root)} with class names and image folders'
-            folders = [
-                folder
-                for folder in (root / 'labels', *sorted(root.glob('*/labels')))
-                if folder.is_dir() and (folder.parent / 'images').is_dir()
-            ]
-            for folder in folders:
-                path = next(
-                    (
-                        path
-                        for path in find_files(folder, {'.txt'})
-                        if path.name not in _NOT_LABELS and _is_label_file(path)
-                    ),
-                    None,
-                )
-                if path:
-                    return f'images/ and labels/ with lines of numbers ({shown(path, root)})'
-        except OSError:
-            pass
+        for folder in (root / 'labels', *sorted(root.glob('*/labels'))):
+            if folder.is_dir() and (folder.parent / 'images').is_dir():
+                for path in find_files(folder, {'.txt'}):
+                    if path.name not in _NOT_LABELS and _is_label_file(path):
+                        return f'images/ and labels/ with lines of numbers ({shown(path, root)})'
         return None
 
     @classmethod
-    def open(cls, root: Path, options: dict[str, Any]) -> YoloSource:
-        """See `Source.open`. Options: `boxes_as_masks`, `classes` if the data set names none."""
-        notes: list[str] = []
+    def open(cls, root: Path, options: dict[str, Any]) -> YoloReader:
+        """See `Reader.open`. Options: `boxes_as_masks`, `classes` if the data set names none."""
+        notes: list[Message] = []
         root = Path(os.path.normpath(root))  # as the paths of images are
         path = root if root.is_file() else _only_yaml(root)
         if path:
@@ -88,7 +71,7 @@ class YoloSource:
             classes, splits = _names(data, path), _images_of_splits(data, path)
             # Ultralytics' own VOC.yaml is such a one.
             if 'test' in splits and set(splits['test']) == set(splits.get('val', ())):
-                notes.append('test has the same images as val; left out')
+                notes.append(Message('yolo-test-is-val', 'test has the same images as val; left out'))
                 del splits['test']
         else:
             classes, splits = _listed_classes(root, options), {}
@@ -96,10 +79,10 @@ class YoloSource:
                 split = split_of(image.relative_to(root).parts[:-1])
                 splits.setdefault(split, []).append(image)
         if not any(splits.values()):
-            raise UserError(f'{path or root}: no images', cure=_CURE)
-        source = cls(root, classes, splits, bool(options.get('boxes_as_masks')), notes)
-        source._check_labels()
-        return source
+            raise UserError('yolo-no-images', '{path}: no images', hint=_HINT, path=path or root)
+        reader = cls(root, classes, splits, bool(options.get('boxes_as_masks')), notes)
+        reader._check_labels()
+        return reader
 
     def _check_labels(self) -> None:
         """Note what belongs to no single image: images without labels, labels without an image."""
@@ -107,16 +90,14 @@ class YoloSource:
         labels = {image: _label_path(image, self.root) for image in images}
         there = {label for label in labels.values() if label.is_file()}
         if not there:
-            raise UserError(
-                f'{self.root}: no label file for any of its {len(images)} images',
-                [f'{shown(images[0], self.root)} should have {shown(labels[images[0]], self.root)}'],
-                _CURE,
-            )
+            text = '{path}: no label file for any of its {count} images; {image} should have {label}'
+            first = shown(images[0], self.root), shown(labels[images[0]], self.root)
+            facts = dict(path=self.root, count=len(images), image=first[0], label=first[1])
+            raise UserError('yolo-no-labels', text, hint=_HINT, **facts)
         background = sum(label not in there for label in labels.values())
         if background:
-            self.notes.append(
-                f'{background} of {len(images)} images have no label file: they count as images without objects'
-            )
+            text = '{count} of {images} images have no label file: they count as images without objects'
+            self.notes.append(Message('yolo-background', text, count=background, images=len(images)))
         # Only folders called labels: elsewhere a text file may be anything.
         folders = {label.parent for image, label in labels.items() if label.parent != image.parent}
         spare = {
@@ -125,12 +106,12 @@ class YoloSource:
         if spare:
             # An image may be there that no split names.
             spare -= {_label_path(image, self.root) for image in find_images(self.root)}
-        self.problems += [
-            f'{shown(path, self.root)}: a label file without an image' for path in sorted(spare, key=natural_key)
-        ]
+        text = '{place}: a label file without an image'
+        for path in sorted(spare, key=natural_key):
+            self.problems.append(Message('yolo-no-image', text, place=shown(path, self.root)))
 
     def items(self) -> list[Item]:
-        """See `Source.items`."""
+        """See `Reader.items`."""
         return [
             Item(shown(image, self.root), image, _label_path(image, self.root), split)
             for split, images in self._splits.items()
@@ -138,15 +119,15 @@ class YoloSource:
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Source.read`."""
-        record = start_record(item, self.root)
+        """See `Reader.read`."""
+        record = self.start(item)
         if record.problems or not item.label.is_file():
             return record
         name = shown(item.label, self.root)
         try:
             lines = read_text(item.label).splitlines()
-        except ValueError as error:
-            record.problems.append(f'{name}: {error}')
+        except Problem as problem:
+            record.problems.append(problem.message.at(name))
             return record
         first_of: dict[tuple[str, ...], int] = {}
         for number, line in enumerate(lines, start=1):
@@ -155,42 +136,47 @@ class YoloSource:
                 continue
             place = f'{name}, line {number}'
             if (first := first_of.setdefault(words, number)) != number:
-                record.notes.append(f'{place}: repeats line {first}; left out')
+                text = '{place}: repeats line {first}; left out'
+                record.notes.append(Message('yolo-line-repeated', text, place=place, first=first))
                 continue
             try:
                 label, polygon, outside = self._object(words, record.width, record.height)
-            except ValueError as error:
-                record.problems.append(f'{place}: {error}')
+            except Problem as problem:
+                record.problems.append(problem.message.at(place))
                 continue
             if outside > 1:
-                record.notes.append(f'{place}: reaches {outside:.1f} pixels out of the image; cut')
+                text = '{place}: reaches {pixels:.1f} pixels out of the image; clipped'
+                record.notes.append(Message('yolo-outside', text, place=place, pixels=outside))
             record.instances.append(Instance(label, [polygon], place=f'line {number}'))
         return record
 
     def _object(self, words: tuple[str, ...], width: int, height: int) -> tuple[str, list[float], float]:
-        """Class, polygon in pixels, and how far it was out; raises ValueError."""
+        """Class, polygon in pixels, and how far it was out; raises Problem."""
         try:
             number, *values = (float(word) for word in words)
         except ValueError:
             word = next(word for word in words if not _is_number(word))
-            raise ValueError(f"'{word[:20]}' is not a number") from None
+            raise Problem('yolo-word', "'{word}' is not a number", word=word[:20]) from None
         if not all(map(math.isfinite, (number, *values))):
-            raise ValueError('NaN or infinity')
+            raise Problem('yolo-nan', 'NaN or infinity')
         if number != int(number) or not 0 <= number < len(self.classes):
-            raise ValueError(f'class {words[0]}, but the classes are 0 to {len(self.classes) - 1}')
+            text = 'class {number}, but the classes are 0 to {last}'
+            raise Problem('yolo-class', text, number=words[0], last=len(self.classes) - 1)
         if len(values) == 4:
             if not self.boxes_as_masks:
-                raise ValueError('4 coordinates: a box, not a polygon')
+                raise Problem('yolo-box', '4 coordinates: a box, not a polygon')
             values = _corners(*values)
         elif len(values) % 2:
-            raise ValueError(f'{len(values)} coordinates, an odd number (a keypoint or a score behind it?)')
+            text = '{count} coordinates, an odd number (a keypoint or a score behind it?)'
+            raise Problem('yolo-odd', text, count=len(values))
         elif len(values) < 6:
-            raise ValueError(f'a polygon of {len(values) // 2} points')
+            raise Problem('yolo-points', 'a polygon of {count} points', count=len(values) // 2)
         wrong = [value for value in values if not -_SLACK <= value <= 1 + _SLACK]
+        if wrong and max(wrong) > 2:
+            text = 'coordinate {value:g} is outside 0 to 1 (pixels instead of fractions?)'
+            raise Problem('yolo-pixels', text, value=wrong[0])
         if wrong:
-            raise ValueError(
-                f'coordinate {wrong[0]:g} is outside 0 to 1' + (' (pixels instead of parts?)' if max(wrong) > 2 else '')
-            )
+            raise Problem('yolo-coordinate', 'coordinate {value:g} is outside 0 to 1', value=wrong[0])
         cut = [min(max(value, 0.0), 1.0) for value in values]
         sides = (width, height)
         outside = max(
@@ -253,11 +239,8 @@ def _only_yaml(root: Path) -> Path | None:
         if name in by_name:
             return by_name[name]
     if len(files) > 1:
-        raise UserError(
-            f'{root}: several YAML files could describe the data set',
-            [path.name for path in files],
-            'call the right one data.yaml',
-        )
+        text, names = '{path}: several YAML files could describe the data set', [path.name for path in files]
+        raise UserError('yolo-yamls', text, names, hint='call the right one data.yaml', path=root)
     return files[0] if files else None
 
 
@@ -266,14 +249,14 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 
     try:
         data = yaml.safe_load(read_text(path))
-    except ValueError as error:
-        raise UserError(f'{path}: {error}', cure=_CURE) from None
+    except Problem as problem:
+        raise UserError('yolo-unreadable', '{path}: cannot be read', [problem.message], hint=_HINT, path=path) from None
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
-        place = f', line {mark.line + 1}' if mark else ''
-        raise UserError(f'{path}{place}: not YAML ({getattr(error, "problem", None) or error})', cure=_CURE) from None
+        facts = dict(path=path, line=mark.line + 1 if mark else None, reason=getattr(error, 'problem', None) or error)
+        raise UserError('yolo-syntax', '{path}: not YAML ({reason}, line {line})', hint=_HINT, **facts) from None
     if not isinstance(data, dict):
-        raise UserError(f'{path}: holds no keys', cure=_CURE)
+        raise UserError('yolo-no-keys', '{path}: holds no keys', hint=_HINT, path=path)
     return data
 
 
@@ -290,23 +273,27 @@ def _names(data: dict[str, Any], path: Path) -> list[str]:
         except (TypeError, ValueError):
             names = {}
         if sorted(names) != wanted:
-            problems.append(f'the keys of names are not 0 to {len(wanted) - 1}')
+            text = 'the keys of names are not 0 to {last}'
+            problems.append(Message('yolo-name-keys', text, last=len(wanted) - 1))
         names = [names[key] for key in sorted(names)]
     if not isinstance(names, list) or not names:
-        problems.append('names is no list of classes')
+        problems.append(Message('yolo-names', 'names is not a list of classes'))
         names = []
     for name in names:
         # YAML reads no, yes, on, off as truth values.
         if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == '':
-            problems.append(f'names: {name!r} is no name; put it in quotes')
+            text = 'names: {name!r} is not a name; put it in quotes'
+            problems.append(Message('yolo-name', text, name=name))
     names = [str(name).strip() for name in names]
-    problems += [
-        f"names: '{name}' is there {names.count(name)} times" for name in dict.fromkeys(names) if names.count(name) > 1
-    ]
+    for name, times in Counter(names).items():
+        if times > 1:
+            problems.append(
+                Message('yolo-name-repeated', "names: '{name}' is given {times} times", name=name, times=times)
+            )
     if count is not None and names and count != len(names):
-        problems.append(f'nc is {count}, but names has {len(names)}')
+        problems.append(Message('yolo-count', 'nc is {nc}, but names has {names}', nc=count, names=len(names)))
     if problems:
-        raise UserError(f'{path}: its class names cannot be used', problems, _CURE)
+        raise UserError('yolo-classes', '{path}: its class names cannot be used', problems, hint=_HINT, path=path)
     return names
 
 
@@ -316,11 +303,9 @@ def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
         return listed[1]
     if options.get('classes'):
         return list(options['classes'])
-    raise UserError(
-        f'{root}: no class names',
-        ['neither a data.yaml nor classes.txt is there'],
-        'name them in label order by --classes, or in classes.txt, one a line',
-    )
+    text = '{path}: no class names: there is neither a data.yaml nor classes.txt'
+    hint = 'name them in label order with --classes, or in classes.txt, one a line'
+    raise UserError('yolo-no-classes', text, hint=hint, path=root)
 
 
 def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list[Path]]:
@@ -330,7 +315,7 @@ def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list
         UserError: Folders, lists or listed images that are missing.
     """
     splits: dict[str | None, list[Path]] = {}
-    problems: list[str] = []
+    problems: list[Message] = []
     bases = _bases(data.get('path'), path)
     for key, split in _SPLIT_KEYS.items():
         entries = data.get(key)
@@ -340,22 +325,19 @@ def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list
         for entry in entries if isinstance(entries, list) else [entries]:
             place = _resolve(bases, entry) if isinstance(entry, str) else None
             if place is None:
-                problems.append(f'{key}: {entry} is missing')
+                problems.append(Message('yolo-entry-missing', '{key}: {entry} is missing', key=key, entry=entry))
             elif place.is_dir():
                 found |= dict.fromkeys(find_images(place))
             else:
                 found |= dict.fromkeys(_listed_images(place, bases, problems))
         splits[split] = list(found)
         if not found and not problems:
-            problems.append(f'{key}: no images in {entries}')
+            problems.append(Message('yolo-entry-empty', '{key}: no images in {entries}', key=key, entries=entries))
     if not splits:
-        problems.append('none of the keys train, val, test names images')
+        problems.append(Message('yolo-no-splits', 'none of the keys train, val, test names images'))
     if problems:
-        raise UserError(
-            f'{path}: its images cannot be used',
-            problems,
-            f'correct path, train, val and test in it; looked in {", ".join(map(str, bases))}',
-        )
+        text, hint = '{path}: its images cannot be used', 'correct path, train, val and test in it; looked in {folders}'
+        raise UserError('yolo-images', text, problems, hint=hint, path=path, folders=', '.join(map(str, bases)))
     return splits
 
 
@@ -372,7 +354,7 @@ def _bases(given: Any, path: Path) -> list[Path]:
 
 def _resolve(bases: Iterable[Path], entry: str) -> Path | None:
     entry = entry.strip().replace('\\', '/')
-    # Roboflow writes ../train/images for a folder beside the data.yaml; Ultralytics mends it too.
+    # Roboflow writes ../train/images for a folder next to the data.yaml; Ultralytics accepts it too.
     for name in (entry, entry.removeprefix('../')):
         for base in bases:
             place = Path(base, name)
@@ -382,12 +364,12 @@ def _resolve(bases: Iterable[Path], entry: str) -> Path | None:
     return None
 
 
-def _listed_images(path: Path, bases: list[Path], problems: list[str]) -> list[Path]:
+def _listed_images(path: Path, bases: list[Path], problems: list[Message]) -> list[Path]:
     """The images that a text file names, relative to it, to the data set, or by a stale path."""
     try:
         lines = read_text(path).splitlines()
-    except ValueError as error:
-        problems.append(f'{path}: {error}')
+    except Problem as problem:
+        problems.append(problem.message.at(path))
         return []
     images = []
     for number, line in enumerate(map(str.strip, lines), start=1):
@@ -400,7 +382,8 @@ def _listed_images(path: Path, bases: list[Path], problems: list[str]) -> list[P
         places = [path.parent, *bases]
         image = next((place for tail in (name, *tails) if (place := _resolve(places, tail)) and place.is_file()), None)
         if image is None:
-            problems.append(f'{path}, line {number}: {line} is missing')
+            text = '{path}, line {line}: {name} is missing'
+            problems.append(Message('yolo-listed-missing', text, path=path, line=number, name=line))
         else:
             images.append(image)
     return images
