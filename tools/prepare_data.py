@@ -94,7 +94,7 @@ def main() -> int:
     if not summary.files:
         print('nothing written (--dry-run)')
         return 0
-    then = f'split_dataset.py {out}' if len(summary.splits) == 1 else f'new_config.py --data {out} --name NAME'
+    then = f'split_dataset.py {out}' if len(summary.splits) == 1 else f'new_config.py --data-root {out} --name NAME'
     print(f'next: python tools/check_dataset.py {out}, then python tools/{then}')
     print('written: ' + ' '.join(map(str, summary.files.values())) + f' {out}/images')
     return 0

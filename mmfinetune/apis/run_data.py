@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 from mmfinetune.config import views
 from mmfinetune.data import coco_json, demo
 from mmfinetune.data.check.run import check
-from mmfinetune.data.formats import voc, voc_devkit
+from mmfinetune.data.formats import voc_devkit
 from mmfinetune.data.preflight import Split, read_split
+from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.dist import say
 from mmfinetune.utils.errors import Message, UserError
 
@@ -73,7 +74,7 @@ def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
             'download and convert VOC 2012 with `python tools/prepare_voc.py --download`, '
             'or pass its folder with --data-root',
         ) from None
-    voc.convert(voc2012, paths[0].parent)
+    prepare(voc2012, paths[0].parent, 'voc', 'in-place')
 
 
 def splits_of_config(cfg: Config) -> tuple[dict[str, tuple[Path, Path]], Sequence[str]]:

@@ -56,6 +56,10 @@ class Problem(ValueError):
         self.message = Message(code, text, **facts)
         super().__init__(str(self.message))
 
+    def at(self, place: object) -> Problem:
+        """The same problem with the place in front, see `Message.at`."""
+        return _rebuilt_problem(self.message.at(place))
+
     def __reduce__(self) -> tuple:
         return _rebuilt_problem, (self.message,)
 

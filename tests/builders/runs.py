@@ -19,8 +19,8 @@ import pytest
 
 from mmfinetune.config import load
 from mmfinetune.data import demo
-from mmfinetune.data.formats import voc
 from mmfinetune.utils.files import sha256_of
+from tests.builders import voc
 
 REPO = Path(__file__).resolve().parents[2]
 CONFIGS = REPO / 'configs'

@@ -10,8 +10,8 @@ from pycocotools.coco import COCO
 
 from mmfinetune.data import demo
 from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, coco_name
-from mmfinetune.data.formats import voc
 from mmfinetune.data.preflight import read_split
+from tests.builders import voc
 
 TRAIN, VAL = 6, 4
 
@@ -157,12 +157,11 @@ def test_both_kinds_of_png_agree(devkit):
 
 
 def test_converts_with_no_problem(devkit, tmp_path):
-    summaries = voc.convert(devkit, tmp_path, workers=1, progress=False)
-    assert {s: x.images for s, x in summaries.items()} == {'train': TRAIN, 'val': VAL}
-    for summary in summaries.values():
-        assert summary.problems == summary.left_out == []
-        assert summary.without_mask == summary.difficult == 0
-        assert 2 * summary.images <= summary.objects <= 4 * summary.images
+    summary = voc.convert(devkit, tmp_path)
+    assert {name: counts.images for name, counts in summary.splits.items()} == {'train': TRAIN, 'val': VAL}
+    assert not summary.problems and not summary.left_out and not summary.notes
+    for counts in summary.splits.values():
+        assert 2 * counts.images <= counts.objects <= 4 * counts.images
 
 
 def test_converted_set_passes_the_checks(devkit, converted):

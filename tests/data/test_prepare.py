@@ -1,4 +1,4 @@
-"""The frame that all readers share: recognising, writing whole or not at all, and its checks."""
+"""What all readers share: detecting, writing completely or not at all, and the checks."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ from PIL import Image
 from mmfinetune.data import prepare as data_prepare
 from mmfinetune.data import to_coco
 from mmfinetune.data import writer as data_writer
-from mmfinetune.data.prepare import SOURCES, format_summary, prepare, recognise
-from mmfinetune.data.records import Instance, Item, Record
+from mmfinetune.data.prepare import FORMATS, detect, format_summary, prepare
+from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.data.writer import SplitWriter
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import sha256_of
 from mmfinetune.utils.images import find_images
 from mmfinetune.utils.masks import mask_to_rle
+from tests.builders.errors import codes, refused
 
 W, H = 24, 16
 TRIANGLE = [2, 2, 20, 3, 9, 14]
 
 
-class FakeSource:
+class FakeReader(Reader):
     """A data set of image files; what `objects` gives for a name is what is seen in it."""
 
-    kind = 'fake'
-
     def __init__(self, root: Path, objects: dict[str, Any] | None = None) -> None:
-        self.root, self.classes, self.objects = root, ['cat', 'dog'], objects or {}
+        super().__init__(root, ['cat', 'dog'])
+        self.objects = objects or {}
 
     def items(self) -> list[Item]:
         return [
@@ -57,9 +57,9 @@ class FakeSource:
         found = self.objects.get(item.image.stem, [Instance('cat', [TRIANGLE])])
         if callable(found):
             found = found()
-        record = Record(item.image, W, H, [], item.split)
+        record = Record(item.image, W, H)
         if isinstance(found, str):
-            record.problems.append(f'{item.key}: {found}')
+            record.problems.append(Message(found, '{place}', place=item.key))
         elif isinstance(found, Record):
             record.instances, record.extra, record.notes = (found.instances, found.extra, found.notes)
         else:
@@ -78,7 +78,7 @@ def fail() -> list:
 
 @pytest.fixture
 def fake(monkeypatch, tmp_path):
-    """A function that prepares a folder of images with `FakeSource`."""
+    """A function that prepares a folder of images with `FakeReader`."""
 
     def run(
         objects: dict[str, Any] | None = None,
@@ -87,14 +87,14 @@ def fake(monkeypatch, tmp_path):
         attributes: dict[str, Any] | None = None,
         **options: Any,
     ):
-        class Reader:
+        class Opener:
             @classmethod
-            def open(cls, root: Path, options: dict[str, Any]) -> FakeSource:
-                source = FakeSource(root, objects)
-                vars(source).update(attributes or {})
-                return source
+            def open(cls, root: Path, options: dict[str, Any]) -> FakeReader:
+                reader = FakeReader(root, objects)
+                vars(reader).update(attributes or {})
+                return reader
 
-        monkeypatch.setattr(data_prepare, 'reader', lambda kind: Reader)
+        monkeypatch.setattr(data_prepare, 'reader_for', lambda name: Opener)
         return prepare(src or tmp_path / 'src', tmp_path / out, 'coco', progress=False, **{'workers': 1, **options})
 
     return run
@@ -207,9 +207,9 @@ def test_an_output_folder_with_files_is_refused(fake, src, tmp_path):
     out.mkdir()
     (out / 'thesis.txt').write_text('mine')
     (out / 'images').mkdir()
-    with pytest.raises(UserError, match='not empty .images, thesis.txt'):
+    with refused('target-not-empty', names='images, thesis.txt'):
         fake()
-    with pytest.raises(UserError, match='only what this tool made is overwritten'):
+    with refused('target-foreign', out=out):
         fake(overwrite=True)
     assert sorted(p.name for p in out.iterdir()) == ['images', 'thesis.txt']
 
@@ -220,8 +220,9 @@ def test_overwrite_replaces_what_was_made_and_nothing_else(fake, src, tmp_path):
     (out / 'notes.txt').write_text('mine')
     (src / 'val/a.png').unlink()
     write_images(src, 'train/c.png')
-    with pytest.raises(UserError, match='replace it with --overwrite'):
+    with refused('target-not-empty') as caught:
         fake()
+    assert '--overwrite' in caught.value.hint
     fake(overwrite=True)
     assert (out / 'notes.txt').read_text() == 'mine'
     assert sorted(p.name for p in (out / 'annotations').iterdir()) == ['instances_train.json']
@@ -235,7 +236,7 @@ def test_overwrite_replaces_what_was_made_and_nothing_else(fake, src, tmp_path):
 def test_a_failed_overwrite_leaves_the_old_results(fake, src, tmp_path, monkeypatch):
     fake()
     before = content(tmp_path / 'out')
-    with pytest.raises(UserError, match='broken'):
+    with refused('prepare-problems'):
         fake({'b': 'broken'}, overwrite=True)
     assert content(tmp_path / 'out') == before
     rename = Path.rename
@@ -246,7 +247,7 @@ def test_a_failed_overwrite_leaves_the_old_results(fake, src, tmp_path, monkeypa
         return rename(self, target)
 
     monkeypatch.setattr(Path, 'rename', full_disk)
-    with pytest.raises(UserError, match='No space left'):
+    with refused('file-not-writable', reason='No space left on device'):
         fake(overwrite=True)
     assert content(tmp_path / 'out') == before
 
@@ -271,20 +272,20 @@ def test_nothing_is_left_of_a_run_that_stops(fake, src, tmp_path, monkeypatch, s
 
 
 @pytest.mark.parametrize(
-    'out, message',
+    'out, code',
     [
-        ('src', 'lies in the source'),
-        ('src/out', 'lies in the source'),
-        ('link/out', 'lies in the source'),
-        ('.', 'holds the source'),
-        ('file', 'is a file'),
+        ('src', 'target-inside'),
+        ('src/out', 'target-inside'),
+        ('link/out', 'target-inside'),
+        ('.', 'target-around'),
+        ('file', 'target-file'),
     ],
 )
-def test_output_and_source_stay_apart(fake, src, tmp_path, out, message):
+def test_output_and_source_stay_apart(fake, src, tmp_path, out, code):
     (tmp_path / 'link').symlink_to(src)
     (tmp_path / 'file').touch()
     before = content(tmp_path)
-    with pytest.raises(UserError, match=message):
+    with refused(code):
         fake(out=out, overwrite=True)
     assert content(tmp_path) == before
 
@@ -293,44 +294,44 @@ def test_a_dry_run_writes_nothing(fake, src, tmp_path):
     summary = fake(dry_run=True)
     assert summary.splits['train'].objects == 2 and not summary.placed
     assert sorted(p.name for p in tmp_path.iterdir()) == ['src']
-    with pytest.raises(UserError, match='broken'):
+    with refused('prepare-problems'):
         fake({'b': 'broken'}, dry_run=True)
 
 
 def test_all_problems_come_together_and_skip_bad_goes_on(fake, src, tmp_path):
-    objects = {'a': 'too dark', 'b': fail}
-    with pytest.raises(UserError) as caught:
+    objects = {'a': 'too-dark', 'b': fail}
+    with refused('prepare-problems', found='3 problems', left_out=3, images=3) as caught:
         fake(objects)
-    assert caught.value.problems == [
-        'train/a.png: too dark',
-        'train/b.png: cannot be read (RuntimeError: no reader foresees this)',
-        'val/a.png: too dark',
+    assert [(m.code, m.facts['place']) for m in caught.value.problems] == [
+        ('too-dark', 'train/a.png'),
+        ('prepare-image-unreadable', 'train/b.png'),
+        ('too-dark', 'val/a.png'),
     ]
-    assert '3 problems, 3 of 3 images unusable' in caught.value.message
-    with pytest.raises(UserError, match='nothing is left to write'):
+    assert caught.value.problems[1].facts['type'] == 'RuntimeError'
+    with refused('prepare-nothing-left'):
         fake(objects, skip_bad=True)
     summary = fake({'b': fail}, skip_bad=True)
-    assert summary.left_out == ['train/b.png'] and 'RuntimeError' in format_summary(summary)
+    assert summary.left_out == {'train/b.png': 'train'} and 'RuntimeError' in format_summary(summary)
     assert [i['file_name'] for i in load(tmp_path / 'out')['images']] == ['train/a.png']
     assert not (tmp_path / 'out/images/train/b.png').exists()
 
 
 @pytest.mark.parametrize(
-    'instance, message',
+    'instance, code, place',
     [
-        (Instance('bird', [TRIANGLE], place='shape 3'), "train/a.png: shape 3: unknown class 'bird'"),
-        (Instance('cat', [[0, 0, 1]]), 'train/a.png: a polygon has an odd number'),
-        (Instance('cat', [[0, 0, math.nan, 1, 1, 1]]), 'NaN'),
-        (Instance('cat', {'size': [H, W], 'counts': [3]}), 'an RLE of 3 pixels for 384'),
-        (Instance('cat', {'size': [W, H], 'counts': [H * W]}), 'an RLE of size [24, 16]'),
-        (Instance('cat', 'x'), 'a polygon is str'),
-        (Instance('cat', None), 'cannot be read (TypeError'),
+        (Instance('bird', [TRIANGLE], place='shape 3'), 'prepare-class-unknown', 'train/a.png: shape 3'),
+        (Instance('cat', [[0, 0, 1]]), 'shape-polygon-odd', 'train/a.png'),
+        (Instance('cat', [[0, 0, math.nan, 1, 1, 1]]), 'shape-polygon-nan', 'train/a.png'),
+        (Instance('cat', {'size': [H, W], 'counts': [3]}), 'shape-rle-pixels', 'train/a.png'),
+        (Instance('cat', {'size': [W, H], 'counts': [H * W]}), 'shape-rle-size', 'train/a.png'),
+        (Instance('cat', 'x'), 'shape-polygon-type', 'train/a.png'),
+        (Instance('cat', None), 'prepare-image-unreadable', 'train/a.png'),
     ],
 )
-def test_what_a_reader_gives_is_checked(fake, src, instance, message):
-    with pytest.raises(UserError) as caught:
+def test_what_a_reader_gives_is_checked(fake, src, instance, code, place):
+    with refused('prepare-problems') as caught:
         fake({'a': [Instance('dog', [TRIANGLE]), instance]})
-    assert message in caught.value.problems[0]
+    assert (caught.value.problems[0].code, caught.value.problems[0].facts['place']) == (code, place)
 
 
 def test_objects_are_dropped_for_a_reason_that_is_counted(fake, src):
@@ -360,7 +361,12 @@ def test_further_keys_never_break_the_file(fake, src, tmp_path):
     extra = {'id': 7, 'bbox': 'x', 'ö': ['ß'], 'note': None}
     good = Record(Path(), W, H, [Instance('cat', [TRIANGLE], extra=extra)], extra={'license': 3})
     bad = Record(
-        Path(), W, H, [Instance('cat', [TRIANGLE], extra={'score': math.inf})], extra={'name': '\ud800'}, notes=['seen']
+        Path(),
+        W,
+        H,
+        [Instance('cat', [TRIANGLE], extra={'score': math.inf})],
+        extra={'name': '\ud800'},
+        notes=[Message('seen', '')],
     )
     summary = fake({'a': good, 'b': bad})
     data = load(tmp_path / 'out')
@@ -369,7 +375,7 @@ def test_further_keys_never_break_the_file(fake, src, tmp_path):
     assert annotation['ö'] == ['ß'] and annotation['note'] is None
     assert data['images'][0]['license'] == 3 and 'name' not in data['images'][1]
     assert 'score' not in data['annotations'][1]
-    assert summary.notes[0] == 'seen' and len(summary.notes) == 3
+    assert codes(summary.notes) == ['seen', 'prepare-keys-left-out', 'prepare-keys-left-out']
 
 
 def test_a_file_name_that_is_not_utf8_is_a_problem(fake, src, tmp_path):
@@ -378,17 +384,20 @@ def test_a_file_name_that_is_not_utf8_is_a_problem(fake, src, tmp_path):
         shutil.copy(src / 'train/a.png', src / 'train' / name)
     except OSError:
         pytest.skip('this file system has UTF-8 names only')
-    with pytest.raises(UserError, match='is not UTF-8; rename it'):
+    with refused('prepare-problems') as caught:
         fake()
+    assert codes(caught.value.problems) == ['prepare-image-name']
     summary = fake(skip_bad=True)
     format_summary(summary).encode()
     assert len(load(tmp_path / 'out')['images']) == 2
 
 
 def test_problems_and_ids_of_the_source_count(fake, src, tmp_path):
-    with pytest.raises(UserError, match='x.json: its image is missing') as caught:
-        fake(attributes={'problems': ['x.json: its image is missing'], 'cure': 'look again'})
-    assert caught.value.cure.startswith('look again; or run again with --skip-bad')
+    problem = Message('image-gone', 'x.json: its image is missing')
+    with refused('prepare-problems', found='1 problem', left_out=0, advice='look again') as caught:
+        fake(attributes={'problems': [problem], 'hint': 'look again'})
+    assert caught.value.problems == [problem]
+    assert 'look again' in caught.value.hint and '--skip-bad' in caught.value.hint
     fake(
         attributes={
             'category_ids': {'cat': 3, 'dog': 9},
@@ -403,77 +412,87 @@ def test_problems_and_ids_of_the_source_count(fake, src, tmp_path):
 
 
 @pytest.mark.parametrize(
-    'options, message',
+    'options, code, problems',
     [
-        (dict(objects={'a': [], 'b': []}), 'but no object of any class'),
-        (dict(classes=['cat', 'cat']), "'cat' comes 2 times"),
-        (dict(classes=['kat']), "did you mean 'cat'"),
-        (dict(classes=['dog']), 'but no object of any class'),
-        (dict(attributes={'classes': []}), 'no class is known'),
-        (dict(src=Path('/nowhere')), 'there is no such folder'),
+        (dict(objects={'a': [], 'b': []}), 'prepare-no-objects', []),
+        (dict(classes=['cat', 'cat']), 'prepare-classes', [Message('class-repeated', '', name='cat', count=2)]),
+        (
+            dict(classes=['kat']),
+            'prepare-classes',
+            [Message('class-unknown', '', name='kat', near='; did you mean cat?')],
+        ),
+        (
+            dict(classes=['dog']),
+            'prepare-no-objects',
+            [Message('prepare-dropped', '', count=3, reason='of a class that --classes does not name')],
+        ),
+        (dict(attributes={'classes': []}), 'prepare-no-classes', []),
+        (dict(src=Path('/nowhere')), 'prepare-source-missing', []),
     ],
 )
-def test_what_cannot_be_is_refused(fake, src, tmp_path, options, message):
-    with pytest.raises(UserError, match=message):
+def test_what_cannot_be_is_refused(fake, src, tmp_path, options, code, problems):
+    with refused(code) as caught:
         fake(**options)
+    assert caught.value.problems == problems
     assert not (tmp_path / 'out').exists()
 
 
 def test_no_images(fake, tmp_path):
     (tmp_path / 'src').mkdir()
-    with pytest.raises(UserError, match='no images .read as coco'):
+    with refused('prepare-no-images', format='coco'):
         fake()
 
 
 def test_a_killed_worker_is_one_clean_message(fake, src, tmp_path):
-    with pytest.raises(UserError, match='ended from outside') as caught:
+    with refused('worker-killed') as caught:
         fake({'b': kill_this_process}, workers=2)
-    assert '--workers 1' in caught.value.cure and not (tmp_path / 'out').exists()
+    assert '--workers 1' in caught.value.hint and not (tmp_path / 'out').exists()
 
 
 def test_results_go_between_processes():
-    done = to_coco.Done(Item('a', Path('a.png'), None), image='"x":1')
-    assert pickle.loads(pickle.dumps(done)) == done
+    result = to_coco.Result(Item('a', Path('a.png')), image='"x":1', notes=[Message('a-note', '')])
+    assert pickle.loads(pickle.dumps(result)) == result
 
 
 def test_an_unknown_folder_lists_what_was_looked_for(tmp_path, src):
     (src / 'train/a.txt').write_text('hello')
-    with pytest.raises(UserError, match='no data set of a known kind') as caught:
-        recognise(src)
-    assert [line.partition(':')[0] for line in caught.value.problems] == list(SOURCES)
+    with refused('format-unknown') as caught:
+        detect(src)
+    assert [line.facts['format'] for line in caught.value.problems] == list(FORMATS)
     (src / 'inner').mkdir()
     (src / 'inner/annotations.json').write_text('{"images": [], "annotations": [], "categories": []}')
-    with pytest.raises(UserError, match='name one of these folders instead: .*inner .coco'):
-        recognise(src)
-    with pytest.raises(UserError, match='no data set of a known kind'):
-        recognise(src / 'train/a.txt')
-    assert recognise(src / 'inner/annotations.json')[0] == 'coco'
+    with refused('format-inside', inner=f'{src / "inner"} (coco)'):
+        detect(src)
+    with refused('format-unknown'):
+        detect(src / 'train/a.txt')
+    assert detect(src / 'inner/annotations.json')[0] == 'coco'
 
 
-def test_a_folder_of_two_kinds_is_refused(tmp_path):
+def test_a_folder_of_two_formats_is_refused(tmp_path):
     (tmp_path / 'a.json').write_text('{"images": [], "annotations": [], "categories": []}')
     (tmp_path / 'leftImg8bit').mkdir()
     (tmp_path / 'inst').mkdir()
     (tmp_path / 'inst/a.mat').touch()
     (tmp_path / 'img').mkdir()
-    with pytest.raises(UserError, match='could be of several kinds') as caught:
-        recognise(tmp_path)
-    assert [line.partition(':')[0] for line in caught.value.problems] == ['coco', 'sbd']
-    assert '--kind' in caught.value.cure
+    with refused('format-ambiguous') as caught:
+        detect(tmp_path)
+    assert [line.facts['format'] for line in caught.value.problems] == ['coco', 'sbd']
+    assert '--format' in caught.value.hint
 
 
-@pytest.mark.parametrize('kind', SOURCES)
-def test_every_kind_has_a_reader_that_refuses_an_empty_folder(kind, tmp_path):
-    found = data_prepare.reader(kind)
-    assert found.kind == kind and found.recognise(tmp_path) is None
+@pytest.mark.parametrize('name', FORMATS)
+def test_every_format_has_a_reader_that_refuses_an_empty_folder(name, tmp_path):
+    assert issubclass(data_prepare.reader_for(name), Reader)
+    with refused('format-unknown'):
+        detect(tmp_path)
     with pytest.raises(UserError):
-        prepare(tmp_path, tmp_path.with_name(tmp_path.name + '_out'), kind, progress=False)
+        prepare(tmp_path, tmp_path.with_name(tmp_path.name + '_out'), name, progress=False)
     assert not tmp_path.with_name(tmp_path.name + '_out').exists()
 
 
 def test_many_classes_and_lines_are_cut_short(fake, src):
     classes = ['cat', *(f'class {k}' for k in range(200))]
-    notes = [f'note {k}' for k in range(50)]
+    notes = [Message('a-note', 'note {k}', k=k) for k in range(50)]
     text = format_summary(fake(attributes={'classes': classes, 'notes': notes}))
     assert '… and 101 more classes' in text and '… and 30 more, see prepare_report.json' in text
     assert max(map(len, text.splitlines())) < 100

@@ -19,12 +19,12 @@ from pathlib import Path
 import pytest
 
 from mmfinetune.data import demo
-from mmfinetune.data.formats import voc
 from mmfinetune.engine import board
 from mmfinetune.engine.hooks import checkpoint
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import read
 from mmfinetune.weights import work_dir as weights_work_dir
+from tests.builders import voc
 from tests.builders.runs import TOOLS, drive, inside, make_site, write_tiny_config
 from tests.builders.toy import assert_same_checkpoint, names
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mmfinetune.data import demo
-from mmfinetune.data.formats import voc
+from tests.builders import voc
 from tests.builders.runs import CONFIGS, TRAIN_IMAGES, VAL_IMAGES, drive, files_in, spawn, write_tiny_config
 
 TOOL = 'check_dataset'

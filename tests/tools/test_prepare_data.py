@@ -45,7 +45,7 @@ def test_a_data_set_is_prepared(tmp_path):
     assert ['train', '1', '1', '0', '0'] in [line.split() for line in lines]
     assert ['cat', '1', '1'] in [line.split() for line in lines]
     assert lines[-2] == (
-        f'next: python tools/check_dataset.py {out}, then python tools/new_config.py --data {out} --name NAME'
+        f'next: python tools/check_dataset.py {out}, then python tools/new_config.py --data-root {out} --name NAME'
     )
     assert lines[-1].startswith('written: ')
     for path in lines[-1].split()[1:]:
@@ -54,12 +54,12 @@ def test_a_data_set_is_prepared(tmp_path):
     assert [c['id'] for c in data['categories']] == [1, 2]
     again = tool(tmp_path / 'src', out)
     assert again.code == 2 and '--overwrite' in again.err
-    assert tool(tmp_path / 'src', out, '--overwrite', '--classes', 'dog,cat').code == 0
+    assert tool(tmp_path / 'src', out, '--overwrite', '--classes', 'dog', 'cat').code == 0
 
 
 def test_a_data_set_without_splits_is_to_be_split_next(tmp_path):
     write_coco(tmp_path / 'src', 'default')
-    done = tool(tmp_path / 'src', tmp_path / 'out', '--images', 'copy', '--workers', '1')
+    done = tool(tmp_path / 'src', tmp_path / 'out', '--place', 'copy', '--workers', '1')
     assert done.code == 0 and f'tools/split_dataset.py {tmp_path / "out"}' in done.out
     done = tool(tmp_path / 'out', tmp_path / 'again')
     assert done.code == 0  # what it writes is a data set that it reads
@@ -81,9 +81,20 @@ def test_problems_end_with_2_and_skip_bad_with_0(tmp_path):
     path.write_bytes(b'')
     done = tool(tmp_path / 'src', tmp_path / 'out')
     assert done.code == 2 and done.out == '' and 'Traceback' not in done.err
-    assert 'image 1 (extra.jpg): images/extra.jpg: empty file (0 bytes)' in done.err
+    assert done.error == 'prepare-problems'
+    assert 'image 1 (extra.jpg): images/extra.jpg: ' in done.err
     done = tool(tmp_path / 'src', tmp_path / 'out', '--skip-bad')
-    assert done.code == 0 and 'left out:' in done.out and 'empty file' in done.out
+    assert done.code == 0 and 'left out:' in done.out and 'extra.jpg' in done.out
+
+
+def test_names_of_the_last_release_still_work(tmp_path):
+    write_coco(tmp_path / 'src', 'train')
+    old = ('--kind', 'coco', '--images', 'copy', '--classes', 'dog,cat')
+    done = tool(tmp_path / 'src', tmp_path / 'out', *old)
+    assert done.code == 0, done.err
+    assert done.err.count('note: ') == 3 and '--format' in done.err and '--place' in done.err
+    data = json.loads((tmp_path / 'out/annotations/instances_train.json').read_text())
+    assert [c['name'] for c in data['categories']] == ['dog', 'cat']
 
 
 @pytest.mark.parametrize(
@@ -91,12 +102,12 @@ def test_problems_end_with_2_and_skip_bad_with_0(tmp_path):
     [
         ((), 'the following arguments are required: SRC, OUT'),
         (('a',), 'the following arguments are required: OUT'),
-        (('nowhere', 'out'), 'nowhere: there is no such folder'),
-        (('.', 'out', '--kind', 'pascal'), "invalid choice: 'pascal'"),
-        (('.', 'out', '--workers', '0'), "'0' is no number from 1 on"),
-        (('.', 'out', '--min-area', 'x'), "'x' is no number from 1 on"),
-        (('.', 'out', '--classes', 'a,,b'), 'names separated by commas'),
-        (('.', 'out', '--images', 'move'), 'invalid choice'),
+        (('nowhere', 'out'), 'error[prepare-source-missing]'),
+        (('.', 'out', '--format', 'pascal'), "invalid choice: 'pascal'"),
+        (('.', 'out', '--workers', '0'), "'0' is not a positive integer"),
+        (('.', 'out', '--min-area', 'x'), "'x' is not a positive integer"),
+        (('.', 'out', '--classes', 'a,,b'), 'an empty name'),
+        (('.', 'out', '--place', 'move'), 'invalid choice'),
     ],
 )
 def test_mistakes_are_told_in_one_message(tmp_path, args, message):
@@ -111,7 +122,7 @@ def test_real_data_sets_are_recognised(real_data, tmp_path):
         ('labelme_real', 'labelme', 3),
         ('magnetic_tile_real', 'binary-masks', 80),
     ):
-        done = tool(real_data / name, tmp_path / name, '--images', 'reference')
+        done = tool(real_data / name, tmp_path / name, '--place', 'reference')
         assert done.code == 0, done.err
         assert done.out.startswith(f'read as {kind}: ')
         assert f'images: {images} referred to' in done.out

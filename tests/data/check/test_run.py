@@ -22,9 +22,9 @@ from mmfinetune.data.check.images import look_at, similar
 from mmfinetune.data.check.kinds import KINDS
 from mmfinetune.data.check.run import Options, check
 from mmfinetune.data.check.shapes import clip, turn_mask, turn_polygons
-from mmfinetune.data.formats import voc
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.masks import run_lengths
+from tests.builders import voc
 
 PLAIN = Options(cache=False, workers=1)
 

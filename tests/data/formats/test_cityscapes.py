@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from mmfinetune.data.prepare import prepare, recognise
-from mmfinetune.utils.errors import UserError
+from mmfinetune.data.prepare import detect, prepare
+from tests.builders.errors import codes, refused
 
 CLASSES = ['person', 'rider', 'car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle']
 LABEL_IDS = (24, 25, 26, 27, 28, 31, 32, 33)
@@ -65,7 +65,7 @@ def run(root: Path, **options):
 
 
 def test_every_value_of_a_class_is_one_annotation_with_its_pixels(root):
-    assert recognise(root)[0] == 'cityscapes'
+    assert detect(root)[0] == 'cityscapes'
     summary, made = run(root)
     assert list(made) == ['train', 'val']
     assert [(c['id'], c['name']) for c in made['val']['categories']] == list(enumerate(CLASSES, start=1))
@@ -97,27 +97,25 @@ def test_image_without_objects_stays(root):
 
 
 @pytest.mark.parametrize(
-    'spoil, message',
+    'spoil, code',
     [
-        (lambda image, label: label.unlink(), 'instanceIds.png: missing'),
-        (lambda image, label: label.write_bytes(b''), 'instanceIds.png: unreadable'),
-        (lambda image, label: label.write_bytes(label.read_bytes()[:90]), 'png: unreadable'),
-        (lambda image, label: Image.new('RGB', SIZE).save(label), 'mode RGB where 16-bit grey'),
-        (lambda image, label: Image.new('L', (3, 3)).save(label), '3x3 pixels, but leftImg8bit/'),
-        (lambda image, label: Image.new('L', SIZE, 200).save(label), 'the value 200 is no label id'),
-        (
-            lambda image, label: Image.fromarray(np.full(SIZE[::-1], 65535, np.uint16)).save(label),
-            'the value 65535 is no label id',
-        ),
-        (lambda image, label: image.write_bytes(b'x'), 'leftImg8bit.png: not an image'),
-        (lambda image, label: image.unlink(), 'instanceIds.png: its image is missing'),
+        (lambda image, label: label.unlink(), 'image-file-missing'),
+        (lambda image, label: label.write_bytes(b''), 'image-file-empty'),
+        (lambda image, label: label.write_bytes(label.read_bytes()[:90]), 'image-file-unreadable'),
+        (lambda image, label: Image.new('RGB', SIZE).save(label), 'cityscapes-mode'),
+        (lambda image, label: Image.new('L', (3, 3)).save(label), 'mask-file-size'),
+        (lambda image, label: Image.new('L', SIZE, 200).save(label), 'cityscapes-value'),
+        (lambda image, label: Image.fromarray(np.full(SIZE[::-1], 65535, np.uint16)).save(label), 'cityscapes-value'),
+        (lambda image, label: image.write_bytes(b'x'), 'image-file-unknown'),
+        (lambda image, label: image.unlink(), 'cityscapes-no-image'),
     ],
 )
-def test_bad_files_are_problems_of_one_image(root, spoil, message):
+def test_bad_files_are_problems_of_one_image(root, spoil, code):
     spoil(*paths(root, 'train', 'ulm_000001_000019'))
-    with pytest.raises(UserError) as caught:
+    with refused('prepare-problems') as caught:
         run(root)
-    assert len(caught.value.problems) == 1 and message in caught.value.problems[0]
+    assert codes(caught.value.problems) == [code]
+    assert 'ulm_000001_000019' in caught.value.problems[0].facts['place']
     _, made = run(root, skip_bad=True)
     assert len(made['train']['images']) == 1
 
@@ -125,15 +123,15 @@ def test_bad_files_are_problems_of_one_image(root, spoil, message):
 @pytest.mark.parametrize('missing, message', [('gtFine', 'gtFine/'), ('leftImg8bit', 'leftImg8bit/')])
 def test_half_a_data_set_is_refused(root, missing, message):
     (root / missing).rename(root / 'away')
-    with pytest.raises(UserError, match='Missing') as caught:
-        run(root, kind='cityscapes')
+    with refused('cityscapes-incomplete') as caught:
+        run(root, format='cityscapes')
     assert caught.value.problems[0] == message
-    with pytest.raises(UserError, match='no data set of a known kind'):
+    with refused('format-unknown'):
         run(root)
 
 
 def test_coarse_labels_are_not_taken_for_fine_ones(root):
     for path in (root / 'gtFine').rglob('*.png'):
         path.rename(path.with_name(path.name.replace('gtFine', 'gtCoarse')))
-    with pytest.raises(UserError, match='no gtFine'):
+    with refused('cityscapes-incomplete'):
         run(root)

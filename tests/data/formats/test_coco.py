@@ -16,8 +16,8 @@ from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
 from mmfinetune.data import prepare as data_prepare
-from mmfinetune.data.formats.coco import Coco2017Source, CocoSource
-from mmfinetune.data.prepare import prepare, recognise
+from mmfinetune.data.formats.coco import Coco2017Reader, CocoReader
+from mmfinetune.data.prepare import prepare, detect
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.masks import mask_to_rle
 
@@ -405,7 +405,7 @@ def test_every_cut_of_a_file_is_one_clean_message(site):
     for keep in range(0, len(data) - 1, 41):
         path.write_bytes(data[:keep])
         with pytest.raises(UserError, match=r'(breaks off|not JSON|empty file)'):
-            CocoSource.open(path, {'progress': False})
+            CocoReader.open(path, {'progress': False})
 
 
 @pytest.mark.parametrize(
@@ -522,7 +522,7 @@ def test_layouts(tmp_path, json_at, images_at):
     (src / json_at).parent.mkdir(parents=True)
     (src / json_at).write_text(json.dumps(dataset()))
     write_images(src / images_at, dataset())
-    kind, reason = recognise(src)
+    kind, reason = detect(src)
     assert kind == ('coco2017' if '2017' in json_at else 'coco') and Path(json_at).name in reason
     split = 'train' if 'train' in json_at else 'all'
     for given, out in ((src, 'a'), (src / json_at, 'b')):
@@ -630,7 +630,7 @@ def test_sizes_may_be_trusted(site):
 
 
 def test_coco2017_has_a_layout_of_its_own(tmp_path):
-    assert Coco2017Source.recognise(tmp_path) is None
+    assert Coco2017Reader.detect(tmp_path) is None
     with pytest.raises(UserError, match='instances_.train,val.2017.json'):
         prepare(tmp_path, tmp_path.with_name('out_' + tmp_path.name), 'coco2017')
     for split in ('train', 'val'):
@@ -642,7 +642,7 @@ def test_coco2017_has_a_layout_of_its_own(tmp_path):
         path.parent.mkdir(exist_ok=True)
         path.write_text(json.dumps(data))
         path.with_name(f'captions_{split}2017.json').write_text('{"images": [')
-    kind, reason = recognise(tmp_path / 'src')
+    kind, reason = detect(tmp_path / 'src')
     assert kind == 'coco2017' and 'train2017/ and annotations/instances_val2017.json' in reason
     prepare(tmp_path / 'src', tmp_path / 'out', progress=False, workers=1)
     data = json.loads((tmp_path / 'out/annotations/instances_val.json').read_text())
@@ -651,7 +651,7 @@ def test_coco2017_has_a_layout_of_its_own(tmp_path):
 
 
 def test_a_source_goes_to_worker_processes(site):
-    source = CocoSource.open(site / 'src', {'progress': False})
+    source = CocoReader.open(site / 'src', {'progress': False})
     items = source.items()
     source.read(items[0])  # opens the file, which no process can hand to another
     again = pickle.loads(pickle.dumps(source))
@@ -663,15 +663,15 @@ def test_recognise_never_raises(tmp_path):
     for name, data in (('a.json', b'\xff\xfe'), ('b.json', b''), ('c.json', b'{"images": [')):
         (tmp_path / name).write_bytes(data)
     (tmp_path / 'd.json').mkdir()
-    for kind in data_prepare.SOURCES:
-        assert data_prepare.reader(kind).recognise(tmp_path) is None
-        assert data_prepare.reader(kind).recognise(tmp_path / 'none') is None
+    for kind in data_prepare.FORMATS:
+        assert data_prepare.reader_for(name).detect(tmp_path) is None
+        assert data_prepare.reader_for(name).detect(tmp_path / 'none') is None
 
 
 def test_real_coco_masks_stay_the_same(real_data, tmp_path):
     src = real_data / 'coco2017_real'
     summary = prepare(src, tmp_path / 'out', progress=False, placing='reference')
-    assert summary.kind == 'coco2017' and not summary.dropped and not summary.notes
+    assert summary.format == 'coco2017' and not summary.dropped and not summary.notes
     count = 0
     for split in ('train', 'val'):
         old = COCO(str(src / f'annotations/instances_{split}2017.json'))

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from mmfinetune.data.formats.labelme import LabelmeSource
+from mmfinetune.data.formats.labelme import LabelmeReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
 from mmfinetune.utils.errors import UserError
@@ -53,7 +53,7 @@ def write(path: Path, *shapes: dict, image_path: str | None = None, **more) -> P
 
 
 def read(root: Path, **options) -> list[Record]:
-    source = pickle.loads(pickle.dumps(LabelmeSource.open(root, options)))
+    source = pickle.loads(pickle.dumps(LabelmeReader.open(root, options)))
     return [source.read(item) for item in source.items()]
 
 
@@ -254,7 +254,7 @@ def test_byte_order_mark_and_names_in_any_script(tmp_path):
     image(tmp_path / 'ein Bild 猫.jpg')
     path = write(tmp_path / 'ein Bild 猫.json', shape(' Katze 猫 '))
     path.write_bytes(b'\xef\xbb\xbf' + path.read_bytes())
-    source = LabelmeSource.open(tmp_path, {})
+    source = LabelmeReader.open(tmp_path, {})
     assert source.classes == ['Katze 猫']
     record = source.read(source.items()[0])
     assert [i.category for i in record.instances] == ['Katze 猫']
@@ -300,7 +300,7 @@ def test_missing_image_is_told_and_whether_it_is_embedded(tmp_path):
     write(tmp_path / 'c.json', shape(), image_path='gone.jpg')
     image(tmp_path / 'one/c.jpg')
     image(tmp_path / 'two/c.jpg')
-    source = LabelmeSource.open(tmp_path, {})
+    source = LabelmeReader.open(tmp_path, {})
     assert [source.read(item).problems for item in source.items()] == [
         ["a.json: its image '/far/away/x.jpg' is missing"],
         ["b.json: its image 'b.jpg' is missing; it is embedded in the JSON file only (imageData)"],
@@ -348,15 +348,15 @@ def test_classes_come_from_a_list_or_the_files(tmp_path):
     for name, labels in (('a', ('dog', 'cat')), ('b', ('ant', '__ignore__'))):
         image(tmp_path / f'{name}.jpg')
         write(tmp_path / f'{name}.json', *map(shape, labels), shape('only a point', [[1, 1]], 'point'))
-    assert LabelmeSource.open(tmp_path, {}).classes == ['ant', 'cat', 'dog']
+    assert LabelmeReader.open(tmp_path, {}).classes == ['ant', 'cat', 'dog']
     (tmp_path / 'labels.txt').write_text('__ignore__\n_background_\ndog\ncat\n')
-    assert LabelmeSource.open(tmp_path, {}).classes == ['dog', 'cat']
+    assert LabelmeReader.open(tmp_path, {}).classes == ['dog', 'cat']
     a, b = read(tmp_path)
     assert a.problems == []
     assert b.problems == ["b.json: shape 1 ('ant'): its label is not in labels.txt"]
     (tmp_path / 'labels.txt').write_text('dog\n\ncat\ndog\n')
     with pytest.raises(UserError, match='labels.txt: not a list of classes') as error:
-        LabelmeSource.open(tmp_path, {})
+        LabelmeReader.open(tmp_path, {})
     assert error.value.problems == ['line 2: empty', "'dog' is listed 2 times"]
 
 
@@ -364,7 +364,7 @@ def test_folders_of_splits(tmp_path):
     for folder in ('train', 'valid', 'rest'):
         image(tmp_path / folder / 'a.jpg')
         write(tmp_path / folder / 'a.json', shape())
-    source = LabelmeSource.open(tmp_path, {})
+    source = LabelmeReader.open(tmp_path, {})
     assert [(item.key, item.split) for item in source.items()] == [
         ('rest/a.json', None),
         ('train/a.json', 'train'),
@@ -375,7 +375,7 @@ def test_folders_of_splits(tmp_path):
 def test_other_json_files_are_noted(tmp_path):
     one(tmp_path, shape())
     (tmp_path / 'settings.json').write_text('{"colour": "red"}')
-    source = LabelmeSource.open(tmp_path, {})
+    source = LabelmeReader.open(tmp_path, {})
     assert source.notes == ["settings.json: no LabelMe file (it has no 'shapes')"]
     assert [item.key for item in source.items()] == ['a.json']
 
@@ -392,13 +392,13 @@ def test_folders_without_objects(tmp_path, files, message):
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
     with pytest.raises(UserError, match=message):
-        LabelmeSource.open(tmp_path, {})
+        LabelmeReader.open(tmp_path, {})
 
 
 def test_damaged_files_alone(tmp_path):
     (tmp_path / 'a.json').write_text('{"shapes": [')
     with pytest.raises(UserError, match='no labelled shape') as error:
-        LabelmeSource.open(tmp_path, {})
+        LabelmeReader.open(tmp_path, {})
     assert error.value.problems == ['a.json: not JSON (Expecting value, line 1, column 13)']
 
 
@@ -407,20 +407,20 @@ def test_images_without_a_file_are_not_done_yet(tmp_path):
     image(tmp_path / 'c.png')
     one(tmp_path, shape())
     (tmp_path / 'x').mkdir()
-    source = LabelmeSource.open(tmp_path / 'x' / '..', {})
+    source = LabelmeReader.open(tmp_path / 'x' / '..', {})
     assert [item.key for item in source.items()] == ['a.json']
     assert source.notes == ['2 of 3 images have no JSON file, so nobody has looked at them yet; left out']
 
 
 def test_recognise(tmp_path):
-    assert LabelmeSource.recognise(tmp_path / 'nothing') is None
+    assert LabelmeReader.detect(tmp_path / 'nothing') is None
     coco = tmp_path / 'coco'
     coco.mkdir()
     (coco / 'instances.json').write_text('{"images": [], "annotations": [], "categories": []}')
     (coco / 'broken.json').write_text('{"shapes')
-    assert LabelmeSource.recognise(coco) is None
+    assert LabelmeReader.detect(coco) is None
     one(tmp_path / 'ours', shape())
-    assert LabelmeSource.recognise(tmp_path / 'ours') == ("1 *.json, with 'shapes' as LabelMe writes them (a.json)")
+    assert LabelmeReader.detect(tmp_path / 'ours') == ("1 *.json, with 'shapes' as LabelMe writes them (a.json)")
 
 
 def test_prepared_json_has_the_polygons_pixels(tmp_path):
@@ -446,8 +446,8 @@ def test_prepared_json_has_the_polygons_pixels(tmp_path):
 
 def test_real_files(real_data):
     folder = real_data / 'labelme_real'
-    assert LabelmeSource.recognise(folder)
-    source = LabelmeSource.open(folder, {})
+    assert LabelmeReader.detect(folder)
+    source = LabelmeReader.open(folder, {})
     assert source.classes == ['bottle', 'bus', 'car', 'chair', 'person', 'sofa']
     records = [source.read(item) for item in source.items()]
     assert [len(record.instances) for record in records] == [3, 6, 3]

@@ -10,7 +10,7 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from scipy import ndimage
 
-from mmfinetune.data.formats.masks import MIN_AREA, THRESHOLD, BinaryMasksSource, MaskPngSource
+from mmfinetune.data.formats.masks import MIN_AREA, THRESHOLD, BinaryMasksReader, MaskPngReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
 from mmfinetune.utils.errors import UserError
@@ -69,14 +69,14 @@ def read(kind: type, root: Path, **options) -> list[Record]:
 def one_png(root: Path, values: np.ndarray, mode: str = 'L', **options) -> Record:
     image(root / 'images/a.jpg')
     mask(root / 'masks/a.png', values, mode)
-    (record,) = read(MaskPngSource, root, **{'classes': ['cell'], **options})
+    (record,) = read(MaskPngReader, root, **{'classes': ['cell'], **options})
     return record
 
 
 def one_binary(root: Path, values: np.ndarray, mode: str = 'L', **options) -> Record:
     image(root / 'spot/a.jpg')
     mask(root / 'spot/a.png', values, mode)
-    (record,) = read(BinaryMasksSource, root, **options)
+    (record,) = read(BinaryMasksReader, root, **options)
     return record
 
 
@@ -139,7 +139,7 @@ def test_void(tmp_path, mode, void, objects, note):
     record = one_png(tmp_path, values, mode, **({} if void is None else {'void': void}))
     assert [i.place for i in record.instances] == [f'object {value}' for value in objects]
     assert record.notes == ([] if note is None else [note])
-    source = MaskPngSource.open(tmp_path, {'classes': ['cell'], 'void': void})
+    source = MaskPngReader.open(tmp_path, {'classes': ['cell'], 'void': void})
     assert source.notes == (
         []
         if mode != 'P' or void is not None
@@ -196,7 +196,7 @@ def test_missing_class_mask(tmp_path):
     mask(tmp_path / 'classes/b.png', numbers(1))
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/a.png', numbers(1))
-    a, b = read(MaskPngSource, tmp_path, classes=['cat'])
+    a, b = read(MaskPngReader, tmp_path, classes=['cat'])
     assert a.problems == ['images/a.jpg: no class mask']
     assert (b.problems, len(b.instances)) == ([], 1)
 
@@ -215,12 +215,12 @@ def test_missing_class_mask(tmp_path):
 def test_where_images_and_masks_lie(tmp_path, image_name, mask_name, split):
     image(tmp_path / image_name)
     mask(tmp_path / mask_name, numbers(1, 2))
-    source = MaskPngSource.open(tmp_path, {'classes': ['cell']})
+    source = MaskPngReader.open(tmp_path, {'classes': ['cell']})
     (item,) = source.items()
     record = source.read(item)
     assert (source.problems, record.problems, len(record.instances)) == ([], [], 2)
     assert (item.key, item.split) == (image_name, split)
-    assert MaskPngSource.recognise(tmp_path) == ('images/ and masks/ with a mask of object numbers for 1 of 1 images')
+    assert MaskPngReader.detect(tmp_path) == ('images/ and masks/ with a mask of object numbers for 1 of 1 images')
 
 
 def test_files_that_miss_their_partner(tmp_path):
@@ -228,11 +228,11 @@ def test_files_that_miss_their_partner(tmp_path):
     mask(tmp_path / 'masks/a.png', numbers(1))
     image(tmp_path / 'images/b.jpg')
     mask(tmp_path / 'masks/c.png', numbers(1))
-    source = MaskPngSource.open(tmp_path, {'classes': ['cell']})
+    source = MaskPngReader.open(tmp_path, {'classes': ['cell']})
     assert source.problems == ['masks/c.png: a mask without an image']
     a, b = (source.read(item) for item in source.items())
     assert (a.problems, b.problems) == ([], ['images/b.jpg: no mask'])
-    source = MaskPngSource.open(tmp_path, {'classes': ['cell'], 'background': True})
+    source = MaskPngReader.open(tmp_path, {'classes': ['cell'], 'background': True})
     a, b = (source.read(item) for item in source.items())
     assert (b.problems, b.instances, b.width) == ([], [], WIDTH)
     assert source.notes == ['1 of 2 images have no mask: they count as images without objects']
@@ -245,7 +245,7 @@ def test_files_that_have_several_partners(tmp_path):
     image(tmp_path / 'images/b.jpg')
     mask(tmp_path / 'masks/b.png', numbers(1))
     mask(tmp_path / 'masks/b_mask.png', numbers(1))
-    source = MaskPngSource.open(tmp_path, {'classes': ['cell']})
+    source = MaskPngReader.open(tmp_path, {'classes': ['cell']})
     assert source.problems == ['masks/a.png: a mask of several images: images/a.jpg, images/a.png']
     assert source.read(source.items()[2]).problems == ['images/b.jpg: several masks: masks/b.png, masks/b_mask.png']
 
@@ -291,7 +291,7 @@ def test_bad_masks(tmp_path, damage, problem):
         image(tmp_path / f'images/{name}.png')
         mask(tmp_path / f'masks/{name}.png', numbers(1, 2))
     damage(tmp_path / 'masks/a.png')
-    a, b = read(MaskPngSource, tmp_path, classes=['cell'])
+    a, b = read(MaskPngReader, tmp_path, classes=['cell'])
     assert len(a.problems) == 1 and a.problems[0].startswith(f'masks/a.png: {problem}')
     assert (b.problems, len(b.instances)) == ([], 2)
 
@@ -299,7 +299,7 @@ def test_bad_masks(tmp_path, damage, problem):
 def test_a_photograph_is_no_mask(tmp_path):
     image(tmp_path / 'images/a.png', (200, 200))
     mask(tmp_path / 'masks/a.png', np.random.default_rng(0).integers(0, 65536, (200, 200)), '16')
-    (record,) = read(MaskPngSource, tmp_path, classes=['cell'])
+    (record,) = read(MaskPngReader, tmp_path, classes=['cell'])
     assert len(record.problems) == 1
     assert 'different values are no numbers of objects' in record.problems[0]
 
@@ -312,7 +312,7 @@ def test_damaged_and_turned_images(tmp_path):
         mask(tmp_path / f'masks/{name}.png', numbers(1))
     mask(tmp_path / 'masks/b.png', numbers(1).T)
     (tmp_path / 'images/c.jpg').write_bytes(b'')
-    a, b, c = read(MaskPngSource, tmp_path, classes=['cell'])
+    a, b, c = read(MaskPngReader, tmp_path, classes=['cell'])
     assert (a.problems, a.width, len(a.instances)) == ([], WIDTH, 1)
     assert b.problems == ['masks/b.png: 40x60 pixels, but images/b.jpg has 60x40 (turned by its EXIF orientation?)']
     assert c.problems == ['images/c.jpg: empty file (0 bytes)']
@@ -322,22 +322,22 @@ def test_classes_of_object_numbers_must_be_known(tmp_path):
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/a.png', numbers(1))
     with pytest.raises(UserError, match='no class names') as error:
-        MaskPngSource.open(tmp_path, {})
+        MaskPngReader.open(tmp_path, {})
     assert '--classes NAME' in error.value.cure
     (tmp_path / 'classes.txt').write_text('cat\ndog\n')
     with pytest.raises(UserError, match='no PNG tells the classes') as error:
-        MaskPngSource.open(tmp_path, {})
+        MaskPngReader.open(tmp_path, {})
     assert error.value.problems == ['2 names: cat, dog']
-    assert MaskPngSource.open(tmp_path, {'classes': ['dog']}).classes == ['dog']
+    assert MaskPngReader.open(tmp_path, {'classes': ['dog']}).classes == ['dog']
     (tmp_path / 'classes.txt').write_text('cat\n')
-    assert MaskPngSource.open(tmp_path, {}).classes == ['cat']
+    assert MaskPngReader.open(tmp_path, {}).classes == ['cat']
 
 
-@pytest.mark.parametrize('kind', [MaskPngSource, BinaryMasksSource])
+@pytest.mark.parametrize('kind', [MaskPngReader, BinaryMasksReader])
 def test_folders_without_masks(tmp_path, kind):
     image(tmp_path / 'images/a.jpg')
-    assert kind.recognise(tmp_path) is None
-    assert kind.recognise(tmp_path / 'nothing') is None
+    assert kind.detect(tmp_path) is None
+    assert kind.detect(tmp_path / 'nothing') is None
     with pytest.raises(UserError, match='no image with a mask'):
         kind.open(tmp_path, {'classes': ['x']})
 
@@ -392,7 +392,7 @@ def test_modes_of_black_and_white(tmp_path, mode):
     else:
         picture = Image.fromarray(made).convert(mode)
     picture.save(path)
-    (record,) = read(BinaryMasksSource, tmp_path)
+    (record,) = read(BinaryMasksReader, tmp_path)
     assert record.problems == []
     assert (pixels(record.instances[0].segmentation) == made).all()
 
@@ -401,7 +401,7 @@ def test_smoothed_and_lossy_masks_may_be_black_and_white(tmp_path):
     image(tmp_path / 'images/a.jpg')
     (tmp_path / 'masks/spot').mkdir(parents=True)
     Image.fromarray((square() * 255).astype(np.uint8)).save(tmp_path / 'masks/spot/a.jpg')
-    (record,) = read(BinaryMasksSource, tmp_path)
+    (record,) = read(BinaryMasksReader, tmp_path)
     assert record.problems == []
     (part,) = (pixels(i.segmentation) for i in record.instances)
     assert (part & square()).sum() / (part | square()).sum() > 0.9
@@ -445,7 +445,7 @@ def test_layouts(tmp_path, pairs, classes):
         image(tmp_path / name)
         for path in masks:
             mask(tmp_path / path, square() * 255)
-    source = BinaryMasksSource.open(tmp_path, {})
+    source = BinaryMasksReader.open(tmp_path, {})
     assert (source.classes, source.problems) == (classes, [])
     items = source.items()
     assert {item.key: sorted(path.relative_to(tmp_path).as_posix() for _, path in item.label[0]) for item in items} == {
@@ -458,22 +458,22 @@ def test_layouts(tmp_path, pairs, classes):
     assert sorted(set(found)) == classes
     for item in items:
         assert item.split == next((s for s in ('train', 'val') if s in Path(item.key).parts), None)
-    assert BinaryMasksSource.recognise(tmp_path).startswith('black-and-white masks for ')
+    assert BinaryMasksReader.detect(tmp_path).startswith('black-and-white masks for ')
 
 
 def test_one_class_is_named_by_the_user(tmp_path):
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/a.png', square() * 255)
     with pytest.raises(UserError, match='neither folder nor name tells the class') as error:
-        BinaryMasksSource.open(tmp_path, {})
+        BinaryMasksReader.open(tmp_path, {})
     assert error.value.problems == ['masks/a.png']
-    (record,) = read(BinaryMasksSource, tmp_path, classes=['rust'])
+    (record,) = read(BinaryMasksReader, tmp_path, classes=['rust'])
     assert [i.category for i in record.instances] == ['rust']
     (tmp_path / 'classes.txt').write_text('dent\n')
-    (record,) = read(BinaryMasksSource, tmp_path)
+    (record,) = read(BinaryMasksReader, tmp_path)
     assert [i.category for i in record.instances] == ['dent']
     with pytest.raises(UserError, match='neither folder nor name'):
-        BinaryMasksSource.open(tmp_path, {'classes': ['rust', 'dent']})
+        BinaryMasksReader.open(tmp_path, {'classes': ['rust', 'dent']})
 
 
 def test_a_class_list_gives_the_order(tmp_path):
@@ -481,10 +481,10 @@ def test_a_class_list_gives_the_order(tmp_path):
         image(tmp_path / name / 'a.jpg')
         mask(tmp_path / name / 'a.png', square() * 255)
     (tmp_path / 'classes.txt').write_text('hole\nscratch\ncrack\n')
-    assert BinaryMasksSource.open(tmp_path, {}).classes == ['hole', 'scratch', 'crack']
+    assert BinaryMasksReader.open(tmp_path, {}).classes == ['hole', 'scratch', 'crack']
     (tmp_path / 'classes.txt').write_text('hole\n')
     with pytest.raises(UserError, match='lacks classes') as error:
-        BinaryMasksSource.open(tmp_path, {})
+        BinaryMasksReader.open(tmp_path, {})
     assert error.value.problems == ['crack']
 
 
@@ -498,7 +498,7 @@ def test_bad_black_and_white_masks(tmp_path):
     (tmp_path / 'spot/d.png').unlink()
     (tmp_path / 'spot/e.jpg').rename(tmp_path / 'spot/e.jpg.txt')
     mask(tmp_path / 'spot/f_mask.png', square() * 255)
-    source = BinaryMasksSource.open(tmp_path, {})
+    source = BinaryMasksReader.open(tmp_path, {})
     assert source.problems == ['spot/e.png: a mask without an image']
     problems = [line for item in source.items() for line in source.read(item).problems]
     assert problems[:2] == ['spot/a.png: 50x40 pixels, but spot/a.jpg has 60x40', 'spot/b.png: empty file (0 bytes)']
@@ -510,7 +510,7 @@ def test_a_split_is_no_class(tmp_path):
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/crack/a.png', square() * 255)
     mask(tmp_path / 'masks/train/a.png', square() * 255)
-    source = BinaryMasksSource.open(tmp_path, {})
+    source = BinaryMasksReader.open(tmp_path, {})
     assert source.classes == ['crack']
     assert source.problems == ['masks/train/a.png: a mask without an image']
 
@@ -521,25 +521,25 @@ def test_folders_that_hardly_match_are_not_claimed(tmp_path, folder):
         mask(tmp_path / folder / f'{name}.png', square() * 255)
         mask(tmp_path / 'masks' / f'{name}.png', numbers(1, 2))
     image(tmp_path / 'images/a.jpg')
-    assert MaskPngSource.recognise(tmp_path) is None
-    assert BinaryMasksSource.recognise(tmp_path) is None
+    assert MaskPngReader.detect(tmp_path) is None
+    assert BinaryMasksReader.detect(tmp_path) is None
 
 
 @pytest.mark.parametrize(
     'values, kinds',
     [
-        (square() * 255, {BinaryMasksSource}),
-        (numbers(1, 2), {MaskPngSource}),
+        (square() * 255, {BinaryMasksReader}),
+        (numbers(1, 2), {MaskPngReader}),
         # One object an image, or black and white with 0 and 1: only the user knows.
-        (square() * 1, {MaskPngSource, BinaryMasksSource}),
-        (square() * 0, {BinaryMasksSource}),
+        (square() * 1, {MaskPngReader, BinaryMasksReader}),
+        (square() * 0, {BinaryMasksReader}),
     ],
 )
 def test_both_kinds_in_one_layout_are_told_apart_by_their_values(tmp_path, values, kinds):
     for name in 'abc':
         image(tmp_path / f'images/{name}.jpg')
         mask(tmp_path / f'masks/{name}.png', values)
-    assert {kind for kind in (MaskPngSource, BinaryMasksSource) if kind.recognise(tmp_path)} == kinds
+    assert {kind for kind in (MaskPngReader, BinaryMasksReader) if kind.detect(tmp_path)} == kinds
 
 
 @pytest.mark.parametrize(
@@ -561,8 +561,8 @@ def test_both_kinds_in_one_layout_are_told_apart_by_their_values(tmp_path, value
 def test_other_kinds_are_not_claimed(tmp_path, names):
     for name in names:
         mask(tmp_path / name, square() * 255)
-    assert MaskPngSource.recognise(tmp_path) is None
-    assert BinaryMasksSource.recognise(tmp_path) is None
+    assert MaskPngReader.detect(tmp_path) is None
+    assert BinaryMasksReader.detect(tmp_path) is None
 
 
 @pytest.mark.parametrize('workers', [1, 2])
@@ -587,8 +587,8 @@ def test_prepared_json_has_the_masks_pixels(tmp_path, workers):
 
 def test_real_masks(real_data):
     folder = real_data / 'magnetic_tile_real'
-    assert 'MT_Blowhole, MT_Break, ' in BinaryMasksSource.recognise(folder)
-    source = BinaryMasksSource.open(folder, {})
+    assert 'MT_Blowhole, MT_Break, ' in BinaryMasksReader.detect(folder)
+    source = BinaryMasksReader.open(folder, {})
     assert source.classes == ['MT_Blowhole', 'MT_Break', 'MT_Crack', 'MT_Fray', 'MT_Uneven']
     dropped = count = 0
     for item in source.items():

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from mmfinetune.data.formats.yolo import YoloSource
+from mmfinetune.data.formats.yolo import YoloReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
 from mmfinetune.utils.errors import UserError
@@ -39,12 +39,12 @@ def site(root: Path, *lines: str, yaml: str = 'names: [cat, dog]\ntrain: images\
 
 
 def read(root: Path, **options) -> list[Record]:
-    source = pickle.loads(pickle.dumps(YoloSource.open(root, options)))
+    source = pickle.loads(pickle.dumps(YoloReader.open(root, options)))
     return [source.read(item) for item in source.items()]
 
 
 def listing(root: Path) -> list[tuple[str | None, str]]:
-    source = YoloSource.open(root, {})
+    source = YoloReader.open(root, {})
     return [(item.split, item.key) for item in source.items()]
 
 
@@ -141,7 +141,7 @@ def test_images_without_labels_are_background(tmp_path):
     image(tmp_path / 'images/empty.png')
     write(tmp_path / 'labels/empty.txt', '\n')
     image(tmp_path / 'images/none.png')
-    source = YoloSource.open(tmp_path, {})
+    source = YoloReader.open(tmp_path, {})
     records = [source.read(item) for item in source.items()]
     assert [(r.image.name, r.problems, len(r.instances)) for r in records] == [
         ('a.jpg', [], 1),
@@ -159,7 +159,7 @@ def test_labels_without_an_image_are_told(tmp_path):
     write(tmp_path / 'labels/train/gone 9.txt', SQUARE)
     write(tmp_path / 'labels/train/inner/gone.txt', SQUARE)
     write(tmp_path / 'labels/train/classes.txt', 'cat\ndog')
-    assert YoloSource.open(tmp_path, {}).problems == [
+    assert YoloReader.open(tmp_path, {}).problems == [
         'labels/train/gone 9.txt: a label file without an image',
         'labels/train/gone 10.txt: a label file without an image',
         'labels/train/inner/gone.txt: a label file without an image',
@@ -232,7 +232,7 @@ def test_images_are_found_by_the_yaml(tmp_path, yaml, keys):
     write(tmp_path / 'train.txt', './images/train/a.jpg\n\n')
     write(tmp_path / 'lists/val.txt', 'images/val/b.jpg\n/home/her/set/images/extra/c.jpg\n')
     write(tmp_path / 'data.yaml', 'names: [cat]\n' + yaml)
-    source = YoloSource.open(tmp_path, {})
+    source = YoloReader.open(tmp_path, {})
     found = [(item.split, item.key) for item in source.items()]
     assert found == [('train' if key.endswith('a.jpg') else 'val', key) for key in keys]
     assert all(len(source.read(item).instances) == 1 for item in source.items())
@@ -244,7 +244,7 @@ def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
     site(tmp_path / 'data', SQUARE).joinpath('data.yaml').unlink()
     path = write(tmp_path / 'yaml/mine.yaml', f'names: [cat]\npath: {tmp_path}/data\ntrain: images')
     for root in (path, path.parent):
-        source = YoloSource.open(root, {})
+        source = YoloReader.open(root, {})
         record = source.read(source.items()[0])
         assert (record.problems, len(record.instances)) == ([], 1)
 
@@ -261,7 +261,7 @@ def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
 )
 def test_class_names(tmp_path, text, names):
     site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
-    assert YoloSource.open(tmp_path, {}).classes == names
+    assert YoloReader.open(tmp_path, {}).classes == names
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_class_names(tmp_path, text, names):
 def test_bad_class_names(tmp_path, text, problems):
     site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
     with pytest.raises(UserError, match='its class names cannot be used') as error:
-        YoloSource.open(tmp_path, {})
+        YoloReader.open(tmp_path, {})
     assert [line for line in problems if line not in error.value.problems] == []
 
 
@@ -307,7 +307,7 @@ def test_bad_yaml(tmp_path, text, message, problems):
     write(tmp_path / 'list.txt', 'images/a.jpg\nimages/gone.jpg\nx.jpg\n/home/her/top.jpg')
     image(tmp_path / 'top.jpg')
     with pytest.raises(UserError, match=message) as error:
-        YoloSource.open(tmp_path, {})
+        YoloReader.open(tmp_path, {})
     if 'list.txt' in text:
         problems = [
             f'{tmp_path}/list.txt, line 2: images/gone.jpg is missing',
@@ -320,10 +320,10 @@ def test_bad_yaml(tmp_path, text, message, problems):
 def test_which_of_several_yaml_files(tmp_path):
     site(tmp_path, SQUARE)
     write(tmp_path / 'other.yaml', 'names: [x]\ntrain: gone')
-    assert YoloSource.open(tmp_path, {}).classes == ['cat', 'dog']
+    assert YoloReader.open(tmp_path, {}).classes == ['cat', 'dog']
     (tmp_path / 'data.yaml').rename(tmp_path / 'mine.yaml')
     with pytest.raises(UserError, match='several YAML files') as error:
-        YoloSource.open(tmp_path, {})
+        YoloReader.open(tmp_path, {})
     assert error.value.problems == ['mine.yaml', 'other.yaml']
 
 
@@ -332,13 +332,13 @@ def test_without_a_yaml(tmp_path):
     image(tmp_path / 'images/val/b.jpg')
     write(tmp_path / 'labels/val/b.txt', SQUARE)
     with pytest.raises(UserError, match='no class names') as error:
-        YoloSource.open(tmp_path, {})
+        YoloReader.open(tmp_path, {})
     assert '--classes' in error.value.cure
-    assert YoloSource.open(tmp_path, {'classes': ['x']}).classes == ['x']
+    assert YoloReader.open(tmp_path, {'classes': ['x']}).classes == ['x']
     write(tmp_path / 'classes.txt', 'cat\ndog\n')
-    assert YoloSource.open(tmp_path, {}).classes == ['cat', 'dog']
+    assert YoloReader.open(tmp_path, {}).classes == ['cat', 'dog']
     assert listing(tmp_path) == [(None, 'images/a.jpg'), ('val', 'images/val/b.jpg')]
-    assert YoloSource.recognise(tmp_path) == ('images/ and labels/ with lines of numbers (labels/a.txt)')
+    assert YoloReader.detect(tmp_path) == ('images/ and labels/ with lines of numbers (labels/a.txt)')
 
 
 def test_labels_beside_the_images(tmp_path):
@@ -346,7 +346,7 @@ def test_labels_beside_the_images(tmp_path):
     write(tmp_path / 'train/a.txt', SQUARE)
     write(tmp_path / 'train/notes.txt', 'anything')
     write(tmp_path / 'data.yaml', 'names: [cat]\ntrain: train')
-    source = YoloSource.open(tmp_path, {})
+    source = YoloReader.open(tmp_path, {})
     assert source.problems == []
     assert len(source.read(source.items()[0]).instances) == 1
 
@@ -355,7 +355,7 @@ def test_no_labels_at_all_is_an_error(tmp_path):
     site(tmp_path, SQUARE)
     (tmp_path / 'labels').rename(tmp_path / 'label')
     with pytest.raises(UserError, match='no label file for any of its 1 images') as error:
-        YoloSource.open(tmp_path, {})
+        YoloReader.open(tmp_path, {})
     assert error.value.problems == ['images/a.jpg should have labels/a.txt']
 
 
@@ -369,14 +369,14 @@ def test_folders_above_the_data_set_have_no_say(tmp_path):
 
 
 def test_recognise(tmp_path):
-    assert YoloSource.recognise(tmp_path / 'nothing') is None
+    assert YoloReader.detect(tmp_path / 'nothing') is None
     site(tmp_path / 'ours', SQUARE)
-    assert YoloSource.recognise(tmp_path / 'ours') == ('data.yaml with class names and image folders')
+    assert YoloReader.detect(tmp_path / 'ours') == ('data.yaml with class names and image folders')
     write(tmp_path / 'other/data.yaml', 'colour: red')
     write(tmp_path / 'other/broken.yaml', 'a: [')
     image(tmp_path / 'other/images/a.jpg')
     write(tmp_path / 'other/labels/a.txt', 'The labels are elsewhere.')
-    assert YoloSource.recognise(tmp_path / 'other') is None
+    assert YoloReader.detect(tmp_path / 'other') is None
 
 
 def test_prepared_json_has_the_polygons_pixels(tmp_path):
