@@ -12,27 +12,21 @@ from pathlib import Path
 import cv2
 import numpy as np
 from PIL import Image
-from pycocotools import mask as mask_utils
+from pycocotools import mask as mask_api
 from tqdm import tqdm
 
-from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, coco_name
+from mmfinetune.data.classes import VOC_CLASSES
 from mmfinetune.utils.files import atomic_write_json, atomic_write_text
+from mmfinetune.utils.masks import mask_to_rle
 
 SIZE = 224
 VOID = 255
-COLOURS = np.array(
-    [
-        (214, 45, 45),
-        (240, 140, 30),
-        (230, 225, 60),
-        (60, 180, 70),
-        (70, 215, 220),
-        (55, 85, 220),
-        (205, 65, 205),
-        (245, 245, 245),
-    ],
-    np.float32,
-)
+# Red, orange, yellow, green, cyan, blue, magenta, white.
+_HEX = ('d62d2d', 'f08c1e', 'e6e13c', '3cb446', '46d7dc', '3755dc', 'cd41cd', 'f5f5f5')
+COLOURS = np.array([tuple(bytes.fromhex(colour)) for colour in _HEX], np.float32)
+
+# Position of each VOC class in COCO's list, by which it looks like its COCO twin.
+VOC_LOOKS = (4, 1, 14, 8, 39, 5, 2, 15, 56, 19, 60, 16, 17, 3, 0, 58, 18, 57, 6, 62)
 
 
 def _circle(radius: float, centre: tuple[float, float] = (0.0, 0.0)) -> np.ndarray:
@@ -56,29 +50,23 @@ def _poly(*xy: tuple[float, float]) -> np.ndarray:
     return np.array(xy, float)
 
 
+def _plus() -> np.ndarray:
+    near, far = 0.3, 1.0
+    arm = [(-near, -far), (near, -far), (near, -near)]
+    corners = []
+    for _ in range(4):
+        corners += arm
+        arm = [(-y, x) for x, y in arm]
+    return _poly(*corners)
+
+
 # Each shape: (outline, hole or None) in a unit circle.
 SHAPES: tuple[tuple[np.ndarray, np.ndarray | None], ...] = (
     (_circle(0.85), None),
     (_poly((-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)), None),
     (_poly((0, -1), (0.87, 0.5), (-0.87, 0.5)), None),
     (_star(), None),
-    (
-        _poly(
-            (-0.3, -1),
-            (0.3, -1),
-            (0.3, -0.3),
-            (1, -0.3),
-            (1, 0.3),
-            (0.3, 0.3),
-            (0.3, 1),
-            (-0.3, 1),
-            (-0.3, 0.3),
-            (-1, 0.3),
-            (-1, -0.3),
-            (-0.3, -0.3),
-        ),
-        None,
-    ),
+    (_plus(), None),
     (_circle(0.95), _circle(0.5)),
     (_circle(0.95), _circle(0.8, (0.55, 0.0))),
     (_heart(), None),
@@ -138,7 +126,7 @@ def render_scene(
 
 
 def _scene(seed: Sequence[int], pool: Sequence[int]) -> tuple[np.ndarray, np.ndarray, list[int]]:
-    """A scene of 2 to 4 objects; an object that others hide almost wholly is drawn anew."""
+    """A scene of 2 to 4 objects; a scene in which one is almost hidden is drawn again."""
     rng = np.random.default_rng(list(seed))
     while True:
         picks = [int(i) for i in rng.choice(len(pool), int(rng.integers(2, 5)))]
@@ -200,13 +188,10 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
         The ``VOC2012`` folder.
     """
     devkit = Path(root) / 'VOCdevkit' / 'VOC2012'
-    folders = {
-        f: devkit / f
-        for f in ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', 'ImageSets/Segmentation')
-    }
+    names = ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', 'ImageSets/Segmentation')
+    folders = {name: devkit / name for name in names}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
-    pool = [COCO_CLASSES.index(coco_name(c)) for c in VOC_CLASSES]
     palette = _palette()
     splits = {'train': num_train, 'val': num_val}
     with tqdm(total=num_train + num_val, desc='Drawing the demo images', unit='img', disable=not progress) as bar:
@@ -214,7 +199,7 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
             names = []
             for i in range(count):
                 name = f'demo_{split}_{i:04d}'
-                image, objects, picks = _scene((seed, 20, split_index, i), pool)
+                image, objects, picks = _scene((seed, 20, split_index, i), VOC_LOOKS)
                 void = _borders(objects)
                 classes = np.zeros_like(objects)
                 for k, pick in enumerate(picks, 1):
@@ -246,11 +231,13 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
     Returns:
         ``root``.
     """
+    from mmdet.datasets import CocoDataset
+
     root = Path(root)
     (root / 'images').mkdir(parents=True, exist_ok=True)
     (root / 'annotations').mkdir(exist_ok=True)
-    categories = [{'id': i, 'name': c} for i, c in enumerate(COCO_CLASSES, 1)]
-    pool = list(range(len(COCO_CLASSES)))
+    categories = [{'id': i, 'name': c} for i, c in enumerate(CocoDataset.METAINFO['classes'], 1)]
+    pool = range(len(categories))
     with tqdm(total=num_train + num_val, desc='Drawing the 80-class images', unit='img', disable=not progress) as bar:
         for split_index, (split, count) in enumerate({'train': num_train, 'val': num_val}.items()):
             images, annotations = [], []
@@ -260,16 +247,16 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
                 Image.fromarray(image).save(root / 'images' / file_name, quality=92)
                 images.append({'id': i + 1, 'file_name': file_name, 'width': SIZE, 'height': SIZE})
                 for k, pick in enumerate(picks, 1):
-                    rle = mask_utils.encode(np.asfortranarray(objects == k, np.uint8))
+                    rle = mask_to_rle(objects == k)
                     annotations.append(
                         {
                             'id': len(annotations) + 1,
                             'image_id': i + 1,
                             'category_id': pick + 1,
                             'iscrowd': 0,
-                            'area': int(mask_utils.area(rle)),
-                            'bbox': mask_utils.toBbox(rle).tolist(),
-                            'segmentation': {**rle, 'counts': rle['counts'].decode()},
+                            'area': int(mask_api.area(rle)),
+                            'bbox': mask_api.toBbox(rle).tolist(),
+                            'segmentation': rle,
                         }
                     )
                 bar.update()
