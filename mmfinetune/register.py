@@ -8,8 +8,8 @@ ops.install()
 from mmfinetune.engine import loss_loops, metrics, optim, train_loop, transforms, vis_backends  # noqa: E402, F401
 from mmfinetune.engine.hooks import (  # noqa: E402, F401
     checkpoint,
+    divergence,
     early_stop,
-    learning_rate,
     nonfinite,
     pictures,
     results,

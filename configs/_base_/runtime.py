@@ -13,26 +13,22 @@ default_hooks = dict(
     checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=3, save_best='coco/segm_mAP', rule='greater'),
     sampler_seed=dict(type='DistSamplerSeedHook'),
     # A loss or gradient that is NaN stops the run; nan_policy='skip' leaves such steps out.
-    bad_numbers=dict(type='BadNumbersHook', nan_policy='stop'),
-    # Ground truth beside prediction for the first images of the test split.
+    nonfinite=dict(type='NonFiniteHook', nan_policy='stop'),
+    divergence=dict(type='DivergenceHook'),  # a warning where the loss jumps
+    # Learning rates, gradient norm, resumed curves, hyperparameters, validation images, the first batch.
+    tensorboard=dict(type='TensorBoardHook', lr=True, grad_norm=True, pictures=4),
+    results=dict(type='ResultsHook'),  # results.csv, summary.md, curves.png and their like
+    # Ground truth next to prediction for the first images of the test split.
     visualization=dict(type='TestPicturesHook', num_images=8),
+    weights=dict(type='WeightTransferHook'),
 )
-custom_hooks = [
-    dict(type='WeightTransferHook'),  # carries out `weights` below
-    dict(type='GroupLrHook'),  # lr/<group> in the log and in TensorBoard
-    dict(type='GradNormHook'),  # grad_norm
-    dict(type='BoardHook'),  # TensorBoard: resumed curves, hyperparameters, hours left
-    dict(type='BoardPicturesHook'),  # TensorBoard: validation images, the first training batch
-    dict(type='ResultsHook'),  # results.csv, summary.md, curves.png and their like
-    dict(type='SaveValidatedHook'),  # the epoch's checkpoint again, once it is validated
-    dict(type='StopHook'),  # SIGTERM and Ctrl-C save the run before it ends
-]
+custom_hooks = []  # your own; `default_hooks = dict(results=None)` in a config leaves one of the above out
 
 env_cfg = dict(
     cudnn_benchmark=False, mp_cfg=dict(mp_start_method='fork', opencv_num_threads=0), dist_cfg=dict(backend='nccl')
 )
 
-vis_backends = [dict(type='LocalVisBackend'), dict(type='BoardBackend', save_dir=work_dir + '/tensorboard_logs')]
+vis_backends = [dict(type='LocalVisBackend'), dict(type='TensorBoardBackend', save_dir=work_dir + '/tensorboard_logs')]
 visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
 log_processor = dict(
     type='LogProcessor',

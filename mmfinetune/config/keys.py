@@ -91,11 +91,6 @@ def check_keys(cfg: Config) -> list[str]:
         near = difflib.get_close_matches(key, TOP_LEVEL, 1, 0.85)
         if key not in TOP_LEVEL + HELPERS and near:
             problems.append(f'{key}: did you mean {near[0]}?')
-    if cfg.get('weights') and not any(
-        hook.get('type') == 'WeightTransferHook' for hook in cfg.get('custom_hooks') or []
-    ):
-        # A list in a config replaces that of its base.
-        problems.append("weights: nothing loads them, since custom_hooks lacks dict(type='WeightTransferHook')")
     for place, node in _dicts(cfg._cfg_dict):
         if not ('type' in node or place.endswith('_dataloader') or place in _PLAIN_DICTS) or place.endswith(
             _LAYER_CFGS

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import io
+import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmfinetune.config import old_names
 from mmfinetune.config.keys import FREE_FORM, HELPERS, TOP_LEVEL, accepted_keys, check_keys, unknown_key_problem
 from mmfinetune.utils.errors import UserError
 
@@ -68,9 +70,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise UserError(
             f'{path} cannot be read: {type(error).__name__}: {error}', cure='mend the config, or the _base_ it names'
         ) from None
+    note = old_names.translate(cfg)
+    if note is not None:
+        print(f'note: {path}: {note}', file=sys.stderr, flush=True)
     problems = []
     if overrides:
-        problems = merge(cfg, parse_overrides(overrides))
+        problems = merge(cfg, old_names.rename_keys(parse_overrides(overrides)))
+    old_names.drop_removed(cfg)
     problems += check_keys(cfg)
     if problems:
         raise UserError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 LOG_DIR = 'tensorboard_logs'
-BOARD = 'BoardBackend'
+BOARD = 'TensorBoardBackend'
 AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
 
 

@@ -1,4 +1,4 @@
-"""Private parts and messages of MMEngine and PyTorch that the toolkit relies on.
+"""Private parts and messages of MMEngine, MMDetection and PyTorch that the toolkit relies on.
 
 The only file that may touch them. ``tests/engine/test_compat.py`` fails where a new version changes one.
 """
@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from mmdet.datasets.api_wrappers import COCO
+    from mmdet.evaluation.metrics import CocoMetric
     from mmengine.runner import Runner
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from torch.utils.tensorboard import SummaryWriter
 
 # Where a process that torchrun started leaves its error.
 ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
@@ -31,6 +35,16 @@ def has_training(runner: Runner) -> bool:
     from mmengine.runner import BaseLoop
 
     return isinstance(runner._train_loop, BaseLoop)
+
+
+def truth_of(metric: CocoMetric) -> COCO | None:
+    """The ground truth that a metric has read; None without ``ann_file``."""
+    return metric._coco_api
+
+
+def write_summary(writer: SummaryWriter, summary: Summary, step: int) -> None:
+    """Write one of TensorBoard's own messages; opens the file again where the writer is closed."""
+    writer._get_file_writer().add_summary(summary, step)
 
 
 # PyTorch has no exception types for these.

@@ -16,43 +16,29 @@ from mmengine.registry import LOOPS
 from mmengine.runner import TestLoop, ValLoop
 from mmengine.runner.amp import autocast
 
+from mmfinetune.engine.transforms import scaled_truth
 from mmfinetune.utils.dist import bare_model
 
 
 def resized_truth(sample: DetDataSample) -> DetDataSample | None:
     """The ground truth of a test pipeline as the training pipeline would give it.
 
-    A test pipeline loads annotations after ``Resize``, so that they stay in the coordinates of the
-    original image; losses want those of the network's input. Masks tell which of the two they are.
-
     Args:
-        sample: With ``gt_instances`` (boxes in px, masks) and the metainfo ``ori_shape``,
-            ``img_shape``, ``scale_factor``, ``batch_input_shape``.
+        sample: With ``gt_instances`` (boxes in px, masks) and the metainfo ``ori_shape``, ``img_shape``,
+            ``scale_factor``, ``batch_input_shape``.
 
     Returns:
         A new sample without predictions; None if there is no ground truth.
     """
     if 'gt_instances' not in sample or 'bboxes' not in sample.gt_instances:
         return None
-    height, width = sample.img_shape[:2]
     truth = DetDataSample(metainfo=sample.metainfo)
     for name in ('gt_instances', 'ignored_instances'):
-        if name not in sample:
-            continue
-        objects = sample.get(name).clone()
-        original = tuple(sample.ori_shape[:2])
-        if 'masks' in objects:
-            masks = objects.masks
-            original = (masks.height, masks.width)
-            if original != (height, width):
-                masks = masks.resize((height, width))
-            objects.masks = masks.pad(sample.batch_input_shape)
-        if original != (height, width):
-            boxes = objects.bboxes * objects.bboxes.new_tensor(sample.scale_factor).repeat(2)
-            boxes[:, 0::2].clamp_(0, width)
-            boxes[:, 1::2].clamp_(0, height)
-            objects.bboxes = boxes
-        truth.set_field(objects, name)
+        if name in sample:
+            objects = scaled_truth(sample, sample.img_shape[:2], name)
+            if 'masks' in objects:
+                objects.masks = objects.masks.pad(sample.batch_input_shape)
+            truth.set_field(objects, name)
     return truth
 
 

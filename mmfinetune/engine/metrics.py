@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import METRICS
 from mmengine.logging import MMLogger
-from terminaltables import AsciiTable
 
+from mmfinetune.engine.compat import truth_of
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.coco_eval import ENGINES
 from mmfinetune.evaluation.rows import result_rows
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.text import table
 
 
 @METRICS.register_module()
 class InstanceCocoMetric(CocoMetric):
     """COCO's 12 numbers for boxes and masks, and AP of each class for both.
 
-    Unlike mmdet's metric the numbers are those of COCO (``maxDets`` 1, 10, 100), unrounded; box
-    and mask AP of a class do not overwrite each other; nothing is written to disk unless
-    ``outfile_prefix`` asks for it.
+    Unlike those of mmdet's metric the numbers are COCO's own (``maxDets`` 1, 10, 100), unrounded; box and mask AP of a
+    class do not overwrite each other; nothing is written to disk unless ``outfile_prefix`` asks for it.
 
     Keys: ``coco/<bbox|segm>_<mAP|mAP_50|…|AR_l@100>`` and, with ``classwise``,
     ``coco/<bbox|segm>_AP/<class>``. A number for which the ground truth has no instance is -1 as
@@ -28,7 +29,10 @@ class InstanceCocoMetric(CocoMetric):
 
     Args:
         engine: ``'hotcoco'`` (Rust) or ``'pycocotools'``: the same numbers.
-        **kwargs: See mmdet's ``CocoMetric``; ``metric`` takes ``bbox`` and ``segm``.
+        **kwargs: See mmdet's ``CocoMetric``; ``metric`` takes ``bbox`` and ``segm``, and ``ann_file`` is needed.
+
+    Raises:
+        UserError: An argument is missing or not one of these.
 
     Attributes:
         per_class: Of the last evaluation, on the main process: ``<bbox|segm>_AP`` and
@@ -39,10 +43,31 @@ class InstanceCocoMetric(CocoMetric):
     def __init__(self, *args, engine: str = 'hotcoco', **kwargs) -> None:
         super().__init__(*args, **kwargs)
         if engine not in ENGINES:
-            raise ValueError(f'engine must be one of {ENGINES}, got {engine!r}')
+            raise UserError(
+                'metric-engine',
+                'engine of {metric} is {engine!r}',
+                hint='choose one of {known}',
+                metric=type(self).__name__,
+                engine=engine,
+                known=', '.join(ENGINES),
+            )
         wrong = sorted(set(self.metrics) - {'bbox', 'segm'})
         if wrong:
-            raise ValueError(f'metric must be bbox or segm, got {wrong}')
+            raise UserError(
+                'metric-kind',
+                'metric of {metric} has {wrong}',
+                hint="use 'bbox', 'segm' or both",
+                metric=type(self).__name__,
+                wrong=', '.join(wrong),
+            )
+        if truth_of(self) is None:
+            # mmdet would convert what the data loader gives, and count and round it in its own way.
+            raise UserError(
+                'metric-without-truth',
+                '{metric} has no ann_file',
+                hint="set ann_file to the data set's annotation file",
+                metric=type(self).__name__,
+            )
         self.engine = engine
         self.per_class: dict[str, dict[str, float]] = {}
 
@@ -59,28 +84,26 @@ class InstanceCocoMetric(CocoMetric):
     def evaluate_rows(self, rows: list[dict], iou_type: str) -> coco_eval.Scores:
         """Run the engine on COCO result rows of one kind."""
         return coco_eval.evaluate(
-            self._coco_api.dataset, rows, iou_type, self.engine, self.cat_ids, self.img_ids, self.iou_thrs
+            truth_of(self).dataset, rows, iou_type, self.engine, self.cat_ids, self.img_ids, self.iou_thrs
         )
 
     def _read_ids(self) -> None:
         if self.cat_ids is None:
-            self.cat_ids = self._coco_api.get_cat_ids(cat_names=self.dataset_meta['classes'])
+            self.cat_ids = truth_of(self).get_cat_ids(cat_names=self.dataset_meta['classes'])
         if self.img_ids is None:
-            self.img_ids = self._coco_api.get_img_ids()
+            self.img_ids = truth_of(self).get_img_ids()
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """COCO numbers of all ``(gt, pred)`` pairs that ``process`` gathered."""
         logger = MMLogger.get_current_instance()
-        _, preds = zip(*results, strict=True)
-        if self._coco_api is None:
-            return super().compute_metrics(results)
+        preds = [pred for _, pred in results]
         self._read_ids()
         if self.outfile_prefix is not None:
             self.results2json(preds, self.outfile_prefix)
             if self.format_only:
                 return {}
         metrics: dict[str, float] = {}
-        self.per_class = {c['name']: {} for c in self._coco_api.loadCats(self.cat_ids)}
+        self.per_class = {c['name']: {} for c in truth_of(self).loadCats(self.cat_ids)}
         for iou_type in self.metrics:
             rows = self._detections(preds, iou_type)
             if not rows:
@@ -100,8 +123,7 @@ class InstanceCocoMetric(CocoMetric):
 
     def _table(self) -> str:
         columns = [f'{t}_{key}' for t in self.metrics for key in ('AP', 'AP50')]
-        rows = [
-            [name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)]
-            for name, numbers in self.per_class.items()
-        ]
-        return AsciiTable([['class', *(c.replace('_', ' ') for c in columns)], *rows]).table
+        rows = [['class', *(c.replace('_', ' ') for c in columns)]]
+        for name, numbers in self.per_class.items():
+            rows.append([name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)])
+        return table(rows, markdown=True)

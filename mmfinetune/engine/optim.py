@@ -1,7 +1,12 @@
-"""One named parameter group for each part of the model."""
+"""One named parameter group for each part of the model, and updates that only finite gradients make."""
 
 from __future__ import annotations
 
+import functools
+import math
+from typing import Any
+
+import torch
 from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
@@ -41,9 +46,10 @@ class LayeredOptimWrapperConstructor:
         ]
         if unknown:
             raise UserError(
+                'optim-unknown-settings',
                 'LayeredOptimWrapperConstructor does not know these settings:',
-                unknown,
-                'use custom_keys={prefix: dict(lr_mult=…, decay_mult=…)}, or drop '
+                problems=unknown,
+                hint='use custom_keys={prefix: dict(lr_mult=…, decay_mult=…)}, or drop '
                 "optim_wrapper.constructor for MMEngine's own constructor",
             )
 
@@ -64,11 +70,12 @@ class LayeredOptimWrapperConstructor:
                 groups[key]['params'].append(param)
         missing = [f'custom_keys.{k}' for k in self.custom_keys if k not in seen]
         if missing:
-            modules = ', '.join(n for n, _ in model.named_children())
             raise UserError(
+                'optim-unknown-parts',
                 'optim_wrapper.paramwise_cfg names parts that the model does not have:',
-                missing,
-                f'the parts of this model are: {modules}',
+                problems=missing,
+                hint='the parts of this model are: {parts}',
+                parts=', '.join(n for n, _ in model.named_children()),
             )
         return [g for g in groups.values() if g['params']]
 
@@ -79,3 +86,53 @@ class LayeredOptimWrapperConstructor:
         optimizer_cfg = cfg.pop('optimizer').copy()
         optimizer_cfg['params'] = self.param_groups(model, optimizer_cfg['lr'], optimizer_cfg.get('weight_decay'))
         return OPTIM_WRAPPERS.build(cfg, default_args={'optimizer': OPTIMIZERS.build(optimizer_cfg)})
+
+
+class GuardedUpdate(OptimWrapper):
+    """Makes no update with a loss or a gradient that is not finite; see `guarded`.
+
+    All processes do so alike: a loss that is not finite on one of them makes the gradient NaN that all share. Under
+    fp16 the gradient scaler leaves such an update out, and lowers its scale.
+
+    Attributes:
+        grad_norm: 2-norm of the gradient at the last step, before any clipping; None if it made no update.
+        refused: Names of the param groups whose gradient kept the last step from an update; None if nothing did.
+        scaled: Whether a gradient scaler is on, so that the loss scale may be to blame.
+    """
+
+    grad_norm: float | None = None
+    refused: list[str] | None = None
+    scaled = False
+
+    def update_params(
+        self, loss: torch.Tensor, step_kwargs: dict[str, Any] | None = None, zero_kwargs: dict[str, Any] | None = None
+    ) -> None:
+        """Accumulate the gradient of a loss; at the end of an accumulation, update the weights if it is finite."""
+        self.grad_norm = self.refused = None
+        # NaN times the loss: not every term that is not finite reaches the gradient by itself.
+        factor = torch.where(torch.isfinite(loss.detach()), torch.ones_like(loss), math.nan)
+        self.backward(self.scale_loss(loss * factor))
+        if not self.should_update():
+            return
+        groups = {
+            group.get('name', f'group {i}'): [p.grad for p in group['params'] if p.grad is not None]
+            for i, group in enumerate(self.optimizer.param_groups)
+        }
+        scaler = getattr(self, 'loss_scaler', None)
+        self.scaled = scaler is not None and scaler.is_enabled()
+        norm = float(torch.nn.utils.get_total_norm([g for gradients in groups.values() for g in gradients]))
+        if math.isfinite(norm):
+            self.grad_norm = norm / (scaler.get_scale() if self.scaled else 1)
+        else:
+            bad = [name for name, gradients in groups.items() if not all(torch.isfinite(g).all() for g in gradients)]
+            # The norm of scaled gradients may overflow although none of them does.
+            self.refused = None if self.scaled and not bad else bad
+        if self.refused is None or self.scaled:
+            self.step(**(step_kwargs or {}))
+        self.zero_grad(**(zero_kwargs or {}))
+
+
+@functools.cache
+def guarded(kind: type[OptimWrapper]) -> type[OptimWrapper]:
+    """The optimizer wrapper of a config, `GuardedUpdate` mixed in."""
+    return type(f'Guarded{kind.__name__}', (GuardedUpdate, kind), {})

@@ -10,24 +10,22 @@ from typing import Any
 import cv2
 import numpy as np
 from mmengine.config import Config
-from mmengine.dist import is_main_process
-from mmengine.hooks import LoggerHook
 from mmengine.registry import VISBACKENDS
-from mmengine.runner import Runner
 from mmengine.visualization import MLflowVisBackend, TensorboardVisBackend
 from mmengine.visualization.vis_backend import force_init_env
 from tensorboard.compat.proto.summary_pb2 import Summary
 
-from mmfinetune.engine import board
+from mmfinetune.engine.compat import write_summary
+from mmfinetune.evaluation import tensorboard
 
 
 @VISBACKENDS.register_module()
-class BoardBackend(TensorboardVisBackend):
+class TensorBoardBackend(TensorboardVisBackend):
     """TensorBoard with named groups of curves, charts that overlay them, and the best so far.
 
-    Tags are those of :func:`mmfinetune.engine.board.tag_of`; the names that other backends write stay
-    MMEngine's. No file is opened before there is something to plot, so that a test leaves no trace
-    among the curves of the training.
+    Tags are those of `mmfinetune.evaluation.tensorboard.tag_of`; the names that other backends write stay MMEngine's.
+    No file is opened before there is something to plot, so that a test leaves no trace among the curves of the
+    training.
     """
 
     def __init__(self, save_dir: str) -> None:
@@ -44,36 +42,30 @@ class BoardBackend(TensorboardVisBackend):
         self._tensorboard = SummaryWriter(self._save_dir, purge_step=self._start + 1 if self._start else None)
         layout = {
             category: {title: ['Multiline', tags] for title, tags in charts.items()}
-            for category, charts in board.LAYOUT.items()
+            for category, charts in tensorboard.LAYOUT.items()
         }
         self._tensorboard.add_custom_scalars(layout)
         if self._config is not None:
-            self._tensorboard.add_text(board.CONFIG, board.fenced(self._config, 'python'), self._start)
+            self._tensorboard.add_text(tensorboard.CONFIG, tensorboard.fenced(self._config, 'python'), self._start)
 
     def add_config(self, config: Config, **kwargs) -> None:
         """Keep the config for when the file is opened."""
         self._config = config.pretty_text
 
     def resume(self, step: int, epoch: int) -> None:
-        """Go on with the curves of an earlier part of the run, after this step and epoch.
-
-        Args:
-            step: Training steps of the checkpoint.
-            epoch: The step of its validation, in epochs as a rule.
-
-        Raises:
-            UserError: See :func:`mmfinetune.engine.board.rewind`.
-        """
+        """Continue the curves of an earlier part of the run after this step and epoch; see `tensorboard.rewind`."""
         self.close()
         self._env_initialized = False
         self._start = step
-        self._earlier = board.rewind(Path(self._save_dir), step, epoch)
+        self._earlier = tensorboard.rewind(Path(self._save_dir), step, epoch)
         self._best = {
-            tag: self._earlier[name][1] for tag in board.HIGHER if (name := board.best_tag(tag)) in self._earlier
+            tag: self._earlier[name][1]
+            for tag in tensorboard.HIGHER
+            if (name := tensorboard.best_tag(tag)) in self._earlier
         }
 
     def _is_there(self, tag: str, step: int) -> bool:
-        """Whether an earlier part of the run has the point, as where an epoch is validated anew."""
+        """Whether an earlier part of the run has the point, e.g. where an epoch is validated again."""
         return step <= self._earlier.get(tag, (-1,))[0]
 
     def _plot(self, tag: str, value: Any, step: int) -> None:
@@ -83,29 +75,23 @@ class BoardBackend(TensorboardVisBackend):
     @force_init_env
     def add_scalar(self, name: str, value: Any, step: int = 0, **kwargs) -> None:
         """Plot one value, under its tag."""
-        self._plot(board.tag_of(name), value, step)
+        self._plot(tensorboard.tag_of(name), value, step)
 
     @force_init_env
     def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs) -> None:
         """Plot a record of MMEngine's logger. It is in the file when this returns."""
-        for tag, value in board.tags_of(scalar_dict).items():
+        for tag, value in tensorboard.tags_of(scalar_dict).items():
             self._plot(tag, value, step)
-            if tag in board.HIGHER and math.isfinite(value):
-                better = max if board.HIGHER[tag] else min
+            if tag in tensorboard.HIGHER and math.isfinite(value):
+                better = max if tensorboard.HIGHER[tag] else min
                 self._best[tag] = better(value, self._best.get(tag, value))
-                self._plot(board.best_tag(tag), self._best[tag], step)
+                self._plot(tensorboard.best_tag(tag), self._best[tag], step)
         # A checkpoint is saved after this; a kill must not leave it with a gap before it.
         self._tensorboard.flush()
 
     @force_init_env
     def add_image(self, name: str, image: np.ndarray, step: int = 0, **kwargs) -> None:
-        """Show a picture.
-
-        Args:
-            name: The tag.
-            image: (H, W, 3) RGB uint8.
-            step: Of the picture.
-        """
+        """Show a picture under a tag; ``image`` is (H, W, 3) RGB uint8."""
         if self._is_there(name, step):
             return
         # PNG, which SummaryWriter would make of it, is several times as large for photographs.
@@ -116,14 +102,14 @@ class BoardBackend(TensorboardVisBackend):
 
     @force_init_env
     def add_text(self, tag: str, text: str, step: int = 0, language: str = '') -> None:
-        """Show a text as it is."""
-        self._tensorboard.add_text(tag, board.fenced(text, language), step)
+        """Show a text unchanged."""
+        self._tensorboard.add_text(tag, tensorboard.fenced(text, language), step)
 
     @force_init_env
     def add_summaries(self, *summaries: Summary, step: int = 0) -> None:
         """Write TensorBoard's own messages."""
         for summary in summaries:
-            self._tensorboard._get_file_writer().add_summary(summary, step)
+            write_summary(self._tensorboard, summary, step)
 
 
 @VISBACKENDS.register_module()
@@ -141,23 +127,6 @@ class MLflowBackend(MLflowVisBackend):
         )
 
     def close(self) -> None:
-        """End the run, if it goes on."""
+        """End the run, unless it has ended."""
         if hasattr(self, '_mlflow') and self._mlflow.active_run():
             super().close()
-
-
-def validation_step(runner: Runner) -> int:
-    """The step at which MMEngine's logger puts the results of a validation: the epoch as a rule."""
-    # Asking the runner for its epoch would build the training, where there is none.
-    if runner._train_loop is None or isinstance(runner._train_loop, dict):
-        return 0
-    logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
-    return runner.epoch if logger is None or logger.log_metric_by_epoch else runner.iter
-
-
-def board_of(runner: Runner) -> BoardBackend | None:
-    """The run's TensorBoard; None if the config has none, and on all processes but the first."""
-    if not is_main_process():
-        return None
-    backends = runner.visualizer._vis_backends.values()
-    return next((backend for backend in backends if isinstance(backend, BoardBackend)), None)

@@ -222,9 +222,9 @@ def test_resume_starts_from_the_weights_of_the_checkpoint(in_finished_run):
         raise UserError('enough seen')
 
     with pytest.MonkeyPatch.context() as patch:
-        from mmfinetune.engine.hooks.learning_rate import GroupLrHook
+        from mmfinetune.engine.hooks.tensorboard import TensorBoardHook
 
-        patch.setattr(GroupLrHook, 'before_train', before_train)
+        patch.setattr(TensorBoardHook, 'before_train', before_train)
         assert_refused(
             train_tool('tiny.py', '--train', '--resume', file, '--work-dir', 'work_dirs/from_path'), 'enough seen'
         )

@@ -509,13 +509,3 @@ def test_an_existing_config_is_not_overwritten(tmp_path):
     with pytest.raises(UserError, match='config-exists'):
         flatten.write(path, 'x = 1')
     assert path.read_text() == 'mine = 1'
-
-
-def test_weights_that_nothing_would_load_are_told(tmp_path):
-    """A list replaces that of the base: one's own custom_hooks would drop the hook in silence."""
-    path = tmp_path / 'own.py'
-    path.write_text(f"_base_ = {str(MAIN)!r}\ncustom_hooks = [dict(type='GroupLrHook')]\n")
-    with pytest.raises(UserError, match='custom_hooks lacks'):
-        load.load(path)
-    path.write_text(path.read_text() + 'weights = None\n')
-    load.load(path)

@@ -215,7 +215,7 @@ def test_bf16_trains_on_the_cpu_too(batch):
         'model.backbone.with_cq=True',
         'model.backbone.frozen_stage=2',
         'optim_wrapper.clip_grads=1',
-        'default_hooks.bad_numbers.nan_polcy=skip',
+        'default_hooks.nonfinite.nan_polcy=skip',
     ],
 )
 def test_a_misspelt_line_is_refused(line):

@@ -13,6 +13,7 @@ from pycocotools.cocoeval import COCOeval
 
 from mmfinetune.engine.metrics import InstanceCocoMetric
 from mmfinetune.evaluation.coco_eval import ENGINES, STATS
+from tests.builders.errors import refused
 
 HEIGHT, WIDTH = 240, 320
 # Ids with gaps, as COCO has them; no annotation has class `none`.
@@ -400,8 +401,8 @@ def test_engines_print_nothing(data, capfd):
     path, predictions = data
     for engine in ENGINES:
         metric = make_metric(path, engine=engine)
-        metric.cat_ids = metric._coco_api.get_cat_ids(cat_names=NAMES)
-        metric.img_ids = metric._coco_api.get_img_ids()
+        truth = COCO(str(path))
+        metric.cat_ids, metric.img_ids = truth.getCatIds(NAMES), truth.getImgIds()
         metric.process({}, predictions)
         preds = [pred for _, pred in metric.results]
         capfd.readouterr()
@@ -446,14 +447,24 @@ def test_results_are_written_on_request(data, tmp_path):
 
 
 def test_unknown_engine(data):
-    with pytest.raises(ValueError, match="engine must be one of .* got 'rust'"):
+    with refused('metric-engine', engine='rust', known=', '.join(ENGINES)):
         make_metric(data[0], engine='rust')
 
 
-@pytest.mark.parametrize('metric', ['proposal', ['bbox', 'proposal_fast']])
-def test_unsupported_metric(data, metric):
-    with pytest.raises(ValueError, match='metric must be bbox or segm'):
+@pytest.mark.parametrize(('metric', 'wrong'), [('proposal', 'proposal'), (['bbox', 'proposal_fast'], 'proposal_fast')])
+def test_unsupported_metric(data, metric, wrong):
+    with refused('metric-kind', wrong=wrong):
         make_metric(data[0], metric=metric)
+
+
+def test_annotation_file_is_needed():
+    with refused('metric-without-truth', metric='InstanceCocoMetric'):
+        InstanceCocoMetric(metric='segm')
+
+
+def test_no_images_are_no_error(data):
+    metric = make_metric(data[0], metric='bbox')
+    assert metric.compute_metrics([])['bbox_mAP'] == 0
 
 
 def test_built_from_the_config(voc_cfg, data):

@@ -8,7 +8,7 @@ from mmengine.optim import build_optim_wrapper
 from torch import nn
 
 from mmfinetune.engine.optim import LayeredOptimWrapperConstructor
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import refused
 
 EXPECTED = {'backbone': 0.0002, 'neck': 0.001, 'rpn_head': 0.002, 'roi_head': 0.002}
 SGD = {'type': 'SGD', 'lr': 1.0, 'momentum': 0.9, 'weight_decay': 0.1}
@@ -100,11 +100,9 @@ def test_unknown_key_names_the_parts_of_the_model(model, voc_cfg):
     cfg = copy.deepcopy(voc_cfg.optim_wrapper)
     cfg.paramwise_cfg.custom_keys.bakcbone = {'lr_mult': 0.1}
     cfg.paramwise_cfg.custom_keys['roi_head.no'] = {'lr_mult': 0.1}
-    with pytest.raises(UserError) as caught:
+    with refused('optim-unknown-parts', parts='data_preprocessor, backbone, neck, rpn_head, roi_head') as caught:
         build_optim_wrapper(model, cfg)
     assert caught.value.problems == ['custom_keys.bakcbone', 'custom_keys.roi_head.no']
-    for part in EXPECTED:
-        assert part in caught.value.cure
 
 
 # A small model
@@ -188,6 +186,6 @@ def test_parallel_wrapper_is_looked_through():
     ],
 )
 def test_unsupported_settings(paramwise, problem):
-    with pytest.raises(UserError, match='does not know these settings') as caught:
+    with refused('optim-unknown-settings') as caught:
         LayeredOptimWrapperConstructor({'optimizer': SGD}, paramwise)
     assert caught.value.problems == [problem]

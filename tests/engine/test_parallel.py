@@ -216,7 +216,7 @@ def test_all_skip_a_bad_step_of_one(processes):
         '--work-dir',
         'skip',
         '--cfg-options',
-        'default_hooks.bad_numbers.nan_policy=skip',
+        'default_hooks.nonfinite.nan_policy=skip',
         'train_cfg.max_epochs=1',
     )
     assert [o.code for o in outcomes] == [0, 0], outcomes[0].err + outcomes[1].err

@@ -23,8 +23,9 @@ from mmengine.config import Config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mmfinetune.data.classes import VOC_CLASSES
-from mmfinetune.engine import board
-from mmfinetune.engine.vis_backends import BoardBackend, MLflowBackend
+from mmfinetune.engine.vis_backends import MLflowBackend, TensorBoardBackend
+from mmfinetune.evaluation.tensorboard import HIGHER, LAYOUT, best_tag
+from mmfinetune.utils import event_files
 from tests.builders.runs import (
     EPOCH_STEPS,
     REPO,
@@ -42,18 +43,16 @@ LOGS = RUN / 'tensorboard_logs'
 BACKENDS = """
 visualizer = dict(vis_backends=[dict(type='LocalVisBackend'), {}])
 """
-BOARD = f"dict(type='BoardBackend', save_dir={str(LOGS)!r})"
+TENSORBOARD = f"dict(type='TensorBoardBackend', save_dir={str(LOGS)!r})"
 OURS = """
-custom_hooks = [dict(type='WeightTransferHook'), dict(type='GroupLrHook'),
-                dict(type='GradNormHook'), dict(type='BoardHook'),
-                dict(type='BoardPicturesHook', num_images=2)]
+default_hooks.update(tensorboard=dict(pictures=2), results=None)
 """
 THEIRS = """
-custom_hooks = [dict(type='WeightTransferHook')]
+default_hooks.update(tensorboard=None, results=None)
 """
 
 
-def configure(site: Path, backend: str = BOARD, hooks: str = OURS, extra: str = '', epochs: int = 2) -> None:
+def configure(site: Path, backend: str = TENSORBOARD, hooks: str = OURS, extra: str = '', epochs: int = 2) -> None:
     weights = next((site / 'pretrain').glob('*.pth')).relative_to(site)
     write_tiny_config(site / 'tiny.py', weights=weights, epochs=epochs, extra=BACKENDS.format(backend) + hooks + extra)
 
@@ -67,7 +66,7 @@ def train(site: Path, *args: str) -> Outcome:
 
 @pytest.fixture(scope='module')
 def site(tmp_path_factory) -> Path:
-    """Two epochs of the tiny run with a board, and the test after them."""
+    """Two epochs of the tiny run with TensorBoard, and the test after them."""
     folder = tmp_path_factory.mktemp('site')
     make_site(folder)
     configure(folder)
@@ -337,9 +336,7 @@ def test_tensorboard_shows_all_of_it(site, server):
         for category in layout['category']
         for chart in category['chart']
     }
-    assert charts == {
-        (category, title): tags for category, titles in board.LAYOUT.items() for title, tags in titles.items()
-    }
+    assert charts == {(category, title): tags for category, titles in LAYOUT.items() for title, tags in titles.items()}
     for tags, expected in (
         (charts['loss', 'training (mean of the epoch) and validation'], [['loss/train_epoch'], ['loss/val']]),
         (charts['AP', 'boxes, masks, masks at IoU 0.5'], [['mAP/bbox'], ['mAP/segm'], ['mAP/segm_50']]),
@@ -372,7 +369,7 @@ def test_tensorboard_shows_all_of_it(site, server):
         'weights': next((site / 'pretrain').glob('*.pth')).name,
     }
     metrics = {value['name']['tag']: (value['trainingStep'], value['value']) for value in group['metricValues']}
-    assert set(metrics) == {*board.HIGHER, *map(board.best_tag, board.HIGHER)}
+    assert set(metrics) == {*HIGHER, *map(best_tag, HIGHER)}
     losses = read(site / LOGS).Scalars('loss/val')
     assert metrics['loss/val'] == (2, pytest.approx(losses[-1].value))
     assert metrics['best/loss_val'][1] == pytest.approx(min(e.value for e in losses))
@@ -401,7 +398,7 @@ def test_resumed_run_has_the_same_curves(site, tmp_path):
     found = [
         (value.tag, event.step)
         for path in (tmp_path / LOGS).iterdir()
-        for event in board.read_events(path)
+        for event in event_files.read_events(path)
         for value in event.summary.value
     ]
     assert len(found) == len(set(found))
@@ -430,9 +427,9 @@ def test_killed_run_has_no_gap(site, tmp_path):
     assert not (tmp_path / RUN / 'epoch_3.pth').exists()
     train(tmp_path, '--train', '--resume')
     found = steps(tmp_path / LOGS)
-    assert {tag: found[tag] for tag in TRAIN_TAGS} == dict.fromkeys(TRAIN_TAGS, [*range(1, 9)])
+    assert {tag: found[tag] for tag in TRAIN_TAGS} == {tag: [*range(1, 9)] for tag in TRAIN_TAGS}
     assert found['loss/train_epoch'] == [1, 2, 3, 4]
-    assert {tag: found[tag] for tag in EPOCH_TAGS} == dict.fromkeys(EPOCH_TAGS, [1, 2, 3, 4])
+    assert {tag: found[tag] for tag in EPOCH_TAGS} == {tag: [1, 2, 3, 4] for tag in EPOCH_TAGS}
 
 
 # ---- Without it -----------------------------------------------------------------------------
@@ -465,7 +462,7 @@ def fake_module(name: str, monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
     return module
 
 
-def test_other_loggers_without_a_board(site, tmp_path, monkeypatch):
+def test_other_loggers_without_tensorboard(site, tmp_path, monkeypatch):
     copy_site(site, tmp_path)
     wandb, mlflow = (fake_module(name, monkeypatch) for name in ('wandb', 'mlflow'))
     configure(
@@ -503,7 +500,7 @@ def test_hooks_change_nothing_in_the_training(site, tmp_path):
 
 
 def test_file_is_opened_by_the_first_value(tmp_path):
-    backend = BoardBackend(str(tmp_path / 'logs'))
+    backend = TensorBoardBackend(str(tmp_path / 'logs'))
     backend.add_config(Config({'a': 1}))
     backend.close()
     assert not (tmp_path / 'logs').exists()
@@ -514,7 +511,7 @@ def test_file_is_opened_by_the_first_value(tmp_path):
 
 
 def test_what_is_plotted_is_on_the_disk(tmp_path):
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     for step in (1, 2, 3):
         backend.add_scalars({'loss': 1.0, 'iter': step}, step)
         assert steps(tmp_path)['loss/train'] == [*range(1, step + 1)]
@@ -526,11 +523,11 @@ def test_best_so_far_goes_on_after_resuming(tmp_path):
         backend.add_scalars({'loss': loss, 'iter': epoch}, epoch)
         backend.add_scalars({'coco/segm_mAP': value, 'val/loss': loss}, epoch)
 
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     for epoch, (value, loss) in enumerate([(0.3, 2.0), (0.5, 1.0), (0.9, 0.1)], 1):
         validate(backend, epoch, value, loss)
     backend.close()
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     backend.resume(step=2, epoch=2)
     validate(backend, 3, 0.4, float('nan'))
     validate(backend, 4, -1.0, 0.5)
@@ -541,14 +538,14 @@ def test_best_so_far_goes_on_after_resuming(tmp_path):
     assert [e.step for e in events.Scalars('loss/val')] == [1, 2, 3, 4]
 
 
-def test_epoch_validated_anew_has_one_point(tmp_path):
-    backend = BoardBackend(str(tmp_path))
+def test_epoch_validated_again_has_one_point(tmp_path):
+    backend = TensorBoardBackend(str(tmp_path))
     image = np.zeros((4, 6, 3), np.uint8)
     for step in (1, 2):
         backend.add_scalars({'coco/segm_mAP': 0.1 * step}, step)
         backend.add_image('images/val/a', image, step)
     backend.close()
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     backend.resume(step=20, epoch=2)
     for step in (2, 3):
         backend.add_scalars({'coco/segm_mAP': 0.1 * step}, step)
@@ -557,13 +554,13 @@ def test_epoch_validated_anew_has_one_point(tmp_path):
     assert steps(tmp_path) == {'mAP/segm': [1, 2, 3], 'best/mAP_segm': [1, 2, 3], 'images/val/a': [1, 2, 3]}
 
 
-def test_running_tensorboard_forgets_what_is_written_anew(tmp_path):
-    backend = BoardBackend(str(tmp_path))
+def test_running_tensorboard_forgets_what_is_written_again(tmp_path):
+    backend = TensorBoardBackend(str(tmp_path))
     for step in range(1, 7):
         backend.add_scalars({'loss': float(step), 'iter': step}, step)
     backend.close()
     viewer = read(tmp_path)
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     backend.resume(step=4, epoch=2)
     for step in (5, 6):
         backend.add_scalars({'loss': 10.0 * step, 'iter': step}, step)
@@ -581,7 +578,7 @@ def test_running_tensorboard_forgets_what_is_written_anew(tmp_path):
 
 
 def test_resuming_while_the_file_is_open(tmp_path):
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     backend.add_scalars({'loss': 1.0, 'iter': 1}, 1)
     backend.add_scalars({'loss': 1.0, 'iter': 2}, 2)
     backend.resume(step=1, epoch=0)
@@ -591,7 +588,7 @@ def test_resuming_while_the_file_is_open(tmp_path):
 
 
 def test_image_keeps_its_colours(tmp_path):
-    backend = BoardBackend(str(tmp_path))
+    backend = TensorBoardBackend(str(tmp_path))
     image = np.full((8, 16, 3), (200, 100, 20), np.uint8)
     backend.add_image('images/val/a', image, 3)
     backend.close()
@@ -601,8 +598,8 @@ def test_image_keeps_its_colours(tmp_path):
     assert np.abs(decoded[..., ::-1].astype(int) - image).max() <= 6
 
 
-def test_values_that_are_no_numbers_are_left_out(tmp_path):
-    backend = BoardBackend(str(tmp_path))
+def test_values_that_are_not_numbers_are_left_out(tmp_path):
+    backend = TensorBoardBackend(str(tmp_path))
     with pytest.warns(UserWarning, match='skip it'):
         backend.add_scalars({'loss': 1.0, 'note': 'text', 'iter': 1}, 1)
     backend.close()

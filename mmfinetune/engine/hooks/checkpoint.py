@@ -17,6 +17,7 @@ from mmengine.hooks import CheckpointHook, Hook
 
 from mmfinetune.config.resume import BatchSetup, check_version
 from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints, remove_leftovers
+from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import KEY, run_state, update_run_state, upgrade
 from mmfinetune.utils.dist import bare_model
 from mmfinetune.utils.errors import UserError
@@ -62,7 +63,7 @@ class SafeCheckpointHook(Hook):
         UserError: Before the first step and before each save, if the disk has too little room.
     """
 
-    priority = 'VERY_LOW'
+    priority = PRIORITY['SafeCheckpointHook']
     files: Checkpoints  # from `before_train` on
 
     def __init__(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from mmdet.registry import HOOKS
 from mmengine.hooks import EarlyStoppingHook
 
+from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import run_state, update_run_state
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ class EarlyStopHook(EarlyStoppingHook):
         **kwargs: See MMEngine's ``EarlyStoppingHook``.
     """
 
-    priority = 'LOW'  # before the checkpoint that keeps its state
+    priority = PRIORITY['EarlyStopHook']
 
     def __init__(
         self,

@@ -1,9 +1,8 @@
-"""Hooks that draw: validation images and a training batch for TensorBoard, pictures of the test."""
+"""Pictures of ground truth and prediction, and the hook that draws those of the test."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,24 +17,20 @@ from mmengine.hooks import Hook
 from mmengine.structures import InstanceData
 
 from mmfinetune.data.drawing import contact_sheet, draw_instances, side_by_side
-from mmfinetune.engine import board
-from mmfinetune.engine.vis_backends import board_of, validation_step
-from mmfinetune.utils.dist import bare_model
+from mmfinetune.engine.transforms import scaled_truth
 from mmfinetune.utils.files import atomic_write_bytes
 
-# Long sides in pixels: what a screen shows of two pictures beside each other, or of a grid.
-_PAIR, _CELL = 800, 480
-_BATCH = 8
+# Of the grid of a batch: long side of a cell in px, and number of cells.
+_CELL, _BATCH = 480, 8
 
 
 def truth_and_prediction(
     sample: DetDataSample, names: Sequence[str], score_thr: float, limit: int | None = None
 ) -> np.ndarray:
-    """The image of a predicted sample twice; once where its annotations are not known.
+    """The image of a predicted sample twice; only the prediction where its annotations are not known.
 
     Args:
-        sample: With ``img_path``, ``pred_instances`` and, if known, ``gt_instances``, whose masks
-            tell whether they are in the coordinates of the original image.
+        sample: With ``img_path``, ``pred_instances`` and, if known, ``gt_instances``.
         names: Classes in label order.
         score_thr: Predictions below this score are not drawn.
         limit: Longest side of each picture in pixels.
@@ -48,7 +43,7 @@ def truth_and_prediction(
     panels = [_drawn(image, found[found.scores >= score_thr], names, limit)]
     titles = ['prediction']
     if 'bboxes' in sample.get('gt_instances', ()):
-        panels.insert(0, _drawn(image, _on_original(sample), names, limit))
+        panels.insert(0, _drawn(image, scaled_truth(sample, sample.ori_shape[:2]), names, limit))
         titles.insert(0, 'ground truth')
     return side_by_side(*panels, titles=titles)
 
@@ -67,8 +62,8 @@ def batch_picture(
         inputs: (N, 3, H, W) as the model gets them: normalised and padded.
         samples: With ``gt_instances`` in the same coordinates.
         names: Classes in label order.
-        mean: Of the normalisation, by channel; None if there is none.
-        std: Likewise.
+        mean: Mean of the normalisation by channel; None if there is none.
+        std: Its standard deviation.
         rgb: Whether the channels are in this order; else they are BGR.
 
     Returns:
@@ -82,24 +77,6 @@ def batch_picture(
         image = image.round().clip(0, 255).astype(np.uint8)
         cells.append(_drawn(image if rgb else image[..., ::-1], sample.gt_instances, names, _CELL))
     return contact_sheet(cells, width=_CELL)
-
-
-def _on_original(sample: DetDataSample) -> InstanceData:
-    """The ground truth in coordinates of the original image.
-
-    It has them already where the pipeline loads annotations after ``Resize``, as test pipelines
-    do; masks tell whether it does.
-    """
-    truth = sample.gt_instances
-    height, width = sample.ori_shape[:2]
-    masks = truth.get('masks')
-    if masks is None or (masks.height, masks.width) == (height, width):
-        return truth
-    truth = truth.clone()
-    boxes = truth.bboxes.tensor if hasattr(truth.bboxes, 'tensor') else truth.bboxes
-    truth.bboxes = boxes / boxes.new_tensor(sample.scale_factor).repeat(2)
-    truth.masks = masks.resize((height, width))
-    return truth
 
 
 def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str], limit: int | None) -> np.ndarray:
@@ -136,106 +113,35 @@ def spread(count: int, wanted: int) -> list[int]:
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
 
 
-class _Pictures(Hook):
-    """What both hooks do: choose samples by their place, and name the pictures.
+class Picker:
+    """Picks samples by their place in the data set, and names their pictures.
 
     Args:
-        num_images: How many; 0 draws none.
-        score_thr: Predictions below this score are not drawn.
+        places: Places of the samples, from 0.
     """
 
-    def __init__(self, num_images: int, score_thr: float = 0.3) -> None:
-        self.num_images = num_images
-        self.score_thr = score_thr
-        self._begin(())
-
-    def _begin(self, places: Sequence[int]) -> None:
+    def __init__(self, places: Iterable[int]) -> None:
         self._places, self._seen, self._names = set(places), 0, set()
 
-    def _chosen(self, outputs: Sequence[DetDataSample] | None) -> list[tuple[str, DetDataSample]]:
-        """The samples of a batch to draw, each with a name of its own."""
-        chosen = []
-        for sample in outputs or ():
-            if self._seen in self._places:
-                name = stem = Path(sample.img_path).stem
-                if name in self._names:
-                    name = f'{stem}_{sample.img_id}'
-                self._names.add(name)
-                chosen.append((name, sample))
+    def pick(self, outputs: Sequence[DetDataSample] | None) -> Iterator[tuple[str, DetDataSample]]:
+        """The samples of the next batch to draw, each with a name of its own."""
+        for place, sample in enumerate(outputs or (), self._seen):
             self._seen += 1
-        return chosen
+            if place in self._places:
+                stem = Path(sample.img_path).stem
+                name = f'{stem}_{sample.img_id}' if stem in self._names else stem
+                self._names.add(name)
+                yield name, sample
 
-    def _picture(self, runner, sample: DetDataSample, limit: int | None = None) -> np.ndarray:
-        return truth_and_prediction(sample, _class_names(runner), self.score_thr, limit)
 
-
-def _class_names(runner) -> Sequence[str]:
+def class_names(runner) -> Sequence[str]:
+    """The classes of a run's data set in label order."""
     return (runner.visualizer.dataset_meta or {}).get('classes') or ()
 
 
 @HOOKS.register_module()
-class BoardPicturesHook(_Pictures):
-    """Shows images in TensorBoard; does nothing without a ``BoardBackend``.
-
-    After each validation the same images, ground truth beside prediction, as
-    ``images/val/<name>``: spread over the data set, or over the share of the first of several
-    processes. And when training starts or goes on, the first batch as the model gets it,
-    augmented, as ``images/train_batch``.
-
-    Args:
-        num_images: How many validation images; 0 draws none.
-        score_thr: Predictions below this score are not drawn.
-    """
-
-    def __init__(self, num_images: int = 4, score_thr: float = 0.3) -> None:
-        super().__init__(num_images, score_thr)
-        self._wanted = False
-        self._handle = None
-
-    def before_train(self, runner) -> None:
-        self._wanted = board_of(runner) is not None
-
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
-        if not self._wanted:
-            return
-        self._wanted = False
-        model = bare_model(runner)
-        # To preprocess the batch once more could draw random numbers, and changes the samples.
-        self._handle = model.data_preprocessor.register_forward_hook(partial(self._show_batch, runner))
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
-
-    def _show_batch(self, runner, preprocessor, args, batch) -> None:
-        cfg = runner.cfg.model.get('data_preprocessor') or {}
-        board_of(runner).add_image(
-            board.TRAIN_BATCH,
-            batch_picture(
-                batch['inputs'],
-                batch['data_samples'],
-                _class_names(runner),
-                cfg.get('mean'),
-                cfg.get('std'),
-                bool(cfg.get('bgr_to_rgb')),
-            ),
-            runner.iter,
-        )
-
-    def before_val_epoch(self, runner) -> None:
-        self._begin(spread(len(runner.val_dataloader.sampler), self.num_images) if board_of(runner) else ())
-
-    def after_val_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        for name, sample in self._chosen(outputs):
-            board_of(runner).add_image(
-                f'{board.VAL_IMAGES}/{name}', self._picture(runner, sample, _PAIR), validation_step(runner)
-            )
-
-
-@HOOKS.register_module()
-class TestPicturesHook(_Pictures):
-    """Draws the first test images, ground truth beside prediction, to ``<work_dir>/figures``.
+class TestPicturesHook(Hook):
+    """Draws the first test images, ground truth next to prediction, to ``<work_dir>/figures``.
 
     Args:
         num_images: How many; 0 draws none.
@@ -243,12 +149,15 @@ class TestPicturesHook(_Pictures):
     """
 
     def __init__(self, num_images: int = 8, score_thr: float = 0.3) -> None:
-        super().__init__(num_images, score_thr)
+        self.num_images = num_images
+        self.score_thr = score_thr
+        self._picker = Picker(())
 
     def before_test(self, runner) -> None:
-        self._begin(range(self.num_images) if is_main_process() else ())
+        self._picker = Picker(range(self.num_images) if is_main_process() else ())
 
     def after_test_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        for name, sample in self._chosen(outputs):
-            _, png = cv2.imencode('.png', self._picture(runner, sample)[..., ::-1])
+        for name, sample in self._picker.pick(outputs):
+            picture = truth_and_prediction(sample, class_names(runner), self.score_thr)
+            _, png = cv2.imencode('.png', picture[..., ::-1])
             atomic_write_bytes(Path(runner.work_dir) / 'figures' / f'{name}.png', png.tobytes())

@@ -24,6 +24,7 @@ from mmengine.logging import print_log
 from mmengine.runner import IterBasedTrainLoop
 
 import mmfinetune
+from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.hooks.checkpoint import checkpoint_hook
 from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.evaluation import history as evaluation_history
@@ -51,9 +52,7 @@ class ResultsHook(Hook):
     warned of and never ends the training.
     """
 
-    # After CheckpointHook (VERY_LOW, 90), so that the best checkpoint of the epoch can be linked;
-    # before SaveValidatedHook (LOWEST, 100), so that no epoch counts as validated without its row.
-    priority = 95
+    priority = PRIORITY['ResultsHook']
 
     def __init__(self) -> None:
         self._history = evaluation_history.History()

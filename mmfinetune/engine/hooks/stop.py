@@ -13,7 +13,6 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, barrier, get_world_size
 from mmengine.hooks import Hook
 
@@ -34,11 +33,6 @@ def stoppable(runner: Runner) -> Iterator[None]:
         yield
     finally:
         hook.release()
-
-
-@HOOKS.register_module(name=['StopHook', 'SaveValidatedHook'])
-class RetiredHook(Hook):
-    """Accepted in configs of earlier versions: `stoppable` and `SafeCheckpointHook` do this without a hook."""
 
 
 class _Stop(Hook):

@@ -1,96 +1,141 @@
-"""Hooks: weight transfer, learning rates, gradient norm, and what else TensorBoard shows."""
+"""What TensorBoard shows of a run beyond the records of MMEngine's logger."""
 
 from __future__ import annotations
 
-import torch
-from mmdet.registry import HOOKS
-from mmengine.dist import is_main_process
-from mmengine.hooks import Hook
-from mmengine.runner import EpochBasedTrainLoop
+from collections.abc import Sequence
 
-from mmfinetune.engine import board
-from mmfinetune.engine.vis_backends import board_of, validation_step
+from mmdet.registry import HOOKS
+from mmdet.structures import DetDataSample
+from mmengine.dist import is_main_process
+from mmengine.hooks import Hook, LoggerHook
+from mmengine.runner import IterBasedTrainLoop
+from torch.utils.hooks import RemovableHandle
+
+from mmfinetune.engine.hooks import PRIORITY
+from mmfinetune.engine.hooks.pictures import Picker, batch_picture, class_names, spread, truth_and_prediction
+from mmfinetune.engine.state import begin_epoch
+from mmfinetune.engine.vis_backends import TensorBoardBackend
+from mmfinetune.evaluation import tensorboard as curves
+from mmfinetune.utils.dist import bare_model
+
+_PAIR = 800  # px, long side of each of two pictures next to each other
 
 
 @HOOKS.register_module()
-class GradNormHook(Hook):
-    """Logs ``grad_norm``, the 2-norm of all gradients, at each update of the parameters.
+class TensorBoardHook(Hook):
+    """Logs more of each step, resumes the curves with the run, and shows images.
 
-    MMEngine logs it only where it clips by norm, and there this hook does nothing. The norm is
-    that of the gradients the update is made with: summed over an accumulation and averaged over
-    processes, and without the loss scale of mixed precision. They are only read.
+    For all backends: the learning rate of each part, the norm of the gradient, and ``eta_hours``. For TensorBoard: the
+    mean training loss of each epoch, hyperparameters, the first batch as the model gets it (``images/train_batch``) and
+    after each validation the same images (``images/val/<name>``), ground truth next to prediction, spread over the
+    data set or over the share of the first of several processes.
+
+    Args:
+        lr: Whether to log ``lr/<group>`` of each named param group; MMEngine logs that of the first group only.
+        grad_norm: Whether to log the 2-norm of the gradient of each update before any clipping: summed over an
+            accumulation, averaged over processes, without the loss scale. `NonFiniteHook` measures it.
+        pictures: Number of validation images; 0 shows no images at all.
+        score_thr: Predictions below this score are not drawn.
     """
 
-    def __init__(self) -> None:
-        self._handle = None
+    priority = PRIORITY['TensorBoardHook']
+
+    def __init__(self, lr: bool = True, grad_norm: bool = True, pictures: int = 4, score_thr: float = 0.3) -> None:
+        self.lr = lr
+        self.grad_norm = grad_norm
+        self.pictures = pictures
+        self.score_thr = score_thr
+        self._training = False
+        self._hparams_end = None
+        self._shows_batch = False
+        self._handle: RemovableHandle | None = None
+        self._picker = Picker(())
 
     def before_train(self, runner) -> None:
-        wrapper = runner.optim_wrapper
-        clips = getattr(wrapper, 'clip_grad_kwargs', None) and wrapper.grad_name == 'grad_norm'
-        # An OptimWrapperDict has no optimizer of its own.
-        optimizer = getattr(wrapper, 'optimizer', None)
-        if not is_main_process() or clips or optimizer is None:
+        self._training = True
+        tensorboard = tensorboard_of(runner)
+        if tensorboard is None:
             return
+        self._shows_batch = self.pictures > 0
+        if runner.cfg.get('resume'):
+            tensorboard.resume(runner.iter, self._validation_step(runner))
+        hparams = curves.hparams_of(runner.cfg, runner.world_size, runner.seed)
+        head, start, self._hparams_end = curves.hparam_summaries(hparams)
+        tensorboard.add_summaries(head, start)
 
-        def log(optimizer: torch.optim.Optimizer, *_) -> None:
-            grads = [
-                param.grad for group in optimizer.param_groups for param in group['params'] if param.grad is not None
-            ]
-            if not grads:
-                return
-            norm = torch.nn.utils.get_total_norm(grads)
-            # Set by GradScaler for fused optimizers, which unscale, or skip, within their step.
-            scale = getattr(optimizer, 'grad_scale', None)
-            if scale is not None:
-                norm = norm / scale
-                if not torch.isfinite(norm):
-                    return
-            runner.message_hub.update_scalar('train/grad_norm', norm)
+    def before_train_epoch(self, runner) -> None:
+        begin_epoch(runner)
 
-        self._handle = optimizer.register_step_pre_hook(log)
+    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+        if self.lr:
+            # Not the wrapper's own list, which ends with a group that only carries the base lr.
+            for i, group in enumerate(runner.optim_wrapper.optimizer.param_groups):
+                runner.message_hub.update_scalar(f'train/lr/{group.get("name", f"group{i}")}', group['lr'])
+        if self._shows_batch:
+            self._shows_batch = False
+            # Preprocessing the batch a second time might draw random numbers, and changes the samples.
+            self._handle = bare_model(runner).data_preprocessor.register_forward_hook(
+                lambda _module, _args, batch: self._show_batch(runner, batch)
+            )
 
-    def after_train(self, runner) -> None:
+    def _show_batch(self, runner, batch: dict) -> None:
+        cfg = runner.cfg.model.get('data_preprocessor') or {}
+        picture = batch_picture(
+            batch['inputs'],
+            batch['data_samples'],
+            class_names(runner),
+            cfg.get('mean'),
+            cfg.get('std'),
+            bool(cfg.get('bgr_to_rgb')),
+        )
+        tensorboard_of(runner).add_image(curves.TRAIN_BATCH, picture, runner.iter)
+
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
-
-
-@HOOKS.register_module()
-class BoardHook(Hook):
-    """Gives TensorBoard what MMEngine's logger leaves out, and resumes the curves with the run.
-
-    That is the mean training loss of each epoch beside the validation loss, the hyperparameters
-    and, for all backends, ``eta_hours``. Without a ``BoardBackend`` only the latter is left.
-    """
-
-    # IterTimerHook and LoggerHook come before and after it in each step.
-    priority = 'NORMAL'
-
-    def __init__(self) -> None:
-        self._end = None
-
-    def before_train(self, runner) -> None:
-        tensorboard = board_of(runner)
-        if tensorboard is None:
-            return
-        if runner._resume:
-            tensorboard.resume(runner.iter, validation_step(runner))
-        head, start, self._end = board.hparam_summaries(board.hparams_of(runner.cfg, runner.world_size, runner.seed))
-        tensorboard.add_summaries(head, start)
-
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
-        if 'eta' in runner.message_hub.runtime_info:
-            runner.message_hub.update_scalar('train/eta_hours', runner.message_hub.get_info('eta') / 3600)
+        wrapper, hub = runner.optim_wrapper, runner.message_hub
+        norm = getattr(wrapper, 'grad_norm', None)
+        clips = getattr(wrapper, 'clip_grad_kwargs', None) and wrapper.grad_name == 'grad_norm'  # MMEngine logs it
+        if self.grad_norm and norm is not None and not clips:
+            hub.update_scalar('train/grad_norm', norm)
+        if 'eta' in hub.runtime_info:
+            hub.update_scalar('train/eta_hours', hub.get_info('eta') / 3600)
 
     def after_train_epoch(self, runner) -> None:
-        tensorboard = board_of(runner)
-        if tensorboard is None or not isinstance(runner.train_loop, EpochBasedTrainLoop):
+        tensorboard = tensorboard_of(runner)
+        if tensorboard is None or isinstance(runner.train_loop, IterBasedTrainLoop):
             return
         # The history is saved in checkpoints, so that an epoch that was interrupted counts whole.
-        losses = runner.message_hub.get_scalar('train/loss')
-        tensorboard.add_scalars({board.EPOCH_LOSS: losses.mean(len(runner.train_dataloader))}, runner.epoch + 1)
+        steps = runner.iter - begin_epoch(runner)['iter']
+        mean = runner.message_hub.get_scalar('train/loss').mean(steps)
+        tensorboard.add_scalars({curves.EPOCH_LOSS: mean}, runner.epoch + 1)
+
+    def before_val_epoch(self, runner) -> None:
+        places = spread(len(runner.val_dataloader.sampler), self.pictures) if tensorboard_of(runner) else ()
+        self._picker = Picker(places)
+
+    def after_val_iter(
+        self, runner, batch_idx, data_batch=None, outputs: Sequence[DetDataSample] | None = None
+    ) -> None:
+        for name, sample in self._picker.pick(outputs):
+            picture = truth_and_prediction(sample, class_names(runner), self.score_thr, _PAIR)
+            tensorboard_of(runner).add_image(f'{curves.VAL_IMAGES}/{name}', picture, self._validation_step(runner))
+
+    def _validation_step(self, runner) -> int:
+        """The step at which MMEngine's logger puts the results of a validation: by default the epoch."""
+        if not self._training:
+            return 0  # asking the runner for its epoch would build the training loop
+        logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
+        return runner.epoch if logger is None or logger.log_metric_by_epoch else runner.iter
 
     def after_train(self, runner) -> None:
-        tensorboard = board_of(runner)
+        self._training = False
+        tensorboard = tensorboard_of(runner)
         if tensorboard is not None:
-            tensorboard.add_summaries(self._end)
+            tensorboard.add_summaries(self._hparams_end)
+
+
+def tensorboard_of(runner) -> TensorBoardBackend | None:
+    """The run's TensorBoard; None if the config has none, and on all processes but the first."""
+    return runner.visualizer.get_backend(TensorBoardBackend.__name__) if is_main_process() else None

@@ -9,8 +9,8 @@ from mmengine.hooks import Hook
 from mmengine.logging import print_log
 
 from mmfinetune.config import views
-from mmfinetune.engine import board
-from mmfinetune.engine.vis_backends import board_of
+from mmfinetune.engine.hooks.tensorboard import tensorboard_of
+from mmfinetune.evaluation import tensorboard as curves
 from mmfinetune.utils.dist import bare_model
 from mmfinetune.weights import check, find
 from mmfinetune.weights.sources import read_source
@@ -53,9 +53,9 @@ class WeightTransferHook(Hook):
         return path
 
     def before_train(self, runner) -> None:
-        path, tensorboard = self._transfer(runner), board_of(runner)
+        path, tensorboard = self._transfer(runner), tensorboard_of(runner)
         if path and tensorboard:
-            tensorboard.add_text(board.WEIGHTS, _weight_report(runner, path))
+            tensorboard.add_text(curves.WEIGHTS, _weight_report(runner, path))
 
     def before_val(self, runner) -> None:
         self._transfer(runner)

@@ -322,11 +322,6 @@ def test_a_signal_within_the_handler_of_another_is_not_lost(monkeypatch):
     assert hook._signal
 
 
-def test_hooks_of_earlier_configs_are_accepted(whole, tmp_path):
-    train(make_cfg(tmp_path, hooks=[dict(type='SaveValidatedHook'), dict(type='StopHook')]))
-    assert_same_checkpoint(whole / LAST, tmp_path / LAST)
-
-
 @pytest.mark.parametrize(
     ('settings', 'code'),
     [

@@ -1,12 +1,10 @@
-"""Guards of a run: numbers that are none, divergence, early stopping."""
+"""Guards of a run: losses and gradients that are not finite."""
 
 from __future__ import annotations
 
 import copy
 import json
-import logging
 import math
-import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,11 +15,13 @@ from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 from torch import nn
 
-from mmfinetune.engine.hooks.nonfinite import BAD_BATCH, BadNumbersHook
-from mmfinetune.utils.errors import UserError
+from mmfinetune.engine.hooks import nonfinite
+from mmfinetune.engine.hooks.nonfinite import BAD_BATCH, NonFiniteHook
+from mmfinetune.utils.errors import Message
+from tests.builders.errors import refused
 from tests.builders.runs import inside, make_site, train_tool, write_tiny_config
 
 NAN, INF = math.nan, math.inf
@@ -69,7 +69,8 @@ class Run:
             momentum=0.9,
         )
         self.optim_wrapper = wrapper(optimizer, accumulative_counts=accumulation)
-        self.hook = BadNumbersHook(**options)
+        self.hook = NonFiniteHook(**options)
+        self.message_hub = MessageHub(f'run_{id(self)}')
         self.work_dir, self.iter, self.epoch = str(folder), 0, 0
         self.hook.before_train(self)
 
@@ -99,36 +100,42 @@ def assert_same_weights(first: dict, second: dict) -> None:
 # Stop
 
 
+LOSS, GRADIENT, ANY_SCALE = 'nonfinite-loss', 'nonfinite-gradient', 'nonfinite-at-any-scale'
+
+
+def loss(terms: str) -> Message:
+    return Message(LOSS, '', terms=terms)
+
+
+HEAD = Message(GRADIENT, '', groups='head')
+
+
 @pytest.mark.parametrize(
-    ('bad', 'says'),
+    ('bad', 'what'),
     [
-        ({'extra': NAN}, r'the loss is not a number: loss_a = nan'),
-        ({'extra': INF}, r'the loss is not a number: loss_a = inf'),
-        ({'value': NAN}, r'the loss is not a number: loss_a = nan, loss_b = nan'),
+        ({'extra': NAN}, loss('loss_a = nan')),
+        ({'extra': INF}, loss('loss_a = inf')),
+        ({'value': NAN}, loss('loss_a = nan, loss_b = nan')),
         # Nothing of it reaches the gradient by itself.
-        ({'detached': NAN}, r'the loss is not a number: loss_a = nan'),
+        ({'detached': NAN}, loss('loss_a = nan')),
         # The derivative of the root at 0.
-        ({'extra': 'root'}, r'the gradient is not a number, in head'),
+        ({'extra': 'root'}, HEAD),
     ],
 )
-def test_a_bad_number_stops_the_run_before_the_weights_change(tmp_path, bad, says):
+def test_a_step_that_is_not_finite_stops_the_run_before_the_weights_change(tmp_path, bad, what):
     run = Run(tmp_path)
     run.step(batch_of(1))
     before = run.state()
-    with pytest.raises(
-        UserError,
-        match=rf'^Step 2 \(epoch 1\): {says}\. The weights are those '
-        'before the step',
-    ) as caught:
+    with refused('nonfinite-step', step=2, epoch=1, what=what, path=tmp_path / BAD_BATCH) as caught:
         run.step(batch_of(2, **bad))
     assert_same_weights(run.state(), before)
     assert caught.value.problems == ['2_0.jpg', '2_1.jpg']
-    assert 'nan_policy=skip' in caught.value.cure and 'learning rate' in caught.value.cure
+    assert 'nan_policy=skip' in caught.value.hint and 'learning rate' in caught.value.hint
     note = json.loads((tmp_path / BAD_BATCH).read_text())
     assert [image['img_id'] for image in note['images']] == [20, 21]
     assert (note['step'], note['lr']) == (2, {'norm': 0.1, 'head': 0.1})
-    assert re.match(says, note['what'])
-    if 'loss' in says:
+    assert note['what'] == str(caught.value.facts['what'])
+    if what.code == LOSS:
         assert set(note['bad_losses'][0]['losses']) == {'loss_a', 'loss_b'}
 
 
@@ -145,30 +152,32 @@ def test_good_steps_are_left_alone(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_validation_is_not_its_business(tmp_path):
-    run = Run(tmp_path)
-    run.model.eval()
-    losses = run.model(torch.full((4, 2), NAN), mode='loss')
-    assert torch.isnan(losses['loss_a']) and not run.hook._bad_losses
-
-
 def test_nothing_is_watched_after_training(tmp_path):
     run = Run(tmp_path)
     run.hook.after_train(run)
+    assert type(run.optim_wrapper) is OptimWrapper
     run.model.train_step(batch_of(1, NAN), run.optim_wrapper)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_policy_that_is_none():
-    with pytest.raises(UserError, match="nan_policy is 'ignore'"):
-        BadNumbersHook(nan_policy='ignore')
+def test_unknown_policy():
+    with refused('nonfinite-policy', policy='ignore'):
+        NonFiniteHook(nan_policy='ignore')
+
+
+def test_several_optimizers_are_not_guarded():
+    wrapper = OptimWrapperDict(a=OptimWrapper(torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)))
+    with refused('nonfinite-many-optimizers'):
+        NonFiniteHook().before_train(SimpleNamespace(optim_wrapper=wrapper))
 
 
 # Skip
 
 
 @pytest.mark.parametrize('bad', [{'extra': NAN}, {'value': NAN}, {'extra': 'root'}])
-def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(tmp_path, bad, caplog):
+def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(tmp_path, bad, monkeypatch):
+    said: list[Message] = []
+    monkeypatch.setattr(nonfinite, 'warn', said.append)
     run, without = (Run(tmp_path, nan_policy='skip') for _ in range(2))
     for number in range(4):
         outputs = run.step(batch_of(number, **(bad if number == 2 else {})))
@@ -179,6 +188,19 @@ def test_a_skipped_step_leaves_everything_as_if_it_had_not_been(tmp_path, bad, c
     assert_same(run.state(), without.state())
     assert not any(torch.isnan(v).any() for v in run.state()['model'].values())
     assert json.loads((tmp_path / BAD_BATCH).read_text())['step'] == 3
+    assert [(message.code, message.facts['step']) for message in said] == [('nonfinite-skipped', 3)]
+
+
+def test_a_skipped_loss_does_not_count_in_means(tmp_path):
+    run = Run(tmp_path, nan_policy='skip')
+    for number in range(3):
+        for name, value in run.step(batch_of(number, extra=NAN if number == 1 else 0.0)).items():
+            run.message_hub.update_scalar(f'train/{name}', value)  # as RuntimeInfoHook does
+    history = run.message_hub.get_scalar('train/loss')
+    values, counts = history.data
+    assert counts.tolist() == [1, 0, 1]
+    # An entry for each step, so that a window of steps reaches no further back.
+    assert history.mean(2) == values[2] and history.mean(3) == (values[0] + values[2]) / 2
 
 
 def test_so_many_skips_in_a_row_stop(tmp_path):
@@ -186,10 +208,10 @@ def test_so_many_skips_in_a_row_stop(tmp_path):
     for value in (NAN, NAN, None, NAN, NAN):
         run.step(batch_of(1, value))
     before = run.state()
-    with pytest.raises(UserError, match=r'3 skipped in a row') as caught:
+    with refused('nonfinite-skips', skips=3) as caught:
         run.step(batch_of(1, NAN))
     assert_same_weights(run.state(), before)
-    assert 'nan_policy' not in caught.value.cure
+    assert 'nan_policy' not in caught.value.hint
 
 
 # Accumulation
@@ -200,7 +222,7 @@ def test_with_accumulation_the_bad_step_among_several_is_named(tmp_path):
     before = run.state()
     run.step(batch_of(1))
     run.step(batch_of(2, NAN))
-    with pytest.raises(UserError, match=r'^Step 3 .*loss_a = nan') as caught:
+    with refused('nonfinite-step', step=3, what=loss('loss_a = nan, loss_b = nan')) as caught:
         run.step(batch_of(3))
     assert caught.value.problems == ['2_0.jpg', '2_1.jpg']
     assert_same_weights(run.state(), before)
@@ -211,7 +233,7 @@ def test_with_accumulation_all_steps_of_an_update_are_suspects(tmp_path):
     run = Run(tmp_path, accumulation=2)
     for number in (1, 2, 3):
         run.step(batch_of(number))
-    with pytest.raises(UserError, match='the gradient is not a number') as caught:
+    with refused('nonfinite-step', what=HEAD) as caught:
         run.step(batch_of(4, extra='root'))
     assert caught.value.problems == ['3_0.jpg', '3_1.jpg', '4_0.jpg', '4_1.jpg']
 
@@ -229,33 +251,54 @@ def test_with_accumulation_the_whole_update_is_skipped(tmp_path):
 
 
 class Scaling(OptimWrapper):
-    """Skips an update whose gradient is not finite, silently, as GradScaler does."""
+    """AmpOptimWrapper's update, without autocast; that one refuses to work without a GPU."""
+
+    def __init__(self, *args, init_scale: float = 1024.0, **kwargs) -> None:
+        super().__init__(*args, **kwargs)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
+
+    def backward(self, loss, **kwargs) -> None:
+        self.loss_scaler.scale(loss).backward(**kwargs)
+        self._inner_count += 1
 
     def step(self, **kwargs) -> None:
-        gradients = [p.grad for g in self.optimizer.param_groups for p in g['params']]
-        if torch.isfinite(torch.nn.utils.get_total_norm(gradients)):
-            super().step(**kwargs)
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update()
 
 
-def test_a_scale_that_is_too_high_is_the_scalers_business(tmp_path):
+def test_a_scale_that_is_too_high_is_left_to_the_scaler(tmp_path):
     run = Run(tmp_path, wrapper=Scaling)
     for _ in range(3):
+        before = run.state()
         for _ in range(19):
             run.step(batch_of(1, extra='root'))
+        assert_same_weights(run.state(), before)
         run.step(batch_of(2))
+    assert run.optim_wrapper.loss_scaler.get_scale() < 1e-10
+    assert not list(tmp_path.iterdir())
+
+
+def test_fused_optimizer_survives_an_overflow(tmp_path):
+    run = Run(tmp_path, wrapper=Scaling)
+    run.optim_wrapper.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.1, fused=True)
+    before = run.model.head.weight.detach().clone()
+    run.step(batch_of(1, extra='root'))
+    assert torch.equal(run.model.head.weight, before)
+    run.step(batch_of(1))
+    assert not torch.equal(run.model.head.weight, before)
 
 
 def test_no_scale_helps(tmp_path):
-    run = Run(tmp_path, wrapper=Scaling)
+    run = Run(tmp_path, wrapper=Scaling, nan_policy='skip', max_skips=99)
     for _ in range(19):
         run.step(batch_of(1, extra='root'))
-    with pytest.raises(UserError, match='not a number, 20 times in a row and at any scale'):
+    with refused('nonfinite-skips', what=Message(ANY_SCALE, '', times=20)):
         run.step(batch_of(1, extra='root'))
 
 
-def test_a_loss_that_is_no_number_is_not_the_scalers_business(tmp_path):
+def test_a_loss_that_is_not_finite_is_not_left_to_the_scaler(tmp_path):
     run = Run(tmp_path, wrapper=Scaling)
-    with pytest.raises(UserError, match='loss_a = nan'):
+    with refused('nonfinite-step', what=loss('loss_a = nan, loss_b = nan')):
         run.step(batch_of(1, NAN))
     run = Run(tmp_path, wrapper=Scaling, nan_policy='skip')
     before = run.state()
@@ -263,42 +306,12 @@ def test_a_loss_that_is_no_number_is_not_the_scalers_business(tmp_path):
     assert_same(run.state(), before)
 
 
-# Divergence
-
-
-def feed(hook: BadNumbersHook, losses: list[float], monkeypatch) -> list[str]:
-    said = []
-    monkeypatch.setattr(
-        'mmfinetune.engine.hooks.nonfinite.print_log', lambda text, logger, level: said.append((text, level))
-    )
-    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.02)
-    runner = SimpleNamespace(iter=0, optim_wrapper=SimpleNamespace(optimizer=optimizer, should_update=lambda: False))
-    for loss in losses:
-        hook.after_train_iter(runner, runner.iter, outputs={'loss': torch.tensor(loss)})
-        runner.iter += 1
-    assert all(level == logging.WARNING for _, level in said)
-    return [text for text, _ in said]
-
-
-def test_divergence_is_told_once_with_its_causes(monkeypatch):
-    [text] = feed(BadNumbersHook(), [1.0] * 60 + [9.9, 11.0, 12.0] + [50.0] * 200, monkeypatch)
-    assert text.startswith(
-        'Step 62: the loss 11 is 11 times the median of the last 61 steps. The run may diverge (lr 0.02)'
-    )
-    assert 'learning rate' in text and 'check_dataset.py' in text
-
-
-@pytest.mark.parametrize(
-    'losses',
-    [
-        [100.0] * 40 + [2000.0],  # too early to tell
-        [1.0] * 60 + [9.0] * 60,  # high, but not ten times
-        [2.0 * 0.99**i for i in range(500)],
-        [1.0] * 99 + [5.0, 0.1] * 50,
-    ],
-)
-def test_no_false_alarm(monkeypatch, losses):
-    assert feed(BadNumbersHook(), losses, monkeypatch) == []
+def test_the_norm_of_scaled_gradients_may_overflow(tmp_path):
+    run = Run(tmp_path, wrapper=lambda *args, **kwargs: Scaling(*args, init_scale=2.0**100, **kwargs))
+    before = run.model.head.weight.detach().clone()
+    run.step(batch_of(1))
+    assert not torch.equal(run.model.head.weight, before)
+    assert run.optim_wrapper.grad_norm is None and run.optim_wrapper.refused is None
 
 
 # In real runs
@@ -334,11 +347,11 @@ def test_a_run_stops_at_a_poisoned_batch(site):
     with inside(site):
         outcome = train_tool('poisoned.py', '--train', '--work-dir', 'stop')
         assert outcome.code == 2
-        assert outcome.err.startswith('error: Step 3 (epoch 2): the loss is not a number: ')
+        assert outcome.error == 'nonfinite-step'
         assert 'loss_mask = nan' in outcome.err and outcome.err.count('.jpg') == 4
         assert 'Traceback' not in outcome.err
         note = json.loads(Path('stop', BAD_BATCH).read_text())
-        assert len(note['images']) == 4
+        assert (note['step'], note['epoch'], len(note['images'])) == (3, 2, 4)
         # The epoch before is whole.
         assert all(torch.isfinite(v).all() for v in read('stop/epoch_1.pth')['state_dict'].values())
         assert not Path('stop/epoch_2.pth').exists()
@@ -350,16 +363,15 @@ def test_a_run_stops_at_a_poisoned_batch(site):
             'stop',
             '--resume',
             '--cfg-options',
-            'default_hooks.bad_numbers.nan_policy=skip',
+            'default_hooks.nonfinite.nan_policy=skip',
         )
         assert resumed.code == 0, resumed.err
-        assert 'Step 3 (epoch 2) is skipped: the loss is not a number' in resumed.out
         state = read('stop/epoch_2.pth')
     assert state['meta']['iter'] == 4
     # The demo's BN is trained, so that its statistics would be NaN.
     assert all(torch.isfinite(v).all() for v in state['state_dict'].values())
-    losses = state['message_hub']['log_scalars']['train/loss'].data[0]
-    assert len(losses) == 3 and all(map(math.isfinite, losses))
+    losses, counts = state['message_hub']['log_scalars']['train/loss'].data
+    assert counts.tolist() == [1, 1, 0, 1] and all(map(math.isfinite, losses))
 
 
 def test_early_stopping_goes_on_counting_after_a_resume(site):

@@ -9,59 +9,12 @@ import pytest
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmdet.structures import DetDataSample
-from mmdet.structures.bbox import HorizontalBoxes
-from mmdet.structures.mask import BitmapMasks, PolygonMasks
-from mmengine.config import Config
 from mmengine.structures import InstanceData
 from PIL import Image
 
 from mmfinetune.data import drawing
-from mmfinetune.engine import board
 from mmfinetune.engine.hooks import pictures
-from mmfinetune.engine.vis_backends import BoardBackend
-
-NAMES = ('cat', 'dog')
-HEIGHT, WIDTH = 40, 60
-BOX = (10, 6, 30, 26)
-GREY, RED = (90, 90, 90), (200, 20, 20)
-
-
-def box_mask(box=BOX, shape=(HEIGHT, WIDTH)) -> np.ndarray:
-    mask = np.zeros((1, *shape), np.uint8)
-    mask[0, box[1] : box[3], box[0] : box[2]] = 1
-    return mask
-
-
-def sample(path: Path, truth: bool = True, found: bool = True, scale: float = 1.0, img_id: int = 1) -> DetDataSample:
-    """A predicted image with one cat; its ground truth in the coordinates of a scaled one."""
-    if not path.exists():
-        Image.new('RGB', (WIDTH, HEIGHT), GREY).save(path)
-    shape = round(HEIGHT * scale), round(WIDTH * scale)
-    result = DetDataSample(
-        metainfo={
-            'img_path': str(path),
-            'img_id': img_id,
-            'ori_shape': (HEIGHT, WIDTH),
-            'img_shape': shape,
-            'scale_factor': (scale, scale),
-        }
-    )
-    count = int(found)
-    result.pred_instances = InstanceData(
-        bboxes=torch.tensor([BOX], dtype=torch.float)[:count],
-        labels=torch.tensor([0])[:count],
-        scores=torch.tensor([0.9])[:count],
-        masks=torch.from_numpy(box_mask().astype(bool))[:count],
-    )
-    result.gt_instances = InstanceData()
-    if truth:
-        scaled = [round(v * scale) for v in BOX]
-        result.gt_instances = InstanceData(
-            bboxes=HorizontalBoxes(torch.tensor([scaled], dtype=torch.float)),
-            labels=torch.tensor([0]),
-            masks=BitmapMasks(box_mask(scaled, shape), *shape),
-        )
-    return result
+from tests.builders.pictures import GREY, NAMES, NORMALISED, RED, batch, sample
 
 
 def coloured(picture: np.ndarray) -> np.ndarray:
@@ -145,25 +98,6 @@ def test_large_images_are_made_smaller_with_what_is_on_them(tmp_path, objects):
         assert drawn[220:, 420:].all() and not drawn[:150].any() and not drawn[:, :380].any()
 
 
-def batch(count: int, masks: str = 'bitmap') -> tuple[list[torch.Tensor], list[DetDataSample]]:
-    """Images as a training pipeline gives them, BGR, each red with an object, of several sizes."""
-    inputs, samples = [], []
-    for i in range(count):
-        shape = HEIGHT, WIDTH - 10 * (i % 2)
-        inputs.append(torch.tensor(RED[::-1], dtype=torch.uint8)[:, None, None].expand(3, *shape).clone())
-        made = DetDataSample(metainfo={'img_shape': shape})
-        objects = BitmapMasks(box_mask(shape=shape), *shape)
-        if masks == 'polygon':
-            x0, y0, x1, y1 = BOX
-            objects = PolygonMasks([[np.array([x0, y0, x1, y0, x1, y1, x0, y1], float)]], *shape)
-        made.gt_instances = InstanceData(
-            bboxes=HorizontalBoxes(torch.tensor([BOX], dtype=torch.float)), labels=torch.tensor([1]), masks=objects
-        )
-        samples.append(made)
-    return inputs, samples
-
-
-NORMALISED = {'mean': [123.675, 116.28, 103.53], 'std': [58.395, 57.12, 57.375]}
 CAFFE = {'mean': [103.53, 116.28, 123.675], 'std': [1.0, 1.0, 1.0]}
 
 
@@ -205,93 +139,17 @@ def test_images_are_spread_over_the_set(count, wanted, expected):
     assert pictures.spread(count, wanted) == expected
 
 
-class Visualizer(SimpleNamespace):
-    def __init__(self, *backends) -> None:
-        super().__init__(_vis_backends=dict(enumerate(backends)), dataset_meta={'classes': NAMES})
-
-
 @pytest.fixture
 def runner(tmp_path: Path) -> SimpleNamespace:
-    """What the hooks read of a Runner."""
-    loop = SimpleNamespace()
-    return SimpleNamespace(
-        work_dir=str(tmp_path / 'run'),
-        visualizer=Visualizer(BoardBackend(str(tmp_path / 'logs'))),
-        _train_loop=loop,
-        hooks=[],
-        epoch=3,
-        iter=12,
-        cfg=Config({'model': {'data_preprocessor': {**NORMALISED, 'bgr_to_rgb': True}}}),
-        val_dataloader=SimpleNamespace(sampler=range(7)),
-        model=SimpleNamespace(data_preprocessor=DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)),
-    )
+    """What the hook reads of a Runner."""
+    visualizer = SimpleNamespace(dataset_meta={'classes': NAMES})
+    return SimpleNamespace(work_dir=str(tmp_path / 'run'), visualizer=visualizer)
 
 
-def shown(tmp_path: Path) -> dict[str, list[int]]:
-    found: dict[str, list[int]] = {}
-    for path in (tmp_path / 'logs').glob('events*'):
-        for event in board.read_events(path):
-            for value in event.summary.value:
-                if value.HasField('image'):
-                    found.setdefault(value.tag, []).append(event.step)
-    # Files that are made within one second have no order.
-    return {tag: sorted(steps) for tag, steps in found.items()}
-
-
-def run_batches(runner, samples, size, before, after) -> None:
-    before(runner)
+def run_test(runner, hook: pictures.TestPicturesHook, samples, size: int = 1) -> None:
+    hook.before_test(runner)
     for start in range(0, len(samples), size):
-        after(runner, start // size, outputs=samples[start : start + size])
-    for backend in runner.visualizer._vis_backends.values():
-        backend.close()
-
-
-@pytest.mark.parametrize('size', [1, 3, 7])
-def test_the_same_validation_images_after_each_epoch(runner, tmp_path, size):
-    samples = [sample(tmp_path / f'{i}.png') for i in range(7)]
-    hook = pictures.BoardPicturesHook(num_images=3)
-    for runner.epoch in (1, 2):
-        run_batches(runner, samples, size, hook.before_val_epoch, hook.after_val_iter)
-    assert shown(tmp_path) == {f'images/val/{i}': [1, 2] for i in (0, 3, 6)}
-
-
-def test_images_of_one_name_have_a_tag_each(runner, tmp_path):
-    samples = []
-    for i in range(7):
-        (tmp_path / str(i)).mkdir()
-        samples.append(sample(tmp_path / str(i) / 'a.png', img_id=i))
-    hook = pictures.BoardPicturesHook(num_images=3)
-    run_batches(runner, samples, 1, hook.before_val_epoch, hook.after_val_iter)
-    assert shown(tmp_path) == {f'images/val/{name}': [3] for name in ('a', 'a_3', 'a_6')}
-
-
-def test_first_batch_is_shown_as_the_model_gets_it(runner, tmp_path):
-    hook = pictures.BoardPicturesHook()
-    preprocessor = runner.model.data_preprocessor
-    hook.before_train(runner)
-    for runner.iter in (12, 13):
-        inputs, samples = batch(2)
-        plain = DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)(
-            {'inputs': [i.clone() for i in inputs], 'data_samples': batch(2)[1]}, True
-        )
-        hook.before_train_iter(runner, 0)
-        done = preprocessor({'inputs': inputs, 'data_samples': samples}, True)
-        hook.after_train_iter(runner, 0)
-        assert torch.equal(done['inputs'], plain['inputs'])
-        assert not preprocessor._forward_hooks
-    for backend in runner.visualizer._vis_backends.values():
-        backend.close()
-    assert shown(tmp_path) == {'images/train_batch': [12]}
-
-
-def test_without_a_board_nothing_is_drawn(runner, tmp_path, monkeypatch):
-    monkeypatch.setattr(pictures, 'truth_and_prediction', pytest.fail)
-    hook = pictures.BoardPicturesHook()
-    for runner.visualizer in (Visualizer(), Visualizer(SimpleNamespace(close=lambda: None))):
-        hook.before_train(runner)
-        hook.before_train_iter(runner, 0)
-        assert not runner.model.data_preprocessor._forward_hooks
-        run_batches(runner, [sample(tmp_path / 'a.png')], 1, hook.before_val_epoch, hook.after_val_iter)
+        hook.after_test_iter(runner, start // size, outputs=samples[start : start + size])
 
 
 def figures(runner) -> list[str]:
@@ -306,9 +164,8 @@ def figures(runner) -> list[str]:
 def test_first_pictures_of_the_test(runner, tmp_path, num_images, expected, size):
     samples = [sample(tmp_path / f'{i}.png') for i in range(5)]
     hook = pictures.TestPicturesHook(num_images=num_images)
-    run_batches(runner, samples, size, hook.before_test, hook.after_test_iter)
+    run_test(runner, hook, samples, size)
     assert figures(runner) == expected
-    assert not (tmp_path / 'logs').exists()
 
 
 def test_picture_of_the_test_keeps_colours_and_size(runner, tmp_path):
@@ -317,7 +174,7 @@ def test_picture_of_the_test_keeps_colours_and_size(runner, tmp_path):
     one = sample(path, truth=False, found=False)
     one.pred_instances.masks = torch.zeros(0, 600, 900, dtype=torch.bool)
     hook = pictures.TestPicturesHook(num_images=1, score_thr=0.7)
-    run_batches(runner, [one], 1, hook.before_test, hook.after_test_iter)
+    run_test(runner, hook, [one], 1)
     picture = cv2.imread(str(Path(runner.work_dir) / 'figures' / 'a.png'))[..., ::-1]
     assert picture.shape[1] == 900
     assert tuple(picture[-1, -1]) == (200, 100, 0)
@@ -326,9 +183,9 @@ def test_picture_of_the_test_keeps_colours_and_size(runner, tmp_path):
 def test_each_test_draws_anew(runner, tmp_path):
     samples = [sample(tmp_path / f'{i}.png') for i in range(3)]
     hook = pictures.TestPicturesHook(num_images=2)
-    run_batches(runner, samples, 3, hook.before_test, hook.after_test_iter)
+    run_test(runner, hook, samples, 3)
     before = (Path(runner.work_dir) / 'figures' / '0.png').stat().st_mtime_ns
-    run_batches(runner, samples, 3, hook.before_test, hook.after_test_iter)
+    run_test(runner, hook, samples, 3)
     assert figures(runner) == ['0.png', '1.png']
     assert (Path(runner.work_dir) / 'figures' / '0.png').stat().st_mtime_ns > before
 
@@ -343,5 +200,5 @@ def test_no_outputs_no_pictures(runner):
 def test_other_processes_draw_nothing(runner, tmp_path, monkeypatch):
     monkeypatch.setattr(pictures, 'is_main_process', lambda: False)
     hook = pictures.TestPicturesHook()
-    run_batches(runner, [sample(tmp_path / 'a.png')], 1, hook.before_test, hook.after_test_iter)
+    run_test(runner, hook, [sample(tmp_path / 'a.png')], 1)
     assert figures(runner) == []

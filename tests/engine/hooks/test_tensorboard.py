@@ -1,3 +1,5 @@
+"""TensorBoardHook: what it logs, and what it gives TensorBoard."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -6,25 +8,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmengine.config import Config
-from mmengine.hooks import CheckpointHook, EMAHook, IterTimerHook, LoggerHook
+from mmengine.hooks import IterTimerHook, LoggerHook
 from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import EpochBasedTrainLoop, IterBasedTrainLoop
-from mmengine.runner.priority import get_priority
+from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
-from mmfinetune.engine import board
-from mmfinetune.engine.hooks import learning_rate, tensorboard
-from mmfinetune.engine.hooks import weights as engine_hooks_weights
-from mmfinetune.engine.vis_backends import BoardBackend, board_of, validation_step
-from mmfinetune.utils.errors import UserError
-
-
-class Net(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.body, self.head = nn.Linear(2, 2), nn.Linear(2, 3)
+from mmfinetune.engine.hooks import tensorboard
+from mmfinetune.engine.hooks.tensorboard import TensorBoardHook, tensorboard_of
+from mmfinetune.engine.optim import guarded
+from mmfinetune.engine.state import begin_epoch
+from mmfinetune.engine.vis_backends import TensorBoardBackend
+from mmfinetune.utils import event_files
+from tests.builders.pictures import NAMES, NORMALISED, batch, sample
 
 
 def fill(model: nn.Module, value: float) -> nn.Module:
@@ -34,135 +32,19 @@ def fill(model: nn.Module, value: float) -> nn.Module:
     return model
 
 
-def showing(*backends: object) -> SimpleNamespace:
+def showing(**backends: object) -> SimpleNamespace:
     """A visualizer with these backends."""
-    return SimpleNamespace(_vis_backends={str(i): b for i, b in enumerate(backends)})
+    return SimpleNamespace(get_backend=backends.get, dataset_meta={'classes': NAMES})
 
 
 def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What lies in a folder's event files."""
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob('events*')):
-        for event in board.read_events(path):
+        for event in event_files.read_events(path):
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
-
-
-@pytest.fixture
-def runner(tmp_path: Path) -> SimpleNamespace:
-    """What WeightTransferHook reads of a Runner; model full of 1, file full of 2."""
-    path = tmp_path / 'a.pth'
-    torch.save({'state_dict': fill(Net(), 2.0).state_dict()}, path)
-    weights = {'checkpoint': str(path), 'url': None, 'reinit': {'head': {'std': 0.01}}}
-    return SimpleNamespace(
-        cfg={'weights': weights}, model=fill(Net(), 1.0), seed=0, _resume=False, _load_from=None, visualizer=showing()
-    )
-
-
-def is_transferred(model: Net) -> bool:
-    return bool((model.body.weight == 2).all())
-
-
-def is_untouched(model: Net) -> bool:
-    return all(bool((p == 1).all()) for p in model.parameters())
-
-
-@pytest.mark.parametrize('point', ['before_train', 'before_val', 'before_test'])
-def test_weights_are_transferred_at_the_first_point(runner, point):
-    getattr(engine_hooks_weights.WeightTransferHook(), point)(runner)
-    assert is_transferred(runner.model)
-    assert torch.count_nonzero(runner.model.head.bias) == 0
-    assert 0 < runner.model.head.weight.abs().max() < 0.1
-
-
-def test_weights_are_transferred_once_only(runner):
-    # The validation after an epoch must not bring the start back.
-    hook = engine_hooks_weights.WeightTransferHook()
-    hook.before_train(runner)
-    fill(runner.model, 5.0)
-    for point in (hook.before_val, hook.before_test, hook.before_train):
-        point(runner)
-    assert all((p == 5).all() for p in runner.model.parameters())
-
-
-@pytest.mark.parametrize(('resume', 'load_from'), [(True, None), (False, 'b.pth'), (True, 'b.pth')])
-def test_nothing_happens_where_a_checkpoint_is_loaded(runner, resume, load_from):
-    runner._resume, runner._load_from = resume, load_from
-    hook = engine_hooks_weights.WeightTransferHook()
-    for point in (hook.before_train, hook.before_val, hook.before_test):
-        point(runner)
-    assert is_untouched(runner.model)
-
-
-@pytest.mark.parametrize('cfg', [{}, {'weights': None}])
-def test_nothing_happens_without_weights(runner, cfg):
-    runner.cfg = cfg
-    engine_hooks_weights.WeightTransferHook().before_train(runner)
-    assert is_untouched(runner.model)
-
-
-def test_config_is_left_as_it_is(runner):
-    before = dict(runner.cfg['weights'])
-    engine_hooks_weights.WeightTransferHook().before_train(runner)
-    assert runner.cfg['weights'] == before
-
-
-def test_head_depends_on_the_seed_of_the_run(runner):
-    heads = []
-    for seed in (0, 0, 1):
-        runner.seed = seed
-        engine_hooks_weights.WeightTransferHook().before_train(runner)
-        heads.append(runner.model.head.weight.detach().clone())
-    assert torch.equal(heads[0], heads[1])
-    assert not torch.equal(heads[0], heads[2])
-
-
-def test_weights_that_do_not_fit_stop_the_run(runner):
-    runner.model.body = nn.Linear(3, 2)
-    with pytest.raises(UserError, match='does not fit the model'):
-        engine_hooks_weights.WeightTransferHook().before_train(runner)
-
-
-def test_report_on_the_weights_goes_to_the_board(runner, tmp_path):
-    backend = BoardBackend(str(tmp_path / 'logs'))
-    runner.visualizer = showing(backend)
-    hook = engine_hooks_weights.WeightTransferHook()
-    hook.before_train(runner)
-    hook.before_train(runner)
-    backend.close()
-    assert written(tmp_path / 'logs')['weights/text_summary'] == [(0, 0)]
-    event = [
-        e
-        for path in (tmp_path / 'logs').iterdir()
-        for e in board.read_events(path)
-        if e.summary.value and e.summary.value[0].tag.startswith('weights')
-    ][0]
-    text = event.summary.value[0].tensor.string_val[0].decode()
-    assert 'body' in text and 'drawn anew: head.weight, head.bias' in text
-
-
-@pytest.mark.parametrize('change', [{'_resume': True}, {'_load_from': 'b.pth'}, {'cfg': {'weights': None}}])
-def test_no_report_where_nothing_is_transferred(runner, tmp_path, change):
-    runner.visualizer = showing(BoardBackend(str(tmp_path / 'logs')))
-    vars(runner).update(change)
-    engine_hooks_weights.WeightTransferHook().before_train(runner)
-    assert not (tmp_path / 'logs').exists()
-
-
-@pytest.mark.parametrize('point', ['before_val', 'before_test'])
-def test_test_of_the_start_opens_no_board(runner, tmp_path, point):
-    # Its file would be taken for an earlier run, to be moved out of the way of the training.
-    runner.visualizer = showing(BoardBackend(str(tmp_path / 'logs')))
-    getattr(engine_hooks_weights.WeightTransferHook(), point)(runner)
-    assert is_transferred(runner.model)
-    assert not (tmp_path / 'logs').exists()
-
-
-def test_transfer_comes_before_the_other_hooks():
-    # EMA copies the model before training, so it must find the weights there.
-    ours = get_priority(engine_hooks_weights.WeightTransferHook.priority)
-    assert all(ours < get_priority(hook.priority) for hook in (EMAHook, CheckpointHook))
 
 
 def test_lr_of_each_group_is_a_scalar():
@@ -176,7 +58,7 @@ def test_lr_of_each_group_is_a_scalar():
     )
     hub = MessageHub('test_lr_of_each_group_is_a_scalar')
     runner = SimpleNamespace(optim_wrapper=OptimWrapper(optimizer), message_hub=hub)
-    hook = learning_rate.GroupLrHook()
+    hook = TensorBoardHook()
     hook.before_train_iter(runner, 0)
     optimizer.param_groups[0]['lr'] = 0.05
     hook.before_train_iter(runner, 1)
@@ -191,17 +73,17 @@ def gradient_run(
     wrapper: OptimWrapper, model: nn.Module, hub: MessageHub, inputs: Sequence[float] = (1, 2, 3, 4), hook: bool = True
 ) -> list[float]:
     """Train one step for each input; the norms that were logged."""
-    runner = SimpleNamespace(optim_wrapper=wrapper, message_hub=hub)
-    norm_hook = tensorboard.GradNormHook()
     if hook:
-        norm_hook.before_train(runner)
+        wrapper.__class__ = guarded(type(wrapper))
+    runner = SimpleNamespace(optim_wrapper=wrapper, message_hub=hub)
     wrapper.message_hub = hub
     wrapper.initialize_count_status(model, 0, len(inputs))
     for value in inputs:
         with wrapper.optim_context(model):
             loss = model(torch.full((1, 2), float(value))).sum()
         wrapper.update_params(loss)
-    norm_hook.after_train(runner)
+        if hook:
+            TensorBoardHook().after_train_iter(runner, 0)
     buffer = hub.log_scalars.get('train/grad_norm')
     return [] if buffer is None else buffer.data[0].tolist()
 
@@ -249,15 +131,15 @@ class ScaledWrapper(OptimWrapper):
 
     def __init__(self, *args, **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        self.scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
+        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=1024.0)
 
     def backward(self, loss, **kwargs) -> None:
-        self.scaler.scale(loss).backward(**kwargs)
+        self.loss_scaler.scale(loss).backward(**kwargs)
         self._inner_count += 1
 
     def step(self, **kwargs) -> None:
-        self.scaler.step(self.optimizer, **kwargs)
-        self.scaler.update()
+        self.loss_scaler.step(self.optimizer, **kwargs)
+        self.loss_scaler.update()
 
 
 @pytest.mark.parametrize('fused', [False, True])
@@ -284,10 +166,10 @@ def test_clipping_by_norm_logs_once(hub):
     assert norms[0] == norms[1] == pytest.approx([norm_of(i) for i in (1, 2, 3, 4)])
 
 
-def test_clipping_by_value_has_a_norm_too(hub):
+def test_clipping_by_value_has_the_norm_before_it(hub):
     model = linear()
     wrapper = OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1), clip_grad={'type': 'value', 'clip_value': 1.0})
-    assert gradient_run(wrapper, model, hub) == pytest.approx([3**0.5] * 4)
+    assert gradient_run(wrapper, model, hub) == pytest.approx([norm_of(i) for i in (1, 2, 3, 4)])
 
 
 def test_gradient_norm_leaves_the_training_as_it_is(hub):
@@ -297,35 +179,37 @@ def test_gradient_norm_leaves_the_training_as_it_is(hub):
         wrapper = OptimWrapper(torch.optim.AdamW(model.parameters(), lr=0.1))
         gradient_run(wrapper, model, hub, hook=hook)
         weights.append(model.weight.detach().clone())
-        assert not wrapper.optimizer._optimizer_step_pre_hooks
     assert torch.equal(*weights)
 
 
 def test_several_optimizers_have_no_gradient_norm(hub):
-    model = linear()
-    wrapper = OptimWrapperDict(a=OptimWrapper(torch.optim.SGD(model.parameters(), lr=0.1)))
-    hook = tensorboard.GradNormHook()
-    hook.before_train(SimpleNamespace(optim_wrapper=wrapper, message_hub=hub))
-    hook.after_train(None)
-    assert not wrapper['a'].optimizer._optimizer_step_pre_hooks
+    wrapper = OptimWrapperDict(a=OptimWrapper(torch.optim.SGD(linear().parameters(), lr=0.1)))
+    TensorBoardHook().after_train_iter(SimpleNamespace(optim_wrapper=wrapper, message_hub=hub), 0)
+    assert not hub.log_scalars
 
 
-# ---- The board ------------------------------------------------------------------------------
+@pytest.mark.parametrize('logged', [True, False])
+def test_each_value_can_be_left_out(hub, logged):
+    wrapper = guarded(OptimWrapper)(torch.optim.SGD(linear().parameters(), lr=0.1))
+    wrapper.grad_norm = 1.0
+    runner = SimpleNamespace(optim_wrapper=wrapper, message_hub=hub)
+    hook = TensorBoardHook(lr=logged, grad_norm=logged)
+    hook.before_train_iter(runner, 0)
+    hook.after_train_iter(runner, 0)
+    assert set(hub.log_scalars) == ({'train/lr/group0', 'train/grad_norm'} if logged else set())
 
 
-class EpochLoop(EpochBasedTrainLoop):
-    def __init__(self) -> None:
-        self._epoch, self._iter = 1, 5
+# ---- TensorBoard ----------------------------------------------------------------------------
 
 
 class IterLoop(IterBasedTrainLoop):
     def __init__(self) -> None:
-        self._epoch, self._iter = 0, 5
+        pass
 
 
 @pytest.fixture
 def training(tmp_path: Path, hub: MessageHub) -> SimpleNamespace:
-    """What BoardHook reads of a Runner, at the end of the second epoch of three steps."""
+    """What TensorBoardHook reads of a Runner, at the end of the second epoch of three steps."""
     cfg = Config(
         {
             'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.1}},
@@ -335,25 +219,27 @@ def training(tmp_path: Path, hub: MessageHub) -> SimpleNamespace:
     )
     for loss in (9.0, 9.0, 9.0, 1.0, 2.0, 6.0):
         hub.update_scalar('train/loss', loss)
-    loop = EpochLoop()
+    cfg.model = {'data_preprocessor': {**NORMALISED, 'bgr_to_rgb': True}}
+    wrapper = OptimWrapper(torch.optim.SGD(linear().parameters(), lr=0.1))
+    begin_epoch(SimpleNamespace(message_hub=hub, epoch=1, iter=3))
     return SimpleNamespace(
         cfg=cfg,
         world_size=1,
         seed=0,
-        _resume=False,
         message_hub=hub,
+        optim_wrapper=wrapper,
         epoch=1,
-        iter=5,
+        iter=6,
         hooks=[],
-        train_loop=loop,
-        _train_loop=loop,
-        train_dataloader=[0] * 3,
-        visualizer=showing(BoardBackend(str(tmp_path / 'logs'))),
+        train_loop=None,
+        val_dataloader=SimpleNamespace(sampler=range(7)),
+        model=SimpleNamespace(data_preprocessor=DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)),
+        visualizer=showing(TensorBoardBackend=TensorBoardBackend(str(tmp_path / 'logs'))),
     )
 
 
 def test_hours_that_are_left(training):
-    hook = tensorboard.BoardHook()
+    hook = TensorBoardHook()
     hook.after_train_iter(training, 0)  # without IterTimerHook there is no estimate
     assert 'train/eta_hours' not in training.message_hub.log_scalars
     training.message_hub.update_info('eta', 5400.0)
@@ -361,39 +247,39 @@ def test_hours_that_are_left(training):
     assert training.message_hub.get_scalar('train/eta_hours').current() == 1.5
 
 
-def test_hours_come_between_the_timer_and_the_logger():
-    ours = get_priority(tensorboard.BoardHook.priority)
-    # Of the same priority, custom hooks come after the default ones.
-    assert get_priority(IterTimerHook.priority) <= ours < get_priority(LoggerHook.priority)
-    assert ours < get_priority(CheckpointHook.priority)
-
-
 def test_loss_of_an_epoch_is_the_mean_of_its_steps(training, tmp_path):
-    tensorboard.BoardHook().after_train_epoch(training)
+    TensorBoardHook().after_train_epoch(training)
+    assert written(tmp_path / 'logs')['loss/train_epoch'] == [(2, 3.0)]
+
+
+def test_loss_of_an_epoch_leaves_out_skipped_steps_and_other_epochs(training, tmp_path):
+    training.message_hub.update_scalar('train/loss', 0.0, count=0)  # as NonFiniteHook leaves it
+    training.iter += 1
+    TensorBoardHook().after_train_epoch(training)
     assert written(tmp_path / 'logs')['loss/train_epoch'] == [(2, 3.0)]
 
 
 def test_training_by_iterations_has_no_loss_of_an_epoch(training, tmp_path):
     training.train_loop = IterLoop()
-    tensorboard.BoardHook().after_train_epoch(training)
+    TensorBoardHook().after_train_epoch(training)
     assert not (tmp_path / 'logs').exists()
 
 
 def test_hyperparameters_and_end_of_the_run(training, tmp_path):
-    hook = tensorboard.BoardHook()
+    hook = TensorBoardHook()
     hook.before_train(training)
-    board_of(training).experiment.flush()
+    tensorboard_of(training).experiment.flush()
     assert '_hparams_/session_end_info' not in written(tmp_path / 'logs')
     hook.after_train(training)
-    board_of(training).close()
+    tensorboard_of(training).close()
     assert {'_hparams_/experiment', '_hparams_/session_start_info', '_hparams_/session_end_info'} <= set(
         written(tmp_path / 'logs')
     )
 
 
 def test_without_a_board_there_is_nothing_to_do(training, tmp_path):
-    for training.visualizer in (showing(), showing(object())):
-        hook = tensorboard.BoardHook()
+    for training.visualizer in (showing(), showing(LocalVisBackend=object())):
+        hook = TensorBoardHook()
         hook.before_train(training)
         hook.after_train_epoch(training)
         hook.after_train(training)
@@ -401,39 +287,100 @@ def test_without_a_board_there_is_nothing_to_do(training, tmp_path):
 
 
 def test_only_the_first_process_has_a_board(training, monkeypatch):
-    monkeypatch.setattr('mmfinetune.engine.vis_backends.is_main_process', lambda: False)
-    assert board_of(training) is None
+    monkeypatch.setattr(tensorboard, 'is_main_process', lambda: False)
+    assert tensorboard_of(training) is None
 
 
-@pytest.mark.parametrize(('by_epoch', 'expected'), [(True, 1), (False, 5), (None, 1)])
-def test_step_of_a_validation_is_that_of_the_logger(training, by_epoch, expected):
+def shown(tmp_path: Path) -> dict[str, list[int]]:
+    """Images of the event files; files that are made within one second have no order."""
+    found = written(tmp_path / 'logs')
+    return {tag: sorted(step for step, _ in found[tag]) for tag in found if tag.startswith('images/')}
+
+
+def validate(training, hook: TensorBoardHook, samples: Sequence, size: int = 7) -> None:
+    hook.before_val_epoch(training)
+    for start in range(0, len(samples), size):
+        hook.after_val_iter(training, start // size, outputs=samples[start : start + size])
+    tensorboard_of(training).close()
+
+
+@pytest.mark.parametrize(('by_epoch', 'step'), [(True, 1), (False, 6), (None, 1)])
+def test_images_are_at_the_loggers_step(training, tmp_path, by_epoch, step):
     if by_epoch is not None:
         training.hooks = [IterTimerHook(), LoggerHook(log_metric_by_epoch=by_epoch)]
-    assert validation_step(training) == expected
+    hook = TensorBoardHook(pictures=1)
+    hook.before_train(training)
+    validate(training, hook, [sample(tmp_path / 'a.png')])
+    assert shown(tmp_path) == {'images/val/a': [step]}
 
 
-@pytest.mark.parametrize('loop', [None, {'type': 'EpochBasedTrainLoop'}])
-def test_validation_without_training_is_at_zero(training, loop):
-    training._train_loop = loop
-    assert validation_step(training) == 0
+def test_validation_without_training_is_at_zero(training, tmp_path):
+    validate(training, TensorBoardHook(pictures=1), [sample(tmp_path / 'a.png')])
+    assert shown(tmp_path) == {'images/val/a': [0]}
+
+
+@pytest.mark.parametrize('size', [1, 3, 7])
+def test_the_same_validation_images_after_each_epoch(training, tmp_path, size):
+    samples = [sample(tmp_path / f'{i}.png') for i in range(7)]
+    hook = TensorBoardHook(pictures=3)
+    hook.before_train(training)
+    for training.epoch in (1, 2):
+        validate(training, hook, samples, size)
+    assert shown(tmp_path) == {f'images/val/{i}': [1, 2] for i in (0, 3, 6)}
+
+
+def test_images_of_one_name_have_a_tag_each(training, tmp_path):
+    samples = []
+    for i in range(7):
+        (tmp_path / str(i)).mkdir()
+        samples.append(sample(tmp_path / str(i) / 'a.png', img_id=i))
+    validate(training, TensorBoardHook(pictures=3), samples, 1)
+    assert shown(tmp_path) == {f'images/val/{name}': [0] for name in ('a', 'a_3', 'a_6')}
+
+
+def test_first_batch_is_shown_as_the_model_gets_it(training, tmp_path):
+    hook = TensorBoardHook()
+    preprocessor = training.model.data_preprocessor
+    hook.before_train(training)
+    for training.iter in (12, 13):
+        inputs, samples = batch(2)
+        plain = DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)(
+            {'inputs': [i.clone() for i in inputs], 'data_samples': batch(2)[1]}, True
+        )
+        hook.before_train_iter(training, 0)
+        done = preprocessor({'inputs': inputs, 'data_samples': samples}, True)
+        hook.after_train_iter(training, 0)
+        assert torch.equal(done['inputs'], plain['inputs'])
+    tensorboard_of(training).close()
+    assert shown(tmp_path) == {'images/train_batch': [12]}
+
+
+@pytest.mark.parametrize('pictures', [0, 4])
+def test_without_tensorboard_or_pictures_nothing_is_drawn(training, tmp_path, monkeypatch, pictures):
+    for name in ('truth_and_prediction', 'batch_picture'):
+        monkeypatch.setattr(tensorboard, name, pytest.fail)
+    if pictures:
+        training.visualizer = showing()
+    hook = TensorBoardHook(pictures=pictures)
+    hook.before_train(training)
+    hook.before_train_iter(training, 0)
+    inputs, samples = batch(1)
+    training.model.data_preprocessor({'inputs': inputs, 'data_samples': samples}, True)
+    hook.before_val_epoch(training)
+    hook.after_val_iter(training, 0, outputs=[sample(tmp_path / 'a.png')])
 
 
 @pytest.mark.parametrize(('by_epoch', 'left'), [(True, [1]), (False, [1, 3, 5])])
 def test_resuming_cuts_by_the_axis_of_the_validations(training, tmp_path, by_epoch, left):
-    backend = board_of(training)
+    backend = tensorboard_of(training)
+    training.iter = 5
     for step in (1, 3, 5, 7):
         backend.add_scalars({'loss': 0.0, 'iter': step}, step)
         backend.add_scalars({'coco/segm_mAP': 0.5}, step)
     training.hooks = [LoggerHook(log_metric_by_epoch=by_epoch)]
-    training._resume = True
-    tensorboard.BoardHook().before_train(training)
+    training.cfg.resume = True
+    TensorBoardHook().before_train(training)
     backend.close()
     found = written(tmp_path / 'logs')
     assert [step for step, _ in found['loss/train']] == [1, 3, 5]
     assert [step for step, _ in found['mAP/segm']] == left
-
-
-def test_config_uses_these_hooks(voc_cfg):
-    used = [hook['type'] for hook in voc_cfg.custom_hooks]
-    assert {'WeightTransferHook', 'GroupLrHook'} <= set(used)
-    assert voc_cfg.default_hooks.visualization.type == 'TestPicturesHook'

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import io
-import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all
+from mmfinetune.utils import event_files
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -34,7 +31,7 @@ _TIMES = {
 }
 _AP_CLASS = {'segm': 'AP_class', 'bbox': 'AP_class_bbox'}
 
-# Of each tag the x axis that it has, or rather: which numbers a resumed run writes once more.
+# The x axis of each tag, by how the tag begins: it says which points a resumed run writes again.
 _BY_EPOCH = (
     'val/',
     'mAP/',
@@ -48,9 +45,9 @@ _BY_EPOCH = (
     VAL_IMAGES,
 )
 _BY_STEP = ('train/', 'lr/', 'time/', 'gpu/', 'loss/train')
-# Written at the start of each part of a run: with the step, or anew for the whole run.
+# Written at the start of each part of a run: with its step, or again for the whole run.
 _AT_START = (CONFIG, TRAIN_BATCH)
-_ANEW = ('hparams', 'custom_scalars')
+_AGAIN = ('hparams', 'custom_scalars')
 
 HIGHER = {'mAP/segm': True, 'mAP/segm_50': True, 'mAP/bbox': True, 'loss/val': False}
 
@@ -75,11 +72,11 @@ def tags_of(record: Mapping[str, float]) -> dict[str, float]:
     """The curves of one record of MMEngine's logger.
 
     Args:
-        record: Values by MMEngine's names; one of training steps has ``iter`` among them.
+        record: Values by MMEngine's names; a record of training steps has ``iter`` among them.
 
     Returns:
-        Values by tag. Left out are ``iter``, which is the x axis, the ``lr`` of the first group
-        where each group has its own, and COCO numbers of -1, for which there is no ground truth.
+        Values by tag, without ``iter``, which is the x axis, the ``lr`` of the first group where each group has its
+        own, and COCO numbers of -1, which have no ground truth.
     """
     stage = 'train' if 'iter' in record else 'val'
     grouped = any(name.startswith('lr/') for name in record)
@@ -92,10 +89,10 @@ def tags_of(record: Mapping[str, float]) -> dict[str, float]:
 
 
 def tag_of(name: str, stage: str = '') -> str:
-    """Where a scalar is plotted.
+    """The tag under which a scalar is plotted.
 
     Args:
-        name: MMEngine's.
+        name: MMEngine's name of it.
         stage: ``'train'`` or ``'val'``, the kind of the record; '' for a single scalar.
     """
     known = {**_COMMON, **_TIMES.get(stage or 'train', {})}
@@ -117,7 +114,7 @@ def tag_of(name: str, stage: str = '') -> str:
 
 
 def hparams_of(cfg: Config, world_size: int, seed: int) -> dict[str, float | str]:
-    """What tells this run from others in the HParams tab."""
+    """What distinguishes this run from others in the HParams tab."""
     wrapper = cfg.optim_wrapper
     recipe = cfg.get('weights') or {}
     values = {
@@ -141,7 +138,7 @@ def best_tag(tag: str) -> str:
 
 
 def hparam_summaries(values: Mapping[str, float | str]) -> tuple[Summary, Summary, Summary]:
-    """What the HParams tab wants of a run: the head of its table, the run's start and its end."""
+    """What the HParams tab needs of a run: the head of its table, the run's start and its end."""
     from torch.utils.tensorboard.summary import hparams
 
     metrics = [*HIGHER, *map(best_tag, HIGHER)]
@@ -154,11 +151,12 @@ def fenced(text: str, language: str = '') -> str:
 
 
 def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
-    """Take out of event files what a run wrote after the checkpoint that it is resumed from.
+    """Remove from event files what a run wrote after the checkpoint that it is resumed from.
 
-    TensorBoard purges such points from what it has in memory, and only by step, but other readers
-    would meet them twice. The resumed run writes its layout, hyperparameters and config anew. The
-    damaged end of a file, as a killed writer leaves it, goes too.
+    ``SummaryWriter(purge_step=…)`` does not: training is plotted by step and validation by epoch, it purges by step
+    alone, only what a running TensorBoard has in memory, and other readers would meet the points twice. The resumed run
+    writes its layout, hyperparameters and config again. The damaged end of a file, as a killed writer leaves it, goes
+    too.
 
     Args:
         folder: With the event files; it need not exist.
@@ -171,88 +169,21 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
     Raises:
         UserError: A file cannot be read or written; all are as they were.
     """
-    # By time, which is in their names.
-    files = sorted(folder.glob('events.out.tfevents.*'))
-    contents: dict[Path, bytes] = {}
     last: dict[str, tuple[int, float]] = {}
-    empty = []
     over = False
-    for path in files:
-        original = _read(path)
-        kept, written = [], 0
-        for record, event in _records(original):
-            # What has an unknown axis goes by its place: events are in the order of time.
-            over = over or _is_after(event, step)
-            values = [v for v in event.summary.value if _stays(v, event.step, step, epoch)]
-            if over or (event.HasField('summary') and not values):
-                continue
-            written += not event.file_version
-            last.update((value.tag, (event.step, value.simple_value)) for value in values)
-            kept.append(record if len(values) == len(event.summary.value) else _with_values(event, values))
-        content = b''.join(kept)
-        if not written:
-            empty.append(path)
-        elif content != original:
-            contents[path] = content
-    atomic_write_all(contents)
-    for path in empty:
-        path.unlink()
+
+    def keep(event: Event) -> list[Summary.Value] | None:
+        nonlocal over
+        # What has an unknown axis goes by its place: events are in the order of time.
+        over = over or _is_after(event, step)
+        values = [v for v in event.summary.value if _stays(v, event.step, step, epoch)]
+        if over or (event.HasField('summary') and not values):
+            return None
+        last.update((value.tag, (event.step, value.simple_value)) for value in values)
+        return values
+
+    event_files.rewrite(folder, keep)
     return last
-
-
-def read_events(path: Path) -> Iterator[Event]:
-    """The events of a file up to its end or its first damaged record."""
-    return (event for _, event in _records(_read(path)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            f'{path}: cannot be read: {error.strerror or error}', cure='mend its rights, or move it away'
-        ) from error
-
-
-def _records(data: bytes) -> Iterator[tuple[bytes, Event]]:
-    """The records of an event file with what they hold, up to the first that is damaged.
-
-    A record is its length (uint64), the checksum of that (uint32), the event, and its checksum;
-    see ``tensorboard.summary.writer.record_writer``. TensorBoard's reader computes all checksums
-    in Python, which takes seconds for files with pictures. Here it is only that of the last event,
-    which a killed writer may have left half written.
-    """
-    from google.protobuf.message import DecodeError
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.compat.tensorflow_stub.pywrap_tensorflow import masked_crc32c
-
-    start = 0
-    while start + 16 <= len(data):
-        length, checksum = struct.unpack_from('<QI', data, start)
-        end = start + 12 + length + 4
-        if masked_crc32c(data[start : start + 8]) != checksum or end > len(data):
-            return
-        content = data[start + 12 : end - 4]
-        if end == len(data) and masked_crc32c(content) != struct.unpack('<I', data[-4:])[0]:
-            return
-        try:
-            event = Event.FromString(content)
-        except DecodeError:
-            return
-        yield data[start:end], event
-        start = end
-
-
-def _with_values(event: Event, values: Sequence[Summary.Value]) -> bytes:
-    """The record of an event that has only these of its values left."""
-    from tensorboard.summary.writer.record_writer import RecordWriter
-
-    kept = [type(value).FromString(value.SerializeToString()) for value in values]
-    del event.summary.value[:]
-    event.summary.value.extend(kept)
-    out = io.BytesIO()
-    RecordWriter(out).write(event.SerializeToString())
-    return out.getvalue()
 
 
 def _is_after(event: Event, step: int) -> bool:
@@ -261,7 +192,7 @@ def _is_after(event: Event, step: int) -> bool:
 
 def _stays(value: Summary.Value, at: int, step: int, epoch: int) -> bool:
     """Whether a value written at a step is kept, by what it is."""
-    if value.metadata.plugin_data.plugin_name in _ANEW:
+    if value.metadata.plugin_data.plugin_name in _AGAIN:
         return False
     if value.tag.removesuffix('/text_summary') in _AT_START:
         return at < step

@@ -1,0 +1,130 @@
+"""Configs of earlier releases load, and mean what they meant."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from mmfinetune.config import load, old_names
+from tests.builders.runs import CONFIGS
+
+FLAT = CONFIGS / 'mask_rcnn_voc_pretrained_simple.py'
+# As the release before had it, word for word.
+OLD_HOOKS = """
+default_hooks = dict(
+    timer=dict(type='IterTimerHook'),
+    logger=dict(type='LoggerHook', interval=20),
+    param_scheduler=dict(type='ParamSchedulerHook'),
+    checkpoint=dict(type='SafeCheckpointHook', interval=1, max_keep_ckpts=3,
+                    save_best='coco/segm_mAP', rule='greater'),
+    sampler_seed=dict(type='DistSamplerSeedHook'),
+    bad_numbers=dict(type='BadNumbersHook', nan_policy='stop'),
+    visualization=dict(type='TestPicturesHook', num_images=8))
+custom_hooks = [
+    dict(type='WeightTransferHook'),
+    dict(type='GroupLrHook'),
+    dict(type='GradNormHook'),
+    dict(type='BoardHook'),
+    dict(type='BoardPicturesHook'),
+    dict(type='ResultsHook'),
+    dict(type='SaveValidatedHook'),
+    dict(type='StopHook'),
+]
+vis_backends = [dict(type='LocalVisBackend'),
+                dict(type='BoardBackend', save_dir=work_dir + '/tensorboard_logs')]
+visualizer = dict(type='DetLocalVisualizer', vis_backends=vis_backends, name='visualizer')
+"""
+
+
+def old_flat(folder: Path, hooks: str = OLD_HOOKS) -> Path:
+    path = folder / 'old.py'
+    path.write_text(FLAT.read_text() + hooks)
+    return path
+
+
+def child(folder: Path, text: str) -> Path:
+    path = folder / 'child.py'
+    path.write_text(f'_base_ = {str(FLAT)!r}\n{text}\n')
+    return path
+
+
+def test_old_flat_config_makes_the_same_run(tmp_path, capsys):
+    old, new = load.load(old_flat(tmp_path)), load.load(FLAT)
+    note = capsys.readouterr().err
+    assert note.startswith('note: ') and all(name in note for name in ('BadNumbersHook', 'BoardBackend', 'GroupLrHook'))
+    old, new = (cfg.to_dict() for cfg in (old, new))
+    hooks = old['default_hooks'], new['default_hooks']
+    assert hooks[0].pop('tensorboard') == {**hooks[1].pop('tensorboard'), 'pictures': 4}
+    hooks[1].pop('weights', None)
+    assert old == new
+
+
+def test_new_config_has_no_note(capsys):
+    load.load(FLAT)
+    assert capsys.readouterr().err == ''
+
+
+def test_overrides_have_old_names_too(tmp_path):
+    options = ['nan_policy=skip', 'factor=5', 'window=50']
+    for path in (FLAT, old_flat(tmp_path)):
+        cfg = load.load(path, [f'default_hooks.bad_numbers.{option}' for option in options])
+        assert 'bad_numbers' not in cfg.default_hooks
+        assert cfg.default_hooks.nonfinite.to_dict() == {'type': 'NonFiniteHook', 'nan_policy': 'skip'}
+        assert cfg.default_hooks.divergence.to_dict() == {'type': 'DivergenceHook', 'factor': 5, 'window': 50}
+
+
+def test_child_with_old_settings(tmp_path):
+    text = "default_hooks = dict(bad_numbers=dict(nan_policy='skip', max_skips=3, window=7))"
+    cfg = load.load(child(tmp_path, text))
+    assert cfg.default_hooks.nonfinite.to_dict() == {'type': 'NonFiniteHook', 'nan_policy': 'skip', 'max_skips': 3}
+    assert cfg.default_hooks.divergence.window == 7
+
+
+def test_child_without_the_old_guard(tmp_path):
+    cfg = load.load(child(tmp_path, 'default_hooks = dict(bad_numbers=None)'))
+    assert not {'bad_numbers', 'nonfinite', 'divergence'} & set(cfg.default_hooks)
+
+
+def test_what_an_old_list_leaves_out_stays_out(tmp_path):
+    own = "dict(type='EMAHook')"
+    cfg = load.load(child(tmp_path, f"custom_hooks = [dict(type='WeightTransferHook'), {own}]"))
+    assert not {'tensorboard', 'results'} & set(cfg.default_hooks)
+    assert [hook.to_dict() for hook in cfg.custom_hooks] == [{'type': 'EMAHook'}]
+    text = "custom_hooks = [dict(type='BoardHook'), dict(type='BoardPicturesHook', num_images=9, score_thr=0.5)]"
+    cfg = load.load(child(tmp_path, text))
+    assert cfg.default_hooks.tensorboard.to_dict() == {
+        'type': 'TensorBoardHook',
+        'lr': False,
+        'grad_norm': False,
+        'pictures': 9,
+        'score_thr': 0.5,
+    }
+
+
+def test_own_hooks_replace_none_of_the_toolkits(tmp_path):
+    cfg = load.load(child(tmp_path, "custom_hooks = [dict(type='EMAHook')]"))
+    assert cfg.default_hooks.to_dict() == load.load(FLAT).default_hooks.to_dict()
+
+
+@pytest.mark.parametrize('way', ['file', 'option'])
+def test_none_removes_a_hook(tmp_path, way):
+    names = ('results', 'tensorboard', 'timer')
+    if way == 'file':
+        cfg = load.load(child(tmp_path, f'default_hooks = dict({", ".join(f"{name}=None" for name in names)})'))
+    else:
+        cfg = load.load(FLAT, [f'default_hooks.{name}=None' for name in names])
+    assert not {'results', 'tensorboard'} & set(cfg.default_hooks)
+    # MMEngine adds its own ones where a config does not say None.
+    assert cfg.default_hooks.timer is None
+
+
+def test_every_name_of_the_table_is_known():
+    from mmdet.registry import HOOKS
+    from mmengine.registry import VISBACKENDS
+
+    kinds = {entry[1] for entry in old_names.HOOKS.values() if entry} | set(old_names.TYPES.values())
+    assert all(HOOKS.get(kind) or VISBACKENDS.get(kind) for kind in kinds)
+    default = set(re.findall(r'^    (\w+)=dict', (CONFIGS / '_base_/runtime.py').read_text(), re.MULTILINE))
+    assert {entry[0] for entry in old_names.HOOKS.values() if entry} <= default
