@@ -26,7 +26,7 @@ demo: $(STAMP)
 	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py --check-weights
 	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py
 	$(PY) tools/predict.py 'data/demo/VOCdevkit/VOC2012/JPEGImages/demo_val_000*.jpg' \
-	  --run work_dirs/demo --proposals 30
+	  --run work_dirs/demo --proposals 30 --overwrite
 
 demo-scratch: $(STAMP)
 	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo_scratch.py

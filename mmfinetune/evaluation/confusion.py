@@ -210,41 +210,48 @@ def match(truth: Truth, rows: Sequence[dict], kind: str, iou_thr: float = IOU_TH
     found, over, ignored = [], [], []
     for image_id in tqdm(truth.images, desc='matching', unit='image', leave=False, disable=None):
         best = sorted(by_image[image_id], key=lambda r: -r['score'])[:MAX_DETS]
-        # Crowd regions last, so that an object's column is its place.
+        # Crowd regions last, so that the column of an object is its place.
         things = sorted(in_image[image_id], key=lambda a: a['iscrowd'])
-        single = sum(not a['iscrowd'] for a in things)
-        taken, under, lost = [-1] * len(best), [-1] * len(best), [False] * len(best)
-        if best and things:
-            ious = np.array(
-                mask_api.iou([r[key] for r in best], [shape_of(a) for a in things], [a['iscrowd'] for a in things])
-            )
-            free = np.ones(single, bool)
-            for i, row in enumerate(ious):
-                candidates = np.where(row[:single] >= iou_thr, row[:single], -1)
-                if (candidates >= 0).any():
-                    under[i] = len(objects) + int(np.argmax(candidates))
-                candidates[~free] = -1
-                place = int(np.argmax(candidates)) if single else -1
-                if single and candidates[place] >= 0:
-                    taken[i], free[place] = len(objects) + place, False
-                else:
-                    lost[i] = any(
-                        iou >= iou_thr and a['category_id'] == best[i]['category_id']
-                        for iou, a in zip(row[single:], things[single:], strict=True)
-                    )
+        crowd = np.array([a['iscrowd'] for a in things], bool)
+        same_class = np.array([[r['category_id'] == a['category_id'] for a in things] for r in best], bool)
+        ious = np.array(mask_api.iou([r[key] for r in best], [shape_of(a) for a in things], crowd))
+        shape = len(best), len(things)
+        hits = ious.reshape(shape) >= iou_thr
+        ignorable = (hits & same_class.reshape(shape))[:, crowd].any(1)
+        # -1 is no object.
+        taken, under = _taken(np.where(hits, ious.reshape(shape), -1)[:, ~crowd])
+        found += [len(objects) + place if place >= 0 else -1 for place in taken]
+        over += [len(objects) + place if place >= 0 else -1 for place in under]
+        ignored += list(ignorable & (taken < 0))
         kept += best
-        found += taken
-        over += under
-        ignored += lost
-        objects += things[:single]
+        objects += things[: len(things) - crowd.sum()]
     return Matches(
-        tuple(truth.names.values()),
-        kept,
-        objects,
-        np.array([label_of[r['category_id']] for r in kept], int),
-        np.array([r['score'] for r in kept], float),
-        np.array(found, int),
-        np.array(over, int),
-        np.array(ignored, bool),
-        np.array([label_of[a['category_id']] for a in objects], int),
+        names=tuple(truth.names.values()),
+        rows=kept,
+        objects=objects,
+        labels=np.array([label_of[r['category_id']] for r in kept], int),
+        scores=np.array([r['score'] for r in kept], float),
+        found=np.array(found, int),
+        over=np.array(over, int),
+        ignored=np.array(ignored, bool),
+        object_labels=np.array([label_of[a['category_id']] for a in objects], int),
     )
+
+
+def _taken(ious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The object that each detection of an image takes, and the one that it covers best; -1 for none.
+
+    Args:
+        ious: (detections, objects), the best detection first; -1 where an IoU is too small.
+    """
+    if not ious.size:
+        none = np.full(len(ious), -1)
+        return none, none
+    under = np.where(ious.max(1) < 0, -1, ious.argmax(1))
+    taken = np.full(len(ious), -1)
+    for i, row in enumerate(ious):
+        place = row.argmax()
+        if row[place] >= 0:
+            taken[i] = place
+            ious[:, place] = -1
+    return taken, under
