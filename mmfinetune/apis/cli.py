@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mmfinetune.engine import launch
+from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.errors import Stopped, UserError
 
 EXIT_ANSWER_NO = 1
@@ -28,7 +29,6 @@ EXIT_CODES = {
     '70': 'a crash, with a traceback: please report it',
     '130, 143': 'stopped by Ctrl-C or SIGTERM; training saves its state first',
 }
-SCORE_THR = 0.3
 
 
 def positive_int(text: str) -> int:
