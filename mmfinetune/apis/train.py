@@ -19,7 +19,6 @@ from mmfinetune.config import load, lr, paths, views
 from mmfinetune.config.options import AUTO, LOG_DIR, Options, apply
 from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, compat, launch
-from mmfinetune.engine.processes import join_group
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils.dist import rank0_first, say
@@ -90,7 +89,7 @@ def run(options: Options) -> int:
     if gpus > 1 and (do_train or do_test):
         print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
         return launch.launch(gpus, sys.argv)
-    world = max(gpus, join_group(cfg))
+    world = max(gpus, launch.join_group(cfg))
     if options.weights and find.is_url(options.weights):
         # Once, and not by every process into the same file.
         options.weights = str(rank0_first(lambda: find.fetch(options.weights)))

@@ -6,7 +6,7 @@ PyTorch's elastic launcher (what ``torchrun`` is) does the work.
 from __future__ import annotations
 
 import contextlib
-import json
+import datetime
 import logging
 import os
 import re
@@ -14,34 +14,33 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
-import traceback
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mmfinetune.config import views
+from mmfinetune.engine import compat
 from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.text import plural
 
-# Process id of the launcher, which shows the errors of those that it started.
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+# Process id of the launcher, which shows the errors of the processes that it started.
 LAUNCHED = 'MMFINETUNE_LAUNCHED'
 # This machine's place in a run on several: rank/count@host:port; see tools/dist_train.sh.
 NODE = 'MMFINETUNE_NODE'
-ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
 # A step and a checkpoint on a slow disk must fit in between the signal and the kill.
-SECONDS_TO_STOP = 120
+STOP_TIMEOUT_S = 120
 # Machines of one job may start that far apart.
-SECONDS_TO_MEET = 900
-# What a process says whose peer has gone, in gloo and NCCL.
-_LOST = (
-    'Connection closed by peer',
-    'Connection reset by peer',
-    'Broken pipe',
-    'ncclRemoteError',
-    'NCCL communicator was aborted',
-)
-_PORT_TAKEN = ('EADDRINUSE', 'address already in use')
+RENDEZVOUS_TIMEOUT_S = 900
+# Others wait while rank 0 prepares data, fetches weights or computes AP: longer than the 10 minutes
+# after which NCCL takes a process for dead. `env_cfg.dist_cfg.timeout` sets another.
+GROUP_TIMEOUT_S = 3600
 # The agent gives the others 30 s after the first failure, then kills them.
-_GRACE = 25
+TERM_GRACE_S = 25
 
 
 @dataclass(frozen=True)
@@ -55,19 +54,18 @@ class Node:
 
     @staticmethod
     def of_environment() -> Node:
-        """What tools/dist_train.sh says; the only machine otherwise.
-
-        Raises:
-            UserError: It says something else than rank/count@host:port.
-        """
+        """The place that tools/dist_train.sh gives this machine; else it is the only one."""
         text = os.environ.get(NODE)
         if not text:
             return Node()
         found = re.fullmatch(r'(\d+)/(\d+)@(\S+):(\d+)', text)
         if not found or not int(found[1]) < int(found[2]) or not 0 < int(found[4]) < 2**16:
             raise UserError(
-                f'{NODE}={text}: expected rank/count@host:port, the rank from 0 to count - 1, the port below 65536',
-                cure='start with tools/dist_train.sh, which sets it',
+                'run-node',
+                '{name}={value}: expected rank/count@host:port, the rank from 0 to count - 1, the port below 65536',
+                hint='start with tools/dist_train.sh, which sets it',
+                name=NODE,
+                value=text,
             )
         return Node(int(found[1]), int(found[2]), found[3], int(found[4]))
 
@@ -91,11 +89,7 @@ def _slurm_tasks() -> int:
 
 
 def adopt_slurm() -> None:
-    """Give a task that ``srun`` started the environment that torchrun would give it.
-
-    Raises:
-        UserError: The first node cannot be told.
-    """
+    """Give a task that ``srun`` started the environment that torchrun would give it."""
     env = os.environ
     if 'LOCAL_RANK' in env or _slurm_tasks() <= 1:
         return
@@ -108,8 +102,11 @@ def adopt_slurm() -> None:
             env['MASTER_ADDR'] = shown[0]
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
             raise UserError(
-                f'The first node of {nodes!r} cannot be told: {error}',
-                cure='export MASTER_ADDR with its host name before srun',
+                'run-slurm-first-node',
+                'Cannot determine the first node of {nodes!r}: {reason}',
+                hint='export MASTER_ADDR with its host name before srun',
+                nodes=nodes,
+                reason=str(error),
             ) from None
     # The same for all tasks, and another one for each job on a shared node.
     env.setdefault('MASTER_PORT', str(20000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
@@ -124,15 +121,12 @@ def processes(gpus: str | None) -> int:
     """How many processes to start, on all machines together.
 
     Args:
-        gpus: Of this machine: ``'all'``, a number, or None for all visible GPUs. Without a GPU a
-            number means processes on the CPU.
-
-    Raises:
-        UserError: Not a positive number, or more than there are GPUs.
+        gpus: GPUs of this machine: ``'all'``, a number, or None for all visible ones. Without a GPU
+            a number means processes on the CPU.
     """
     machines = Node.of_environment().count
     if gpus is not None and gpus != 'all' and not (gpus.isdigit() and int(gpus) > 0):
-        raise UserError(f'--gpus {gpus}: pass a number of at least 1, or all')
+        raise UserError('run-gpus', '--gpus {gpus}: pass a number of at least 1, or all', gpus=gpus)
     if gpus == '1':
         return machines
     import torch
@@ -143,10 +137,64 @@ def processes(gpus: str | None) -> int:
         return machines * max(1, visible)
     if visible and int(gpus) > visible:
         raise UserError(
-            f'--gpus {gpus}: PyTorch sees {visible} GPU{"s" if visible > 1 else ""}',
-            cure='ask for fewer, or check CUDA_VISIBLE_DEVICES',
+            'run-too-few-gpus',
+            '--gpus {gpus}: PyTorch sees {visible}',
+            hint='ask for fewer, or check CUDA_VISIBLE_DEVICES',
+            gpus=int(gpus),
+            visible=plural(visible, 'GPU'),
         )
     return machines * int(gpus)
+
+
+def join_group(cfg: Config) -> int:
+    """Join the other processes, if torchrun or Slurm started this one; return their number.
+
+    The group is made here and not by the Runner, which calls CUDA even for gloo.
+    """
+    adopt_slurm()
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if 'LOCAL_RANK' not in os.environ or world == 1:
+        return 1
+    import torch
+
+    # MMEngine passes the old name; the new one is not in all supported versions.
+    warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated', FutureWarning)
+    cfg.launcher = 'pytorch'
+    settings = {'timeout': GROUP_TIMEOUT_S, **(cfg.env_cfg.get('dist_cfg') or {})}
+    if not torch.cuda.is_available():
+        settings['backend'] = 'gloo'
+        cfg.env_cfg.dist_cfg = dict(settings)
+        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    _begin_group(settings)
+    for split in ('val', 'test'):
+        for evaluator in views.evaluators(cfg, split):
+            # By messages; the other way leaves a folder .dist_test where the user works.
+            evaluator.setdefault('collect_device', 'gpu')
+    return world
+
+
+def _begin_group(settings: dict[str, Any]) -> None:
+    import torch
+    from mmengine.dist import init_dist, is_distributed
+
+    if is_distributed():
+        return
+    local, visible = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+    if 0 < visible <= local:
+        raise UserError(
+            'run-process-without-gpu',
+            'Process {local} of this machine has no GPU: PyTorch sees {visible}, and they are counted from 0',
+            hint='start as many processes as GPUs',
+            local=local,
+            visible=visible,
+        )
+    try:
+        if torch.cuda.is_available():
+            init_dist('pytorch', **settings)
+        else:
+            torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=settings['timeout']))
+    except torch.distributed.DistNetworkError as error:
+        raise _no_meeting(error, os.environ.get('MASTER_ADDR', '?'), os.environ.get('MASTER_PORT', '?')) from error
 
 
 def launch(count: int, argv: Sequence[str]) -> int:
@@ -155,20 +203,17 @@ def launch(count: int, argv: Sequence[str]) -> int:
     The first real error of any of them stops all and is shown once.
 
     Args:
-        count: Of processes, on all machines together; this one starts its share.
+        count: Number of processes on all machines together; this one starts its share.
         argv: Script and arguments.
 
     Returns:
         Exit code: 0, 2 after a UserError, 128 + the signal after a stop, else that of a crash, 70.
-
-    Raises:
-        UserError: The machines do not meet.
     """
     from torch.distributed import DistNetworkError
-    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.elastic.rendezvous.api import RendezvousError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     node = Node.of_environment()
     local = count // node.count
@@ -178,10 +223,31 @@ def launch(count: int, argv: Sequence[str]) -> int:
             f'meet at {node.host}:{node.port}',
             flush=True,
         )
-        meet = dict(
+    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder, _quiet_launcher(local):
+        try:
+            elastic_launch(_launch_config(node, local, folder), sys.executable)(*argv)
+        except ChildFailedError as error:
+            return _show(error.failures, alone=node.count == 1)
+        except SignalException as error:
+            # What went wrong while they stopped, a full disk for example.
+            errors = [found for path in Path(folder).rglob('error.json') if (found := compat.read_error_file(path))]
+            if errors:
+                print(min(errors)[1], file=sys.stderr, flush=True)
+            return 128 + int(error.sigval)
+        except (DistNetworkError, RendezvousError) as error:
+            raise _no_meeting(error, node.host, node.port) from error
+    return 0
+
+
+def _launch_config(node: Node, processes_here: int, folder: str) -> Any:
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.launcher.api import LaunchConfig
+
+    if node.count > 1:
+        meet: dict[str, Any] = dict(
             rdzv_backend='static',
             rdzv_endpoint=f'{node.host}:{node.port}',
-            rdzv_configs={'rank': node.rank, 'timeout': SECONDS_TO_MEET},
+            rdzv_configs={'rank': node.rank, 'timeout': RENDEZVOUS_TIMEOUT_S},
             run_id='mmfinetune',
         )
     else:
@@ -189,126 +255,101 @@ def launch(count: int, argv: Sequence[str]) -> int:
         meet = dict(
             rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', run_id=f'mmfinetune_{os.getpid()}'
         )
-    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder, _for_workers(local), _silence():
-        config = LaunchConfig(
-            min_nodes=node.count,
-            max_nodes=node.count,
-            nproc_per_node=local,
-            max_restarts=0,
-            shutdown_timeout=SECONDS_TO_STOP,
-            logs_specs=DefaultLogsSpecs(log_dir=folder),
-            **meet,
-        )
-        try:
-            elastic_launch(config, sys.executable)(*argv)
-        except ChildFailedError as error:
-            return _show(error.failures, alone=node.count == 1)
-        except SignalException as error:
-            # What went wrong while they stopped, a full disk for example.
-            told = [_read(path) for path in Path(folder).rglob('error.json')]
-            if any(told):
-                print(min(filter(None, told))[1], file=sys.stderr, flush=True)
-            return 128 + int(error.sigval)
-        except (DistNetworkError, RendezvousError) as error:
-            raise no_meeting(error, node.host, node.port) from error
-    return 0
+    meet |= dict(min_nodes=node.count, max_nodes=node.count, nproc_per_node=processes_here, max_restarts=0)
+    return LaunchConfig(shutdown_timeout=STOP_TIMEOUT_S, logs_specs=DefaultLogsSpecs(log_dir=folder), **meet)
 
 
 @contextlib.contextmanager
-def _for_workers(count: int) -> Iterator[None]:
-    """What the processes find in their environment."""
+def _quiet_launcher(count: int) -> Iterator[None]:
+    """Set the environment of so many processes, and hide elastic's own account of a failure."""
     before = dict(os.environ)
     os.environ[LAUNCHED] = str(os.getpid())
     # Each process would else start as many threads as there are cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
     for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
         os.environ.setdefault(name, str(max(1, (cores or 1) // count)))
-    try:
-        yield
-    finally:
-        os.environ.clear()
-        os.environ.update(before)
-
-
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Hide the launcher's own account of a failure: exit codes, signals sent."""
-    before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
         yield
     finally:
-        logging.disable(before)
+        logging.disable(logging.NOTSET)
+        os.environ.clear()
+        os.environ.update(before)
 
 
-def no_meeting(error: Exception, host: str, port: int | str) -> UserError:
-    """What to tell when the processes of a run did not find each other."""
-    where = f'{host}:{port}'
-    if any(mark in str(error) for mark in _PORT_TAKEN):
+def _no_meeting(error: Exception, host: str, port: int | str) -> UserError:
+    """The error where the processes of a run did not find each other."""
+    if compat.is_port_taken(error):
         return UserError(
-            f'The port of {where} is taken by another program',
-            cure='pass another one, the same on all machines: PORT=29501 with '
+            'run-port-taken',
+            'The port of {host}:{port} is in use by another program',
+            hint='pass another one, the same on all machines: PORT=29501 with '
             'tools/dist_train.sh, --master-port with torchrun, MASTER_PORT with srun',
+            host=host,
+            port=port,
         )
     return UserError(
-        f'The processes of the run do not meet at {where}: {str(error).strip().splitlines()[0]}',
-        cure='check that this is the address of machine 0, that its port can be '
+        'run-no-meeting',
+        'The processes of the run do not meet at {host}:{port}: {reason}',
+        hint='check that this is the address of machine 0, that its port can be '
         'reached from here, and that all machines were started',
+        host=host,
+        port=port,
+        reason=str(error).strip().splitlines()[0],
     )
 
 
-def _read(path: str | Path) -> tuple[float, str] | None:
-    """When a process failed and what it says; None if it left no word, or not by `report`."""
-    try:
-        message = json.loads(Path(path).read_text())['message']
-        return message['extraInfo']['seconds'], message['message']
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _blame(failure: Any, started: float) -> tuple[int, float]:
+    """Sort key of a failure: from 0 for a cause to 3 for a consequence, then its time."""
+    found = compat.read_error_file(failure.error_file)
+    seconds = found[0] if found else failure.timestamp
+    if found and failure.exitcode == 2:
+        return 0, seconds
+    # Killed from outside, it had no chance to write anything down, while its peers complain of
+    # the lost connection; NCCL ends these by SIGABRT, the agent by SIGTERM and then SIGKILL.
+    by_peers = failure.exitcode >= 0 or -failure.exitcode in (signal.SIGTERM, signal.SIGABRT)
+    if not by_peers and failure.timestamp < started + TERM_GRACE_S:
+        return 1, seconds
+    return 3 if failure.exitcode == -signal.SIGTERM else 2, seconds
 
 
-def _show(failures: dict, alone: bool = True) -> int:
+def _show(failures: dict[int, Any], alone: bool = True) -> int:
     """Print the failure that came first and was no consequence of another; its exit code.
 
     Args:
-        failures: By rank; elastic's ``ProcessFailure``.
-        alone: Whether all processes of the run are of this machine.
+        failures: Elastic's ``ProcessFailure`` by rank.
+        alone: Whether all processes of the run are on this machine.
     """
     started = min(failure.timestamp for failure in failures.values())
-
-    def order(item: tuple) -> tuple:
-        rank, failure = item
-        told = _read(failure.error_file)
-        # Killed from outside, it had no chance to write anything down, while its peers complain of
-        # the lost connection; NCCL ends these by SIGABRT, the agent by SIGTERM and then SIGKILL.
-        killed = (
-            failure.exitcode < 0
-            and failure.timestamp < started + _GRACE
-            and -failure.exitcode not in (signal.SIGTERM, signal.SIGABRT)
-        )
-        kind = 0 if told and failure.exitcode == 2 else 1 if killed else 3 if failure.exitcode == -signal.SIGTERM else 2
-        return kind, told[0] if told else failure.timestamp, rank
-
-    rank, failure = min(failures.items(), key=order)
-    told = _read(failure.error_file)
+    rank, failure = min(failures.items(), key=lambda item: (*_blame(item[1], started), item[0]))
+    found = compat.read_error_file(failure.error_file)
+    if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
+        return failure.exitcode  # the run has printed itself where it stopped
+    error = None
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        hint = ' (the kernel does so when memory runs out)' if name == 'SIGKILL' else ''
-        text = (
-            f'error: process {rank} of the run was killed by {name}{hint}; the others were '
-            'stopped.\nHow to mend it: go on with --resume'
+        error = UserError(
+            'run-process-killed',
+            'Process {rank} of the run was killed by {signal}; the others were stopped',
+            hint='continue with --resume (SIGKILL: the kernel kills processes when memory runs out)',
+            rank=rank,
+            signal=name,
         )
-    elif failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT):
-        return failure.exitcode  # it has said itself where it stopped
-    elif not told:
-        text = f'error: process {rank} of the run ended with exit code {failure.exitcode}; what it says is above'
-    elif not alone and any(mark in told[1] for mark in _LOST):
-        text = (
-            'error: a process of another machine has gone '
-            f'({told[1].strip().splitlines()[-1]}).\nHow to mend it: its output says why; then '
-            'go on with --resume'
+    elif not found:
+        error = UserError(
+            'run-process-ended',
+            'Process {rank} of the run ended with exit code {exit}; its output is above',
+            rank=rank,
+            exit=failure.exitcode,
         )
-    else:
-        text = told[1]
+    elif not alone and compat.is_connection_lost(found[1]):
+        error = UserError(
+            'run-machine-lost',
+            'A process of another machine has gone ({reason})',
+            hint='its output says why; then continue with --resume',
+            reason=found[1].strip().splitlines()[-1],
+        )
+    text = f'error[{error.code}]: {error}' if error else (found or ('', ''))[1]
     print(text, file=sys.stderr, flush=True)
     # 1 is a tool's answer, and a signal no exit code: both are crashes here.
     return failure.exitcode if failure.exitcode > 1 else os.EX_SOFTWARE
@@ -324,25 +365,9 @@ def report(text: str, error: BaseException) -> bool:
     Returns:
         Whether the launcher shows it, so that this process need not.
     """
-    file = os.environ.get(ERROR_FILE)
+    file = os.environ.get(compat.ERROR_FILE)
     if file:
-        # The format of torch.distributed.elastic.multiprocessing.errors.ErrorHandler; its own
-        # timestamp is too coarse to tell cause and consequence.
-        stack = ''.join(traceback.format_exception(error))
-        Path(file).write_text(
-            json.dumps(
-                {
-                    'message': {
-                        'message': text,
-                        'extraInfo': {
-                            'py_callstack': stack,
-                            'seconds': time.time(),
-                            'timestamp': str(int(time.time())),
-                        },
-                    }
-                }
-            )
-        )
+        compat.write_error_file(file, text, error)
     # Under torchrun, which shows one error in its summary, rank 0 speaks for all.
     return was_launched() or (bool(file) and os.environ.get('RANK', '0') != '0')
 

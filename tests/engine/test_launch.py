@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
 import re
@@ -19,9 +20,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from mmengine.config import Config
 
-from mmfinetune.engine import launch
-from mmfinetune.utils.errors import UserError
+from mmfinetune.engine import compat, launch
+from tests.builders.errors import refused
 from tests.builders.runs import REPO, TOOLS
 
 DIST_TRAIN = TOOLS / 'dist_train.sh'
@@ -94,19 +96,19 @@ def test_processes(monkeypatch, gpus, visible, expected):
 
 
 @pytest.mark.parametrize(
-    ('gpus', 'visible', 'says'),
+    ('gpus', 'visible', 'code'),
     [
-        ('0', 4, 'at least 1'),
-        ('-1', 4, 'at least 1'),
-        ('two', 4, 'at least 1'),
-        ('', 4, 'at least'),
-        ('5', 4, '--gpus 5: PyTorch sees 4 GPUs'),
-        ('2', 1, 'PyTorch sees 1 GPU'),
+        ('0', 4, 'run-gpus'),
+        ('-1', 4, 'run-gpus'),
+        ('two', 4, 'run-gpus'),
+        ('', 4, 'run-gpus'),
+        ('5', 4, 'run-too-few-gpus'),
+        ('2', 1, 'run-too-few-gpus'),
     ],
 )
-def test_processes_that_cannot_be(monkeypatch, gpus, visible, says):
+def test_processes_that_cannot_be(monkeypatch, gpus, visible, code):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: visible)
-    with pytest.raises(UserError, match=says):
+    with refused(code):
         launch.processes(gpus)
 
 
@@ -119,7 +121,7 @@ def test_this_machine_among_several(monkeypatch):
 @pytest.mark.parametrize('text', ['2/2@a:29500', '0/2@a', '0/2@a:0', '0/2@a:70000', '0@a:1', 'x'])
 def test_a_machine_that_cannot_be(monkeypatch, text):
     monkeypatch.setenv(launch.NODE, text)
-    with pytest.raises(UserError, match='rank/count@host:port'):
+    with refused('run-node', value=text):
         launch.Node.of_environment()
 
 
@@ -217,9 +219,9 @@ def test_torchrun_within_srun_is_torchruns(monkeypatch):
 
 def test_no_scontrol(monkeypatch, tmp_path):
     set_env(monkeypatch, **TASK, PATH=str(tmp_path))
-    with pytest.raises(UserError, match='first node') as caught:
+    with refused('run-slurm-first-node') as caught:
         launch.adopt_slurm()
-    assert 'export MASTER_ADDR' in caught.value.cure
+    assert 'MASTER_ADDR' in caught.value.hint
 
 
 # Start, fail, stop
@@ -304,17 +306,17 @@ def test_all_run_with_their_place_and_the_arguments(start, monkeypatch):
 def test_a_user_error_of_one_stops_all_and_is_shown_once(start):
     done = start("""
         if rank == 1:
-            raise UserError('a thing is wrong', ['here', 'there'], 'mend it')
+            raise UserError('a-thing', 'a thing is wrong', ['here', 'there'], 'fix it')
         time.sleep(600)
         """)
     assert done.code == 2
     # Nothing else: neither the launcher's own account nor a traceback.
-    assert done.err == 'error: a thing is wrong\n  - here\n  - there\nHow to mend it: mend it\n'
+    assert done.err == 'error[a-thing]: a thing is wrong\n  - here\n  - there\nHint: fix it\n'
 
 
 def test_a_user_error_of_all_is_shown_once(start):
-    done = start("raise UserError('no data')")
-    assert (done.code, done.err) == (2, 'error: no data\n')
+    done = start("raise UserError('no-data', 'no data')")
+    assert (done.code, done.err) == (2, 'error[no-data]: no data\n')
 
 
 def test_a_bug_is_shown_with_its_traceback_once(start):
@@ -348,22 +350,20 @@ def test_a_killed_process_is_named_and_not_what_its_peers_say(start):
         raise RuntimeError('Connection closed by peer')
         """)
     assert done.code == 70
-    assert done.err == (
-        'error: process 1 of the run was killed by SIGKILL (the kernel does so when memory runs '
-        'out); the others were stopped.\nHow to mend it: go on with --resume\n'
-    )
+    assert done.err.startswith('error[run-process-killed]: Process 1 ') and 'SIGKILL' in done.err
+    assert 'Connection' not in done.err
 
 
 def test_an_end_without_a_word(start):
     done = start('os._exit(7 if rank == 0 else 0)')
     assert done.code == 7
-    assert done.err == 'error: process 0 of the run ended with exit code 7; what it says is above\n'
+    assert done.err.startswith('error[run-process-ended]: Process 0 ') and ' 7' in done.err
 
 
 def test_a_stop_is_told_by_the_run_itself(start):
     done = start('raise Stopped(15, Path("epoch_1.pth"))')
     assert done.code == 143
-    assert done.err == 'Stopped by SIGTERM, saved in epoch_1.pth; go on with --resume\n'
+    assert done.err.startswith('Stopped by SIGTERM') and 'epoch_1.pth' in done.err
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
@@ -386,7 +386,7 @@ def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
         """)
     assert done.code == 128 + number
     assert Path('saved0').exists() and Path('saved1').exists()
-    assert done.err == f'Stopped by {number.name}, saved in epoch_1.pth; go on with --resume\n'
+    assert done.err.startswith(f'Stopped by {number.name}') and 'epoch_1.pth' in done.err
 
 
 def test_what_goes_wrong_in_a_stop_is_told(start):
@@ -401,16 +401,16 @@ def test_what_goes_wrong_in_a_stop_is_told(start):
         Path(f'ready{rank}').touch()
         while not asked:
             time.sleep(0.01)
-        raise UserError('epoch_1.pth cannot be saved')
+        raise UserError('not-saved', 'epoch_1.pth cannot be saved')
         """)
-    assert (done.code, done.err) == (143, 'error: epoch_1.pth cannot be saved\n')
+    assert (done.code, done.err) == (143, 'error[not-saved]: epoch_1.pth cannot be saved\n')
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='a service of the Linux kernel')
 def test_nobody_runs_on_when_the_launcher_is_killed(tmp_path):
     write_worker(tmp_path, 'time.sleep(600)')
     launcher = subprocess.Popen(
-        [sys.executable, '-c', "from mmfinetune.launch import launch; launch(2, ['worker.py'])"],
+        [sys.executable, '-c', "from mmfinetune.engine.launch import launch; launch(2, ['worker.py'])"],
         cwd=tmp_path,
         env={**os.environ, 'PYTHONPATH': str(REPO)},
     )
@@ -450,15 +450,16 @@ def test_peers_that_hang_and_are_killed_by_the_launcher_are_no_cause(tmp_path, c
 
 def test_a_crash_is_told_by_its_signal(capsys):
     assert launch._show({0: failure(-signal.SIGSEGV, 100), 1: failure(-signal.SIGTERM, 100)}) == 70
-    assert 'process 0 of the run was killed by SIGSEGV;' in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert err.startswith('error[run-process-killed]: Process 0 ') and 'by SIGSEGV;' in err
 
 
 def test_a_connection_lost_to_another_machine_says_where_to_look(tmp_path, capsys):
     path = told(tmp_path, 'e', 'Traceback\nDistBackendError: Connection closed by peer', 100)
     assert launch._show({2: failure(1, 100, path)}, alone=False) == 70
     err = capsys.readouterr().err
-    assert err.startswith('error: a process of another machine has gone (DistBackendError')
-    assert 'its output says why' in err and 'Traceback' not in err
+    assert err.startswith('error[run-machine-lost]: ') and 'DistBackendError: Connection closed' in err
+    assert 'Traceback' not in err
 
 
 # Under torchrun
@@ -466,7 +467,7 @@ def test_a_connection_lost_to_another_machine_says_where_to_look(tmp_path, capsy
 
 @pytest.mark.parametrize(('rank', 'silent'), [('0', False), ('1', True)])
 def test_rank_0_speaks_for_all_under_torchrun(monkeypatch, tmp_path, rank, silent):
-    set_env(monkeypatch, **{launch.ERROR_FILE: str(tmp_path / 'error.json'), 'RANK': rank})
+    set_env(monkeypatch, **{compat.ERROR_FILE: str(tmp_path / 'error.json'), 'RANK': rank})
     assert launch.report('error: x', ValueError('x')) is silent
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
@@ -477,6 +478,98 @@ def test_rank_0_speaks_for_all_under_torchrun(monkeypatch, tmp_path, rank, silen
 
 def test_a_process_alone_shows_its_error_itself():
     assert launch.report('error: x', ValueError('x')) is False
+
+
+# Joining a group
+
+
+@pytest.fixture
+def started(monkeypatch) -> list:
+    """What groups were begun, on a machine without GPUs."""
+    begun = []
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 0)
+    monkeypatch.setattr(torch.distributed, 'init_process_group', lambda *args, **kwargs: begun.append((args, kwargs)))
+    return begun
+
+
+def place(monkeypatch, rank: int = 1, world: int = 2, **more: str) -> None:
+    for name, value in dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, **more).items():
+        monkeypatch.setenv(name, str(value))
+
+
+def make_cfg(**dist_cfg) -> Config:
+    return Config(
+        dict(
+            env_cfg=dict(dist_cfg=dict(backend='nccl', **dist_cfg)),
+            val_evaluator=dict(type='InstanceCocoMetric'),
+            test_evaluator=[dict(type='InstanceCocoMetric', collect_device='cpu')],
+        )
+    )
+
+
+def test_without_gpus_it_is_gloo_and_no_device(monkeypatch, started):
+    place(monkeypatch)
+    cfg = make_cfg()
+    assert launch.join_group(cfg) == 2
+    assert started == [(('gloo',), {'timeout': datetime.timedelta(hours=1)})]
+    assert (cfg.launcher, cfg.env_cfg.dist_cfg.backend) == ('pytorch', 'gloo')
+    assert cfg.model_wrapper_cfg.device_ids is None
+
+
+def test_the_timeout_of_the_config_counts(monkeypatch, started):
+    place(monkeypatch)
+    launch.join_group(make_cfg(timeout=7))
+    assert started[0][1] == {'timeout': datetime.timedelta(seconds=7)}
+
+
+def test_with_gpus_it_is_the_backend_of_the_config(monkeypatch, started):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr('mmengine.dist.init_dist', lambda *a, **k: started.append((a, k)))
+    place(monkeypatch)
+    cfg = make_cfg()
+    assert launch.join_group(cfg) == 2
+    assert started == [(('pytorch',), {'backend': 'nccl', 'timeout': 3600})]
+    assert 'model_wrapper_cfg' not in cfg
+
+
+def test_a_process_without_a_gpu(monkeypatch, started):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    place(monkeypatch, rank=2, world=4)
+    with refused('run-process-without-gpu', local=2, visible=2):
+        launch.join_group(make_cfg())
+
+
+@pytest.mark.parametrize(
+    'env',
+    [{}, {'WORLD_SIZE': '4'}, {'WORLD_SIZE': '1', 'LOCAL_RANK': '0'}],
+    ids=['alone', 'cluster without torchrun', 'torchrun of one'],
+)
+def test_nobody_to_join(monkeypatch, started, env):
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    cfg = make_cfg()
+    assert launch.join_group(cfg) == 1
+    assert started == [] and 'launcher' not in cfg
+
+
+def test_results_are_collected_by_messages(monkeypatch, started):
+    place(monkeypatch)
+    cfg = make_cfg()
+    launch.join_group(cfg)
+    assert cfg.val_evaluator.collect_device == 'gpu'
+    assert cfg.test_evaluator[0].collect_device == 'cpu'  # as the config says
+
+
+def test_a_taken_port_is_told(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    with taken_port() as port:
+        place(monkeypatch, rank=0, MASTER_ADDR='127.0.0.1', MASTER_PORT=port)
+        with refused('run-port-taken', port=str(port)):
+            launch.join_group(make_cfg())
+    assert not torch.distributed.is_initialized()
 
 
 # Several machines
@@ -493,17 +586,15 @@ def taken_port() -> Iterator[int]:
 def test_a_taken_port_is_told_at_once(monkeypatch):
     with taken_port() as port:
         monkeypatch.setenv(launch.NODE, f'0/2@127.0.0.1:{port}')
-        with pytest.raises(UserError, match=f'port of 127.0.0.1:{port} is taken') as caught:
+        with refused('run-port-taken', host='127.0.0.1', port=port):
             launch.launch(2, ['worker.py'])
-    assert 'PORT=29501' in caught.value.cure
 
 
 def test_a_machine_0_that_does_not_answer(monkeypatch):
-    monkeypatch.setattr(launch, 'SECONDS_TO_MEET', 1)
+    monkeypatch.setattr(launch, 'RENDEZVOUS_TIMEOUT_S', 1)
     monkeypatch.setenv(launch.NODE, f'1/2@127.0.0.1:{free_port()}')
-    with pytest.raises(UserError, match='do not meet at 127.0.0.1') as caught:
+    with refused('run-no-meeting', host='127.0.0.1'):
         launch.launch(2, ['worker.py'])
-    assert 'all machines were started' in caught.value.cure
 
 
 def machines(folder: Path, *args: str | Path, count: int = 2, **env: str) -> list:
@@ -543,7 +634,7 @@ def with_own_tool(folder: Path, body: str) -> Path:
     script.write_text(DIST_TRAIN.read_text())
     write_worker(folder, body)
     (folder / 'train_pretrained.py').write_text(
-        'import sys\nfrom mmfinetune import cli, launch\n'
+        'import sys\nfrom mmfinetune.apis import cli\nfrom mmfinetune.engine import launch\n'
         'cli.run(lambda: launch.launch(launch.processes(sys.argv[-1]), ["worker.py"]))\n'
     )
     return script
@@ -690,5 +781,5 @@ def test_slurm_without_a_job():
 
 def test_slurm_asks_for_the_signal_that_saves(monkeypatch):
     text = SLURM_TRAIN.read_text()
-    assert re.search(rf'^#SBATCH --signal=TERM@{launch.SECONDS_TO_STOP}$', text, re.M)
+    assert re.search(rf'^#SBATCH --signal=TERM@{launch.STOP_TIMEOUT_S}$', text, re.M)
     assert '\n#SBATCH --requeue\n' in text and '\n#SBATCH --ntasks-per-node=1\n' in text

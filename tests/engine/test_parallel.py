@@ -289,8 +289,8 @@ def test_a_killed_process_ends_the_run_which_then_goes_on(site, tmp_path, monkey
         took = time.monotonic() - start
         assert outcome.code == 70
         assert 'Starting 2 processes' in outcome.out
-        assert outcome.err.count('error: ') == 1 and 'Traceback' not in outcome.err
-        assert 'error: process 1 of the run was killed by SIGKILL' in outcome.err
+        assert outcome.err.count('error[') == 1 and 'Traceback' not in outcome.err
+        assert outcome.error == 'run-process-killed' and 'Process 1 ' in outcome.err
         assert python_processes() <= before
         resumed = spawn(*args, '--resume', timeout=500)
     assert resumed.code == 0, resumed.err[-2000:]
@@ -370,8 +370,11 @@ def test_two_machines_train_together_and_fail_together(site, tmp_path):
         assert 'lr:    0.04 = 0.02 x (2 GPU x 4 images x 1 accumulation) / 4' in first.out
         assert 'Machine 1 of 0 to 1: 1 of 2 processes' in second.out
         assert 'segm AP50 =' in first.out and 'segm AP50 =' not in second.out
-        assert read(tmp_path / 'run/epoch_1.pth')['meta']['recipe']['processes'] == 2
+        assert (
+            read(tmp_path / 'run/epoch_1.pth')['message_hub']['runtime_info']['mmfinetune']['batch_setup']['processes']
+            == 2
+        )
         # What is wrong for all is shown on each machine, with the right exit code.
         for outcome in on_machines(machines, 'tiny.py', '--resume', '--work-dir', tmp_path / 'no'):
-            assert outcome.code == 2 and outcome.err.count('error: ') == 1
-            assert 'There is nothing to resume in' in outcome.err
+            assert outcome.code == 2 and outcome.err.count('error[') == 1
+            assert outcome.error == 'resume-nothing'

@@ -122,8 +122,7 @@ class SafeCheckpointHook(Hook):
         found = {}
         for metric, entry in run_state(runner).best.items():
             if (self.files.folder / entry['file']).is_file():
-                # '' is the only metric of an old checkpoint.
-                found[metric or next(iter(self.best_rules), 'auto')] = entry
+                found[metric] = entry
             else:
                 runner.logger.warning(f'{entry["file"]} is not there: the next validation makes a new best checkpoint')
         return found
@@ -163,6 +162,9 @@ class SafeCheckpointHook(Hook):
             return
         if 'auto' in self.best_rules:
             self.best_rules = self._rules(next(iter(metrics)))
+        best = run_state(runner).best
+        if '' in best:  # the only metric of an old checkpoint
+            update_run_state(runner, best={next(iter(self.best_rules)): best['']})
         for metric, rule in self.best_rules.items():
             if metric not in metrics:
                 raise UserError(
@@ -176,14 +178,12 @@ class SafeCheckpointHook(Hook):
 
     def _save_if_best(self, runner: Runner, metric: str, rule: str, score: float) -> None:
         best = run_state(runner).best
-        # 'auto' where a run was resumed before its first validation.
-        old = best.get(metric) or best.get('auto') or {}
+        old = best.get(metric, {})
         if not CheckpointHook.rule_map[rule](score, old.get('score', CheckpointHook.init_value_map[rule])):
             return
         number = runner.epoch if self.by_epoch else runner.iter
         name = f'best_{metric}_{self.pattern.format(number)}'.replace('/', '_')
-        others = {key: entry for key, entry in best.items() if key != 'auto'}
-        update_run_state(runner, best={**others, metric: {'score': float(score), 'file': name}})
+        update_run_state(runner, best={**best, metric: {'score': float(score), 'file': name}})
         replaces = [old['file']] if old else []
         self._write(runner, name, runner.epoch, runner.iter, replaces, **dict.fromkeys(self._content, False))
         runner.logger.info(f'The best checkpoint so far, {metric} = {score:0.4f}, is {name}')

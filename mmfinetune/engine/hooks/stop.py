@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mmengine.dist import all_reduce, barrier, get_world_size
@@ -44,7 +44,7 @@ class _Stop(Hook):
     def __init__(self) -> None:
         self._signal = 0
         self._since = math.inf
-        self._before: dict[int, object] = {}
+        self._before: dict[int, Any] = {}
 
     def before_train(self, runner: Runner) -> None:
         if threading.current_thread() is not threading.main_thread():
