@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import csv
 import multiprocessing
 import os
@@ -369,12 +370,12 @@ def test_disk_that_fills_up(site, uninterrupted, mount):
     run = Run(site, '--train', work_dir=work_dir)
     run.wait_for(lambda: run.step() >= STEPS + 2)
     filler = work_dir.with_name('filler')
-    with filler.open('wb') as file, pytest.raises(OSError, match='No space'):
+    with filler.open('wb') as file, contextlib.suppress(OSError):  # until no room is left
         while True:
             file.write(bytes(2**16))
             file.flush()
     assert run.end() == 2, run.text[-2000:]
-    assert run.error in ('run-cannot-write', 'checkpoint-no-room', 'checkpoint-not-saved', 'file-not-written')
+    assert run.error in ('run-cannot-write', 'checkpoint-no-room', 'checkpoint-not-saved', 'file-not-writable')
     assert 'epoch_1.pth' in whole_files(work_dir)
     filler.unlink()
     run = Run(site, '--train', '--resume', work_dir=work_dir)
