@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -49,16 +48,6 @@ class Prediction:
 
     def __len__(self) -> int:
         return len(self.boxes)
-
-    def chosen(self, indices: np.ndarray) -> Prediction:
-        """Some of the instances."""
-        return dataclasses.replace(
-            self,
-            boxes=self.boxes[indices],
-            scores=self.scores[indices],
-            labels=self.labels[indices],
-            masks=None if self.masks is None else self.masks[indices],
-        )
 
 
 class Predictor:

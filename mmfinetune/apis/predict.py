@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -67,20 +68,15 @@ def run(options: Options) -> int:
     out = options.out or (options.run or Path()) / FOLDER
     earlier = _earlier_results(out, options.overwrite)
     inputs, root = media.find_inputs(options.inputs, [out])
-    predictor = Predictor(
-        files.config,
-        files.checkpoint,
-        options.device,
-        score_thr=options.score_thr,
-        classes=options.classes,
-        max_per_image=options.max_per_image,
-        proposals=options.proposals,
-    )
+    limits: dict[str, Any] = {
+        'score_thr': options.score_thr,
+        'max_per_image': options.max_per_image,
+        'classes': options.classes,
+    }
+    predictor = Predictor(files.config, files.checkpoint, options.device, proposals=options.proposals, **limits)
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    results = Results(
-        predictor, out, inputs, options.score_thr, pictures=options.pictures, contact_sheet=options.contact_sheet
-    )
+    results = Results(predictor, out, inputs, options.score_thr, options.pictures, options.contact_sheet)
     failed: list[Message] = []
     try:
         for shot, prediction in _predictions(inputs, predictor, options, failed):

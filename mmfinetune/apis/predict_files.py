@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -177,16 +178,8 @@ class Sheet:
         masks = prediction.masks
         if masks is not None and factor < 1:
             masks = np.array([cv2.resize(m.astype(np.uint8), size, interpolation=cv2.INTER_AREA) for m in masks], bool)
-        self._cells.append(
-            drawing.draw_instances(
-                cv2.resize(shot.image, size, interpolation=cv2.INTER_AREA),
-                boxes=prediction.boxes * factor,
-                masks=masks,
-                labels=prediction.labels.tolist(),
-                scores=prediction.scores.tolist(),
-                names=names,
-            )
-        )
+        small = dataclasses.replace(prediction, boxes=prediction.boxes * factor, masks=masks)
+        self._cells.append(_instances(cv2.resize(shot.image, size, interpolation=cv2.INTER_AREA), small, names))
         self._titles.append(f'{shot.source.name} · {plural(len(prediction), "object")}')
         if len(self._cells) == _PER_PAGE:
             self.finish()
@@ -210,14 +203,7 @@ def draw(image: np.ndarray, prediction: Prediction, names: Sequence[str], score_
         names: Class names.
         score_thr: Lowest score, for the title.
     """
-    picture = drawing.draw_instances(
-        image,
-        boxes=prediction.boxes,
-        masks=prediction.masks,
-        labels=prediction.labels.tolist(),
-        scores=prediction.scores.tolist(),
-        names=names,
-    )
+    picture = _instances(image, prediction, names)
     if prediction.proposals is None or prediction.objectness is None:
         return picture
     left = drawing.draw_proposals(image, prediction.proposals, prediction.objectness)
@@ -226,6 +212,13 @@ def draw(image: np.ndarray, prediction: Prediction, names: Sequence[str], score_
         f'{plural(len(prediction), "object")}, score ≥ {score_thr:g}',
     ]
     return drawing.with_colour_bar(drawing.side_by_side(left, picture, titles=titles), 'objectness')
+
+
+def _instances(image: np.ndarray, found: Prediction, names: Sequence[str]) -> np.ndarray:
+    labels, scores = found.labels.tolist(), found.scores.tolist()
+    return drawing.draw_instances(
+        image, boxes=found.boxes, masks=found.masks, labels=labels, scores=scores, names=names
+    )
 
 
 def write_jpeg(path: Path, picture: np.ndarray) -> None:

@@ -18,7 +18,7 @@ from mmfinetune.evaluation.plots import title_of
 from mmfinetune.evaluation.run_results import RESULTS
 from mmfinetune.evaluation.stats import PREFIX
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.files import atomic_write_all
+from mmfinetune.utils.files import atomic_write_all, reason_of
 from mmfinetune.utils.text import csv_text, duration, near, table
 
 METRIC = 'coco/segm_mAP'
@@ -29,7 +29,6 @@ SCALARS = 'vis_data/scalars.json'
 # Logged with each validation, but not measured by it.
 _NOT_METRICS = ('step', 'time', 'data_time')
 VAL_LOSS = 'val/loss'
-_TITLES = {VAL_LOSS: 'validation loss'}
 _MAIN = ('coco/segm_mAP', 'coco/bbox_mAP')
 
 
@@ -169,9 +168,8 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
             # Without its prefix too, since that is what one leaves out.
             alike = ' or '.join(key for key in known if key.rpartition('/')[2] == metric)
             suggestion = f'; did you mean {alike}?' if alike else near(metric, known, '; ', most=5)
-            problems.append(
-                Message('compare-no-metric', 'no run has {metric}{suggestion}', metric=metric, suggestion=suggestion)
-            )
+            text = 'no run has {metric}{suggestion}'
+            problems.append(Message('compare-no-metric', text, metric=metric, suggestion=suggestion))
     if problems:
         raise UserError(
             'compare-metrics',
@@ -229,14 +227,11 @@ def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
         panels.append(VAL_LOSS)
     panels = list(dict.fromkeys(panels))
     columns = min(3, len(panels))
-    figure, places = plots.new_figure(
-        6 * columns, 5 * math.ceil(len(panels) / columns), math.ceil(len(panels) / columns), columns, dpi=150
-    )
+    rows = math.ceil(len(panels) / columns)
+    figure, places = plots.new_figure(6 * columns, 5 * rows, rows, columns, dpi=150)
     for axes, key in zip(places, panels, strict=False):
-        # By number, since two runs may be called the same.
-        handles = plots.lines(
-            axes, {i: run.curve(key) for i, run in enumerate(runs)}, _TITLES.get(key) or title_of(key), 'epoch'
-        )
+        title = 'validation loss' if key == VAL_LOSS else title_of(key)
+        handles = plots.lines(axes, [run.curve(key) for run in runs], title, 'epoch')
     for axes in places[len(panels) :]:
         axes.set_axis_off()
     labels = plots.legible([run.name for run in runs])
@@ -260,7 +255,12 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
         Infinity and an empty dict if it has neither training nor validation.
     """
     first, epochs = math.inf, {}
-    lines = _read(path).split(b'\n')
+    try:
+        lines = path.read_bytes().split(b'\n')
+    except OSError as error:
+        text = '{path}: cannot be read: {reason}'
+        hint = 'check the permissions of the file'
+        raise UserError('compare-unreadable', text, hint=hint, path=path, reason=reason_of(error)) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -272,14 +272,9 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
             # A killed run leaves half a line behind: the last one, without its end of line.
             if number == len(lines):
                 break
-            raise UserError(
-                'compare-broken-line',
-                '{path}, line {line}: broken: {error}',
-                hint='remove the line',
-                path=path,
-                line=number,
-                error=error,
-            ) from error
+            text = '{path}, line {line}: broken: {error}'
+            hint = 'remove the line'
+            raise UserError('compare-broken-line', text, hint=hint, path=path, line=number, error=error) from error
         # A record of training steps counts them, that of a validation has the epoch as its step.
         # Step 0 is a validation outside of training, of weights that the log does not name.
         training = 'iter' in record
@@ -294,27 +289,10 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
 
 def _read_zero_shot(path: Path) -> dict[str, float]:
     try:
-        return _numbers(json.loads(_read(path))['metrics'])
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            'compare-broken-file',
-            '{path}: broken: not JSON with "metrics" and a number for each name',
-            hint='make the file again or remove it',
-            path=path,
-        ) from error
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise UserError(
-            'compare-unreadable',
-            '{path}: cannot be read: {error}',
-            hint='check the permissions of the file',
-            path=path,
-            error=error.strerror or error,
-        ) from error
+        return _numbers(json.loads(path.read_bytes())['metrics'])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        text = '{path}: broken: not JSON with "metrics" and a number for each name'
+        raise UserError('compare-zero-shot', text, hint='make the file again or remove it', path=path) from error
 
 
 def _numbers(record: dict) -> dict[str, float]:

@@ -29,20 +29,12 @@ def tide_picture(tides: Mapping[str, Tide]) -> bytes:
         places = np.arange(len(TIDE_ERRORS)) + (number - (len(tides) - 1) / 2) * thick
         handles.append(axes.barh(places, list(tide.d_ap.values()), 0.9 * thick, color=plots.COLOURS[number]))
         for place, error in zip(places, TIDE_ERRORS, strict=True):
-            axes.text(
-                max(0, tide.d_ap[error]) + 0.012 * widest,
-                place,
-                f'{tide.d_ap[error]:.3f}   ({tide.counts[error]:,})',
-                va='center',
-                fontsize=8,
-                color='#444444',
-            )
-    axes.set_yticks(
-        range(len(TIDE_ERRORS)), [f'{error}: {meaning}' for error, meaning in TIDE_ERRORS.items()], fontsize=9
-    )
-    axes.set(
-        xlim=(0, 1.3 * widest), ylim=(len(TIDE_ERRORS) - 0.4, -0.6), xlabel='rise of AP50 if fixed (number of errors)'
-    )
+            value = tide.d_ap[error]
+            text = f'{value:.3f}   ({tide.counts[error]:,})'
+            axes.text(max(0, value) + 0.012 * widest, place, text, **plots.NOTE)
+    labels = [f'{error}: {meaning}' for error, meaning in TIDE_ERRORS.items()]
+    axes.set_yticks(range(len(labels)), labels, fontsize=9)
+    axes.set(xlim=(0, 1.3 * widest), ylim=(len(labels) - 0.4, -0.6), xlabel='rise of AP50 if fixed (number of errors)')
     plots.bar_style(axes)
     figure.suptitle('TIDE errors: ' + ', '.join(f'{KINDS[kind]} AP50 {tide.ap50:.3f}' for kind, tide in tides.items()))
     if len(tides) > 1:
@@ -87,14 +79,8 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
     axes.tick_params(which='both', length=0)
     if numbers:
         for y, x in np.argwhere(matrix):
-            axes.text(
-                x,
-                y,
-                f'{matrix[y, x]}' if matrix[y, x] < 10000 else f'{matrix[y, x]:.0e}',
-                ha='center',
-                va='center',
-                fontsize=7,
-                color='white' if shares[y, x] > 0.3 else 'black',
-            )
+            text = f'{matrix[y, x]}' if matrix[y, x] < 10000 else f'{matrix[y, x]:.0e}'
+            colour = 'white' if shares[y, x] > 0.3 else 'black'
+            axes.text(x, y, text, ha='center', va='center', fontsize=7, color=colour)
     figure.colorbar(image, ax=axes, shrink=0.6, label='share of the row')
     return plots.png(figure)

@@ -25,6 +25,8 @@ COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#0
 # Another number than of the colours, so that lines that share a colour differ in the marker.
 MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
 DPI = 110
+# Style of the numbers next to bars.
+NOTE: dict[str, Any] = {'va': 'center', 'fontsize': 8, 'color': '#444444'}
 _LONGEST = 40  # characters of a name that fit next to a bar
 _UNKNOWN = '\u25a1'  # a square, for a letter that no font here has
 _BARS_PER_COLUMN = 60
@@ -117,12 +119,12 @@ def png(figure: Figure) -> bytes:
     return out.getvalue()
 
 
-def lines(axes: Axes, curves: Mapping[Any, Mapping[int, float]], title: str, xlabel: str) -> list:
+def lines(axes: Axes, curves: Sequence[Mapping[int, float]], title: str, xlabel: str) -> list:
     """Draw curves into a panel.
 
     Args:
         axes: The panel.
-        curves: Values by place on the x axis, by name; values that are not finite leave a gap.
+        curves: Values by place on the x axis; values that are not finite leave a gap.
         title: Title of the panel.
         xlabel: Label of the x axis, whose ticks are whole numbers.
 
@@ -132,18 +134,12 @@ def lines(axes: Axes, curves: Mapping[Any, Mapping[int, float]], title: str, xla
     from matplotlib.ticker import MaxNLocator
 
     handles = []
-    for number, curve in enumerate(curves.values()):
+    for number, curve in enumerate(curves):
+        style: dict[str, Any] = {'color': COLOURS[number % len(COLOURS)], 'marker': MARKERS[number % len(MARKERS)]}
         # Markers of a long history would hide its line.
         every = math.ceil(len(curve) / 20) or 1
-        handles += axes.plot(
-            list(curve),
-            list(curve.values()),
-            linewidth=1.8,
-            markersize=5.5,
-            markevery=every,
-            color=COLOURS[number % len(COLOURS)],
-            marker=MARKERS[number % len(MARKERS)],
-        )
+        values = list(curve.values())
+        handles += axes.plot(list(curve), values, linewidth=1.8, markersize=5.5, markevery=every, **style)
     axes.set_title(_writable(title), parse_math=False)
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -177,7 +173,7 @@ def curves(history: History) -> bytes:
     panels = [panel for panel in panels if panel[1]] or [('loss', {}, False)]
     figure, places = new_figure(5 * len(panels), 4.4, columns=len(panels))
     for axes, (title, found, log) in zip(places, panels, strict=True):
-        handles = lines(axes, found, title, history.unit)
+        handles = lines(axes, list(found.values()), title, history.unit)
         if log and all(value > 0 for curve in found.values() for value in curve.values()):
             axes.set_yscale('log')
         if handles:
@@ -187,9 +183,8 @@ def curves(history: History) -> bytes:
 
 def _panels(history: History) -> list[tuple[str, dict[str, dict[int, float]], bool]]:
     """Title, curves by name and whether the y axis is logarithmic."""
-    rates = {name.removeprefix('lr/'): history.curve(name) for name in history.columns() if name.startswith('lr/')} or {
-        'lr': history.curve('lr')
-    }
+    groups = [name for name in history.columns() if name.startswith('lr/')] or ['lr']
+    rates = {name.removeprefix('lr/'): history.curve(name) for name in groups}
     aps = ('coco/bbox_mAP', 'coco/segm_mAP', 'coco/segm_mAP_50')
     return [
         ('loss', {'training': history.curve('train/loss'), 'validation': history.curve('val/loss')}, False),
@@ -237,15 +232,7 @@ def _bars(axes: Axes, rows: Sequence[tuple[float, float, str]], count: int) -> l
     for place, (ap, ap50, _) in zip(places, rows, strict=True):
         text = ' / '.join(f'{v:.3f}' for v in (ap, ap50) if math.isfinite(v))
         # Within the axes as it is; measuring hundreds of them would take seconds.
-        axes.text(
-            max(_zero(ap), _zero(ap50)) + 0.01,
-            place,
-            text or 'no ground truth',
-            va='center',
-            fontsize=8,
-            color='#444444',
-            in_layout=False,
-        )
+        axes.text(max(_zero(ap), _zero(ap50)) + 0.01, place, text or 'no ground truth', in_layout=False, **NOTE)
     axes.set_yticks(places, [row[2] for row in rows], fontsize=9, parse_math=False)
     axes.set(xlim=(0, 1.25), ylim=(count - 0.4, -0.6), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     bar_style(axes)

@@ -49,4 +49,4 @@ def _shortest(values: np.ndarray) -> list:
 
 def _as_text(rle: Mapping[str, Any]) -> dict[str, Any]:
     counts = rle['counts']
-    return {'size': [int(n) for n in rle['size']], 'counts': counts.decode() if isinstance(counts, bytes) else counts}
+    return {'size': [*map(int, rle['size'])], 'counts': counts.decode() if isinstance(counts, bytes) else counts}

@@ -95,9 +95,6 @@ def test_what_comes_back(found):
         assert prediction.masks.dtype == bool
         assert prediction.masks.shape == (len(prediction), 224, 224)
         assert (np.diff(prediction.scores) <= 0).all()
-        best = prediction.chosen(np.array([0]))
-        assert (len(best), best.masks.shape) == (1, (1, 224, 224))
-        assert best.proposals is prediction.proposals
 
 
 def test_proposals_are_the_best_of_the_rpn_in_pixels_of_the_image(cfg, predictor, found, images):
@@ -416,7 +413,6 @@ def test_a_model_without_masks(site, retina):
         (prediction,) = Predictor(*retina, 'cpu')([noise(80, 80)])
     assert prediction.masks is None
     assert len(prediction) == 10
-    assert len(prediction.chosen(np.arange(4))) == 4
 
 
 @pytest.mark.parametrize(

@@ -190,7 +190,7 @@ def test_broken_line_is_named(tmp_path, line):
 @pytest.mark.parametrize('text', ['{', '[]', '{}', '{"metrics": 3}', 'null'])
 def test_broken_zero_shot_is_named(tmp_path, text):
     (tmp_path / 'zero_shot.json').write_text(text)
-    with refused('compare-broken-file', path=tmp_path / 'zero_shot.json'):
+    with refused('compare-zero-shot', path=tmp_path / 'zero_shot.json'):
         read(tmp_path)
 
 
