@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from mmfinetune.utils.errors import Problem, UserError
+from mmfinetune.utils.errors import Message, Problem, UserError
 
 
 @contextlib.contextmanager
@@ -33,3 +33,8 @@ def faulty(code: str, **facts: Any) -> Iterator[pytest.ExceptionInfo[Problem]]:
 def codes(messages) -> list[str]:
     """The codes of problems, notes or the like, in their order."""
     return [message.code for message in messages]
+
+
+def message(code: str, **facts: Any) -> Message:
+    """A message to compare with: its wording does not count."""
+    return Message(code, '', **facts)

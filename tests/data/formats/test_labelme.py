@@ -14,7 +14,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.formats.labelme import LabelmeReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import codes, message, refused
 
 WIDTH, HEIGHT = 60, 40
 SQUARE = [[10, 5], [30, 5], [30, 25], [10, 25]]
@@ -185,35 +185,42 @@ def test_what_has_no_area_or_class_is_left_out(tmp_path):
     assert [i.place for i in record.instances] == ['shape 6']
     assert record.problems == []
     assert record.notes == [
-        f"a.json: shape {number} ('cat'): a {kind} has no area; left out"
+        message('labelme-no-area', place=f"a.json: shape {number} ('cat')", kind=kind)
         for number, kind in enumerate(('point', 'line', 'linestrip'), start=1)
     ]
+
+
+CAT = "shape 1 ('cat')"
 
 
 @pytest.mark.parametrize(
     'shapes, problem',
     [
-        ([shape(points=SQUARE[:2])], "shape 1 ('cat'): a polygon of 2 points"),
-        ([shape(), shape(points=[])], "shape 2 ('cat'): a polygon of 0 points"),
-        ([shape(points=SQUARE[:3], kind='rectangle')], 'a rectangle of 3 points'),
-        ([shape(points=SQUARE[:1], kind='circle')], 'a circle of 1 points'),
-        ([shape(points=[[1, 2], [float('nan'), 3], [4, 5]])], 'a polygon holds NaN or infinity'),
-        ([shape(points=[[1, 2], ['3', 3], [4, 5]])], "a polygon holds '3', not a number"),
-        ([shape(points=[[1, 2], [3], [4, 5]])], "'points' is no list of [x, y]"),
-        ([shape(points='1 2 3')], "'points' is no list of [x, y]"),
-        ([shape(points=[[1, 2], [1e9, 3], [4, 5]])], 'far outside the 60x40 image'),
-        ([shape(kind='ellipse')], "unknown shape_type 'ellipse'"),
-        ([shape(kind=['polygon'])], "unknown shape_type '['polygon']'"),
-        ([shape(label='')], "shape 1: no 'label'"),
-        ([shape(label=3)], "shape 1: no 'label'"),
-        ([[1, 2]], 'shape 1: not an object with keys'),
-        ([shape(group_id=[1])], "its 'group_id' is no number"),
-        ([shape(points=[[1, 2], [5, 6]], kind='mask')], "a mask without 'mask'"),
-        ([shape(points=[[1, 2], [5, 6]], kind='mask', mask='%')], "its 'mask' is no "),
-        ([shape(points=[[1, 2], [5, 6]], kind='mask', mask='abcd')], "its 'mask' is no PNG"),
+        ([shape(points=SQUARE[:2])], message('labelme-point-count', place=CAT, kind='polygon', count=2)),
+        ([shape(), shape(points=[])], message('labelme-point-count', place="shape 2 ('cat')", kind='polygon', count=0)),
+        (
+            [shape(points=SQUARE[:3], kind='rectangle')],
+            message('labelme-point-count', place=CAT, kind='rectangle', count=3),
+        ),
+        ([shape(points=SQUARE[:1], kind='circle')], message('labelme-point-count', place=CAT, kind='circle', count=1)),
+        ([shape(points=[[1, 2], [float('nan'), 3], [4, 5]])], message('shape-polygon-nan', place=CAT)),
+        ([shape(points=[[1, 2], ['3', 3], [4, 5]])], message('shape-polygon-number', place=CAT, value="'3'")),
+        ([shape(points=[[1, 2], [3], [4, 5]])], message('labelme-points', place=CAT)),
+        ([shape(points='1 2 3')], message('labelme-points', place=CAT)),
+        (
+            [shape(points=[[1, 2], [1e9, 3], [4, 5]])],
+            message('shape-polygon-far', place=CAT, value='1000000000.0', width=60, height=40),
+        ),
+        ([shape(kind='ellipse')], message('labelme-shape-unknown', place=CAT, kind='ellipse')),
+        ([shape(kind=['polygon'])], message('labelme-shape-unknown', place=CAT, kind="['polygon']")),
+        ([shape(label='')], message('labelme-no-label', place='shape 1')),
+        ([shape(label=3)], message('labelme-no-label', place='shape 1')),
+        ([[1, 2]], message('labelme-shape-type', place='shape 1')),
+        ([shape(group_id=[1])], message('labelme-group', place=CAT)),
+        ([shape(points=[[1, 2], [5, 6]], kind='mask')], message('labelme-mask-missing', place=CAT)),
         (
             [shape(points=[[1, 2], [9, 9]], kind='mask', mask=png(np.ones((5, 5))))],
-            "its 'mask' has 5x5 pixels, its points make 9x8",
+            message('labelme-mask-size', place=CAT, width=5, height=5, columns=9, rows=8),
         ),
     ],
 )
@@ -223,30 +230,38 @@ def test_bad_shapes_are_told_with_their_place(tmp_path, shapes, problem):
     image(tmp_path / 'a.jpg')
     write(tmp_path / 'a.json', *shapes)
     bad, good = read(tmp_path)
-    assert len(bad.problems) == 1 and bad.problems[0].startswith('a.json: shape ')
-    assert problem in bad.problems[0]
+    assert bad.problems == [problem.at('a.json')]
     assert (good.problems, len(good.instances)) == ([], 1)
 
 
 @pytest.mark.parametrize(
-    'content, problem',
+    'mask, code', [('%', 'labelme-mask-png'), ('abcd', 'labelme-mask-png'), ('a', 'labelme-mask-base64')]
+)
+def test_damaged_masks_are_told(tmp_path, mask, code):
+    record = one(tmp_path, shape(points=[[1, 2], [5, 6]], kind='mask', mask=mask))
+    assert codes(record.problems) == [code]
+    assert record.problems[0].facts['place'] == f'a.json: {CAT}'
+
+
+@pytest.mark.parametrize(
+    'content, code',
     [
-        (b'', 'a.json: empty file'),
-        (b'{"shapes": [{"label": "cat", "poi', 'a.json: not JSON ('),
-        (b'not JSON', 'a.json: not JSON ('),
-        (b'{"shapes": {}}', "a.json: no list 'shapes'"),
-        ('{"shapes": ["ünïcode"]}'.encode('latin-1'), 'a.json: not UTF-8 text'),
-        (b'[' * 100_000, 'a.json: not usable JSON'),
+        (b'', 'json-empty'),
+        (b'{"shapes": [{"label": "cat", "poi', 'json-syntax'),
+        (b'not JSON', 'json-syntax'),
+        (b'{"shapes": {}}', 'labelme-shapes'),
+        ('{"shapes": ["ünïcode"]}'.encode('latin-1'), 'text-file-encoding'),
+        (b'[' * 100_000, 'json-nesting'),
     ],
     ids=['empty', 'truncated', 'text', 'shapes no list', 'Latin-1', 'deep'],
 )
-def test_bad_files(tmp_path, content, problem):
+def test_bad_files(tmp_path, content, code):
     write(tmp_path / 'b.json', shape())
     for name in 'ab':
         image(tmp_path / f'{name}.jpg')
     (tmp_path / 'a.json').write_bytes(content)
     bad, good = read(tmp_path)
-    assert len(bad.problems) == 1 and bad.problems[0].startswith(problem)
+    assert [(m.code, m.facts['place']) for m in bad.problems] == [(code, 'a.json')]
     assert good.problems == []
 
 
@@ -302,11 +317,11 @@ def test_missing_image_is_told_and_whether_it_is_embedded(tmp_path):
     image(tmp_path / 'two/c.jpg')
     source = LabelmeReader.open(tmp_path, {})
     assert [source.read(item).problems for item in source.items()] == [
-        ["a.json: its image '/far/away/x.jpg' is missing"],
-        ["b.json: its image 'b.jpg' is missing; it is embedded in the JSON file only (imageData)"],
-        ["c.json: its image 'gone.jpg' is missing"],
+        [message('labelme-image-missing', place='a.json', image='/far/away/x.jpg')],
+        [message('labelme-image-embedded', place='b.json', image='b.jpg')],
+        [message('labelme-image-missing', place='c.json', image='gone.jpg')],
     ]
-    assert 'labelme_export_json' in source.cure
+    assert 'labelme_export_json' in source.hint
     # The folder that all names are relative to does not move because of a missing one.
     assert all(item.image.is_relative_to(tmp_path) for item in source.items())
 
@@ -320,10 +335,10 @@ def test_damaged_and_misnamed_images(tmp_path):
     image(tmp_path / 'c.png').rename(tmp_path / 'c.jpg')
     (tmp_path / 'd.jpg').write_text('text')
     a, b, c, d = read(tmp_path)
-    assert a.problems == ['a.jpg: empty file (0 bytes)']
-    assert b.problems == ['b.jpg: truncated JPEG (its end is missing)']
+    assert a.problems == [message('image-file-empty', place='a.jpg')]
+    assert b.problems == [message('image-file-truncated', place='b.jpg', format='JPEG')]
     assert (c.problems, len(c.instances)) == ([], 1)
-    assert d.problems == ['d.jpg: not an image']
+    assert d.problems == [message('image-file-unknown', place='d.jpg')]
 
 
 def test_size_must_be_that_of_the_upright_image(tmp_path):
@@ -339,8 +354,9 @@ def test_size_must_be_that_of_the_upright_image(tmp_path):
     write(tmp_path / 'd.json', shape(), imageHeight=None, imageWidth=None)
     a, b, c, d = read(tmp_path)
     assert (a.problems, a.width, a.height) == ([], WIDTH, HEIGHT)
-    assert b.problems == ['b.json: made for an image of 60x40, but b.jpg is 40x60 (turned by its EXIF orientation?)']
-    assert c.problems == ['c.json: made for an image of 60x40, but c.jpg is 120x80']
+    facts = dict(place='b.json', image='b.jpg', said='60x40', size='40x60')
+    assert b.problems == [message('labelme-size-turned', **facts)]
+    assert c.problems == [message('labelme-size', place='c.json', image='c.jpg', said='60x40', size='120x80')]
     assert d.problems == []
 
 
@@ -353,11 +369,15 @@ def test_classes_come_from_a_list_or_the_files(tmp_path):
     assert LabelmeReader.open(tmp_path, {}).classes == ['dog', 'cat']
     a, b = read(tmp_path)
     assert a.problems == []
-    assert b.problems == ["b.json: shape 1 ('ant'): its label is not in labels.txt"]
+    place = "b.json: shape 1 ('ant')"
+    assert b.problems == [message('labelme-label-unknown', place=place, file='labels.txt')]
     (tmp_path / 'labels.txt').write_text('dog\n\ncat\ndog\n')
-    with pytest.raises(UserError, match='labels.txt: not a list of classes') as error:
+    with refused('class-list', path=tmp_path / 'labels.txt') as caught:
         LabelmeReader.open(tmp_path, {})
-    assert error.value.problems == ['line 2: empty', "'dog' is listed 2 times"]
+    assert caught.value.problems == [
+        message('class-list-line-empty', line=2),
+        message('class-list-repeated', name='dog', count=2),
+    ]
 
 
 def test_folders_of_splits(tmp_path):
@@ -376,30 +396,31 @@ def test_other_json_files_are_noted(tmp_path):
     one(tmp_path, shape())
     (tmp_path / 'settings.json').write_text('{"colour": "red"}')
     source = LabelmeReader.open(tmp_path, {})
-    assert source.notes == ["settings.json: no LabelMe file (it has no 'shapes')"]
+    assert source.notes == [message('labelme-other-file', place='settings.json')]
     assert [item.key for item in source.items()] == ['a.json']
 
 
 @pytest.mark.parametrize(
-    'files, message',
+    'files, code, count',
     [
-        ({}, 'no LabelMe files here'),
-        ({'x.json': {'images': []}}, 'no LabelMe files here'),
-        ({'x.json': {'shapes': []}}, 'no labelled shape in its 1 LabelMe files'),
+        ({}, 'labelme-no-files', 0),
+        ({'x.json': {'images': []}}, 'labelme-no-files', 1),
+        ({'x.json': {'shapes': []}}, 'labelme-no-shapes', 1),
     ],
 )
-def test_folders_without_objects(tmp_path, files, message):
+def test_folders_without_objects(tmp_path, files, code, count):
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
-    with pytest.raises(UserError, match=message):
+    with refused(code, path=tmp_path, count=count):
         LabelmeReader.open(tmp_path, {})
 
 
 def test_damaged_files_alone(tmp_path):
     (tmp_path / 'a.json').write_text('{"shapes": [')
-    with pytest.raises(UserError, match='no labelled shape') as error:
+    with refused('labelme-no-shapes') as caught:
         LabelmeReader.open(tmp_path, {})
-    assert error.value.problems == ['a.json: not JSON (Expecting value, line 1, column 13)']
+    facts = dict(reason='Expecting value', line=1, column=13)
+    assert caught.value.problems == [message('json-syntax', place='a.json', **facts)]
 
 
 def test_images_without_a_file_are_not_done_yet(tmp_path):
@@ -409,10 +430,10 @@ def test_images_without_a_file_are_not_done_yet(tmp_path):
     (tmp_path / 'x').mkdir()
     source = LabelmeReader.open(tmp_path / 'x' / '..', {})
     assert [item.key for item in source.items()] == ['a.json']
-    assert source.notes == ['2 of 3 images have no JSON file, so nobody has looked at them yet; left out']
+    assert source.notes == [message('labelme-unlabelled', count=2, images=3)]
 
 
-def test_recognise(tmp_path):
+def test_detect(tmp_path):
     assert LabelmeReader.detect(tmp_path / 'nothing') is None
     coco = tmp_path / 'coco'
     coco.mkdir()
@@ -437,7 +458,7 @@ def test_prepared_json_has_the_polygons_pixels(tmp_path):
     assert summary.dropped == {'without a pixel in the image': 1}
     data = json.loads((tmp_path / 'out/annotations/instances_all.json').read_text())
     assert [i['file_name'] for i in data['images']] == ['a.jpg']
-    wanted = sum(pixels([sum(part, [])]) for part in parts).astype(bool)
+    wanted = sum(pixels([np.ravel(part).tolist()]) for part in parts).astype(bool)
     cat = data['annotations'][0]
     assert (pixels(cat['segmentation']) == wanted).all()
     assert cat['area'] == wanted.sum()

@@ -13,7 +13,7 @@ from scipy import ndimage
 from mmfinetune.data.formats.masks import MIN_AREA, THRESHOLD, BinaryMasksReader, MaskPngReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import codes, message, refused
 
 HEIGHT, WIDTH = 40, 60
 PALETTE = np.random.default_rng(0).integers(0, 256, 768, dtype=np.uint8).tobytes()
@@ -128,7 +128,7 @@ def test_grey_saved_as_colour_keeps_its_values(tmp_path):
         ('P', None, [1, 2], None),
         ('P', -1, [1, 2, 255], None),
         ('P', 2, [1, 255], None),
-        ('L', None, [1, 2, 255], 'masks/a.png: value 255 taken as an object; if it is void, use --void 255'),
+        ('L', None, [1, 2, 255], message('masks-maybe-void', place='masks/a.png', void=255)),
         ('L', 255, [1, 2], None),
         ('RGB', 255, [1, 2], None),
     ],
@@ -140,11 +140,7 @@ def test_void(tmp_path, mode, void, objects, note):
     assert [i.place for i in record.instances] == [f'object {value}' for value in objects]
     assert record.notes == ([] if note is None else [note])
     source = MaskPngReader.open(tmp_path, {'classes': ['cell'], 'void': void})
-    assert source.notes == (
-        []
-        if mode != 'P' or void is not None
-        else ['value 255 of palette PNGs is taken as void, as in VOC; --void -1 makes it an object']
-    )
+    assert source.notes == ([] if mode != 'P' or void is not None else [message('masks-void', void=255)])
 
 
 def test_void_among_colours(tmp_path):
@@ -166,19 +162,20 @@ def test_a_second_png_tells_the_classes(tmp_path):
     assert record.problems == []
     assert [i.category for i in record.instances] == ['dog', 'cat', 'dog']
     cat = int((made == 2).sum())
-    assert record.notes == [f"classes/a.png: object 2 taken as 'cat', the class of {cat - 4} of its {cat} pixels"]
+    facts = dict(place='classes/a.png', number=2, label='cat', most=cat - 4, pixels=cat)
+    assert record.notes == [message('masks-class-mixed', **facts)]
 
 
 @pytest.mark.parametrize(
     'change, problem',
     [
-        (lambda labels: labels * 0, 'classes/a.png: object 1 has the class number 0'),
-        (lambda labels: labels * 9, 'classes/a.png: object 1 has the class number 9, but there are 1'),
-        (lambda labels: labels[:20], 'classes/a.png: 60x20 pixels, but images/a.jpg has 60x40'),
+        (lambda labels: labels * 0, message('masks-class-number', number=1, label=0, count=1)),
+        (lambda labels: labels * 9, message('masks-class-number', number=1, label=9, count=1)),
         (
-            lambda labels: np.stack([labels, labels * 0, labels], axis=2),
-            'classes/a.png: colours where class numbers belong',
+            lambda labels: labels[:20],
+            message('mask-file-size', width=60, height=20, image='images/a.jpg', size='60x40'),
         ),
+        (lambda labels: np.stack([labels, labels * 0, labels], axis=2), message('masks-class-colours')),
     ],
     ids=['background', 'no such class', 'size', 'colours'],
 )
@@ -187,7 +184,7 @@ def test_bad_class_masks(tmp_path, change, problem):
     labels = change((made > 0).astype(np.int64))
     mask(tmp_path / 'classes/a.png', labels, 'RGB' if labels.ndim == 3 else 'L')
     record = one_png(tmp_path, made, classes=['cat'])
-    assert len(record.problems) == 1 and record.problems[0].startswith(problem)
+    assert record.problems == [problem.at('classes/a.png')]
 
 
 def test_missing_class_mask(tmp_path):
@@ -197,7 +194,7 @@ def test_missing_class_mask(tmp_path):
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/a.png', numbers(1))
     a, b = read(MaskPngReader, tmp_path, classes=['cat'])
-    assert a.problems == ['images/a.jpg: no class mask']
+    assert a.problems == [message('masks-no-class-mask', place='images/a.jpg')]
     assert (b.problems, len(b.instances)) == ([], 1)
 
 
@@ -229,13 +226,13 @@ def test_files_that_miss_their_partner(tmp_path):
     image(tmp_path / 'images/b.jpg')
     mask(tmp_path / 'masks/c.png', numbers(1))
     source = MaskPngReader.open(tmp_path, {'classes': ['cell']})
-    assert source.problems == ['masks/c.png: a mask without an image']
+    assert source.problems == [message('masks-no-image', place='masks/c.png')]
     a, b = (source.read(item) for item in source.items())
-    assert (a.problems, b.problems) == ([], ['images/b.jpg: no mask'])
+    assert (a.problems, b.problems) == ([], [message('masks-no-mask', place='images/b.jpg')])
     source = MaskPngReader.open(tmp_path, {'classes': ['cell'], 'background': True})
     a, b = (source.read(item) for item in source.items())
     assert (b.problems, b.instances, b.width) == ([], [], WIDTH)
-    assert source.notes == ['1 of 2 images have no mask: they count as images without objects']
+    assert source.notes == [message('masks-background', count=1, images=2)]
 
 
 def test_files_that_have_several_partners(tmp_path):
@@ -246,8 +243,12 @@ def test_files_that_have_several_partners(tmp_path):
     mask(tmp_path / 'masks/b.png', numbers(1))
     mask(tmp_path / 'masks/b_mask.png', numbers(1))
     source = MaskPngReader.open(tmp_path, {'classes': ['cell']})
-    assert source.problems == ['masks/a.png: a mask of several images: images/a.jpg, images/a.png']
-    assert source.read(source.items()[2]).problems == ['images/b.jpg: several masks: masks/b.png, masks/b_mask.png']
+    assert source.problems == [
+        message('masks-several-images', place='masks/a.png', images='images/a.jpg, images/a.png')
+    ]
+    assert source.read(source.items()[2]).problems == [
+        message('masks-several', place='images/b.jpg', masks='masks/b.png, masks/b_mask.png')
+    ]
 
 
 def bad_size(path: Path) -> None:
@@ -275,24 +276,24 @@ def fractions(path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    'damage, problem',
+    'damage, code',
     [
-        (bad_size, '50x40 pixels, but images/a.png has 60x40'),
-        (empty, 'empty file (0 bytes)'),
-        (truncated, 'unreadable ('),
-        (jpeg, 'a JPEG or WebP file, whose values are not exact'),
-        (text, 'unreadable ('),
-        (fractions, 'fractions where whole numbers belong'),
+        (bad_size, 'mask-file-size'),
+        (empty, 'image-file-empty'),
+        (truncated, 'image-file-unreadable'),
+        (jpeg, 'masks-inexact'),
+        (text, 'image-file-unknown'),
+        (fractions, 'masks-fractions'),
     ],
     ids=lambda value: getattr(value, '__name__', ''),
 )
-def test_bad_masks(tmp_path, damage, problem):
+def test_bad_masks(tmp_path, damage, code):
     for name in 'ab':
         image(tmp_path / f'images/{name}.png')
         mask(tmp_path / f'masks/{name}.png', numbers(1, 2))
     damage(tmp_path / 'masks/a.png')
     a, b = read(MaskPngReader, tmp_path, classes=['cell'])
-    assert len(a.problems) == 1 and a.problems[0].startswith(f'masks/a.png: {problem}')
+    assert [(m.code, m.facts['place']) for m in a.problems] == [(code, 'masks/a.png')]
     assert (b.problems, len(b.instances)) == ([], 2)
 
 
@@ -300,8 +301,7 @@ def test_a_photograph_is_no_mask(tmp_path):
     image(tmp_path / 'images/a.png', (200, 200))
     mask(tmp_path / 'masks/a.png', np.random.default_rng(0).integers(0, 65536, (200, 200)), '16')
     (record,) = read(MaskPngReader, tmp_path, classes=['cell'])
-    assert len(record.problems) == 1
-    assert 'different values are no numbers of objects' in record.problems[0]
+    assert codes(record.problems) == ['masks-values']
 
 
 def test_damaged_and_turned_images(tmp_path):
@@ -314,32 +314,32 @@ def test_damaged_and_turned_images(tmp_path):
     (tmp_path / 'images/c.jpg').write_bytes(b'')
     a, b, c = read(MaskPngReader, tmp_path, classes=['cell'])
     assert (a.problems, a.width, len(a.instances)) == ([], WIDTH, 1)
-    assert b.problems == ['masks/b.png: 40x60 pixels, but images/b.jpg has 60x40 (turned by its EXIF orientation?)']
-    assert c.problems == ['images/c.jpg: empty file (0 bytes)']
+    facts = dict(place='masks/b.png', width=40, height=60, image='images/b.jpg', size='60x40')
+    assert b.problems == [message('mask-file-turned', **facts)]
+    assert c.problems == [message('image-file-empty', place='images/c.jpg')]
 
 
 def test_classes_of_object_numbers_must_be_known(tmp_path):
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/a.png', numbers(1))
-    with pytest.raises(UserError, match='no class names') as error:
+    with refused('masks-no-classes') as caught:
         MaskPngReader.open(tmp_path, {})
-    assert '--classes NAME' in error.value.cure
+    assert '--classes NAME' in caught.value.hint
     (tmp_path / 'classes.txt').write_text('cat\ndog\n')
-    with pytest.raises(UserError, match='no PNG tells the classes') as error:
+    with refused('masks-classes', names='cat, dog'):
         MaskPngReader.open(tmp_path, {})
-    assert error.value.problems == ['2 names: cat, dog']
     assert MaskPngReader.open(tmp_path, {'classes': ['dog']}).classes == ['dog']
     (tmp_path / 'classes.txt').write_text('cat\n')
     assert MaskPngReader.open(tmp_path, {}).classes == ['cat']
 
 
-@pytest.mark.parametrize('kind', [MaskPngReader, BinaryMasksReader])
-def test_folders_without_masks(tmp_path, kind):
+@pytest.mark.parametrize('reader, code', [(MaskPngReader, 'masks-none'), (BinaryMasksReader, 'masks-binary-none')])
+def test_folders_without_masks(tmp_path, reader, code):
     image(tmp_path / 'images/a.jpg')
-    assert kind.detect(tmp_path) is None
-    assert kind.detect(tmp_path / 'nothing') is None
-    with pytest.raises(UserError, match='no image with a mask'):
-        kind.open(tmp_path, {'classes': ['x']})
+    assert reader.detect(tmp_path) is None
+    assert reader.detect(tmp_path / 'nothing') is None
+    with refused(code, path=tmp_path, images=1):
+        reader.open(tmp_path, {'classes': ['x']})
 
 
 # ---- black and white ----------------------------------------------------------------------------
@@ -370,7 +370,8 @@ def test_specks_are_left_out_and_told(tmp_path):
     record = one_binary(tmp_path, made * 255)
     assert MIN_AREA == 10
     assert len(record.instances) == 1
-    assert record.notes == ['spot/a.png: 3 of 4 parts left out, smaller than 10 pixels (the largest has 9)']
+    facts = dict(place='spot/a.png', left_out=3, count=4, least=10, largest=9)
+    assert record.notes == [message('masks-small', **facts)]
     assert len(one_binary(tmp_path, made * 255, min_area=0).instances) == 4
     assert len(one_binary(tmp_path, made * 255, min_area=9).instances) == 2
 
@@ -414,9 +415,7 @@ def test_empty_masks_make_images_without_objects(tmp_path):
 
 def test_values_below_the_threshold_are_told(tmp_path):
     record = one_binary(tmp_path, square() * 1)
-    assert record.problems == [
-        'spot/a.png: its brightest pixel is 1, so none reaches the threshold 128; lower it by --threshold'
-    ]
+    assert record.problems == [message('masks-dark', place='spot/a.png', peak=1, threshold=128)]
     assert len(one_binary(tmp_path, square() * 1, threshold=1).instances) == 1
 
 
@@ -464,15 +463,15 @@ def test_layouts(tmp_path, pairs, classes):
 def test_one_class_is_named_by_the_user(tmp_path):
     image(tmp_path / 'images/a.jpg')
     mask(tmp_path / 'masks/a.png', square() * 255)
-    with pytest.raises(UserError, match='neither folder nor name tells the class') as error:
+    with refused('masks-unnamed') as caught:
         BinaryMasksReader.open(tmp_path, {})
-    assert error.value.problems == ['masks/a.png']
+    assert caught.value.problems == ['masks/a.png']
     (record,) = read(BinaryMasksReader, tmp_path, classes=['rust'])
     assert [i.category for i in record.instances] == ['rust']
     (tmp_path / 'classes.txt').write_text('dent\n')
     (record,) = read(BinaryMasksReader, tmp_path)
     assert [i.category for i in record.instances] == ['dent']
-    with pytest.raises(UserError, match='neither folder nor name'):
+    with refused('masks-unnamed'):
         BinaryMasksReader.open(tmp_path, {'classes': ['rust', 'dent']})
 
 
@@ -483,9 +482,9 @@ def test_a_class_list_gives_the_order(tmp_path):
     (tmp_path / 'classes.txt').write_text('hole\nscratch\ncrack\n')
     assert BinaryMasksReader.open(tmp_path, {}).classes == ['hole', 'scratch', 'crack']
     (tmp_path / 'classes.txt').write_text('hole\n')
-    with pytest.raises(UserError, match='lacks classes') as error:
+    with refused('masks-unlisted', path=tmp_path / 'classes.txt') as caught:
         BinaryMasksReader.open(tmp_path, {})
-    assert error.value.problems == ['crack']
+    assert caught.value.problems == ['crack']
 
 
 def test_bad_black_and_white_masks(tmp_path):
@@ -499,11 +498,16 @@ def test_bad_black_and_white_masks(tmp_path):
     (tmp_path / 'spot/e.jpg').rename(tmp_path / 'spot/e.jpg.txt')
     mask(tmp_path / 'spot/f_mask.png', square() * 255)
     source = BinaryMasksReader.open(tmp_path, {})
-    assert source.problems == ['spot/e.png: a mask without an image']
+    assert source.problems == [message('masks-no-image', place='spot/e.png')]
     problems = [line for item in source.items() for line in source.read(item).problems]
-    assert problems[:2] == ['spot/a.png: 50x40 pixels, but spot/a.jpg has 60x40', 'spot/b.png: empty file (0 bytes)']
-    assert problems[2].startswith('spot/c.png: unreadable (')
-    assert problems[3:] == ['spot/d.jpg: no mask', "spot/f.jpg: several masks of 'spot': spot/f.png, spot/f_mask.png"]
+    assert [(m.code, m.facts['place']) for m in problems] == [
+        ('mask-file-size', 'spot/a.png'),
+        ('image-file-empty', 'spot/b.png'),
+        ('image-file-unknown', 'spot/c.png'),
+        ('masks-no-mask', 'spot/d.jpg'),
+        ('masks-several-of-class', 'spot/f.jpg'),
+    ]
+    assert problems[4].facts['masks'] == 'spot/f.png, spot/f_mask.png'
 
 
 def test_a_split_is_no_class(tmp_path):
@@ -512,7 +516,7 @@ def test_a_split_is_no_class(tmp_path):
     mask(tmp_path / 'masks/train/a.png', square() * 255)
     source = BinaryMasksReader.open(tmp_path, {})
     assert source.classes == ['crack']
-    assert source.problems == ['masks/train/a.png: a mask without an image']
+    assert source.problems == [message('masks-no-image', place='masks/train/a.png')]
 
 
 @pytest.mark.parametrize('folder', ['masks', 'masks/crack'])

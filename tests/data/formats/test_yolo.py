@@ -12,7 +12,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.formats.yolo import YoloReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import codes, message, refused
 
 WIDTH, HEIGHT = 80, 40
 SQUARE = '0 0.25 0.25 0.5 0.25 0.5 0.75 0.25 0.75'
@@ -56,7 +56,7 @@ def test_a_polygon_covers_its_pixels(tmp_path):
     site(tmp_path, SQUARE, '1 0 0 1 0 1 1')
     (record,) = read(tmp_path / 'images' / '..')
     assert (record.problems, record.notes) == ([], [])
-    assert (record.width, record.height, record.split) == (WIDTH, HEIGHT, 'train')
+    assert (record.width, record.height) == (WIDTH, HEIGHT)
     cat, dog = record.instances
     assert [cat.category, dog.category] == ['cat', 'dog']
     assert [cat.place, dog.place] == ['line 1', 'line 2']
@@ -80,35 +80,33 @@ def test_a_bridge_of_no_width_stays_and_covers_nothing(tmp_path):
 @pytest.mark.parametrize(
     'line, problem',
     [
-        ('0 0.5 0.5 0.2 0.2', '4 coordinates: a box, not a polygon'),
-        ('0 0.5 0.5 0.2', '3 coordinates, an odd number'),
-        ('0 0.5 0.5 0.2 0.2 0.3', '5 coordinates, an odd number'),
-        (SQUARE + ' 0.93', '9 coordinates, an odd number (a keypoint or a score behind it?)'),
-        ('0 0.5 0.5', 'a polygon of 1 points'),
-        ('0', 'a polygon of 0 points'),
-        ('2 0 0 1 0 1 1', 'class 2, but the classes are 0 to 1'),
-        ('-1 0 0 1 0 1 1', 'class -1, but the classes are 0 to 1'),
-        ('0.5 0 0 1 0 1 1', 'class 0.5, but the classes are 0 to 1'),
-        ('nan 0 0 1 0 1 1', 'NaN or infinity'),
-        ('0 0 0 1 nan 1 1', 'NaN or infinity'),
-        ('0 0 0 1 inf 1 1', 'NaN or infinity'),
-        ('cat 0 0 1 0 1 1', "'cat' is not a number"),
-        ('0, 0, 0, 1, 0, 1, 1', "'0,' is not a number"),
-        ('0 0 0 1 0 1 1.02', 'coordinate 1.02 is outside 0 to 1'),
-        ('0 0 -0.2 1 0 1 1', 'coordinate -0.2 is outside 0 to 1'),
-        ('0 20 10 40 10 40 30', 'coordinate 20 is outside 0 to 1 (pixels instead of parts?)'),
+        ('0 0.5 0.5 0.2 0.2', message('yolo-box')),
+        ('0 0.5 0.5 0.2', message('yolo-odd', count=3)),
+        ('0 0.5 0.5 0.2 0.2 0.3', message('yolo-odd', count=5)),
+        (SQUARE + ' 0.93', message('yolo-odd', count=9)),
+        ('0 0.5 0.5', message('yolo-points', count=1)),
+        ('0', message('yolo-points', count=0)),
+        ('2 0 0 1 0 1 1', message('yolo-class', number='2', last=1)),
+        ('-1 0 0 1 0 1 1', message('yolo-class', number='-1', last=1)),
+        ('0.5 0 0 1 0 1 1', message('yolo-class', number='0.5', last=1)),
+        ('nan 0 0 1 0 1 1', message('yolo-nan')),
+        ('0 0 0 1 nan 1 1', message('yolo-nan')),
+        ('0 0 0 1 inf 1 1', message('yolo-nan')),
+        ('cat 0 0 1 0 1 1', message('yolo-word', word='cat')),
+        ('0, 0, 0, 1, 0, 1, 1', message('yolo-word', word='0,')),
+        ('0 0 0 1 0 1 1.02', message('yolo-coordinate', value=1.02)),
+        ('0 0 -0.2 1 0 1 1', message('yolo-coordinate', value=-0.2)),
+        ('0 20 10 40 10 40 30', message('yolo-pixels', value=20.0)),
     ],
 )
 def test_bad_lines_are_told_with_their_place(tmp_path, line, problem):
     (record,) = read(site(tmp_path, SQUARE, '', line))
-    assert len(record.problems) == 1
-    assert record.problems[0].startswith('labels/a.txt, line 3: ')
-    assert problem in record.problems[0]
+    assert record.problems == [problem.at('labels/a.txt, line 3')]
 
 
 def test_all_bad_lines_of_a_file_are_told(tmp_path):
     (record,) = read(site(tmp_path, '0 1', SQUARE, '7 0 0 1 0 1 1'))
-    assert [line.partition(':')[0] for line in record.problems] == ['labels/a.txt, line 1', 'labels/a.txt, line 3']
+    assert [m.facts['place'] for m in record.problems] == ['labels/a.txt, line 1', 'labels/a.txt, line 3']
 
 
 def test_boxes_become_masks_only_on_demand(tmp_path):
@@ -126,14 +124,16 @@ def test_coordinates_just_outside_are_cut(tmp_path):
     large = site(tmp_path / 'large', '1 0 0 1.009 0.001 0.5 1')
     image(large / 'images/a.jpg', (800, 400))
     (record,) = read(large)
-    assert record.notes == ['labels/a.txt, line 1: reaches 7.2 pixels out of the image; cut']
+    (note,) = record.notes
+    assert (note.code, note.facts['place']) == ('yolo-outside', 'labels/a.txt, line 1')
+    assert note.facts['pixels'] == pytest.approx(7.2)
     assert record.instances[0].segmentation[0][2] == 800
 
 
 def test_repeated_lines_are_one_object(tmp_path):
     (record,) = read(site(tmp_path, SQUARE, '1 0 0 1 0 1 1', SQUARE.replace(' ', '  ')))
     assert [i.place for i in record.instances] == ['line 1', 'line 2']
-    assert record.notes == ['labels/a.txt, line 3: repeats line 1; left out']
+    assert record.notes == [message('yolo-line-repeated', place='labels/a.txt, line 3', first=1)]
 
 
 def test_images_without_labels_are_background(tmp_path):
@@ -148,7 +148,7 @@ def test_images_without_labels_are_background(tmp_path):
         ('empty.png', [], 0),
         ('none.png', [], 0),
     ]
-    assert source.notes == ['1 of 3 images have no label file: they count as images without objects']
+    assert source.notes == [message('yolo-background', count=1, images=3)]
 
 
 def test_labels_without_an_image_are_told(tmp_path):
@@ -160,18 +160,16 @@ def test_labels_without_an_image_are_told(tmp_path):
     write(tmp_path / 'labels/train/inner/gone.txt', SQUARE)
     write(tmp_path / 'labels/train/classes.txt', 'cat\ndog')
     assert YoloReader.open(tmp_path, {}).problems == [
-        'labels/train/gone 9.txt: a label file without an image',
-        'labels/train/gone 10.txt: a label file without an image',
-        'labels/train/inner/gone.txt: a label file without an image',
+        message('yolo-no-image', place=f'labels/train/{name}.txt') for name in ('gone 9', 'gone 10', 'inner/gone')
     ]
 
 
 @pytest.mark.parametrize(
     'content, problem',
     [
-        (b'\xff\xfe\x00', 'labels/a.txt: not UTF-8 text'),
-        ('0 0 0 1 0 1 1 ü'.encode('latin-1'), 'labels/a.txt: not UTF-8 text'),
-        (b'\x00\x01\x02', "labels/a.txt, line 1: '\x00\x01\x02' is not a number"),
+        (b'\xff\xfe\x00', message('text-file-encoding', byte=2, place='labels/a.txt')),
+        ('0 0 0 1 0 1 1 ü'.encode('latin-1'), message('text-file-encoding', byte=14, place='labels/a.txt')),
+        (b'\x00\x01\x02', message('yolo-word', word='\x00\x01\x02', place='labels/a.txt, line 1')),
     ],
     ids=['odd UTF-16', 'Latin-1', 'binary'],
 )
@@ -179,7 +177,7 @@ def test_label_files_that_are_no_text(tmp_path, content, problem):
     site(tmp_path, SQUARE)
     (tmp_path / 'labels/a.txt').write_bytes(content)
     (record,) = read(tmp_path)
-    assert len(record.problems) == 1 and record.problems[0].startswith(problem)
+    assert record.problems == [problem]
 
 
 def test_byte_order_marks_spaces_and_any_script(tmp_path):
@@ -202,7 +200,7 @@ def test_damaged_and_turned_images(tmp_path):
     image(tmp_path / 'images/c.jpg', (HEIGHT, WIDTH), exif=exif)
     write(tmp_path / 'labels/c.txt', SQUARE)
     a, b, c = read(tmp_path)
-    assert a.problems == ['images/a.jpg: empty file (0 bytes)']
+    assert a.problems == [message('image-file-empty', place='images/a.jpg')]
     assert (b.problems, len(b.instances)) == ([], 1)
     # Parts of the upright image, as Ultralytics sees it.
     assert (c.width, c.height) == (WIDTH, HEIGHT)
@@ -237,7 +235,7 @@ def test_images_are_found_by_the_yaml(tmp_path, yaml, keys):
     assert found == [('train' if key.endswith('a.jpg') else 'val', key) for key in keys]
     assert all(len(source.read(item).instances) == 1 for item in source.items())
     assert source.problems == []
-    assert source.notes == (['test has the same images as val; left out'] if 'test: i' in yaml else [])
+    assert codes(source.notes) == (['yolo-test-is-val'] if 'test: i' in yaml else [])
 
 
 def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
@@ -267,54 +265,55 @@ def test_class_names(tmp_path, text, names):
 @pytest.mark.parametrize(
     'text, problems',
     [
-        ('names: [cat, dog]\nnc: 3', ['nc is 3, but names has 2']),
-        ('names: {0: cat, 2: dog}', ['the keys of names are not 0 to 1']),
-        ('names: {a: cat}', ['the keys of names are not 0 to 0']),
-        ('names: [yes, cat]', ['names: True is no name; put it in quotes']),
-        ('names: [cat, cat]', ["names: 'cat' is there 2 times"]),
-        ('names: cat', ['names is no list of classes']),
-        ('names: []', ['names is no list of classes']),
-        ('colour: red', ['names is no list of classes']),
+        ('names: [cat, dog]\nnc: 3', [message('yolo-count', nc=3, names=2)]),
+        ('names: {0: cat, 2: dog}', [message('yolo-name-keys', last=1)]),
+        ('names: {a: cat}', [message('yolo-name-keys', last=0)]),
+        ('names: [yes, cat]', [message('yolo-name', name=True)]),
+        ('names: [cat, cat]', [message('yolo-name-repeated', name='cat', times=2)]),
+        ('names: cat', [message('yolo-names')]),
+        ('names: []', [message('yolo-names')]),
+        ('colour: red', [message('yolo-names')]),
     ],
 )
 def test_bad_class_names(tmp_path, text, problems):
     site(tmp_path, SQUARE, yaml=text + '\ntrain: images')
-    with pytest.raises(UserError, match='its class names cannot be used') as error:
+    with refused('yolo-classes', path=tmp_path / 'data.yaml') as caught:
         YoloReader.open(tmp_path, {})
-    assert [line for line in problems if line not in error.value.problems] == []
+    assert [line for line in problems if line not in caught.value.problems] == []
 
 
 @pytest.mark.parametrize(
-    'text, message, problems',
+    'text, code, problems',
     [
-        ('names: [cat\ntrain: images', 'data.yaml, line 2: not YAML', None),
-        ('- cat', 'holds no keys', None),
-        ('names: [cat]', 'images cannot be used', ['none of the keys train, val, test names images']),
+        ('names: [cat\ntrain: images', 'yolo-syntax', []),
+        ('- cat', 'yolo-no-keys', []),
+        ('names: [cat]', 'yolo-images', [message('yolo-no-splits')]),
         (
             'names: [cat]\ntrain: gone\nval: [gone2]',
-            'images cannot be used',
-            ['train: gone is missing', 'val: gone2 is missing'],
+            'yolo-images',
+            [
+                message('yolo-entry-missing', key='train', entry='gone'),
+                message('yolo-entry-missing', key='val', entry='gone2'),
+            ],
         ),
-        ('names: [cat]\ntrain: 7', 'images cannot be used', ['train: 7 is missing']),
-        ('names: [cat]\ntrain: empty', 'images cannot be used', ['train: no images in empty']),
-        ('names: [cat]\ntrain: list.txt', 'images cannot be used', None),
+        ('names: [cat]\ntrain: 7', 'yolo-images', [message('yolo-entry-missing', key='train', entry=7)]),
+        ('names: [cat]\ntrain: empty', 'yolo-images', [message('yolo-entry-empty', key='train', entries='empty')]),
+        ('names: [cat]\ntrain: list.txt', 'yolo-images', None),
     ],
 )
-def test_bad_yaml(tmp_path, text, message, problems):
+def test_bad_yaml(tmp_path, text, code, problems):
     site(tmp_path, SQUARE, yaml=text)
     (tmp_path / 'empty').mkdir()
     # The last is another image, whose name alone is no proof.
-    write(tmp_path / 'list.txt', 'images/a.jpg\nimages/gone.jpg\nx.jpg\n/home/her/top.jpg')
+    lines = write(tmp_path / 'list.txt', 'images/a.jpg\nimages/gone.jpg\nx.jpg\n/home/her/top.jpg')
     image(tmp_path / 'top.jpg')
-    with pytest.raises(UserError, match=message) as error:
+    with refused(code, path=tmp_path / 'data.yaml') as caught:
         YoloReader.open(tmp_path, {})
-    if 'list.txt' in text:
-        problems = [
-            f'{tmp_path}/list.txt, line 2: images/gone.jpg is missing',
-            f'{tmp_path}/list.txt, line 3: x.jpg is missing',
-            f'{tmp_path}/list.txt, line 4: /home/her/top.jpg is missing',
-        ]
-    assert problems is None or error.value.problems == problems
+    if problems is None:
+        missing = {2: 'images/gone.jpg', 3: 'x.jpg', 4: '/home/her/top.jpg'}
+        problems = [message('yolo-listed-missing', path=lines, line=k, name=name) for k, name in missing.items()]
+    assert caught.value.problems == problems
+    assert code != 'yolo-syntax' or caught.value.facts['line'] == 2
 
 
 def test_which_of_several_yaml_files(tmp_path):
@@ -322,18 +321,18 @@ def test_which_of_several_yaml_files(tmp_path):
     write(tmp_path / 'other.yaml', 'names: [x]\ntrain: gone')
     assert YoloReader.open(tmp_path, {}).classes == ['cat', 'dog']
     (tmp_path / 'data.yaml').rename(tmp_path / 'mine.yaml')
-    with pytest.raises(UserError, match='several YAML files') as error:
+    with refused('yolo-yamls') as caught:
         YoloReader.open(tmp_path, {})
-    assert error.value.problems == ['mine.yaml', 'other.yaml']
+    assert caught.value.problems == ['mine.yaml', 'other.yaml']
 
 
 def test_without_a_yaml(tmp_path):
     site(tmp_path, SQUARE).joinpath('data.yaml').unlink()
     image(tmp_path / 'images/val/b.jpg')
     write(tmp_path / 'labels/val/b.txt', SQUARE)
-    with pytest.raises(UserError, match='no class names') as error:
+    with refused('yolo-no-classes') as caught:
         YoloReader.open(tmp_path, {})
-    assert '--classes' in error.value.cure
+    assert '--classes' in caught.value.hint
     assert YoloReader.open(tmp_path, {'classes': ['x']}).classes == ['x']
     write(tmp_path / 'classes.txt', 'cat\ndog\n')
     assert YoloReader.open(tmp_path, {}).classes == ['cat', 'dog']
@@ -354,9 +353,8 @@ def test_labels_beside_the_images(tmp_path):
 def test_no_labels_at_all_is_an_error(tmp_path):
     site(tmp_path, SQUARE)
     (tmp_path / 'labels').rename(tmp_path / 'label')
-    with pytest.raises(UserError, match='no label file for any of its 1 images') as error:
+    with refused('yolo-no-labels', count=1, image='images/a.jpg', label='labels/a.txt'):
         YoloReader.open(tmp_path, {})
-    assert error.value.problems == ['images/a.jpg should have labels/a.txt']
 
 
 def test_folders_above_the_data_set_have_no_say(tmp_path):
@@ -368,7 +366,7 @@ def test_folders_above_the_data_set_have_no_say(tmp_path):
     assert len(record.instances) == 1
 
 
-def test_recognise(tmp_path):
+def test_detect(tmp_path):
     assert YoloReader.detect(tmp_path / 'nothing') is None
     site(tmp_path / 'ours', SQUARE)
     assert YoloReader.detect(tmp_path / 'ours') == ('data.yaml with class names and image folders')
