@@ -188,8 +188,8 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
         The ``VOC2012`` folder.
     """
     devkit = Path(root) / 'VOCdevkit' / 'VOC2012'
-    names = ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', 'ImageSets/Segmentation')
-    folders = {name: devkit / name for name in names}
+    places = ('JPEGImages', 'SegmentationObject', 'SegmentationClass', 'Annotations', 'ImageSets/Segmentation')
+    folders = {place: devkit / place for place in places}
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     palette = _palette()
@@ -205,10 +205,10 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
                 for k, pick in enumerate(picks, 1):
                     classes[objects == k] = pick + 1
                 Image.fromarray(image).save(folders['JPEGImages'] / f'{name}.jpg', quality=92)
-                for folder, labels in (('SegmentationObject', objects), ('SegmentationClass', classes)):
+                for kind, labels in (('SegmentationObject', objects), ('SegmentationClass', classes)):
                     png = Image.fromarray(np.where(void, VOID, labels).astype(np.uint8), 'P')
                     png.putpalette(palette)
-                    png.save(folders[folder] / f'{name}.png')
+                    png.save(folders[kind] / f'{name}.png')
                 (folders['Annotations'] / f'{name}.xml').write_text(
                     _xml(name, SIZE, objects, [VOC_CLASSES[p] for p in picks])
                 )
@@ -240,7 +240,8 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
     pool = range(len(categories))
     with tqdm(total=num_train + num_val, desc='Drawing the 80-class images', unit='img', disable=not progress) as bar:
         for split_index, (split, count) in enumerate({'train': num_train, 'val': num_val}.items()):
-            images, annotations = [], []
+            images: list[dict] = []
+            annotations: list[dict] = []
             for i in range(count):
                 image, objects, picks = _scene((seed, 80, split_index, i), pool)
                 file_name = f'{split}_{i:05d}.jpg'

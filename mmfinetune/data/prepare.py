@@ -216,9 +216,8 @@ def prepare(
     src, out = Path(src), Path(out)
     workers = workers or os.cpu_count() or 1
     in_place = placing == 'in-place'
-    target = InPlace(out, src, overwrite) if in_place else None
+    target = (InPlace if in_place else Target)(out, src, overwrite)
     reader, summary, items = _open(src, format, {**options, 'progress': progress})
-    target = target or Target(out, src, overwrite)
     images = len(items)
     items = _without_duplicates(reader, items, summary)
     converter = _converter(reader, summary.classes, items, in_place, options.get('min_area') or 0)
@@ -263,7 +262,7 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
         items = reader.items()
     except OSError as error:
         hint = 'make all of the data set readable'
-        facts = dict(path=error.filename or src, reason=reason_of(error))
+        facts: dict[str, Any] = dict(path=error.filename or src, reason=reason_of(error))
         raise UserError('prepare-source-error', '{path}: {reason}', hint=hint, **facts) from error
     if not items:
         text = '{path}: no images (read as {format}: {layout})'
@@ -284,7 +283,7 @@ def _without_duplicates(reader: Reader, items: Sequence[Item], summary: Summary)
             continue
         splits = dict.fromkeys((other.split or NO_SPLIT, split))
         text = '{place}: its image is listed twice, in {splits} (also by {other})'
-        facts = dict(place=item.key, splits=' and in '.join(splits), other=other.key)
+        facts: dict[str, Any] = dict(place=item.key, splits=' and in '.join(splits), other=other.key)
         summary.problems.append(Message('prepare-image-twice', text, **facts))
         summary.left_out[item.key] = split
     return list(first.values())
@@ -308,7 +307,7 @@ def _chosen_classes(reader: Reader, wanted: Sequence[str] | None) -> list[str]:
             problems.append(Message('class-unknown', "there is no class '{name}'{near}", name=name, near=found))
     if problems:
         text, hint = '{path}: the classes do not fit the data:', 'choose from: {known}'
-        facts = dict(path=reader.root, known=', '.join(reader.classes))
+        facts: dict[str, Any] = dict(path=reader.root, known=', '.join(reader.classes))
         raise UserError('prepare-classes', text, problems, hint=hint, **facts)
     if not names:
         hint = 'name the classes with --classes'
@@ -332,7 +331,9 @@ def _require_good(summary: Summary, reader: Reader, src: Path, images: int, skip
         text = '{path}: {found}, {left_out} of {images} images unusable; nothing was written'
         hint = '{advice}; or run again with --skip-bad, which leaves these out and continues with the others'
         found = plural(len(summary.problems), 'problem')
-        facts = dict(path=src, found=found, left_out=len(summary.left_out), images=images, advice=reader.hint)
+        facts: dict[str, Any] = dict(
+            path=src, found=found, left_out=len(summary.left_out), images=images, advice=reader.hint
+        )
         raise _LongList('prepare-problems', text, summary.problems, hint=hint, **facts)
     text = '{split}: all images are unusable'
     empty = [Message('prepare-split-empty', text, split=name) for name, s in summary.splits.items() if not s.images]

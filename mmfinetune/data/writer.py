@@ -35,7 +35,8 @@ class Target:
     """
 
     def __init__(self, out: Path, source: Path, overwrite: bool) -> None:
-        self.out, self.staging, self.made = out, out / _PARTIAL, None
+        self.out, self.staging = out, out / _PARTIAL
+        self.made: Path | None = None
         self._check(Path(os.path.realpath(out)), Path(os.path.realpath(source)), overwrite)
         require_writable(out)
 
@@ -220,7 +221,7 @@ def place_images(
             target.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError as error:
             text = '{path}: cannot make a symbolic link here ({reason})'
-            facts = dict(path=target, reason=reason_of(error))
+            facts: dict[str, Any] = dict(path=target, reason=reason_of(error))
             raise UserError('target-symlink', text, hint='use --place copy', **facts) from error
         return {'referred to': len(names)}
 

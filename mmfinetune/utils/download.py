@@ -13,6 +13,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from tqdm import tqdm
 
@@ -111,7 +112,7 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
             _check_room(target.parent, int(1.1 * sum(member.size for member in members)))
             temporary = Path(tempfile.mkdtemp(prefix='.unpack_', dir=target.parent))
             # Python 3.10 and 3.11 have the filter only from their later releases on.
-            safe = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
+            safe: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
             for member in tqdm(members, desc=f'unpack {archive.name}', unit='file', disable=not progress):
                 tar.extract(member, temporary, set_attrs=False, **safe)
         temporary.joinpath(*inside).rename(target)
@@ -200,7 +201,7 @@ class _Fetch:
             # Said before the part is touched: a login page must not cost what has come so far.
             text = '{url}: expected {size:,} bytes, but the server offers {offered:,} ({type})'
             kind = response.headers.get_content_type()
-            facts = dict(url=self.url, dst=self.dst, size=self.size, offered=total, type=kind)
+            facts: dict[str, Any] = dict(url=self.url, dst=self.dst, size=self.size, offered=total, type=kind)
             raise UserError('download-size', text, hint='try a mirror, or ' + _BY_HAND, **facts)
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''

@@ -92,11 +92,11 @@ def read_pixels(path: str | Path, colours: bool = False) -> tuple[np.ndarray, st
     with _decoding(path):
         if not path.stat().st_size:
             raise Problem('image-file-empty', 'empty file (0 bytes)')
-        with Image.open(path) as image:
-            file_format = image.format or ''
+        with Image.open(path) as opened:
+            image: Image.Image = opened
             if colours and image.mode in ('P', 'PA'):
                 image = image.convert('RGBA' if image.mode == 'PA' else 'RGB')
-            return np.asarray(image), image.mode, file_format
+            return np.asarray(image), image.mode, opened.format or ''
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -108,7 +108,7 @@ def orientation_of(image: Image.Image) -> int:
     else:
         exif = image.getexif()
     found = exif.get(ExifTags.Base.Orientation)
-    return found if found in range(1, 9) else 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def has_end(file_format: str, tail: bytes) -> bool:

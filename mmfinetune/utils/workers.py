@@ -16,8 +16,9 @@ from tqdm import tqdm
 
 from mmfinetune.utils.errors import UserError
 
-Item, Result = TypeVar('Item'), TypeVar('Result')
-_work: Callable[[Any], Any] | None = None
+Item = TypeVar('Item')
+Result = TypeVar('Result')
+_work: Callable[[Any], Any]
 
 
 def _start(work: Callable[[Any], Any]) -> None:

@@ -139,7 +139,7 @@ class CocoReader(Reader):
 
     def _image_root(self, file: _File, named: Path | None) -> Path:
         """The folder in which most of a sample of a file's images are."""
-        names = [name for image in file.coco.images if is_usable(name := image.get('file_name'))]
+        names: list[str] = [name for image in file.coco.images if is_usable(name := image.get('file_name', ''))]
         sample = names[:: max(1, len(names) // _SAMPLES)][:_SAMPLES]
         folders = [named] if named else image_folders(file.path, file.split, self.root)
         hits = [sum(find_image(folder, name, self.root)[1] for name in sample) for folder in folders]
@@ -149,7 +149,7 @@ class CocoReader(Reader):
             stems = (file.path.stem.removeprefix('instances_'), file.split)
             return named or next((folder for folder in folders if folder.name in stems), self.root)
         text = '{path}: none of its images was found. Looked for {image} in'
-        facts = dict(path=shown(file.path, self.root), image=sample[0] if sample else None)
+        facts: dict[str, Any] = dict(path=shown(file.path, self.root), image=sample[0] if sample else None)
         hint = 'name their folder with --image-root'
         raise UserError('coco-images-missing', text, map(str, folders), hint=hint, **facts)
 
@@ -159,7 +159,8 @@ class CocoReader(Reader):
         for number, file in enumerate(self._files):
             own = []
             for place, image in enumerate(file.coco.images):
-                where, name = f'{shown(file.path, self.root)}: image {file.ids[place]}', image.get('file_name')
+                name: Any = image.get('file_name')
+                where = f'{shown(file.path, self.root)}: image {file.ids[place]}'
                 if not is_usable(name):
                     text = '{place}: file_name is {name}'
                     self.problems.append(Message('coco-image-name', text, place=where, name=shown_value(name)))
@@ -198,19 +199,21 @@ class CocoReader(Reader):
     def _size(self, path: Path, image: dict[str, Any]) -> tuple[int, int]:
         """Width and height of an image; raises Problem."""
         width, height = image.get('width'), image.get('height')
-        named = (_positive(width), _positive(height))
-        if None in named and (width is not None or height is not None):
-            text = 'its size is {width} x {height}'
-            raise Problem('coco-size', text, width=shown_value(width), height=shown_value(height))
+        named = None
+        if width is not None or height is not None:
+            named = _positive(width), _positive(height)
+            if 0 in named:
+                text = 'its size is {width} x {height}'
+                raise Problem('coco-size', text, width=shown_value(width), height=shown_value(height))
         if self._trust_sizes:
-            if None in named:
+            if not named:
                 raise Problem('coco-no-size', 'it has no width and height')
             return named
         try:
             size = image_size(path)
         except Problem as problem:
             raise problem.at(shown(path, self.root)) from None
-        if named not in (size, (None, None)):
+        if named and named != size:
             text, code = '{image}: is {found}, but the annotation file says {named}', 'coco-other-size'
             if named == size[::-1]:
                 text += ' (turned by its EXIF orientation, after it was annotated?)'
@@ -337,10 +340,11 @@ def _common_ids(files: Sequence[_File]) -> dict[str, int]:
     return ids
 
 
-def _positive(value: Any) -> int | None:
+def _positive(value: Any) -> int:
+    """A side of an image in pixels; 0 if it cannot be one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 < value <= _MAX_SIDE else None
+    return value if type(value) is int and 0 < value <= _MAX_SIDE else 0
 
 
 def _flat(polygon: Any) -> Any:

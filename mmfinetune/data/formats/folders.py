@@ -50,7 +50,7 @@ def without_splits(parts: Iterable[str]) -> tuple[str, ...]:
     return tuple(part for part in parts if split_of([part]) is None)
 
 
-def apart(parts: tuple[str, ...], folders: Collection[str]) -> tuple[tuple[str, ...], ...] | None:
+def apart(parts: tuple[str, ...], folders: Collection[str]) -> tuple[_Place, _Place] | None:
     """The folders before and after the first that has one of the names; None if there is none.
 
     Args:
@@ -226,7 +226,7 @@ def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Plac
     for path, (before, after) in in_folder:
         images.setdefault(before + after, {}).setdefault(path.stem, []).append(path)
     for path, parts in masks:
-        before, after = apart(parts, MASK_FOLDERS)
+        before, after = apart(parts, MASK_FOLDERS) or ((), ())
         folders = before + after
         # One of the folders may be the class; images lie where the others lead.
         tries = [(next(iter(without_splits(before)), None), folders)]

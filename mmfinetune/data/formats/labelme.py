@@ -235,8 +235,8 @@ def _candidates(path: Path, image_path: str) -> Iterator[Path]:
     suffixes += [suffix.upper() for suffix in suffixes]
     yield from (path.with_suffix(suffix) for suffix in suffixes)
     halves = apart(path.parts[:-1], _LABEL_FOLDERS)
-    for folder in sorted(IMAGE_FOLDERS) if halves else ():
-        twin = Path(*halves[0], folder, *halves[1])
+    twins = [Path(*halves[0], folder, *halves[1]) for folder in sorted(IMAGE_FOLDERS)] if halves else []
+    for twin in twins:
         if given:
             yield twin / given.name
         yield from (twin / f'{path.stem}{suffix}' for suffix in suffixes)
@@ -308,7 +308,7 @@ def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict
     if len(points) not in allowed if allowed else len(points) < 3:
         raise Problem('labelme-point-count', 'a {kind} of {count} points', kind=kind, count=len(points))
     if kind == 'circle':
-        return _disc(*flat, width, height)
+        return _disc(flat, width, height)
     if kind == 'mask':
         return _mask(shape.get('mask'), flat, width, height)
     if kind == 'rectangle' and len(points) == 2:
@@ -317,8 +317,9 @@ def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict
     return flat
 
 
-def _disc(x: float, y: float, rim_x: float, rim_y: float, width: int, height: int) -> dict:
+def _disc(points: list[float], width: int, height: int) -> dict:
     """All pixels whose centre lies in the circle, given by its centre and a point of its rim."""
+    x, y, rim_x, rim_y = points
     columns, rows = np.arange(width) + 0.5 - x, np.arange(height) + 0.5 - y
     radius2 = (rim_x - x) ** 2 + (rim_y - y) ** 2
     return mask_to_rle(rows[:, None] ** 2 + columns[None] ** 2 <= radius2)
@@ -359,9 +360,10 @@ def _mask(text: Any, corners: list[float], width: int, height: int) -> dict:
 
 def _join(parts: list[list[float] | dict], width: int, height: int) -> list[list[float]] | dict:
     """One segmentation of all parts: polygons as they are, else the union of the pixels."""
-    if not any(isinstance(part, dict) for part in parts):
-        return parts
-    if len(parts) == 1:
-        return parts[0]
-    rles = [to_rle(part if isinstance(part, dict) else [part], height, width) for part in parts]
-    return as_json(mask_api.merge(rles))
+    masks = [part for part in parts if isinstance(part, dict)]
+    polygons = [part for part in parts if isinstance(part, list)]
+    if not masks:
+        return polygons
+    if polygons:
+        masks.append(to_rle(polygons, height, width))
+    return as_json(mask_api.merge(masks)) if len(masks) > 1 else masks[0]

@@ -127,7 +127,7 @@ class MaskPngReader(_MaskReader):
         layout = numbered_layout(root)
         if not layout.masks:
             text = '{path}: no image with a mask: {images} in images/ (or {image_folders}), {masks} in masks/ (or {mask_folders})'
-            facts = dict(
+            facts: dict[str, Any] = dict(
                 images=len(layout.images),
                 masks=len(layout.orphans),
                 image_folders=', '.join(sorted(IMAGE_FOLDERS - {'images'})),
@@ -184,14 +184,13 @@ class MaskPngReader(_MaskReader):
         """Object numbers (height, width), void taken out."""
         numbers, mode = _load(path)
         require_size(numbers, record, self.root)
-        void, given = self._void, self._void is not None
-        if not given and mode == 'P':
+        void = self._void
+        if void is None and mode == 'P':
             void = VOID
-        elif given and mode in ('RGB', 'RGBA') and void >= 0:
+        elif void is not None and mode in ('RGB', 'RGBA') and void >= 0:
             void *= 0x10101
-        is_void = numbers == void if void is not None else np.zeros(numbers.shape, bool)
         if (
-            not given
+            void is None
             and mode == 'L'
             and (numbers == VOID).any()
             and not (numbers == VOID - 1).any()
@@ -199,7 +198,7 @@ class MaskPngReader(_MaskReader):
         ):
             text = '{place}: value {void} treated as an object; if it is void, use --void {void}'
             record.notes.append(Message('masks-maybe-void', text, place=name, void=VOID))
-        return np.where(is_void, 0, numbers)
+        return numbers if void is None else np.where(numbers == void, 0, numbers)
 
     def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None, record: Record) -> list[str]:
         """The class of each object; empty names after a problem."""
@@ -275,11 +274,11 @@ class BinaryMasksReader(_MaskReader):
                 'put name.png next to name.jpg in a folder that has the name of the class, or '
                 'masks/CLASS/name.png next to images/name.jpg'
             )
-            facts = dict(images=len(layout.images), masks=len(layout.orphans))
+            facts: dict[str, Any] = dict(images=len(layout.images), masks=len(layout.orphans))
             raise UserError('masks-binary-none', text, hint=hint, path=root, **facts)
         found, listed = layout.class_names(), find_class_list(root)
         unknown = [name for name in found if listed and name not in listed[1]]
-        if unknown:
+        if listed and unknown:
             text = '{path}: it lacks classes that folders or names of masks have'
             hint = 'add them, or rename the folders or files'
             raise UserError('masks-unlisted', text, unknown, hint=hint, path=listed[0])
@@ -325,7 +324,7 @@ class BinaryMasksReader(_MaskReader):
                 facts = dict(left_out=len(small), count=count, least=self._min_area, largest=int(small.max()))
                 record.notes.append(Message('masks-small', text, place=name, **facts))
             record.instances += [
-                Instance(label, rle, place=f'{name}, part {part}')
+                Instance(label or '', rle, place=f'{name}, part {part}')
                 for part, rle in zip(kept, masks_to_rles(parts, kept), strict=True)
             ]
 

@@ -134,7 +134,7 @@ class VocReader(Reader):
         listed = []
         # Boxes and <size> are not read: the mask and the image say both more exactly.
         for number, entry in enumerate(root.findall('object'), start=1):
-            values = {'name': (entry.findtext('name') or '').strip()}
+            values: dict[str, Any] = {'name': (entry.findtext('name') or '').strip()}
             for key in ('difficult', 'truncated'):
                 value = (entry.findtext(key) or '').strip() or '0'
                 if value not in ('0', '1'):

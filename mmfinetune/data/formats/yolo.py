@@ -92,7 +92,7 @@ class YoloReader(Reader):
         if not there:
             text = '{path}: no label file for any of its {count} images; {image} should have {label}'
             first = shown(images[0], self.root), shown(labels[images[0]], self.root)
-            facts = dict(path=self.root, count=len(images), image=first[0], label=first[1])
+            facts: dict[str, Any] = dict(path=self.root, count=len(images), image=first[0], label=first[1])
             raise UserError('yolo-no-labels', text, hint=_HINT, **facts)
         background = sum(label not in there for label in labels.values())
         if background:
