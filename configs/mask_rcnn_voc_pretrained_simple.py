@@ -292,7 +292,6 @@ default_hooks = dict(
     results=dict(type='ResultsHook'),  # results.csv, summary.md, curves.png and their like
     # Ground truth next to prediction for the first images of the test split.
     visualization=dict(type='TestPicturesHook', num_images=8),
-    weights=dict(type='WeightTransferHook'),
 )
 custom_hooks = []  # your own; `default_hooks = dict(results=None)` in a config leaves one of the above out
 

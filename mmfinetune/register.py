@@ -5,7 +5,7 @@ from mmfinetune.models import ops
 # Before anything imports mmcv.ops.
 ops.install()
 
-from mmfinetune.engine import loss_loops, metrics, optim, train_loop, transforms, vis_backends  # noqa: E402, F401
+from mmfinetune.engine import loss_loops, metrics, optim, runner, train_loop, transforms, vis_backends  # noqa: E402, F401
 from mmfinetune.engine.hooks import (  # noqa: E402, F401
     checkpoint,
     divergence,
@@ -15,5 +15,4 @@ from mmfinetune.engine.hooks import (  # noqa: E402, F401
     results,
     stop,
     tensorboard,
-    weights,
 )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.apis import run_data, testing
+from mmfinetune.apis import run_data, run_weights, testing
 from mmfinetune.apis.inference import as_array, model_files
 from mmfinetune.config import load, paths, views
 from mmfinetune.data import coco_json
@@ -248,7 +248,8 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints what it loads
     ):
         cfg.work_dir = folder
-        runner = testing.test_runner(cfg, weights)
+        runner = testing.test_runner(cfg, run_weights.checkpoint_of(cfg, weights))
+        runner.load_or_resume()
         model, loop = runner.model.eval(), runner.test_loop
         with torch.no_grad(), autocast(enabled=loop.fp16):
             for batch in tqdm(loop.dataloader, desc='model', unit='batch', disable=None):

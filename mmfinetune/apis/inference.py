@@ -12,13 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from mmfinetune.apis import run_weights
 from mmfinetune.config import load, paths, views
 from mmfinetune.data import coco_json
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.text import near
-from mmfinetune.weights import check as weights_check
 from mmfinetune.weights import class_map, work_dir
-from mmfinetune.weights.transfer import transfer
 
 if TYPE_CHECKING:
     import torch
@@ -98,9 +97,8 @@ class Predictor:
         self.score_thr, self.max_per_image, self.proposals = score_thr, max_per_image, proposals
         paths.check_heads(cfg)
         # Before the model is built for good, for a message that tells all that does not fit.
-        check = weights_check.check(cfg, Path(checkpoint), {})
-        check.require_good()
-        self.classes = _common_classes(views.class_names(cfg), check.source.classes, check.path)
+        weights = run_weights.checkpoint_of(cfg, Path(checkpoint))
+        self.classes = _common_classes(views.class_names(cfg), weights.source.classes, weights.source.path)
         self._kept = _labels_of(classes, self.classes)
         self.category_ids, self.image_ids = _known_ids(cfg, self.classes)
         _set_limits(cfg.model, score_thr, max_per_image)
@@ -112,7 +110,7 @@ class Predictor:
                 hint='leave out --proposals',
                 model=cfg.model.type,
             )
-        transfer(model, check.path)
+        weights.apply(model)
         self.model = revert_sync_batchnorm(model).to(self.device).eval()
         loader, steps = _pipeline(cfg)
         self._loader, self._steps = TRANSFORMS.build(loader), Compose(steps)

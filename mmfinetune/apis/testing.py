@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from mmfinetune.utils.dist import bare_model
-from mmfinetune.weights import check, transfer
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
 
+    from mmfinetune.weights.check import WeightCheck
 
-def test_runner(cfg: Config, file: Path) -> Runner:
-    """A runner for the test alone, the model loaded in full from a checkpoint."""
-    # Before the Runner, which begins with a log file.
-    check.check(cfg, file, {}).require_good()
-    runner = bare_runner(cfg, None)
-    model = bare_model(runner)
-    transfer.transfer(model, file)
-    return runner
+_OF_TRAINING = (
+    'train_dataloader',
+    'train_cfg',
+    'optim_wrapper',
+    'param_scheduler',
+    'val_dataloader',
+    'val_cfg',
+    'val_evaluator',
+    'auto_scale_lr',
+)
 
 
-def bare_runner(cfg: Config, recipe: Any) -> Runner:
-    """A runner without training and validation."""
-    from mmengine.runner import Runner
+def test_runner(cfg: Config, weights: WeightCheck) -> Runner:
+    """A runner without training and validation, its model with the given weights.
 
+    Args:
+        cfg: Changed in place.
+        weights: A checkpoint, or what training would start from.
+
+    Raises:
+        UserError: The weights do not fit; there is no log file then.
+    """
+    from mmfinetune.engine.runner import FineTuningRunner
+
+    weights.require_good()
     cfg.resume, cfg.load_from = False, None
-    cfg.weights = recipe
-    for key in (
-        'train_dataloader',
-        'train_cfg',
-        'optim_wrapper',
-        'param_scheduler',
-        'val_dataloader',
-        'val_cfg',
-        'val_evaluator',
-        'auto_scale_lr',
-    ):
+    for key in _OF_TRAINING:
         cfg.pop(key, None)
-    return Runner.from_cfg(cfg)
+    runner = FineTuningRunner.from_cfg(cfg)
+    runner.start = weights
+    return runner

@@ -13,8 +13,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.apis import run_data
-from mmfinetune.apis.testing import bare_runner, test_runner
+from mmfinetune.apis import run_data, run_weights
+from mmfinetune.apis.testing import test_runner
 from mmfinetune.config import load, lr, paths, views
 from mmfinetune.config.options import AUTO, LOG_DIR, Options, apply
 from mmfinetune.data.preflight import Split
@@ -24,13 +24,14 @@ from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_json
-from mmfinetune.weights import check as weights_check
 from mmfinetune.weights import find
 from mmfinetune.weights import work_dir as weights_work_dir
 
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
+
+    from mmfinetune.weights.check import WeightCheck
 
 
 def check_early(options: Options) -> None:
@@ -96,8 +97,9 @@ def run(options: Options) -> int:
     apply(cfg, options, world)
     paths.redirect_annotations(cfg)
     paths.check_heads(cfg)
+    start = None
     if options.check_weights:
-        _check_weights(cfg, options.json)
+        start = _check_weights(cfg, options.json)
         if not (options.train or options.test):
             return 0
     if do_train or do_test:
@@ -117,7 +119,7 @@ def run(options: Options) -> int:
     # Done here, since Runner.scale_lr leaves out the accumulation.
     cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=False)
     if do_train:
-        runner = _train(cfg)
+        runner = _train(cfg, start)
         if do_test:
             best = weights_work_dir.best_checkpoint(Path(cfg.work_dir))
             say(f'Testing {best}')
@@ -128,7 +130,7 @@ def run(options: Options) -> int:
     else:
         chosen = options.checkpoint or options.weights
         file = Path(chosen) if chosen else weights_work_dir.best_checkpoint(Path(cfg.work_dir))
-        _test(test_runner(cfg, file), file)
+        _test(test_runner(cfg, run_weights.checkpoint_of(cfg, file)), file)
     work_dir = cfg.work_dir
     say(
         f'Results: {work_dir}'
@@ -201,23 +203,24 @@ def _move_earlier_run(work_dir: Path) -> None:
         say(f'{work_dir} held an earlier run: it is now in {target}. To go on with a run instead, pass --resume.')
 
 
-def _train(cfg: Config) -> Runner:
+def _train(cfg: Config, start: WeightCheck | None) -> Runner:
     from mmengine.dist import barrier
-    from mmengine.runner import Runner
 
     from mmfinetune.engine.hooks.stop import stoppable
+    from mmfinetune.engine.runner import FineTuningRunner
 
     # What cannot start must not leave logs, nor move an earlier run out of its way.
     if cfg.resume:
-        weights_check.check(cfg, Path(cfg.load_from), {}).require_good()
+        run_weights.checkpoint_of(cfg, Path(cfg.load_from))
     else:
         if cfg.get('weights'):
-            check = weights_check.check(cfg)
-            check.require_good()
-            cfg.weights.checkpoint = str(check.path)
+            start = start or run_weights.start_of(cfg)
+            start.require_good()
+            cfg.weights.checkpoint = str(start.source.path)
         rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
     barrier()
-    runner = Runner.from_cfg(cfg)
+    runner = FineTuningRunner.from_cfg(cfg)
+    runner.start = start
     try:
         with stoppable(runner):
             runner.train()
@@ -274,16 +277,14 @@ def _explained(error: Exception, cfg: Config) -> Exception:
 
 
 def _test_untrained(cfg: Config) -> None:
-    """Test the model as training would start from it; WeightTransferHook brings the weights."""
-    check = weights_check.check(cfg)
-    check.require_good()
-    if check.class_map is not None:
-        say('\n'.join(check.class_map.lines()))
-    cfg.weights.checkpoint = str(check.path)
-    _test(bare_runner(cfg, cfg.weights), check.path, ZERO_SHOT)
+    """Test the model as training would start from it."""
+    start = run_weights.start_of(cfg)
+    if start.plan.class_map is not None:
+        say('\n'.join(start.plan.class_map.lines()))
+    _test(test_runner(cfg, start), start.source.path, ZERO_SHOT)
 
 
-def _check_weights(cfg: Config, as_json: bool) -> None:
+def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
     """Print where each part of the model comes from.
 
     Raises:
@@ -291,13 +292,16 @@ def _check_weights(cfg: Config, as_json: bool) -> None:
     """
     if not cfg.get('weights'):
         raise UserError(
-            'This config starts from random weights: there is nothing to check', cure='use a config with `weights`'
+            'check-weights-none',
+            'This config starts from random weights: there is nothing to check',
+            hint='use a config with `weights`',
         )
-    check = weights_check.check(cfg)
-    say(json.dumps(check.as_dict(), indent=1) if as_json else check.text())
-    check.require_good()
+    start = run_weights.start_of(cfg)
+    say(json.dumps(start.as_dict(), indent=1) if as_json else start.text())
+    start.require_good()
     if not as_json:
-        say('Verdict: good to train on.')
+        say('OK: these weights can be used for training.')
+    return start
 
 
 def _test(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, float]:

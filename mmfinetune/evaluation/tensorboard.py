@@ -113,8 +113,15 @@ def tag_of(name: str, stage: str = '') -> str:
     return f'train/{name}' if stage == 'train' and not rest else name
 
 
-def hparams_of(cfg: Config, world_size: int, seed: int) -> dict[str, float | str]:
-    """What distinguishes this run from others in the HParams tab."""
+def hparams_of(cfg: Config, world_size: int, seed: int, weights: Mapping | None = None) -> dict[str, float | str]:
+    """What distinguishes this run from others in the HParams tab.
+
+    Args:
+        cfg: Config of the run.
+        world_size: Number of processes.
+        seed: Seed of the run.
+        weights: Facts on the weights that it started from: ``file`` and ``sha256``.
+    """
     wrapper = cfg.optim_wrapper
     recipe = cfg.get('weights') or {}
     values = {
@@ -127,7 +134,8 @@ def hparams_of(cfg: Config, world_size: int, seed: int) -> dict[str, float | str
         'iterations': cfg.train_cfg.get('max_iters'),
         'seed': seed,
         'head_init': recipe.get('head_init') or 'reinit' if recipe else 'none',
-        'weights': Path(recipe.get('checkpoint') or '').name or 'none',
+        'weights': Path((weights or {}).get('file') or recipe.get('checkpoint') or '').name or 'none',
+        'weights_sha256': weights['sha256'][:8] if weights else None,
     }
     return {name: value for name, value in values.items() if value is not None}
 

@@ -1,213 +1,230 @@
-"""The config's ``weights``: get them, hold them against the model, report on each part."""
+"""A weights file compared with a model: the plan, style and normalisation, as a report."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-from mmfinetune.config import views
-from mmfinetune.weights import find as weights_find
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.weights import transfer
-from mmfinetune.weights.class_map import ClassMap
-from mmfinetune.weights.find import find
-from mmfinetune.weights.source import Source
-from mmfinetune.weights.sources import read_source
+from mmfinetune.weights.source import Source, numbers
 
 if TYPE_CHECKING:
     import torch
-    from mmengine.config import Config
+    from torch import nn
 
-_COLUMNS = ('tensors', 'parameters', 'loaded', 'remapped', 're-init', 'kept', 'missing', 'unexpected')
+# Columns of the report, and the fates that count in them.
+_COLUMNS = {
+    'loaded': 'loaded',
+    'remapped': 'remapped',
+    're-init': 'reinit',
+    'untouched': 'untouched',
+    'missing': 'missing',
+}
+_FIT = (
+    'use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set num_classes of bbox_head and '
+    'mask_head to that of the weights, or name the heads to re-initialize in `weights.reinit`'
+)
 
 
 @dataclass
 class WeightCheck:
-    """A weights file held against a model.
+    """A weights file compared with a model.
 
     Attributes:
-        path: The file.
-        hash_verdict: What its name says of its content, as a phrase.
-        source: What it holds.
+        source: What the file holds.
         plan: What becomes of each tensor.
-        class_map: Where each class comes from, if heads are remapped.
         target: The model's tensors.
-        problems: Why it should not be trained on, one line each; empty if it may.
-        into: Module of the model that the file is for; '' for all of it.
+        problems: Why it should not be trained on; empty if it may.
     """
 
-    path: Path
-    hash_verdict: str
     source: Source
-    plan: transfer.TransferReport
-    class_map: ClassMap | None
+    plan: transfer.Plan
     target: Mapping[str, torch.Tensor]
-    problems: list[str] = field(default_factory=list)
-    into: str = ''
+    problems: list[Message]
 
-    def rows(self) -> list[dict]:
-        """One dict a module: numbers of tensors by what becomes of them, and the largest |w|."""
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict for each module: how many tensors have which fate, and the largest |w| in the file."""
+        rows: dict[str, dict[str, Any]] = {}
 
-        def module(key: str) -> str:
+        def row_of(key: str) -> dict[str, Any]:
             parts = key.split('.')
-            return '.'.join(parts[: 3 if parts[0] == 'roi_head' else 1])
+            name = '.'.join(parts[: 3 if parts[0] == 'roi_head' else 1])
+            empty = {'tensors': 0, 'parameters': 0, **dict.fromkeys(_COLUMNS, 0), 'unexpected': 0, 'max_abs': math.nan}
+            return rows.setdefault(name, {'module': name, **empty})
 
-        chosen = {
-            'loaded': set(self.plan.loaded),
-            'remapped': set(self.plan.remapped),
-            're-init': set(self.plan.reinit),
-            'kept': set(self.plan.kept),
-            'missing': {*self.plan.missing, *self.plan.mismatched},
+        columns = {fate: column for column, fate in _COLUMNS.items()} | {transfer.MISMATCHED: 'missing'}
+        for key, tensor in self.target.items():
+            row = row_of(key)
+            row['tensors'] += 1
+            row['parameters'] += tensor.numel()
+            row[columns[self.plan.fates[key]]] += 1
+            theirs = self.source.tensors.get(self.plan.source_key(key))
+            if theirs is not None and theirs.is_floating_point() and theirs.numel():
+                # In this order max() drops the NaN of a row without any.
+                row['max_abs'] = max(float(theirs.abs().max()), row['max_abs'])
+        for key in self.plan.unexpected:
+            row_of(key)['unexpected'] += 1
+        return list(rows.values())
+
+    def summary(self) -> str:
+        """One line: how many tensors have which fate."""
+        plan, counts = self.plan, self.facts()
+        modules = dict.fromkeys(key.rpartition('.')[0] for key in plan.keys(transfer.REINIT))
+        return (
+            f'{self.source.path}: {counts["loaded"]} tensors loaded, {counts["remapped"]} remapped, '
+            f'{counts["reinit"]} re-initialized ({", ".join(modules) or "none"}), {counts["untouched"]} untouched, '
+            f'{len(plan.dropped) + len(plan.ignored)} of the file unused'
+        )
+
+    def facts(self) -> dict[str, Any]:
+        """What the records of a run keep: file, SHA-256, and the number of tensors by fate."""
+        fates = list(self.plan.fates.values())
+        return {
+            'file': str(self.source.path),
+            'sha256': self.source.sha256,
+            **{fate: fates.count(fate) for fate in _COLUMNS.values()},
         }
-        rows = []
-        for name in dict.fromkeys(map(module, [*self.target, *self.plan.unexpected])):
-            keys = [k for k in self.target if module(k) == name]
-            strip = len(self.into) + 1 if self.into else 0
-            values = [
-                v for k in keys if (v := self.source.tensors.get(k[strip:])) is not None and v.is_floating_point()
-            ]
-            rows.append(
-                {
-                    'module': name,
-                    'tensors': len(keys),
-                    'parameters': sum(self.target[k].numel() for k in keys),
-                    **{kind: sum(k in group for k in keys) for kind, group in chosen.items()},
-                    'unexpected': sum(module(k) == name for k in self.plan.unexpected),
-                    'max_abs': max((float(v.abs().max()) for v in values if v.numel()), default=math.nan),
-                }
-            )
-        return rows
 
     def text(self) -> str:
         """The report for people."""
-        source = self.source
+        source, plan = self.source, self.plan
         lines = [
-            f'{self.path}: {self.path.stat().st_size / 1e6:.1f} MB, {len(source.tensors)} tensors, {self.hash_verdict}',
-            f'origin: {source.kind}; style: {source.style or "not told"}; normalisation: {_statistics(source)}',
+            f'{source.path}: {source.path.stat().st_size / 1e6:.1f} MB, {len(source.tensors)} tensors, '
+            f'{source.hash_verdict}',
+            f'origin: {source.origin}; style: {source.style or "unknown"}; normalisation: {source.normalisation}',
+            *(f'note: {note}' for note in source.notes),
         ]
-        lines += [f'note: {note}' for note in source.notes]
-        lines.append(f'{"module":32}' + ''.join(f'{c:>11}' for c in _COLUMNS) + f'{"max |w|":>11}')
+        columns = ('tensors', 'parameters', *_COLUMNS, 'unexpected')
+        lines.append(f'{"module":32}' + ''.join(f'{c:>11}' for c in columns) + f'{"max |w|":>11}')
         for row in self.rows():
             lines.append(
-                f'{row["module"]:32}' + ''.join(f'{row[c]:>11,}' for c in _COLUMNS) + f'{row["max_abs"]:>11.4g}'
+                f'{row["module"]:32}' + ''.join(f'{row[c]:>11,}' for c in columns) + f'{row["max_abs"]:>11.4g}'
             )
-        if self.class_map is not None:
-            lines += ['classes:', *(f'  {line}' for line in self.class_map.lines())]
+        if plan.class_map is not None:
+            lines += ['classes:', *(f'  {line}' for line in plan.class_map.lines())]
         for label, keys in (
-            ('drawn anew', self.plan.reinit),
-            ('left over in the file', self.plan.dropped + self.plan.ignored),
-            ('in the file, without a place in the model', self.plan.unexpected),
+            ('re-initialized', plan.keys(transfer.REINIT)),
+            ('unused tensors in the file', plan.dropped + plan.ignored),
+            ('in the file, without a place in the model', plan.unexpected),
         ):
             if keys:
                 lines.append(f'{label}: {", ".join(keys)}')
         return '\n'.join(lines)
 
-    def as_dict(self) -> dict:
+    def as_dict(self) -> dict[str, Any]:
         """The report for machines."""
         plan, source = self.plan, self.source
+        fates = (*_COLUMNS.values(), transfer.MISMATCHED)
         return {
-            'path': str(self.path),
-            'hash': self.hash_verdict,
-            'origin': source.kind,
+            'path': str(source.path),
+            'sha256': source.sha256,
+            'hash': source.hash_verdict,
+            'origin': source.origin,
             'style': source.style,
             'mean': source.mean,
             'std': source.std,
             'rgb': source.rgb,
-            'notes': source.notes,
+            'notes': list(map(str, source.notes)),
             'modules': [
                 {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
                 for row in self.rows()
             ],
-            'classes': None
-            if self.class_map is None
-            else {
-                name: None if i is None else self.class_map.sources[i]
-                for name, i in zip(self.class_map.targets, self.class_map.indices, strict=True)
-            },
-            'loaded': plan.loaded,
-            'remapped': plan.remapped,
-            'reinit': plan.reinit,
-            'kept': plan.kept,
-            'missing': plan.missing,
-            'mismatched': plan.mismatched,
+            'classes': None if plan.class_map is None else plan.class_map.as_dict(),
+            **{fate: plan.keys(fate) for fate in fates},
             'unexpected': plan.unexpected,
-            'left_over': plan.dropped + plan.ignored,
-            'problems': self.problems,
+            'unused': plan.dropped + plan.ignored,
+            'problems': list(map(str, self.problems)),
             'good_to_train': not self.problems,
         }
 
     def require_good(self) -> None:
         """Raise a UserError that lists why the weights should not be used, if anything does."""
-        transfer.check_transfer(self.plan, self.path, self.problems)
+        if self.problems:
+            raise UserError(
+                'weights-do-not-fit',
+                '{path} does not fit the model (tensors that fit: {fitting}, problems: {count}):',
+                problems=self.problems,
+                hint=_FIT,
+                path=self.source.path,
+                fitting=len(self.plan.keys(transfer.LOADED)),
+                count=len(self.problems),
+            )
+
+    def apply(self, model: nn.Module, seed: int = 0) -> None:
+        """Give a model its initial state, see :func:`transfer.initial_state`; its parameters stay the same objects."""
+        import torch
+
+        target = model.state_dict()
+        with torch.no_grad():
+            for key, tensor in transfer.initial_state(self.plan, target, self.source, seed).items():
+                target[key].copy_(tensor)
 
 
-def _statistics(source: Source) -> str:
-    if source.mean is None:
-        return 'not told'
-    order = {True: 'RGB', False: 'BGR', None: 'order not told'}[source.rgb]
-    return f'{order}, mean {_numbers(source.mean)}, std {_numbers(source.std or ())}'
-
-
-def _numbers(values: Sequence[float]) -> str:
-    return '(' + ', '.join(f'{v:g}' for v in values) + ')'
-
-
-def check(cfg: Config, path: Path | None = None, recipe: Mapping | None = None) -> WeightCheck:
-    """Hold a weights file against the config's model.
+def compare(model_cfg: Mapping, source: Source, weights_cfg: Mapping, classes: Sequence[str] = ()) -> WeightCheck:
+    """Compare a weights file with a config's model.
 
     Args:
-        cfg: Resolved config.
-        path: The file; the config's own by default.
-        recipe: What to do with it; the config's ``weights`` by default, {} to load all of it.
+        model_cfg: ``model`` of a resolved config; MMEngine's default scope must be set.
+        source: What the file holds.
+        weights_cfg: ``weights`` of the config; {} to load the whole model.
+        classes: Classes of the data in label order.
 
     Raises:
-        UserError: The file cannot be had or read, or the recipe is wrong.
+        UserError: ``weights`` itself is wrong.
     """
     from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
 
-    if path is None:
-        path = find(cfg)
-    recipe = dict(cfg.weights if recipe is None else recipe)
-    verdict = weights_find.verify_file(path)
-    source = read_source(path, any_model=True)
-    init_default_scope(cfg.get('default_scope', 'mmdet'))
     # A copy, since mmdet's detectors write into the config they are built from.
-    target = MODELS.build(copy.deepcopy(cfg.model)).state_dict()
-    plan, class_map = transfer.plan(target, source, recipe, views.class_names(cfg))
-    problems = plan.problems + _input_problems(cfg, source)
-    if plan.problems and source.kind == 'other':
+    target = MODELS.build(copy.deepcopy(model_cfg)).state_dict()
+    plan = transfer.plan_transfer(target, source, weights_cfg, classes)
+    problems = plan.problems + _input_problems(model_cfg, source)
+    if plan.problems and source.origin == 'other':
         # What the file seems to be explains all the others.
         problems.insert(0, source.notes[0])
-    return WeightCheck(path, verdict, source, plan, class_map, target, problems, recipe.get('into') or '')
+    return WeightCheck(source, plan, target, problems)
 
 
-def _input_problems(cfg: Config, source: Source) -> list[str]:
+def _input_problems(model_cfg: Mapping, source: Source) -> list[Message]:
     """Style and normalisation, which shapes do not show."""
     problems = []
-    style = cfg.model.get('backbone', {}).get('style', 'pytorch')
+    style = (model_cfg.get('backbone') or {}).get('style', 'pytorch')
     if source.style and source.style != style:
         problems.append(
-            f'the weights are {source.style}-style, model.backbone.style is {style}: '
-            f'the strides lie in other layers; set model.backbone.style={source.style}'
+            Message(
+                'weights-style',
+                'the weights are {file}-style, model.backbone.style is {model}: the strides are in other layers; '
+                'set model.backbone.style={file}',
+                file=source.style,
+                model=style,
+            )
         )
-    ours = cfg.model.get('data_preprocessor') or {}
+    ours = model_cfg.get('data_preprocessor') or {}
     if source.rgb is not None and bool(ours.get('bgr_to_rgb')) != source.rgb:
         problems.append(
-            f'the weights want {"RGB" if source.rgb else "BGR"} images, '
-            f'model.data_preprocessor.bgr_to_rgb is {ours.get("bgr_to_rgb")}; set it '
-            f'to {source.rgb}'
+            Message(
+                'weights-channels',
+                'the weights need {order} images, model.data_preprocessor.bgr_to_rgb is {model}; set it to {file}',
+                order='RGB' if source.rgb else 'BGR',
+                model=ours.get('bgr_to_rgb'),
+                file=source.rgb,
+            )
         )
-    for name in ('mean', 'std'):
-        theirs = getattr(source, name)
-        if theirs is not None and not all(
+    for name, theirs in (('mean', source.mean), ('std', source.std)):
+        same = theirs is None or all(
             math.isclose(a, b, abs_tol=0.02) for a, b in zip(theirs, ours.get(name) or (), strict=False)
-        ):
+        )
+        if not same:
             problems.append(
-                f'the weights want {name} {_numbers(theirs)}, '
-                f'model.data_preprocessor.{name} is {ours.get(name)}; set it to theirs'
+                Message(
+                    'weights-statistics',
+                    'the weights need {name} {file}, model.data_preprocessor.{name} is {model}; set it to theirs',
+                    name=name,
+                    file=numbers(theirs),
+                    model=ours.get(name),
+                )
             )
     return problems

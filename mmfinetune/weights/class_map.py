@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.text import near
 
-# Names that data sets give to COCO's classes, beside other spellings (case, spaces, `_`, `-`),
-# which need no entry: VOC, Open Images, Objects365, Cityscapes and BDD100K.
+# Names that data sets give to COCO's classes. Other spellings (case, spaces, `_`, `-`) need no
+# entry. From VOC, Open Images, Objects365, Cityscapes and BDD100K.
 SYNONYMS = {
     'aeroplane': 'airplane',
     'plane': 'airplane',
@@ -57,34 +57,33 @@ class ClassMap:
     sources: tuple[str, ...]
     indices: tuple[int | None, ...]
 
-    def rows(self, target: int, source: int) -> list[tuple[int, int]]:
-        """Pairs of rows (target, source) of a head's tensor.
+    def rows(self, target: int, source: int) -> list[tuple[int, int]] | None:
+        """Pairs of rows (target, source) of a head's tensor; None if the numbers are of different kinds.
 
         Args:
             target: Number of rows in the model: C (masks), C + 1 (classes, background last) or
                 4 C (box deltas of each class).
             source: Number of rows in the weights, of the same kind.
-
-        Raises:
-            ValueError: The numbers are of different kinds.
         """
         ours, theirs = len(self.targets), len(self.sources)
         for per, background in ((1, 1), (4, 0), (1, 0)):
             if target == per * ours + background:
                 if source != per * theirs + background:
-                    break
+                    return None
                 pairs = [
                     (per * t + k, per * s + k) for t, s in enumerate(self.indices) if s is not None for k in range(per)
                 ]
                 return pairs + ([(target - 1, source - 1)] if background else [])
-        raise ValueError(f'{target} rows for {ours} classes do not go with {source} for {theirs}')
+        return None
+
+    def as_dict(self) -> dict[str, str | None]:
+        """The class of the weights for each class of the data; None where there is none."""
+        sources = [None if i is None else self.sources[i] for i in self.indices]
+        return dict(zip(self.targets, sources, strict=True))
 
     def lines(self) -> list[str]:
         """``aeroplane <- airplane`` for each class."""
-        return [
-            f'{name} <- {"(drawn anew)" if i is None else self.sources[i]}'
-            for name, i in zip(self.targets, self.indices, strict=True)
-        ]
+        return [f'{name} <- {source or "(re-initialized)"}' for name, source in self.as_dict().items()]
 
 
 def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mapping[str, str] | None = None) -> ClassMap:
@@ -99,21 +98,32 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
         aliases: ``{class of the data: class of the weights or None}``.
 
     Raises:
-        UserError: An alias names a class that is not there.
+        UserError: An alias names an unknown class.
     """
     aliases = dict(aliases or {})
     by_name = {_plain(name): i for i, name in enumerate(sources)}
-    problems = [f'{a!r} is no class of the data' + _near(a, targets) for a in aliases if a not in targets]
+    problems = [
+        Message('alias-class', '{alias!r} is not a class of the data{near}', alias=name, near=near(name, targets, '; ', 0.5))
+        for name in aliases
+        if name not in targets
+    ]
     problems += [
-        f'{b!r}, the source of {a!r}, is no class of the weights' + _near(b, sources)
-        for a, b in aliases.items()
-        if b is not None and _plain(b) not in by_name
+        Message(
+            'alias-source',
+            '{source!r}, the source of {alias!r}, is not a class of the weights{near}',
+            source=source,
+            alias=name,
+            near=near(source, sources, '; ', 0.5),
+        )
+        for name, source in aliases.items()
+        if source is not None and _plain(source) not in by_name
     ]
     if problems:
         raise UserError(
-            'weights.aliases names classes that are not there:',
-            problems,
-            'write {class of the data: class of the weights}',
+            'weights-aliases',
+            'weights.aliases names unknown classes:',
+            problems=problems,
+            hint="write aliases={'class of the data': 'class of the weights'}",
         )
 
     def find(name: str) -> int | None:
@@ -130,8 +140,3 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
         return None
 
     return ClassMap(tuple(targets), tuple(sources), tuple(find(name) for name in targets))
-
-
-def _near(name: str, names: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, names, 1, 0.5)
-    return f'; did you mean {near[0]!r}?' if near else ''

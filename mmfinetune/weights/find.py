@@ -1,55 +1,71 @@
-"""Find, verify, read and publish weights files. Only tensor data is ever unpickled."""
+"""Find a weights file: where the config says, in the usual caches, or by download."""
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mmfinetune.utils import files
 from mmfinetune.utils.dist import rank0_first
 from mmfinetune.utils.download import download
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import hash_in_name, looks_like, sha256_of
-from mmfinetune.weights import find as weights_find
-
-if TYPE_CHECKING:
-    from mmengine.config import Config
 
 PRETRAIN_DIR = Path('pretrain')
+REPLACE = 'delete it and run again to download it again, or pass another file with --weights'
+
+
+@functools.cache
+def _sha256(path: Path, _size: int, _changed: int) -> str:
+    # A command verifies a file where it finds it and again where it reads it: one hash serves both.
+    return sha256_of(path)
 
 
 def verify_file(path: Path) -> str:
-    """Check that a file is there, not empty, and as its name says.
+    """Check that a file exists, is not empty, and has the hash in its name, if there is one.
 
     Returns:
-        The verdict as a phrase.
+        Its SHA-256, 64 hexadecimal digits.
 
     Raises:
-        UserError: Missing, a folder, empty, a text file, or another hash than the name's.
+        UserError: Missing, a directory, empty, a text file, or of another hash than its name says.
     """
-    cure = 'delete it and run again to fetch it anew, or pass another file with --weights'
     if path.is_dir():
-        raise UserError(f'{path} is a folder, not a weights file', cure='pass the .pth file in it with --weights')
+        raise UserError(
+            'weights-directory',
+            '{path} is a directory, not a weights file',
+            hint='pass the .pth file in it with --weights',
+            path=path,
+        )
     if not path.is_file():
         raise UserError(
-            f'There is no weights file {path}', cure='check the path, or drop --weights to use the one in the config'
+            'weights-missing',
+            'There is no weights file {path}',
+            hint='check the path, or drop --weights to use the file in the config',
+            path=path,
         )
-    if path.stat().st_size == 0:
-        raise UserError(f'{path} is empty', cure=cure)
+    status = path.stat()
+    if status.st_size == 0:
+        raise UserError('weights-empty', '{path} is empty', hint=REPLACE, path=path)
     kind = looks_like(path)
     if kind:
-        raise UserError(f'{path} is not a weights file: it looks like {kind}', cure=cure)
-    prefix = hash_in_name(path)
-    if prefix is None:
-        return 'no hash in the file name to check against'
-    digest = sha256_of(path)
-    if not digest.startswith(prefix):
         raise UserError(
-            f'{path} is damaged: its SHA-256 begins with {digest[: len(prefix)]}, but its name says {prefix}', cure=cure
+            'weights-text', '{path} is not a weights file: it looks like {kind}', hint=REPLACE, path=path, kind=kind
         )
-    return f'SHA-256 begins with {prefix}, as its name says'
+    digest = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
+    expected = hash_in_name(path)
+    if expected and not digest.startswith(expected):
+        raise UserError(
+            'weights-damaged',
+            '{path} is damaged: its SHA-256 begins with {found}, but its name says {expected}',
+            hint=REPLACE,
+            path=path,
+            found=digest[: len(expected)],
+            expected=expected,
+        )
+    return digest
 
 
 def search_places() -> list[Path]:
@@ -62,29 +78,27 @@ def search_places() -> list[Path]:
 def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
     """Make a weights file available in ``pretrain/``.
 
-    The path itself is tried first, then :func:`search_places` by file name, then ``url``. A copy
-    found elsewhere, or downloaded, is verified and only then put at its place.
+    The path itself is tried first, then :func:`search_places` by file name, then ``url``. A file
+    found in a cache, or downloaded, is verified before it is put in its place.
 
     Args:
         checkpoint: Path as the config gives it; the file name may end in a SHA-256 prefix.
-        url: Where to download it from if it is nowhere.
+        url: Where to download the file if it is found nowhere.
 
     Returns:
         The path of the verified file.
 
     Raises:
-        UserError: Not found and not to be downloaded, or damaged.
+        UserError: Not found and not available for download, or damaged.
     """
     wanted = Path(checkpoint)
     if wanted.exists():
         verify_file(wanted)
         return wanted
     target = wanted if wanted.parent.is_dir() else PRETRAIN_DIR / wanted.name
+    candidates = [folder / wanted.name for folder in search_places()]
     damaged = []
-    for folder in search_places():
-        candidate = folder / wanted.name
-        if not candidate.is_file():
-            continue
+    for candidate in filter(Path.is_file, candidates):
         try:
             verify_file(candidate)
         except UserError as error:
@@ -99,30 +113,31 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         part.replace(target)
         return target
     if url is None:
-        looked = [str(f / wanted.name) for f in search_places()]
         raise UserError(
-            f'There is no weights file {wanted}. Looked for:',
-            looked + damaged,
-            'put the file there, or pass another one with --weights',
+            'weights-nowhere',
+            'There is no weights file {path}. Searched:',
+            problems=[*(Message('weights-searched', '{path}', path=path) for path in candidates), *damaged],
+            hint='put the file there, or pass another one with --weights',
+            path=wanted,
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     return download(url, target, sha256=hash_in_name(wanted))
 
 
-def find(cfg: Config) -> Path:
-    """Make the config's weights available; its ``fallbacks`` are tried where the first fail.
+def locate(weights_cfg: Mapping) -> Path:
+    """Make the file of a config's ``weights`` available, or the first of its ``fallbacks`` that is.
+
+    Of several processes the first one searches; all get the path.
 
     Raises:
-        UserError: None is to be had; all reasons are listed.
+        UserError: No file is available; all reasons are listed.
     """
-    recipe = cfg['weights']
 
     def search() -> Path:
-        choices = [recipe, *(recipe.get('fallbacks') or [])]
-        reasons = []
+        choices = [weights_cfg, *(weights_cfg.get('fallbacks') or [])]
+        reasons: list[Message] = []
         for choice in choices:
             try:
-                path = weights_find.find_weights(choice['checkpoint'], choice.get('url'))
+                path = find_weights(choice['checkpoint'], choice.get('url'))
             except UserError as error:
                 if len(choices) == 1:
                     raise
@@ -134,30 +149,31 @@ def find(cfg: Config) -> Path:
                 print(f'Using {path} instead.')
             return path
         raise UserError(
+            'weights-no-source',
             'No source has the weights:',
-            reasons,
-            f'check the network and run again, or fetch {recipe.get("url")} by other '
-            f'means and put it at {recipe["checkpoint"]}',
+            problems=reasons,
+            hint='check the network and run again, or download {url} by other means and save it as {path}',
+            url=weights_cfg.get('url'),
+            path=weights_cfg['checkpoint'],
         )
 
     return rank0_first(search)
 
 
 def is_url(address: str) -> bool:
-    """Whether weights given by hand are to be downloaded."""
+    """Whether weights named on the command line must be downloaded."""
     return address.startswith(('http://', 'https://'))
 
 
 def fetch(address: str) -> Path:
-    """A file or URL given by hand; a URL is downloaded to ``pretrain/`` and verified.
+    """Path of weights named on the command line; a URL is downloaded to ``pretrain/`` and verified.
 
     Raises:
-        UserError: It cannot be had.
+        UserError: The download failed, or is not what its name says.
     """
     if not is_url(address):
         return Path(address)
     name = address.split('?')[0].rstrip('/').rpartition('/')[2]
-    target = weights_find.PRETRAIN_DIR / name
-    path = download(address, target, sha256=files.hash_in_name(name))
-    weights_find.verify_file(path)
+    path = download(address, PRETRAIN_DIR / name, sha256=hash_in_name(name))
+    verify_file(path)
     return path

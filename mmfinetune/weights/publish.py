@@ -1,160 +1,195 @@
-"""Write weights: for others to fine-tune from, or in torchvision's names."""
+"""Write weights: for others to fine-tune from, or under torchvision's names."""
 
 from __future__ import annotations
 
+import hashlib
 import io
 import math
 from pathlib import Path
 
-from mmfinetune.data.classes import COCO_CLASSES
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_bytes, hash_in_name, sha256_of
+from mmfinetune.utils.files import atomic_write_bytes, hash_in_name
+from mmfinetune.weights import read
 from mmfinetune.weights.find import verify_file
 from mmfinetune.weights.origins.torchvision import to_torchvision
-from mmfinetune.weights.read import CURE, first_line, read_checkpoint, state_dict_of
-from mmfinetune.weights.source import BN_EPS, RGB_MEAN, RGB_STD, Source
-from mmfinetune.weights.sources import read_source
+from mmfinetune.weights.source import BN_EPS, COCO_COUNT, RGB_MEAN, RGB_STD, Source, coco_classes
+from mmfinetune.weights.sources import open_source
 from mmfinetune.weights.work_dir import best_checkpoint
 
 
-def publish(src: Path, stem: Path) -> Path:
+def publish(src: Path, stem: Path, overwrite: bool = False) -> Path:
     """Strip a checkpoint to its weights and name it by its hash.
 
     Args:
         src: A checkpoint, or the work dir of a run (its best checkpoint is taken).
         stem: Target path without hash and suffix.
+        overwrite: Whether the target may exist.
 
     Returns:
         ``<stem>-<first 8 of SHA-256>.pth``.
-    """
-    import torch
 
+    Raises:
+        UserError: There are no weights in `src`, or the target exists or cannot be written.
+    """
     src = best_checkpoint(src) if src.is_dir() else src
     verify_file(src)
-    loaded = read_checkpoint(src)
+    loaded = read.read_checkpoint(src)
     meta = loaded.get('meta', {})
     # MMDetection 2.x wrote CLASSES, 3.x dataset_meta.
     classes = meta.get('dataset_meta', {}).get('classes') or meta.get('CLASSES') or ()
-    slim = {
-        'meta': {'dataset_meta': {'classes': tuple(classes)}},
-        'state_dict': {k: v.clone() for k, v in state_dict_of(loaded, src).items()},
-    }
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    part = stem.with_name(stem.name + '.part')
-    try:
-        torch.save(slim, part)
-        target = stem.with_name(f'{stem.name}-{sha256_of(part)[:8]}.pth')
-        part.replace(target)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f'{stem} cannot be written: {first_line(error)}',
-            cure='choose a folder you may write to, on a disk with room',
-        ) from None
-    finally:
-        part.unlink(missing_ok=True)
+    slim = {'meta': {'dataset_meta': {'classes': tuple(classes)}}, 'state_dict': read.state_dict_of(loaded, src)}
+    data = _torch_file(slim)
+    target = stem.with_name(f'{stem.name}-{hashlib.sha256(data).hexdigest()[:8]}.pth')
+    _check_free(target, overwrite)
+    atomic_write_bytes(target, data)
     return target
 
 
-# --- Back and out ----------------------------------------------------------------------------
+def _torch_file(content: dict) -> bytes:
+    import torch
+
+    def copied(value: object) -> object:
+        # torch writes all of the memory that a view is a part of.
+        if isinstance(value, dict):
+            return {key: copied(inner) for key, inner in value.items()}
+        return value.clone() if isinstance(value, torch.Tensor) else value
+
+    buffer = io.BytesIO()
+    torch.save(copied(content), buffer)
+    return buffer.getvalue()
 
 
-def _check_target(dst: Path) -> None:
-    if dst.exists():
-        raise UserError(f'{dst} exists and is not overwritten', cure='choose another name, or move it away')
+def _check_free(dst: Path, overwrite: bool) -> None:
+    if dst.is_dir() or (dst.exists() and not overwrite):
+        raise UserError(
+            'weights-target-exists',
+            '{path} already exists',
+            hint='pass --overwrite to replace a file, or choose another name',
+            path=dst,
+        )
+
+
+def _check_target(dst: Path, overwrite: bool) -> None:
+    _check_free(dst, overwrite)
     if dst.suffix not in ('.pth', '.pt'):
         raise UserError(
-            f'{dst}: the result is a torch file, so its name must end in .pth', cure=f'write {dst.with_suffix(".pth")}'
+            'weights-target-suffix',
+            '{path}: the result is a torch file, so its name must end in .pth',
+            hint='write {instead}',
+            path=dst,
+            instead=dst.with_suffix('.pth'),
         )
     if hash_in_name(dst):
         raise UserError(
-            f'{dst}: a name that ends in a hash says what is in the file, and this file will have another',
-            cure='choose a name without it',
+            'weights-target-hash',
+            '{path}: a name that ends in a hash says what is in the file, and this file will have another hash',
+            hint='choose a name without it',
+            path=dst,
         )
 
 
-def _write(value: object, dst: Path) -> Path:
-    import torch
-
-    _check_target(dst)
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    atomic_write_bytes(dst, buffer.getvalue())
-    return dst
-
-
-def save(source: Source, dst: Path) -> Path:
-    """Write as MMDetection does; :func:`read_source` gives the same source again.
+def save(source: Source, dst: Path, overwrite: bool = False) -> Path:
+    """Write as MMDetection does; opening the file gives the same source again.
 
     Args:
         source: What to write.
-        dst: Must not exist; ends in .pth and has no hash in its name.
+        dst: Ends in .pth and has no hash in its name.
+        overwrite: Whether `dst` may exist.
 
     Raises:
         UserError: `dst` exists, has another name, or cannot be written.
     """
+    _check_target(dst, overwrite)
     meta = {
         'dataset_meta': {'classes': source.classes} if source.classes else {},
         'style': source.style,
         'mean': source.mean,
         'std': source.std,
         'rgb': source.rgb,
-        'origin': source.kind,
-        'notes': list(source.notes),
+        'origin': source.origin,
+        'notes': [(note.code, str(note)) for note in source.notes],
     }
-    # Copies, since torch writes all of the memory that a view is a part of.
-    return _write(
-        {
-            'meta': meta,
-            'state_dict': {k: v.clone() for k, v in source.tensors.items()},
-            'extra': {k: v.clone() for k, v in source.extra.items()},
-        },
-        Path(dst),
-    )
+    atomic_write_bytes(dst, _torch_file({'meta': meta, 'state_dict': source.tensors, 'extra': source.extra}))
+    return dst
 
 
-def convert_file(src: Path, dst: Path, to: str = 'mmdet', bn_eps: float | None = None) -> Source:
+def convert_file(
+    src: Path, dst: Path, to: str = 'mmdet', bn_eps: float | None = None, overwrite: bool = False
+) -> Source:
     """Read `src`, write `dst`.
 
     Args:
         src: Weights of any supported origin.
         dst: See :func:`save`.
         to: 'mmdet', or 'torchvision' for a plain state dict of its ``maskrcnn_resnet50_fpn``.
-        bn_eps: See :func:`read_source`.
+        bn_eps: See :func:`open_source`.
+        overwrite: Whether `dst` may exist.
 
     Returns:
         What was read; its notes include those on the writing.
 
     Raises:
-        UserError: See :func:`read_source` and :func:`save`; or torchvision has no such model.
+        UserError: See :func:`open_source` and :func:`save`; or torchvision has no such model.
     """
-    _check_target(Path(dst))  # before the reading, which takes a while
-    source = read_source(src, bn_eps)
+    _check_target(dst, overwrite)  # before the reading, which takes a while
+    source = open_source(src, bn_eps)
     if to == 'mmdet':
-        save(source, dst)
-        return source
-    if source.kind == 'backbone':
-        raise UserError(f'{src} is a backbone alone, not a Mask R-CNN', cure=CURE)
+        save(source, dst, overwrite)
+    else:
+        _require_torchvision(source)
+        coco = None
+        if source.classes is not None:
+            coco = len(source.classes) == COCO_COUNT and source.classes == coco_classes()
+        state = to_torchvision(source.tensors, source.extra, coco)
+        atomic_write_bytes(dst, _torch_file(state))
+        _note_differences(source)
+    return source
+
+
+def _require_torchvision(source: Source) -> None:
+    if source.origin == 'backbone':
+        raise UserError(
+            'torchvision-backbone',
+            '{path} is a backbone alone, not a Mask R-CNN',
+            hint=read.USE_MASK_RCNN,
+            path=source.path,
+        )
     if source.style == 'caffe' or source.rgb is False:
         raise UserError(
-            f'{src} cannot become a torchvision model: it is of style {source.style}, fed with '
-            f'{"BGR" if source.rgb is False else "RGB"}, and torchvision has the stride in the '
-            '3x3 convolutions and RGB',
-            cure='use weights in pytorch style',
+            'torchvision-style',
+            '{path} cannot become a torchvision model: its style is {style} and its inputs are {order}; torchvision '
+            'has the stride in the 3x3 convolutions and RGB',
+            hint='use weights in pytorch style',
+            path=source.path,
+            style=source.style,
+            order='BGR' if source.rgb is False else 'RGB',
         )
+
+
+def _note_differences(source: Source) -> None:
+    """What must be known to use the weights in torchvision."""
     if source.style is None or source.rgb is None:
-        source.notes.append('the file does not tell style and channel order: torchvision needs pytorch style and RGB')
-    if source.mean is not None and not all(
-        math.isclose(a, b, abs_tol=0.01) for a, b in zip(source.mean + source.std, RGB_MEAN + RGB_STD, strict=True)
-    ):
-        source.notes.append(
-            f'the weights expect mean {source.mean}, std {source.std}: give '
-            "torchvision's model these / 255 as image_mean and image_std"
+        source.note(
+            'torchvision-style-unknown',
+            'the file does not record style and channel order: torchvision needs pytorch style and RGB',
         )
-    coco = None if source.classes is None else source.classes == COCO_CLASSES
+    if source.mean is not None and source.std is not None:
+        pairs = zip(source.mean + source.std, RGB_MEAN + RGB_STD, strict=True)
+        if not all(math.isclose(a, b, abs_tol=0.01) for a, b in pairs):
+            source.note(
+                'torchvision-statistics',
+                "the weights expect mean {mean}, std {std}: give torchvision's model these / 255 as image_mean and "
+                'image_std',
+                mean=source.mean,
+                std=source.std,
+            )
     eps = float(source.extra.get('bn_eps', BN_EPS))
-    _write(to_torchvision(source.tensors, source.extra, coco), Path(dst))
-    source.notes.append(
-        f'in torchvision BN must run with eps {eps:g}'
-        + ('' if eps == BN_EPS else f': torchvision.models.detection._utils.overwrite_eps(model, {eps:g})')
-    )
-    return source
+    if eps == BN_EPS:
+        source.note('torchvision-eps', 'in torchvision BN must run with eps {eps:g}', eps=eps)
+    else:
+        source.note(
+            'torchvision-other-eps',
+            'in torchvision BN must run with eps {eps:g}: '
+            'torchvision.models.detection._utils.overwrite_eps(model, {eps:g})',
+            eps=eps,
+        )

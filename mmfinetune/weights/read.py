@@ -1,4 +1,4 @@
-"""Reading weights files of any format as data: torch, Detectron2's numpy pickle, safetensors."""
+"""Read weights files of any format as data: torch, Detectron2's numpy pickle, safetensors."""
 
 from __future__ import annotations
 
@@ -12,55 +12,96 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 
 if TYPE_CHECKING:
     import torch
 
 
+# The number at the start of files by torch before 1.6, which were bare pickles too.
+_TORCH_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
+_REPLACE = 'delete it and download it again, or pass another file with --weights'
+_TRUST = 'get the weights from a source that you trust; a file of tensors needs no code'
+USE_MASK_RCNN = (
+    'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
+)
+
+
+def load(path: Path) -> dict:
+    """What a file of any supported format holds; no code in it runs.
+
+    Raises:
+        UserError: Truncated, not a weights file, or a pickle that holds more than data.
+    """
+    with path.open('rb') as file:
+        start = file.read(64)
+    if path.suffix == '.safetensors' or (start[8:9] == b'{' and start[:2] != b'PK'):
+        return _load_safetensors(path)
+    torch_file = start.startswith((b'PK', _TORCH_MAGIC))
+    if not torch_file and (path.suffix == '.pkl' or start.startswith(b'\x80')):
+        return load_numpy_pickle(path)
+    return read_checkpoint(path)
+
+
 def read_checkpoint(path: Path) -> dict:
-    """Load a checkpoint file without running any code of it.
+    """Load a torch checkpoint without running any code in it.
 
     Returns:
         What the file holds; tensors are on the CPU.
 
     Raises:
-        UserError: Truncated, no checkpoint, or a pickle that holds more than data.
+        UserError: Truncated, not a checkpoint, or a pickle that holds more than data.
     """
-    import pickle
-
     import torch
 
-    cure = 'delete it and run again to fetch it anew, or pass another file with --weights'
     try:
         with torch.serialization.safe_globals(_safe_globals()):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r'GLOBAL ([\w.]+)', str(error))
-        if culprit:
-            raise UserError(
-                f'{path} is refused: it is a pickle that would run {culprit.group(1)}',
-                cure='get the weights from a source you trust; a file of tensors needs no code',
-            ) from None
-        raise UserError(f'{path} is not a weights file: {first_line(error)}', cure=cure) from None
     except Exception as error:
         # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
-        raise UserError(
-            f'{path} cannot be read, it is truncated or no weights file: {first_line(error)}', cure=cure
-        ) from None
+        culprit = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
+        raise _runs_code(path, culprit.group(1)) if culprit else _unreadable(path, error) from None
+    return _require_dict(loaded, path)
+
+
+def _runs_code(path: Path, culprit: str) -> UserError:
+    return UserError(
+        'weights-code',
+        '{path} is refused: it is a pickle that would run {culprit}',
+        hint=_TRUST,
+        path=path,
+        culprit=culprit,
+    )
+
+
+def _unreadable(path: Path, error: Exception) -> UserError:
+    return UserError(
+        'weights-unreadable',
+        '{path} cannot be read, it is truncated or not a weights file: {reason}',
+        hint=_REPLACE,
+        path=path,
+        reason=first_line(error),
+    )
+
+
+def _require_dict(loaded: object, path: Path) -> dict:
     if not isinstance(loaded, dict):
-        raise UserError(f'{path} holds a {type(loaded).__name__}, not weights', cure=cure)
+        raise UserError(
+            'weights-not-a-dict',
+            '{path} holds a {type}, not weights',
+            hint=_REPLACE,
+            path=path,
+            type=type(loaded).__name__,
+        )
     return loaded
 
 
 def _safe_globals() -> list:
-    """What MMEngine's own checkpoints hold beside tensors: history buffers and numpy scalars.
+    """What MMEngine's own checkpoints hold besides tensors: history buffers and numpy scalars.
 
     MMEngine's list has ``getattr`` too, for the statistics of a history buffer. As it stands a
     crafted file could reach any module through it, so only those statistics are handed out.
     """
-    import pickle
-
     from mmengine.logging import HistoryBuffer
     from mmengine.runner.checkpoint import get_torch_safe_globals
 
@@ -73,48 +114,8 @@ def _safe_globals() -> list:
 
 
 def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-
-
-def state_dict_of(loaded: Mapping, path: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a checkpoint, without the ``module.`` of a parallel wrapper.
-
-    Raises:
-        UserError: No tensors in it.
-    """
-    import torch
-
-    source = loaded.get('state_dict', loaded.get('model', loaded))
-    tensors = {k: v for k, v in source.items() if isinstance(v, torch.Tensor)} if isinstance(source, Mapping) else {}
-    if not tensors:
-        raise UserError(
-            f'{path} holds no weights; its keys are: {", ".join(map(str, list(loaded)[:8])) or "none"}',
-            cure='pass a file with a state_dict, e.g. one from the MMDetection zoo',
-        )
-    if all(k.startswith('module.') for k in tensors):
-        tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
-    return tensors
-
-
-pass
-
-
-CURE = 'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
-
-# The number at the start of files by torch before 1.6, which were bare pickles too.
-_TORCH_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
-
-
-def load(path: Path) -> dict:
-    """What a file of any supported format holds; no code of it runs."""
-    with path.open('rb') as file:
-        start = file.read(64)
-    if path.suffix == '.safetensors' or (start[8:9] == b'{' and start[:2] != b'PK'):
-        return _load_safetensors(path)
-    torch_file = start.startswith((b'PK', _TORCH_MAGIC))
-    if not torch_file and (path.suffix == '.pkl' or start.startswith(b'\x80')):
-        return load_numpy_pickle(path)
-    return read_checkpoint(path)
 
 
 def _load_safetensors(path: Path) -> dict:
@@ -125,9 +126,7 @@ def _load_safetensors(path: Path) -> dict:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f'{path} cannot be read, it is truncated or no safetensors file: {str(error)[:200]}', cure='fetch it anew'
-        ) from None
+        raise _unreadable(path, error) from None
     try:
         classes = json.loads(metadata.get('classes', 'null'))
     except ValueError:
@@ -221,27 +220,23 @@ class _NumpyUnpickler(pickle.Unpickler):
 
 
 def load_numpy_pickle(path: Path) -> dict:
+    """What Detectron2's pickle of numpy arrays holds, as tensors.
+
+    Raises:
+        UserError: Truncated, not a pickle of arrays, or one that holds more than data.
+    """
     import torch
 
-    cure = 'delete it and fetch it again, or pass another file'
     try:
         with path.open('rb') as file:
             # Detectron2 reads its files with this encoding too: some come from Python 2.
             loaded = _NumpyUnpickler(file, encoding='latin1').load()
     except _Forbidden as culprit:
-        raise UserError(
-            f'{path} is refused: it is a pickle that would run {culprit}',
-            cure='get the weights from a source you trust; a file of arrays needs no code',
-        ) from None
+        raise _runs_code(path, str(culprit)) from None
     except Exception as error:
         # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
-        raise UserError(
-            f'{path} cannot be read, it is truncated or no pickle of arrays: '
-            f'{str(error)[:200] or type(error).__name__}',
-            cure=cure,
-        ) from None
-    if not isinstance(loaded, dict):
-        raise UserError(f'{path} holds a {type(loaded).__name__}, not weights', cure=cure)
+        raise _unreadable(path, error) from None
+    loaded = _require_dict(loaded, path)
 
     def tensor(value: object) -> object:
         if not isinstance(value, _Array) or value.value is None:
@@ -253,48 +248,99 @@ def load_numpy_pickle(path: Path) -> dict:
     return {'model': {str(k): tensor(v) for k, v in model.items()} if isinstance(model, Mapping) else {}}
 
 
-def named_tensors(loaded: Mapping, path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
-    """The tensors of a file, with a note where ``state_dict_of`` took a prefix off."""
+def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a checkpoint, without the ``module.`` of a parallel wrapper.
+
+    Args:
+        loaded: What the file holds.
+        path: The file, for messages.
+        notes: Gets a note where a prefix was removed.
+
+    Raises:
+        UserError: There are no weights in it.
+    """
     import torch
 
     inner = loaded.get('state_dict', loaded.get('model', loaded))
     if isinstance(inner, Mapping) and not inner:
-        raise UserError(f'{path} holds an empty state dict', cure=CURE)
-    if ('param_groups' in loaded or 'optimizer' in loaded) and inner is loaded:
         raise UserError(
-            f'{path} holds the state of an optimizer, but no weights',
-            cure='pass the checkpoint of the model, with a state_dict in it',
+            'weights-no-tensors', '{path} holds an empty state dict', hint=USE_MASK_RCNN, path=path
         )
-    tensors = state_dict_of(loaded, path)
-    if any(isinstance(v, torch.Tensor) and k not in tensors for k, v in inner.items()):
-        notes.append("the prefix 'module.' of a parallel wrapper was taken off all names")
+    if inner is loaded and ('param_groups' in loaded or 'optimizer' in loaded):
+        raise UserError(
+            'weights-optimizer',
+            '{path} holds the state of an optimizer, but no weights',
+            hint='pass the checkpoint of the model, with a state_dict in it',
+            path=path,
+        )
+    tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)} if isinstance(inner, Mapping) else {}
+    if not tensors:
+        raise UserError(
+            'weights-none-inside',
+            '{path} holds no weights; its keys are: {keys}',
+            hint='pass a file with a state_dict, e.g. one from the MMDetection zoo',
+            path=path,
+            keys=', '.join(map(str, list(loaded)[:8])) or 'none',
+        )
+    if all(k.startswith('module.') for k in tensors):
+        tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
+        if notes is not None:
+            notes.append(Message('weights-prefix', "the prefix 'module.' of a parallel wrapper was removed from all names"))
     return tensors
 
 
-def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[str]) -> dict[str, torch.Tensor]:
-    """All floating tensors as dense fp32."""
+def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message]) -> dict[str, torch.Tensor]:
+    """All floating tensors as dense fp32; a note tells of those that were not.
+
+    Raises:
+        UserError: Some are sparse, quantized or complex.
+    """
     import torch
 
     odd = [k for k, v in tensors.items() if v.layout != torch.strided or v.is_quantized or v.is_complex()]
     if odd:
-        raise UserError(f'{path} holds sparse, quantized or complex tensors:', odd, CURE)
-    for dtype, done in ((torch.float16, 'widened'), (torch.bfloat16, 'widened'), (torch.float64, 'rounded')):
+        raise UserError(
+            'weights-not-dense',
+            '{path} holds sparse, quantized or complex tensors:',
+            problems=odd,
+            hint=USE_MASK_RCNN,
+            path=path,
+        )
+    for dtype, change in ((torch.float16, 'widened'), (torch.bfloat16, 'widened'), (torch.float64, 'rounded')):
         count = sum(v.dtype == dtype for v in tensors.values())
         if count:
             name = str(dtype).removeprefix('torch.')
-            notes.append(f'{count} {name} tensors were {done} to float32')
+            notes.append(
+                Message(
+                    'weights-precision',
+                    '{count} {dtype} tensors were {change} to float32',
+                    count=count,
+                    dtype=name,
+                    change=change,
+                )
+            )
     return {k: v.detach().to(torch.float32) if v.is_floating_point() else v.detach() for k, v in tensors.items()}
 
 
 def check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
-    problems = []
-    for key, tensor in tensors.items():
-        bad = int((~tensor.isfinite()).sum())
-        if bad:
-            problems.append(f'{key}: {bad} of {tensor.numel()} numbers')
+    """Raise a UserError that lists the tensors with NaN or infinite numbers, if there are any."""
+    bad = {key: int((~tensor.isfinite()).sum()) for key, tensor in tensors.items()}
+    problems = [
+        Message(
+            'weights-tensor-not-finite',
+            '{key}: {count} of {total} numbers',
+            key=key,
+            count=count,
+            total=tensors[key].numel(),
+        )
+        for key, count in bad.items()
+        if count
+    ]
     if problems:
         raise UserError(
-            f'{path} holds NaN or infinite weights in {len(problems)} tensors:',
-            problems,
-            'the run that made it diverged: take an earlier checkpoint of it, or other weights',
+            'weights-not-finite',
+            '{path} holds NaN or infinite weights in these tensors:',
+            problems=problems,
+            hint='the run that made it diverged: use an earlier checkpoint of it, or other weights',
+            path=path,
         )

@@ -1,4 +1,4 @@
-"""Weights of other origins under MMDetection's names, and the way back.
+"""Open weights of any origin: verified, read and brought under MMDetection's names, once.
 
 Nothing here builds a model: names, rows and BN numbers are all that differ between the libraries.
 """
@@ -8,18 +8,16 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NoReturn
 
-from mmfinetune.data.classes import COCO_CLASSES
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.weights import read
 from mmfinetune.weights.find import verify_file
-from mmfinetune.weights.origins.detectron2 import from_detectron2
-from mmfinetune.weights.origins.mmdet import from_mmdet
-from mmfinetune.weights.origins.torchvision import from_torchvision
-from mmfinetune.weights.read import CURE, check_finite, clean, load, named_tensors
-from mmfinetune.weights.source import FC_CLS, RGB_MEAN, RGB_STD, Source
+from mmfinetune.weights.origins import backbone, detectron2, mmdet, torchvision
+from mmfinetune.weights.source import COCO_COUNT, FC_CLS, Origin, Source, coco_classes
 
-KINDS = ('mmdet', 'mmdet run', 'torchvision', 'detectron2', 'backbone', 'other')
+# The first whose names fit is taken. A new origin is a file in origins/ and an entry here.
+FAMILIES = (torchvision.ORIGIN, detectron2.ORIGIN, mmdet.ORIGIN, backbone.ORIGIN)
+OTHER = Origin('other', (), lambda source, loaded, bn_eps: None)
 
 # The first that fits a key names the architecture, so the special come before the general.
 _OTHER_MODELS = (
@@ -44,96 +42,99 @@ _OTHER_MODELS = (
 )
 
 
-def read_source(path: Path, bn_eps: float | None = None, any_model: bool = False) -> Source:
-    """Read weights and bring them under MMDetection's names, without running any code of the file.
+def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool = False) -> Source:
+    """Verify and read weights and bring them under MMDetection's names; no code in the file runs.
 
-    The format (torch, numpy pickle, safetensors) is told by the content, the kind by the keys.
+    The format (torch, numpy pickle, safetensors) is known by the content, the origin by the keys.
 
     A frozen BN layer computes ``w (x - mean) / sqrt(var + eps) + b``. MMDetection's eps is 1e-5,
     that of a torchvision model `bn_eps`. The difference goes into ``running_var``
     (``var + bn_eps - 1e-5``), or, for channels with so little variance that this difference
-    would cancel, into the weight. Either gives the same function; :func:`to_torchvision` undoes it.
+    would cancel, into the weight. Either gives the same function, and can be undone.
 
     Args:
         path: The file.
-        bn_eps: Of the torchvision model that the weights were trained in. None: 0 for the file
-            that torchvision released (known by its SHA-256), since torchvision runs it so; 1e-5,
-            PyTorch's default, for all others. A model fine-tuned from torchvision's COCO weights
-            has 0 too, but its file does not show it.
-        any_model: Take other models too, as they are and of kind 'other': the first note says
-            what they seem to be. For comparison with a config, which may well be of that model.
+        bn_eps: Eps of BN in the torchvision model that the weights were trained in. None: 0 for
+            the file that torchvision released (known by its SHA-256), since torchvision runs it
+            so; 1e-5, PyTorch's default, for all others. A model fine-tuned from torchvision's COCO
+            weights has 0 too, but its file does not show it.
+        any_model: Accept other models too, unchanged and of origin 'other': the first note says
+            what they seem to be. For comparison with a config, which may be of that model.
 
     Raises:
         UserError: Missing, damaged, unsafe, not numbers, or not a Mask R-CNN R50-FPN by its keys.
     """
     path = Path(path)
-    verify_file(path)
+    sha256 = verify_file(path)
     if bn_eps is not None and not 0 <= bn_eps < 1:
-        raise UserError(f'bn_eps is {bn_eps}, which is no small number of at least 0', cure='pass 0 or 1e-5')
-    loaded = load(path)
-    notes: list[str] = []
-    tensors = clean(named_tensors(loaded, path, notes), path, notes)
+        raise UserError(
+            'weights-eps', 'bn_eps is {eps}, not a small number of at least 0', hint='pass 0 or 1e-5', eps=bn_eps
+        )
+    loaded = read.load(path)
+    notes: list[Message] = []
+    tensors = read.clean(read.state_dict_of(loaded, path, notes), path, notes)
     try:
-        family = _family(tensors, path)
+        origin = _origin_of(tensors, path)
     except UserError as error:
         if not any_model:
             raise
-        family = 'other'
+        origin = OTHER
         notes.insert(0, error.message)
-    check_finite(tensors, path)
-    if bn_eps is not None and family != 'torchvision':
-        raise UserError(f'bn_eps is for weights of torchvision, but {path} is of kind {family}', cure='leave it out')
+    read.check_finite(tensors, path)
+    if bn_eps is not None and origin is not torchvision.ORIGIN:
+        raise UserError(
+            'weights-eps-origin',
+            'bn_eps is for weights of torchvision, but {path} is of origin {origin}',
+            hint='omit it',
+            path=path,
+            origin=origin.name,
+        )
+    source = Source(path, origin.name, tensors, sha256, notes=notes)
+    origin.convert(source, loaded, bn_eps)
     meta = loaded.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
-    source = Source(path, family, tensors, notes=notes)
-    if family == 'torchvision':
-        from_torchvision(source, bn_eps)
-    elif family == 'detectron2':
-        from_detectron2(source)
-    elif family == 'mmdet':
-        from_mmdet(source, loaded, meta)
-    elif 'fc.weight' in tensors:
-        source.style, source.rgb = 'pytorch', True
-        source.mean, source.std = RGB_MEAN, RGB_STD
-    _name_rows(source, loaded, meta)
-    if meta.get('origin') in KINDS:
-        _as_saved(source, loaded, meta)
+    if meta.get('origin') in {'mmdet run', OTHER.name, *(family.name for family in FAMILIES)}:
+        _restore(source, loaded, meta)
+    else:
+        _name_rows(source, loaded, meta)
     return source
 
 
-def _family(keys: Mapping[str, object], path: Path) -> str:
+def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
     """Which library's names these are.
 
     Raises:
         UserError: None's, or those of another architecture than Mask R-CNN R50-FPN.
     """
 
-    def refuse(what: str) -> NoReturn:
-        raise UserError(f'{path} is not a Mask R-CNN R50-FPN but {what}', cure=CURE)
+    def refused(model: str) -> UserError:
+        return UserError(
+            'weights-other-model',
+            '{path} is not a Mask R-CNN R50-FPN but {model}',
+            hint=read.USE_MASK_RCNN,
+            path=path,
+            model=model,
+        )
 
-    for pattern, what in _OTHER_MODELS:
+    for pattern, model in _OTHER_MODELS:
         key = next((k for k in keys if re.match(pattern, k)), None)
         if key:
-            refuse(f'{what} (it has {key})')
-
-    def some(*starts: str) -> bool:
-        return any(k.startswith(starts) for k in keys)
-
-    if some('backbone.body.', 'rpn.head.'):
-        family, neck = 'torchvision', 'backbone.fpn.'
-    elif some('backbone.bottom_up.', 'proposal_generator.'):
-        family, neck = 'detectron2', 'backbone.fpn_'
-    elif some('backbone.') and some('roi_head.', 'rpn_head.'):
-        family, neck = 'mmdet', 'neck.'
-    elif 'conv1.weight' in keys and some('layer1.0.conv1.'):
-        return 'backbone'
-    else:
-        raise UserError(f'{path} is not a Mask R-CNN: its keys begin with {", ".join(list(keys)[:5])}', cure=CURE)
-    if not some(neck):
-        refuse(f'a model without an FPN (no {neck}*)')
-    if not some('roi_head.mask_head.', 'roi_heads.mask_'):
-        refuse('a detector without masks, such as a Faster R-CNN (it has no mask head)')
-    return family
+            raise refused(f'{model} (it has {key})')
+    origin = next((family for family in FAMILIES if family.fits(keys)), None)
+    if origin is None:
+        raise UserError(
+            'weights-no-mask-rcnn',
+            '{path} is not a Mask R-CNN: its keys begin with {keys}',
+            hint=read.USE_MASK_RCNN,
+            path=path,
+            keys=', '.join(list(keys)[:5]),
+        )
+    if origin.neck is not None:
+        if not any(key.startswith(origin.neck) for key in keys):
+            raise refused(f'a model without an FPN (no {origin.neck}*)')
+        if not any(key.startswith(('roi_head.mask_head.', 'roi_heads.mask_')) for key in keys):
+            raise refused('a detector without masks, such as a Faster R-CNN (it has no mask head)')
+    return origin
 
 
 def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
@@ -150,20 +151,25 @@ def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
             names = tuple(map(str, value))
             break
     if names and len(names) != count:
-        source.notes.append(f'the file names {len(names)} classes, but its head has {count}: the names are not used')
+        source.note(
+            'weights-names-unused',
+            'the file names {named} classes, but its head has {rows}: the names are not used',
+            named=len(names),
+            rows=count,
+        )
         names = None
-    if names is None and count == len(COCO_CLASSES):
-        names = COCO_CLASSES
+    if names is None and count == COCO_COUNT:
+        names = coco_classes()
         # Detectron2 keeps no names anywhere, and 91 slots with holes are COCO's for sure.
         slots = source.extra.get('slots')
-        if source.kind != 'detectron2' and (slots is None or int(slots.max()) == count):
-            source.notes.append("80 classes without names are taken to be COCO's")
+        if source.origin != detectron2.ORIGIN.name and (slots is None or int(slots.max()) == count):
+            source.note('weights-coco-assumed', "80 classes without names are assumed to be COCO's")
     source.classes = names
 
 
-def _as_saved(source: Source, loaded: Mapping, meta: Mapping) -> None:
-    """Take what :func:`save` wrote."""
-    source.kind = meta['origin']
+def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
+    """Take over what ``publish.save`` wrote."""
+    source.origin = meta['origin']
     for name in ('style', 'rgb'):
         setattr(source, name, meta.get(name))
     for name in ('mean', 'std'):
@@ -171,6 +177,9 @@ def _as_saved(source: Source, loaded: Mapping, meta: Mapping) -> None:
         setattr(source, name, tuple(value) if value is not None else None)
     classes = (meta.get('dataset_meta') or {}).get('classes')
     source.classes = tuple(classes) if classes else None
-    source.notes = list(meta.get('notes', ()))
+    # Older files have the texts alone.
+    source.notes = [
+        Message('weights-note', note) if isinstance(note, str) else Message(*note) for note in meta.get('notes', ())
+    ]
     extra = loaded.get('extra')
     source.extra = dict(extra) if isinstance(extra, Mapping) else {}

@@ -1,254 +1,240 @@
-"""Weights of a file into a model: every tensor of both sides accounted for."""
+"""Weights of a file into a model: the fate of every tensor on both sides, decided before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.weights.class_map import HEAD_INITS, ClassMap, match_classes
-from mmfinetune.weights.source import Source
-from mmfinetune.weights.sources import read_source
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+
+    from mmfinetune.weights.source import Source
+
+LOADED, REMAPPED, REINIT, UNTOUCHED = 'loaded', 'remapped', 'reinit', 'untouched'
+MISSING, MISMATCHED = 'missing', 'mismatched'
 
 
 @dataclass
-class TransferReport:
-    """Where each tensor of the model comes from, and what becomes of each in the file.
+class Plan:
+    """What becomes of each tensor of a model and of a weights file.
 
     Attributes:
-        loaded: Model keys taken from the file.
-        reinit: Model keys drawn anew.
-        remapped: Model keys whose rows come from the rows of other classes, the rest drawn anew.
-        kept: Model keys outside the part that the file is for; they keep the model's own start.
-        dropped: File keys whose place was re-initialised.
-        ignored: File keys that the config says to leave.
-        missing: Model keys that the file should have and has not.
-        mismatched: Model keys that have another shape in the file.
+        into: Module of the model that the file is for; '' for all of it.
+        class_map: Which class each class comes from, if heads are remapped.
+        fates: For each tensor of the model, in its order: 'loaded' from the file; 're-init'ialized
+            ('reinit'); 'remapped': rows of known classes loaded, the others re-initialized;
+            'untouched': outside the part that the file is for, or a count that files may lack;
+            'missing' in the file; 'mismatched': of another shape in the file.
+        stds: Standard deviation for each weight that is drawn.
+        dropped: File keys whose place in the model is re-initialized.
+        ignored: File keys that the config says to ignore.
         unexpected: File keys that have no place in the model.
-        problems: One line for each of these three kinds, and for a wrong recipe.
+        problems: Why training must not start; empty if it may.
     """
 
-    loaded: list[str] = field(default_factory=list)
-    reinit: list[str] = field(default_factory=list)
-    remapped: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    into: str = ''
+    class_map: ClassMap | None = None
+    fates: dict[str, str] = field(default_factory=dict)
+    stds: dict[str, float] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
-    missing: list[str] = field(default_factory=list)
-    mismatched: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
+    problems: list[Message] = field(default_factory=list)
 
+    def keys(self, fate: str) -> list[str]:
+        """The model's tensors with a fate."""
+        return [key for key, own in self.fates.items() if own == fate]
 
-def _under(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == p or key.startswith(p if p.endswith('.') else p + '.') for p in prefixes)
+    def source_key(self, key: str) -> str:
+        """The name in the file of a tensor of the model."""
+        return key[len(self.into) + 1 :] if self.into else key
 
 
 def plan_transfer(
-    target: Mapping[str, torch.Tensor],
-    source: Mapping[str, torch.Tensor],
-    reinit: Sequence[str] = (),
-    into: str = '',
-    ignore: Sequence[str] = (),
-    class_map: ClassMap | None = None,
-) -> TransferReport:
+    target: Mapping[str, torch.Tensor], source: Source, weights_cfg: Mapping, classes: Sequence[str] = ()
+) -> Plan:
     """Decide for every tensor on both sides what happens to it.
 
     Args:
         target: The model's state dict.
-        source: The file's tensors.
-        reinit: Module prefixes of the model to draw anew.
-        into: Module of the model that the file's keys belong under; '' for the whole model.
-        ignore: Prefixes of file keys that may be left over.
-        class_map: Take the rows of the modules in ``reinit`` over from these classes.
+        source: What the file holds.
+        weights_cfg: ``weights`` of the config: ``reinit`` (``{module: {'std': float}}``), ``into``
+            (module that the file's keys belong under), ``ignore`` (prefixes of file keys that may
+            remain unused), ``head_init`` and ``aliases``. {} to load the whole model.
+        classes: Classes of the data in label order; needed to remap.
 
-    Returns:
-        The plan; training must not start while it has ``problems``.
+    Raises:
+        UserError: ``weights`` itself is wrong. What does not fit is in the plan's ``problems``.
     """
-    report = TransferReport()
-    mapped = {(f'{into}.{k}' if into else k): k for k in source}
-    for prefix in reinit:
-        if not any(_under(k, [prefix]) for k in target):
-            report.problems.append(f'weights.reinit names {prefix}, which the model does not have')
+    stds = _stds(weights_cfg.get('reinit') or {})
+    plan = Plan(weights_cfg.get('into') or '', _class_map(source, weights_cfg, classes))
+    for module in stds:
+        if not any(_is_under(key, module) for key in target):
+            plan.problems.append(
+                Message(
+                    'weights-reinit-unknown', 'weights.reinit names {module}, which the model does not have', module=module
+                )
+            )
     for key, tensor in target.items():
-        if _under(key, reinit) and class_map is None:
-            report.reinit.append(key)
-        elif _under(key, reinit):
-            problem = _remap_problem(key, tensor, source.get(mapped.get(key, '')), class_map)
-            if problem:
-                report.mismatched.append(key)
-                report.problems.append(problem)
-            else:
-                report.remapped.append(key)
-        elif key in mapped:
-            ours, theirs = tuple(tensor.shape), tuple(source[mapped[key]].shape)
-            if ours == theirs:
-                report.loaded.append(key)
-            else:
-                report.mismatched.append(key)
-                report.problems.append(f'{key}: the model has {ours}, the file {theirs}')
-        elif (into and not _under(key, [into])) or key.endswith('num_batches_tracked'):
-            # PyTorch counts batches in BN only since 0.4.1, and frozen BN never uses the count.
-            report.kept.append(key)
-        else:
-            report.missing.append(key)
-            report.problems.append(f'{key}: not in the file')
-    for key, original in mapped.items():
-        if key in report.remapped:
-            continue
-        if _under(key, reinit):
-            report.dropped.append(original)
-        elif key not in target:
-            if _under(original, ignore):
-                report.ignored.append(original)
-            else:
-                report.unexpected.append(original)
-                report.problems.append(f'{original}: in the file, but the model has no such tensor')
-    return report
+        module = _innermost(key, stds)
+        if module is not None and tensor.dim() >= 2 and tensor.is_floating_point():
+            plan.stds[key] = stds[module]
+        theirs = source.tensors.get(plan.source_key(key)) if _is_under(key, plan.into) else None
+        fate, problem = _fate_of(plan, key, tensor, theirs, module is not None)
+        plan.fates[key] = fate
+        if problem is not None:
+            plan.problems.append(problem)
+    ignore = weights_cfg.get('ignore') or ()
+    for original in source.tensors:
+        key = f'{plan.into}.{original}' if plan.into else original
+        fate = plan.fates.get(key)
+        if _innermost(key, stds) is not None:
+            if fate != REMAPPED:
+                plan.dropped.append(original)
+        elif fate is None and _innermost(original, ignore) is not None:
+            plan.ignored.append(original)
+        elif fate is None:
+            plan.unexpected.append(original)
+            plan.problems.append(
+                Message('weights-key-unexpected', '{key}: in the file, but the model has no such tensor', key=original)
+            )
+    return plan
 
 
-def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None, class_map: ClassMap) -> str | None:
+def _fate_of(
+    plan: Plan, key: str, ours: torch.Tensor, theirs: torch.Tensor | None, reinit: bool
+) -> tuple[str, Message | None]:
+    """The fate of a tensor of the model, and what is wrong with it."""
+    if reinit:
+        # Normalisation and buffers have no rows by class: they start as the model's own do.
+        if plan.class_map is None or not (key in plan.stds or key.endswith('bias')):
+            return REINIT, None
+        problem = _remap_problem(key, ours, theirs, plan.class_map)
+        return (MISMATCHED, problem) if problem else (REMAPPED, None)
+    if theirs is not None:
+        return (LOADED, None) if ours.shape == theirs.shape else (MISMATCHED, _shape_problem(key, ours, theirs))
+    # PyTorch counts batches in BN only since 0.4.1, and frozen BN never uses the count.
+    if not _is_under(key, plan.into) or key.endswith('num_batches_tracked'):
+        return UNTOUCHED, None
+    return MISSING, Message('weights-key-missing', '{key}: not in the file', key=key)
+
+
+def _shape_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor) -> Message:
+    return Message(
+        'weights-shape',
+        '{key}: the model has {model}, the file {file}',
+        key=key,
+        model=tuple(ours.shape),
+        file=tuple(theirs.shape),
+    )
+
+
+def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None, class_map: ClassMap) -> Message | None:
     if theirs is None:
-        return f'{key}: not in the file, so there are no rows to take over'
+        return Message('weights-rows-missing', '{key}: not in the file, so there are no rows to copy', key=key)
     if ours.shape[1:] != theirs.shape[1:]:
-        return f'{key}: the model has {tuple(ours.shape)}, the file {tuple(theirs.shape)}'
-    try:
-        class_map.rows(len(ours), len(theirs))
-    except ValueError as error:
-        return f'{key}: {error}'
+        return _shape_problem(key, ours, theirs)
+    if class_map.rows(len(ours), len(theirs)) is None:
+        return Message(
+            'weights-rows',
+            '{key}: {model} rows for {classes} classes do not match {file} rows for {file_classes} classes',
+            key=key,
+            model=len(ours),
+            classes=len(class_map.targets),
+            file=len(theirs),
+            file_classes=len(class_map.sources),
+        )
     return None
 
 
-CURE = (
-    'use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set '
-    'num_classes of bbox_head and mask_head to that of the weights, or name the heads to draw '
-    'anew in `weights.reinit`'
-)
+def initial_state(
+    plan: Plan, target: Mapping[str, torch.Tensor], source: Source, seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """The state dict that a model starts from; changes nothing.
 
-
-def check_transfer(report: TransferReport, path: Path, problems: Sequence[str] | None = None) -> None:
-    """Raise a UserError that lists all problems, if there are any.
-
-    Args:
-        report: A plan.
-        path: The file it is for.
-        problems: More than the plan knows of; by default the plan's own.
-    """
-    problems = report.problems if problems is None else problems
-    if problems:
-        raise UserError(
-            f'{path} does not fit the model ({len(report.loaded)} tensors fit, {len(problems)} problems):',
-            problems,
-            CURE,
-        )
-
-
-def transfer(
-    model: nn.Module,
-    path: Path,
-    reinit: Mapping[str, Mapping[str, float]] | None = None,
-    into: str = '',
-    ignore: Sequence[str] = (),
-    head_init: str = 'reinit',
-    aliases: Mapping[str, str] | None = None,
-    classes: Sequence[str] = (),
-    seed: int = 0,
-) -> TransferReport:
-    """Load a file into a model and draw the named modules anew.
-
-    Weights of a module in ``reinit`` come from N(0, std), biases are 0; with ``head_init`` of
-    ``'remap'`` the rows of classes that the weights know are then taken over, background too.
-    The draw has its own generator on the CPU, so that all ranks and devices get the same numbers.
+    In re-initialized modules weights of layers come from N(0, std) and biases are 0; normalisation
+    and buffers stay as the model has them. The draw has its own generator on the CPU, so that all
+    ranks and devices get the same numbers, and with or without remapping.
 
     Args:
-        model: Changed in place, and only if everything fits.
-        path: A verified file.
-        reinit: ``{module prefix: {'std': float}}``.
-        into: See :func:`plan_transfer`.
-        ignore: See :func:`plan_transfer`.
-        head_init: ``'reinit'`` or ``'remap'``.
-        aliases: See :func:`mmfinetune.weights.class_map.match_classes`.
-        classes: Classes of the data in label order; needed to remap.
-        seed: Of the generator.
-
-    Returns:
-        What was done.
-
-    Raises:
-        UserError: A key or shape does not fit.
+        plan: A plan without problems, made for this model and file.
+        target: The model's state dict, freshly initialized.
+        source: What the file holds.
+        seed: Seed of the generator.
     """
     import torch
 
-    source = read_source(path, any_model=True)
-    target = model.state_dict()
-    recipe = {'reinit': dict(reinit or {}), 'into': into, 'ignore': ignore, 'head_init': head_init, 'aliases': aliases}
-    report, class_map = plan(target, source, recipe, classes)
-    check_transfer(report, path)
-    strip = len(into) + 1 if into else 0
     generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for key in report.loaded:
-            target[key].copy_(source.tensors[key[strip:]])
-        # In the model's order, so that remapping draws the same numbers as re-initialising.
-        drawn = {*report.reinit, *report.remapped}
-        for key in filter(drawn.__contains__, target):
-            if key.endswith('bias'):
-                target[key].zero_()
-            else:
-                module = max((k for k in recipe['reinit'] if _under(key, [k])), key=len)
-                target[key].copy_(
-                    torch.normal(0.0, float(recipe['reinit'][module]['std']), target[key].shape, generator=generator)
-                )
-        for key in report.remapped:
-            rows = source.tensors[key[strip:]]
-            ours, theirs = zip(*class_map.rows(len(target[key]), len(rows)), strict=True)
-            target[key][list(ours)] = rows[list(theirs)].to(target[key])
-    return report
+    state = dict(target)
+    for key, ours in target.items():
+        fate = plan.fates[key]
+        theirs = source.tensors.get(plan.source_key(key))
+        if fate == LOADED:
+            state[key] = theirs
+            continue
+        if fate not in (REINIT, REMAPPED):
+            continue
+        if key.endswith('bias'):
+            state[key] = torch.zeros(ours.shape)
+        elif key in plan.stds:
+            state[key] = torch.normal(0.0, plan.stds[key], ours.shape, generator=generator)
+        if fate == REMAPPED:
+            to, taken = zip(*plan.class_map.rows(len(ours), len(theirs)), strict=True)
+            state[key][list(to)] = theirs[list(taken)]
+    return state
 
 
-def plan(
-    target: Mapping[str, torch.Tensor], source: Source, recipe: Mapping, classes: Sequence[str] = ()
-) -> tuple[TransferReport, ClassMap | None]:
-    """Plan a transfer by the config's ``weights``.
+def _is_under(key: str, prefix: str) -> bool:
+    """Whether a key is in a module; in '' are all. ``head`` is a module, not the start of a name."""
+    return not prefix or key == prefix or key.startswith(prefix if prefix.endswith('.') else f'{prefix}.')
 
-    Args:
-        target: The model's state dict.
-        source: What the file holds.
-        recipe: ``weights`` of the config.
-        classes: Classes of the data in label order.
 
-    Returns:
-        The plan, and with ``head_init='remap'`` where each class comes from.
+def _innermost(key: str, modules: Iterable[str]) -> str | None:
+    """The module that a key is in, of nested ones the innermost."""
+    return max((module for module in modules if _is_under(key, module)), key=len, default=None)
 
-    Raises:
-        UserError: The recipe itself is wrong.
-    """
-    reinit = recipe.get('reinit') or {}
-    wrong = [f'weights.reinit.{k} = {v}' for k, v in reinit.items() if not isinstance(v, Mapping) or set(v) != {'std'}]
+
+def _stds(reinit: Mapping) -> dict[str, float]:
+    def is_std(value: object) -> bool:
+        return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+
+    wrong = [
+        Message('weights-reinit-value', 'weights.reinit.{module} = {value}', module=module, value=value)
+        for module, value in reinit.items()
+        if not isinstance(value, Mapping) or set(value) != {'std'} or not is_std(value['std'])
+    ]
     if wrong:
         raise UserError(
-            'These modules do not say how to be drawn anew:',
-            wrong,
-            "give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)",
+            'weights-reinit-std',
+            'weights.reinit needs a std, a number of at least 0, for these modules:',
+            problems=wrong,
+            hint="give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)",
         )
-    head_init = recipe.get('head_init') or 'reinit'
+    return {module: float(value['std']) for module, value in reinit.items()}
+
+
+def _class_map(source: Source, weights_cfg: Mapping, classes: Sequence[str]) -> ClassMap | None:
+    head_init = weights_cfg.get('head_init') or 'reinit'
     if head_init not in HEAD_INITS:
-        raise UserError(f'weights.head_init is {head_init!r}', cure=f'set it to one of {", ".join(HEAD_INITS)}')
-    class_map = None
-    if head_init == 'remap':
-        if not source.classes or not classes:
-            whose = 'the data' if source.classes else f'the weights {source.path}'
-            raise UserError(
-                f'Heads cannot be remapped: the classes of {whose} are not known',
-                cure="set metainfo.classes of the data, or head_init='reinit'",
-            )
-        class_map = match_classes(classes, source.classes, recipe.get('aliases'))
-    return plan_transfer(
-        target, source.tensors, list(reinit), recipe.get('into') or '', recipe.get('ignore') or (), class_map
-    ), class_map
+        raise UserError(
+            'weights-head-init',
+            'weights.head_init is {head_init!r}',
+            hint='set it to one of: {choices}',
+            head_init=head_init,
+            choices=', '.join(HEAD_INITS),
+        )
+    if head_init != 'remap':
+        return None
+    if not source.classes or not classes:
+        raise UserError(
+            'weights-remap-classes',
+            'The heads cannot be remapped: the classes of {owner} are unknown',
+            hint="set metainfo.classes of the data, or head_init='reinit'",
+            owner='the data' if source.classes else source.path,
+        )
+    return match_classes(classes, source.classes, weights_cfg.get('aliases'))

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfinetune.utils.errors import UserError
-from mmfinetune.weights import work_dir as weights_work_dir
 
 
 def last_checkpoint(work_dir: Path) -> Path | None:
@@ -32,13 +31,16 @@ def best_checkpoint(work_dir: Path) -> Path:
     Raises:
         UserError: The folder holds none.
     """
-    best = sorted(work_dir.glob('best_*.pth'), key=lambda p: p.stat().st_mtime)
-    if best:
-        return best[-1]
-    last = last_checkpoint(work_dir)
-    if last is not None:
-        return last
-    raise UserError(f'There is no checkpoint in {work_dir}', cure='train first, or pass a checkpoint with --weights')
+    best = max(work_dir.glob('best_*.pth'), key=lambda p: p.stat().st_mtime, default=None)
+    checkpoint = best or last_checkpoint(work_dir)
+    if checkpoint is None:
+        raise UserError(
+            'checkpoint-none',
+            'There is no checkpoint in {work_dir}',
+            hint='train first (a run saves its first checkpoint after an epoch), or name a checkpoint elsewhere',
+            work_dir=work_dir,
+        )
+    return checkpoint
 
 
 @dataclass(frozen=True)
@@ -69,50 +71,54 @@ def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None
         UserError: No such folder, no run in it, or no such file; runs near by are named.
     """
     if work_dir.is_file():
-        raise UserError(f'{work_dir} is a file, not the work dir of a run', cure=f'pass its folder, {work_dir.parent}')
-    if not work_dir.is_dir():
-        raise UserError(f'There is no folder {work_dir}', cure=_cure(work_dir))
-    if config is None:
-        config = _dumped_config(work_dir)
-        if config is None:
-            raise UserError(
-                f'{work_dir} is no work dir of a run: there is no config (*.py) in it', cure=_cure(work_dir)
-            )
-    elif not config.is_file():
-        raise UserError(f'There is no config {config}', cure='correct the path of the config')
-    if checkpoint is None:
-        try:
-            checkpoint = weights_work_dir.best_checkpoint(work_dir)
-        except UserError as error:
-            raise UserError(
-                f'{error.message}, only the config {config.name}',
-                cure='wait for the end of the first epoch, or name a checkpoint elsewhere',
-            ) from None
-    elif not checkpoint.is_file():
-        found = sorted(p.name for p in work_dir.glob('*.pth'))
         raise UserError(
-            f'There is no checkpoint {checkpoint}',
-            cure=f'{work_dir} holds {", ".join(found)}' if found else 'correct the path of the checkpoint',
+            'run-file',
+            '{path} is a file, not the work dir of a run',
+            hint='pass its folder, {folder}',
+            path=work_dir,
+            folder=work_dir.parent,
+        )
+    config = config or _dumped_config(work_dir)
+    if not work_dir.is_dir() or config is None:
+        near = _runs_near(work_dir)
+        raise UserError(
+            'run-missing',
+            '{path} is not the work dir of a run: {reason}',
+            hint='pass the work dir of a training, e.g. work_dirs/mask_rcnn_pretrained{near}',
+            path=work_dir,
+            reason='there is no config (*.py) in it' if work_dir.is_dir() else 'there is no such folder',
+            near=f'; did you mean {" or ".join(map(str, near))}?' if near else '',
+        )
+    if not config.is_file():
+        raise UserError(
+            'run-config', 'There is no config {path}', hint='correct the path of the config', path=config
+        )
+    if checkpoint is None:
+        checkpoint = best_checkpoint(work_dir)
+    elif not checkpoint.is_file():
+        raise UserError(
+            'run-checkpoint',
+            'There is no checkpoint {path}',
+            hint='correct the path; {work_dir} holds: {found}',
+            path=checkpoint,
+            work_dir=work_dir,
+            found=', '.join(sorted(p.name for p in work_dir.glob('*.pth'))) or 'no checkpoint',
         )
     return RunFiles(work_dir, config, checkpoint)
 
 
 def _dumped_config(folder: Path) -> Path | None:
-    dumped = sorted(folder.glob('*.py'), key=lambda p: (p.stat().st_mtime, p.name))
-    return dumped[-1] if dumped else None
+    return max(folder.glob('*.py'), key=lambda p: (p.stat().st_mtime, p.name), default=None)
 
 
-def _is_run(folder: Path) -> bool:
-    return _dumped_config(folder) is not None and any(folder.glob('*.pth'))
-
-
-def _cure(folder: Path) -> str:
+def _runs_near(folder: Path) -> list[Path]:
     """Runs that were perhaps meant: around the folder, best first."""
-    # A folder of a run's logs lies below it; one that holds several runs lies above them.
-    near = [p for p in (folder.parent, *folder.glob('*/'), *folder.glob('*/*/')) if _is_run(p)]
-    beside = {p.name: p for p in folder.parent.glob('*/') if _is_run(p) and p != folder}
-    alike = difflib.get_close_matches(folder.name, beside, len(beside) or 1, 0)
-    near += [beside[name] for name in alike if beside[name] not in near]
-    if near:
-        return f'did you mean {" or ".join(str(p) for p in near[:4])}?'
-    return 'pass the work dir of a training, e.g. work_dirs/mask_rcnn_pretrained'
+
+    def is_run(path: Path) -> bool:
+        return _dumped_config(path) is not None and any(path.glob('*.pth'))
+
+    # A folder of a run's logs is below it; one that holds several runs is above them.
+    near = [p for p in (folder.parent, *folder.glob('*/'), *folder.glob('*/*/')) if is_run(p)]
+    siblings = {p.name: p for p in folder.parent.glob('*/') if is_run(p) and p != folder}
+    alike = difflib.get_close_matches(folder.name, siblings, len(siblings) or 1, 0)
+    return [*near, *(siblings[name] for name in alike if siblings[name] not in near)][:4]

@@ -26,11 +26,12 @@ from mmengine.runner import IterBasedTrainLoop
 import mmfinetune
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.hooks.checkpoint import checkpoint_hook
+from mmfinetune.engine.runner import INITIAL_WEIGHTS
 from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import plots, run_results
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text, hash_in_name, sha256_of
+from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text
 
 
 @HOOKS.register_module()
@@ -276,7 +277,7 @@ def _setup(runner) -> dict[str, str]:
         if device.type == 'cuda'
         else f'{platform.machine()}, {torch.get_num_threads()} threads'
     )
-    rows = {'weights': _weights(Path(file)) if file else _initial(runner.cfg)}
+    rows = {'weights': _weights(runner, file) if file else _initial(runner.cfg)}
     if file and recipe.get('head_init'):
         rows['heads'] = recipe['head_init']
     if runner._load_from:
@@ -307,9 +308,13 @@ def _initial(cfg: Mapping) -> str:
     return f'random, backbone of {source}' if source else 'random'
 
 
-def _weights(path: Path) -> str:
-    digest = sha256_of(path) if path.is_file() else hash_in_name(path)
-    return f'{path} (SHA-256 {digest[:8]}…)' if digest else f'{path}'
+def _weights(runner, file: str) -> str:
+    # Of a resumed run the facts come with its checkpoint; those of a plain Runner are not known.
+    facts = runner.message_hub.runtime_info.get(INITIAL_WEIGHTS)
+    if not facts:
+        return file
+    counts = f'{facts["loaded"]} tensors loaded, {facts["remapped"]} remapped, {facts["reinit"]} re-initialized'
+    return f'{facts["file"]} (SHA-256 {facts["sha256"][:8]}…; {counts})'
 
 
 def _data_row(runner, split: str) -> list[list[str]]:

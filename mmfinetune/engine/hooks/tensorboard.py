@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.hooks.pictures import Picker, batch_picture, class_names, spread, truth_and_prediction
+from mmfinetune.engine.runner import INITIAL_WEIGHTS
 from mmfinetune.engine.state import begin_epoch
 from mmfinetune.engine.vis_backends import TensorBoardBackend
 from mmfinetune.evaluation import tensorboard as curves
@@ -59,7 +60,10 @@ class TensorBoardHook(Hook):
         self._shows_batch = self.pictures > 0
         if runner.cfg.get('resume'):
             tensorboard.resume(runner.iter, self._validation_step(runner))
-        hparams = curves.hparams_of(runner.cfg, runner.world_size, runner.seed)
+        if report := getattr(runner, 'weights_report', ''):
+            tensorboard.add_text(curves.WEIGHTS, report)
+        weights = runner.message_hub.runtime_info.get(INITIAL_WEIGHTS)
+        hparams = curves.hparams_of(runner.cfg, runner.world_size, runner.seed, weights)
         head, start, self._hparams_end = curves.hparam_summaries(hparams)
         tensorboard.add_summaries(head, start)
 

@@ -1,14 +1,15 @@
-"""weights.origins.detectron2."""
+"""Detectron2's Mask R-CNN weights under MMDetection's names."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from mmfinetune.weights.source import FC_CLS, FC_REG, MASK_LOGITS, Source, renamed
+from mmfinetune.weights.source import FC_CLS, FC_REG, MASK_LOGITS, Origin, Source, rename_all
 
 BGR_MEAN, ONES = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
 
-_DETECTRON2 = {
+_NAMES = {
     'backbone.bottom_up.stem.conv1.norm.': 'backbone.bn1.',
     'backbone.bottom_up.stem.conv1.': 'backbone.conv1.',
     **{
@@ -39,18 +40,15 @@ _DETECTRON2 = {
     'roi_heads.mask_head.deconv.': 'roi_head.mask_head.upsample.',
     'roi_heads.mask_head.predictor.': MASK_LOGITS,
 }
-# What Detectron2 files hold besides weights: inputs' statistics and anchors.
+# What Detectron2's files hold besides weights: statistics of the inputs, and anchors.
 _NO_WEIGHTS = re.compile(r'^pixel_(mean|std)$|\.anchor_generator\.')
 
 
-# --- The kinds -------------------------------------------------------------------------------
-
-
-def from_detectron2(source: Source) -> None:
+def _convert(source: Source, _loaded: Mapping, _bn_eps: float | None) -> None:
     given = {k: source.tensors.pop(k) for k in list(source.tensors) if _NO_WEIGHTS.search(k)}
     if given:
-        source.notes.append(f'left out, as they are no weights: {", ".join(given)}')
-    source.tensors = renamed(source, _DETECTRON2)
+        source.note('weights-left-out', 'left out, as they are not weights: {keys}', keys=', '.join(given))
+    source.tensors = rename_all(source, _NAMES)
     source.style, source.rgb, source.mean, source.std = 'caffe', False, BGR_MEAN, ONES
     if 'pixel_mean' in given and 'pixel_std' in given:
         # Rounded, since fp32 has 103.53 as 103.52999877929688.
@@ -60,4 +58,10 @@ def from_detectron2(source: Source) -> None:
             # Detectron2 has the torchvision backbone's stride and statistics together.
             source.style = 'pytorch'
     else:
-        source.notes.append("style and normalisation are those of Detectron2's model zoo; the file does not tell them")
+        source.note(
+            'weights-detectron2-zoo',
+            "style and normalisation are those of Detectron2's model zoo; the file does not record them",
+        )
+
+
+ORIGIN = Origin('detectron2', (('backbone.bottom_up.', 'proposal_generator.'),), _convert, neck='backbone.fpn_')

@@ -5,30 +5,31 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping
 
-from mmfinetune.weights.source import Source
+from mmfinetune.weights.source import Origin, Source
 
 
-def from_mmdet(source: Source, loaded: Mapping, meta: Mapping) -> None:
+def _convert(source: Source, loaded: Mapping, _bn_eps: float | None) -> None:
     if 'optimizer' in loaded or 'message_hub' in loaded:
-        source.kind = 'mmdet run'
-    text = meta.get('cfg') or meta.get('config')  # 3.x, 2.x
-    for told in _dicts(text if isinstance(text, str) else ''):
-        if source.style is None and 'depth' in told and told.get('style') in ('pytorch', 'caffe'):
-            source.style = told['style']
-        if source.mean is None and {'mean', 'std'} <= set(told):
+        source.origin = 'mmdet run'
+    meta = loaded.get('meta')
+    text = (meta.get('cfg') or meta.get('config')) if isinstance(meta, Mapping) else None  # 3.x, 2.x
+    for settings in _dicts(text if isinstance(text, str) else ''):
+        if source.style is None and 'depth' in settings and settings.get('style') in ('pytorch', 'caffe'):
+            source.style = settings['style']
+        if source.mean is None and {'mean', 'std'} <= set(settings):
             try:
-                source.mean, source.std = (tuple(map(float, told[k])) for k in ('mean', 'std'))
+                source.mean, source.std = (tuple(map(float, settings[k])) for k in ('mean', 'std'))
             except (TypeError, ValueError):
                 continue
             # BGR is what cv2 reads; 2.x says to_rgb, 3.x bgr_to_rgb.
-            source.rgb = bool(told.get('to_rgb', told.get('bgr_to_rgb', False)))
+            source.rgb = bool(settings.get('to_rgb', settings.get('bgr_to_rgb', False)))
     if source.style is None and '_caffe_' in source.path.name:
         source.style = 'caffe'
-        source.notes.append("style 'caffe' is told by the file name only")
+        source.note('weights-caffe-by-name', "style 'caffe' is known from the file name only")
 
 
 def _dicts(text: str) -> Iterator[dict]:
-    """All dicts in the text of a config, with what is literal in them; nothing is run."""
+    """All dicts in the text of a config, with their literal values; nothing is run."""
     try:
         tree = ast.parse(text)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -46,3 +47,6 @@ def _dicts(text: str) -> Iterator[dict]:
             except (ValueError, TypeError, SyntaxError, RecursionError):
                 found[key] = None
         yield found
+
+
+ORIGIN = Origin('mmdet', (('backbone.',), ('roi_head.', 'rpn_head.')), _convert, neck='neck.')

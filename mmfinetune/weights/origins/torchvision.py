@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.data.classes import COCO_CLASSES
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import hash_in_name, sha256_of
-from mmfinetune.weights.read import CURE
-from mmfinetune.weights.source import BN_EPS, FC_CLS, FC_REG, MASK_LOGITS, RGB_MEAN, RGB_STD, ROWS, _rename, renamed
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.weights.read import USE_MASK_RCNN
+from mmfinetune.weights.source import (
+    BN_EPS,
+    COCO_COUNT,
+    FC_CLS,
+    FC_REG,
+    MASK_LOGITS,
+    RGB_MEAN,
+    RGB_STD,
+    ROWS,
+    Origin,
+    Source,
+    rename,
+    rename_all,
+)
 
 if TYPE_CHECKING:
     import torch
-
-    from mmfinetune.weights.source import Source
 
 # Released files, by SHA-256, whose frozen BN runs with another eps: torchvision calls
 # overwrite_eps(model, 0.0) after it has loaded this one (detection/mask_rcnn.py).
@@ -50,28 +58,34 @@ OLD_NAMES = {
 }
 
 
-def _new_torchvision_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    renamed = {}
+def _current_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    current = {}
     for key, tensor in tensors.items():
         module, _, end = key.rpartition('.')
-        renamed[OLD_NAMES.get(module + '.', module + '.') + end] = tensor
-    return renamed
+        current[OLD_NAMES.get(module + '.', module + '.') + end] = tensor
+    return current
 
 
-def from_torchvision(source: Source, bn_eps: float | None) -> None:
+def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
     import torch
 
-    source.tensors = _new_torchvision_names(source.tensors)
-    tensors = renamed(source, NAMES)
+    source.tensors = _current_names(source.tensors)
+    tensors = rename_all(source, NAMES)
     count = len(tensors[FC_CLS + 'weight'])
     wrong = [
-        f'{p}{end}: {len(tensors[p + end])}'
-        for p, rows in ROWS.items()
-        for end in ('weight', 'bias')
-        if len(tensors[p + end]) != rows * count
+        Message('weights-slots', '{key}: {rows} rows', key=key, rows=len(tensors[key]))
+        for key, _, rows in _row_tensors()
+        if len(tensors[key]) != rows * count
     ]
     if wrong or count < 2:
-        raise UserError(f'{source.path}: its heads do not agree on {count} category slots:', wrong, CURE)
+        raise UserError(
+            'weights-heads-disagree',
+            '{path}: its heads do not agree on {count} category slots:',
+            problems=wrong,
+            hint=USE_MASK_RCNN,
+            path=source.path,
+            count=count,
+        )
     coco = count == 91
     slots = torch.tensor(_COCO_SLOTS if coco else range(1, count))
     holes = torch.tensor(_HOLES if coco else [], dtype=torch.long)
@@ -86,27 +100,34 @@ def from_torchvision(source: Source, bn_eps: float | None) -> None:
         source.extra[name] = by_slot[other].flatten(0, 1)
     source.tensors = tensors
     source.style, source.rgb, source.mean, source.std = 'pytorch', True, RGB_MEAN, RGB_STD
-    source.notes += [
-        f'{count} category slots became {len(slots)} classes, the background moved from the first to the last row',
+    source.note(
+        'weights-slots-to-classes',
+        '{slots} category slots became {classes} classes, the background moved from the first to the last row',
+        slots=count,
+        classes=len(slots),
+    )
+    source.note(
+        'weights-same-normalisation',
         'torchvision normalises RGB on 0..1 and MMDetection on 0..255 by the same statistics, so conv1 is unchanged',
+    )
+    source.note(
+        'weights-roi-align',
         "torchvision's RoIAlign has sampling_ratio=2, aligned=False; MMDetection's default (0, "
-        'True) shifts features by half a pixel, which fine-tuning makes up for',
-    ]
+        'True) shifts features by half a pixel, which fine-tuning compensates for',
+    )
     frozen = not any(k.endswith('num_batches_tracked') for k in tensors)
-    if bn_eps is None:
-        bn_eps = _released_eps(source.path) if coco and frozen else None
+    if bn_eps is None and coco and frozen:
+        # By content, since a released file may have been renamed.
+        bn_eps = RELEASED_EPS.get(source.sha256[:8])
     if bn_eps is None and frozen:
-        source.notes.append(
-            f'BN is taken to run with eps {BN_EPS:g}; if the model was fine-tuned '
-            "from torchvision's COCO weights it was 0: pass --bn-eps 0"
+        source.note(
+            'weights-eps-assumed',
+            "BN is assumed to run with eps {eps:g}; if the model was fine-tuned from torchvision's COCO weights "
+            'it was 0: pass --bn-eps 0',
+            eps=BN_EPS,
         )
     if bn_eps is not None and bn_eps != BN_EPS:
         fold_all(source, bn_eps)
-
-
-def _released_eps(path: Path) -> float | None:
-    # The file may have been renamed, so a name without hash does not speak against it.
-    return RELEASED_EPS.get((hash_in_name(path) or sha256_of(path))[:8])
 
 
 def _row_tensors() -> Iterator[tuple[str, str, int]]:
@@ -118,7 +139,7 @@ def _row_tensors() -> Iterator[tuple[str, str, int]]:
 
 
 def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight and variance that give with `BN_EPS` what the given ones give with `eps`."""
+    """Weight and variance that with `BN_EPS` give what these give with `eps`."""
     import torch
 
     variance = var.double()
@@ -139,6 +160,7 @@ def _bn_layers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
 
 
 def fold_all(source: Source, eps: float) -> None:
+    """Make BN with `BN_EPS` the function that it was with `eps`; `Source.extra` keeps the first numbers."""
     import torch
 
     source.extra['bn_eps'] = torch.tensor(eps, dtype=torch.float64)
@@ -150,10 +172,14 @@ def fold_all(source: Source, eps: float) -> None:
         source.extra |= {f'bn.{n}': source.tensors[n] for n in names}
         source.tensors |= zip(names, _fold(weight, var, eps), strict=True)
         small += int((source.tensors[names[0]] != weight).sum())
-    source.notes.append(
-        f'BN of the source runs with eps {eps:g}, of MMDetection with {BN_EPS:g}: the difference '
-        f'went into the variances of {len(layers)} layers'
-        + (f' and the weights of {small} channels with very little variance' if small else '')
+    source.note(
+        'weights-eps-folded',
+        'BN of the source runs with eps {eps:g}, of MMDetection with {ours:g}: the difference went into the '
+        'variances of {layers} layers and into the weights of {channels} channels with very little variance',
+        eps=eps,
+        ours=BN_EPS,
+        layers=len(layers),
+        channels=small,
     )
 
 
@@ -162,10 +188,10 @@ def to_torchvision(
 ) -> dict[str, torch.Tensor]:
     """The state dict of a ``maskrcnn_resnet50_fpn``, with the names since torchvision 0.13.
 
-    With the `extra` of a torchvision source this is the exact inverse of :func:`read_source`. BN
-    then needs the eps of that source again (0 for torchvision's released file). Without it, BN
-    has eps 1e-5, and slots that MMDetection has no rows for get zeros and a score of -1e4: in the
-    softmax they are nothing, so the probabilities of the classes stay the same.
+    With the `extra` of a torchvision source this is the exact inverse of reading it. BN then needs
+    the eps of that source again (0 for torchvision's released file). Without it, BN has eps 1e-5,
+    and slots that MMDetection has no rows for get zeros and a score of -1e4: in the softmax they
+    are nothing, so the probabilities of the classes stay the same.
 
     Args:
         tensors: Under MMDetection's names; of a backbone in pytorch style fed with RGB.
@@ -179,17 +205,22 @@ def to_torchvision(
     import torch
 
     extra = extra or {}
-    back = {ours: theirs for theirs, ours in NAMES.items()}
-    renamed, left = _rename(tensors, back)
-    left += [f'{key} is not there' for key, _, _ in _row_tensors() if key not in tensors]
-    if left:
+    renamed, left = rename(tensors, {ours: theirs for theirs, ours in NAMES.items()})
+    problems = [Message('torchvision-no-place', '{key}: torchvision has no such tensor', key=key) for key in left]
+    problems += [
+        Message('torchvision-head-missing', '{key} is missing', key=key)
+        for key, _, _ in _row_tensors()
+        if key not in tensors
+    ]
+    if problems:
         raise UserError(
+            'torchvision-other-model',
             'These tensors do not fit a torchvision maskrcnn_resnet50_fpn:',
-            left,
-            'only a Mask R-CNN with FPN, two shared FC layers and four mask convolutions can be converted',
+            problems=problems,
+            hint='only a Mask R-CNN with FPN, two shared FC layers and four mask convolutions can be converted',
         )
     count = len(tensors[FC_CLS + 'weight']) - 1
-    coco = count == len(COCO_CLASSES) if coco_slots is None else coco_slots
+    coco = count == COCO_COUNT if coco_slots is None else coco_slots
     slots = extra.get('slots')
     if slots is None:
         slots = torch.tensor(_COCO_SLOTS if coco else range(1, count + 1))
@@ -197,8 +228,11 @@ def to_torchvision(
         coco = int(slots.max()) > count
     if len(slots) != count:
         raise UserError(
-            f'The model has {count} classes, the slots are for {len(slots)}',
-            cure='leave out extra and coco_slots, which are of another model',
+            'torchvision-slots',
+            'The model has {classes} classes, the slots are for {slots}',
+            hint='omit extra and coco_slots, which belong to another model',
+            classes=count,
+            slots=len(slots),
         )
     total = 91 if coco else count + 1
     unused = torch.tensor([i for i in range(1, total) if i not in set(slots.tolist())], dtype=torch.long)
@@ -210,8 +244,13 @@ def to_torchvision(
         other = unused if first else torch.cat([background, unused])
         if len(ours) != rows * len(order):
             raise UserError(
-                f'{key} has {len(ours)} rows, for {count} classes {rows * len(order)} were expected',
-                cure='torchvision has no class-agnostic heads',
+                'torchvision-rows',
+                '{key} has {rows} rows; {expected} are needed for {classes} classes',
+                hint='torchvision has no class-agnostic heads',
+                key=key,
+                rows=len(ours),
+                expected=rows * len(order),
+                classes=count,
             )
         by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
         by_slot[order] = ours.unflatten(0, (-1, rows))
@@ -228,6 +267,7 @@ def to_torchvision(
 def unfold_all(
     renamed: dict[str, torch.Tensor], tensors: Mapping[str, torch.Tensor], extra: Mapping[str, torch.Tensor]
 ) -> None:
+    """Put BN's numbers as they were before :func:`fold_all` into `renamed`."""
     import torch
 
     eps = float(extra['bn_eps'])
@@ -236,9 +276,12 @@ def unfold_all(
         weight, var = (tensors[n] for n in names)
         free = weight, (var.double() + (BN_EPS - eps)).float()
         kept = tuple(extra.get(f'bn.{n}', t) for n, t in zip(names, free, strict=True))
-        # Rounding cannot be undone by arithmetic; channels that nobody changed since get their
-        # first numbers again.
+        # Rounding cannot be undone by arithmetic; channels unchanged since then get their first
+        # numbers back.
         folded = _fold(*kept, eps)
         same = (folded[0] == weight) & (folded[1] == var)
         for name, first, now in zip(names, kept, free, strict=True):
             renamed['backbone.body.' + name.removeprefix('backbone.')] = torch.where(same, first, now)
+
+
+ORIGIN = Origin('torchvision', (('backbone.body.', 'rpn.head.'),), _convert, neck='backbone.fpn.')
