@@ -64,7 +64,7 @@ def pretrained_ap50(demo_folder: Path) -> float:
         patch.chdir(demo_folder)
         # As `make demo` does.
         out = _run(CONFIGS / 'mask_rcnn_demo.py', '--check-weights')
-        assert 'Verdict: good to train on.' in out
+        assert 'OK: these weights can be used for training.' in out
         _run(CONFIGS / 'mask_rcnn_demo.py')
     work_dir = demo_folder / 'work_dirs/demo'
     assert len(list(work_dir.glob('figures/*.png'))) == 8

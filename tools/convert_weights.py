@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.apis.cli import add, make_parser, run
 
 EXAMPLES = """
 python tools/convert_weights.py maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth pretrain/tv_coco.pth
@@ -19,7 +19,7 @@ def main() -> int:
         type=Path,
         help='weights of MMDetection, torchvision or Detectron2 (.pth, .pkl, .safetensors); recognised by content',
     )
-    parser.add_argument('dst', type=Path, help='file to write (.pth); must not exist')
+    parser.add_argument('dst', type=Path, help='file to write (.pth)')
     parser.add_argument(
         '--to', choices=('mmdet', 'torchvision'), default='mmdet', help='whose names to write (default: %(default)s)'
     )
@@ -27,15 +27,15 @@ def main() -> int:
         '--bn-eps',
         type=float,
         metavar='EPS',
-        help="eps of BN in torchvision's "
-        'model (default: 0 for its released COCO file, else 1e-5; it is 0 too in '
-        'models fine-tuned from that file)',
+        help="eps of BN in torchvision's model (default: 0 for its released COCO file, else 1e-5; it is 0 too in models "
+        'fine-tuned from that file)',
     )
+    add(parser, '--overwrite')
     args = parser.parse_args()
 
     from mmfinetune.weights.publish import convert_file
 
-    source = convert_file(args.src, args.dst, args.to, args.bn_eps)
+    source = convert_file(args.src, args.dst, args.to, args.bn_eps, args.overwrite)
     print('\n'.join(source.lines()))
     print(f'Written: {args.dst}')
     return 0

@@ -214,10 +214,8 @@ def _input_problems(model_cfg: Mapping, source: Source) -> list[Message]:
             )
         )
     for name, theirs in (('mean', source.mean), ('std', source.std)):
-        same = theirs is None or all(
-            math.isclose(a, b, abs_tol=0.02) for a, b in zip(theirs, ours.get(name) or (), strict=False)
-        )
-        if not same:
+        pairs = zip(theirs or (), ours.get(name) or (), strict=False)
+        if theirs is not None and not all(math.isclose(a, b, abs_tol=0.02) for a, b in pairs):
             problems.append(
                 Message(
                     'weights-statistics',

@@ -103,7 +103,9 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
     aliases = dict(aliases or {})
     by_name = {_plain(name): i for i, name in enumerate(sources)}
     problems = [
-        Message('alias-class', '{alias!r} is not a class of the data{near}', alias=name, near=near(name, targets, '; ', 0.5))
+        Message(
+            'alias-class', '{alias!r} is not a class of the data{near}', alias=name, near=near(name, targets, '; ', 0.5)
+        )
         for name in aliases
         if name not in targets
     ]

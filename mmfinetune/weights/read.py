@@ -165,7 +165,7 @@ def _array(data: object, dtype: object, shape: object, order: str) -> np.ndarray
     if not isinstance(dtype, _Dtype):
         raise pickle.UnpicklingError('array without a type')
     data = data.encode('latin1') if isinstance(data, str) else data
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
+    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
 def _reconstruct(*_: object) -> _Array:
@@ -263,9 +263,7 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
 
     inner = loaded.get('state_dict', loaded.get('model', loaded))
     if isinstance(inner, Mapping) and not inner:
-        raise UserError(
-            'weights-no-tensors', '{path} holds an empty state dict', hint=USE_MASK_RCNN, path=path
-        )
+        raise UserError('weights-no-tensors', '{path} holds an empty state dict', hint=USE_MASK_RCNN, path=path)
     if inner is loaded and ('param_groups' in loaded or 'optimizer' in loaded):
         raise UserError(
             'weights-optimizer',
@@ -285,7 +283,9 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
     if all(k.startswith('module.') for k in tensors):
         tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
         if notes is not None:
-            notes.append(Message('weights-prefix', "the prefix 'module.' of a parallel wrapper was removed from all names"))
+            notes.append(
+                Message('weights-prefix', "the prefix 'module.' of a parallel wrapper was removed from all names")
+            )
     return tensors
 
 

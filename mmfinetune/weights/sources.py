@@ -17,7 +17,7 @@ from mmfinetune.weights.source import COCO_COUNT, FC_CLS, Origin, Source, coco_c
 
 # The first whose names fit is taken. A new origin is a file in origins/ and an entry here.
 FAMILIES = (torchvision.ORIGIN, detectron2.ORIGIN, mmdet.ORIGIN, backbone.ORIGIN)
-OTHER = Origin('other', (), lambda source, loaded, bn_eps: None)
+OTHER = Origin('other', (), lambda *_: None)
 
 # The first that fits a key names the architecture, so the special come before the general.
 _OTHER_MODELS = (

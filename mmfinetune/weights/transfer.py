@@ -77,16 +77,17 @@ def plan_transfer(
         if not any(_is_under(key, module) for key in target):
             plan.problems.append(
                 Message(
-                    'weights-reinit-unknown', 'weights.reinit names {module}, which the model does not have', module=module
+                    'weights-reinit-unknown',
+                    'weights.reinit names {module}, which the model does not have',
+                    module=module,
                 )
             )
     for key, tensor in target.items():
-        module = _innermost(key, stds)
-        if module is not None and tensor.dim() >= 2 and tensor.is_floating_point():
-            plan.stds[key] = stds[module]
+        drawn = _innermost(key, stds)
+        if drawn is not None and tensor.dim() >= 2 and tensor.is_floating_point():
+            plan.stds[key] = stds[drawn]
         theirs = source.tensors.get(plan.source_key(key)) if _is_under(key, plan.into) else None
-        fate, problem = _fate_of(plan, key, tensor, theirs, module is not None)
-        plan.fates[key] = fate
+        plan.fates[key], problem = _fate_of(plan, key, tensor, theirs, drawn is not None)
         if problem is not None:
             plan.problems.append(problem)
     ignore = weights_cfg.get('ignore') or ()
@@ -173,19 +174,16 @@ def initial_state(
     state = dict(target)
     for key, ours in target.items():
         fate = plan.fates[key]
-        theirs = source.tensors.get(plan.source_key(key))
         if fate == LOADED:
-            state[key] = theirs
-            continue
-        if fate not in (REINIT, REMAPPED):
-            continue
-        if key.endswith('bias'):
+            state[key] = source.tensors[plan.source_key(key)]
+        elif fate in (REINIT, REMAPPED) and key.endswith('bias'):
             state[key] = torch.zeros(ours.shape)
-        elif key in plan.stds:
+        elif fate in (REINIT, REMAPPED) and key in plan.stds:
             state[key] = torch.normal(0.0, plan.stds[key], ours.shape, generator=generator)
-        if fate == REMAPPED:
-            to, taken = zip(*plan.class_map.rows(len(ours), len(theirs)), strict=True)
-            state[key][list(to)] = theirs[list(taken)]
+        if fate == REMAPPED and plan.class_map is not None:
+            theirs = source.tensors[plan.source_key(key)]
+            for row, known in plan.class_map.rows(len(ours), len(theirs)) or ():
+                state[key][row] = theirs[known]
     return state
 
 

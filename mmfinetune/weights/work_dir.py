@@ -90,9 +90,7 @@ def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None
             near=f'; did you mean {" or ".join(map(str, near))}?' if near else '',
         )
     if not config.is_file():
-        raise UserError(
-            'run-config', 'There is no config {path}', hint='correct the path of the config', path=config
-        )
+        raise UserError('run-config', 'There is no config {path}', hint='correct the path of the config', path=config)
     if checkpoint is None:
         checkpoint = best_checkpoint(work_dir)
     elif not checkpoint.is_file():

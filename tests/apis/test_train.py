@@ -116,7 +116,7 @@ def test_weights_are_reported(finished_run):
     line = next(x for x in finished_run.outcome.out.splitlines() if 'tensors loaded' in x)
     kept = len(random_state_dict()) - 2 * len(HEADS)
     assert finished_run.weights.name in line and f'{kept} tensors loaded' in line
-    assert '6 re-initialised' in line and all(head in line for head in HEADS)
+    assert '6 re-initialized' in line and all(head in line for head in HEADS)
 
 
 def test_curves(finished_run):
@@ -377,9 +377,9 @@ def test_check_weights_says_where_each_part_comes_from(in_site):
     ), outcome.out
     for head in HEADS:
         assert re.search(rf'^{head} +2 +[\d,]+ +0 +0 +2 +0 +0 ', outcome.out, re.M), outcome.out
-        assert f'{head}.weight' in outcome.out.split('left over in the file: ')[1]
+        assert f'{head}.weight' in outcome.out.split('unused tensors in the file: ')[1]
     assert 'SHA-256 begins with' in outcome.out
-    assert outcome.out.splitlines()[-1] == 'Verdict: good to train on.'
+    assert outcome.out.splitlines()[-1] == 'OK: these weights can be used for training.'
     assert files_in(in_site) == before
 
 

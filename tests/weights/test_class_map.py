@@ -8,15 +8,10 @@ import pytest
 import torch
 
 from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, VOC_TO_COCO
-from mmfinetune.utils.errors import UserError
 from mmfinetune.weights.class_map import SYNONYMS, match_classes
-from mmfinetune.weights.transfer import transfer
-
-HEADS = {
-    'roi_head.bbox_head.fc_cls': {'std': 0.01},
-    'roi_head.bbox_head.fc_reg': {'std': 0.001},
-    'roi_head.mask_head.conv_logits': {'std': 0.001},
-}
+from mmfinetune.weights.transfer import plan_transfer
+from tests.builders.errors import refused
+from tests.builders.weights import HEADS, source_of, transfer
 
 
 def sources(targets, **options) -> list[str | None]:
@@ -65,11 +60,11 @@ def test_aliases_win():
 
 
 def test_wrong_aliases_are_told_together():
-    with pytest.raises(UserError) as caught:
+    with refused('weights-aliases') as caught:
         match_classes(['lorry'], COCO_CLASSES, {'lory': 'car', 'lorry': 'trukc'})
-    assert len(caught.value.problems) == 3 - 1
-    assert "did you mean 'lorry'?" in caught.value.problems[0]
-    assert "did you mean 'truck'?" in caught.value.problems[1]
+    alias, source = caught.value.problems
+    assert (alias.code, alias.facts['alias']) == ('alias-class', 'lory') and 'lorry?' in alias.facts['near']
+    assert (source.code, source.facts['source']) == ('alias-source', 'trukc') and 'truck?' in source.facts['near']
 
 
 def test_rows_of_each_kind():
@@ -77,8 +72,8 @@ def test_rows_of_each_kind():
     assert found.rows(3, 2) == [(0, 1), (2, 0)]
     assert found.rows(4, 3) == [(0, 1), (2, 0), (3, 2)]
     assert found.rows(12, 8) == [(0, 4), (1, 5), (2, 6), (3, 7), (8, 0), (9, 1), (10, 2), (11, 3)]
-    with pytest.raises(ValueError, match='do not go with'):
-        found.rows(3, 3)
+    assert found.rows(3, 3) is None
+    assert found.rows(5, 3) is None
 
 
 def test_one_class():
@@ -91,13 +86,13 @@ def test_one_class():
 @pytest.fixture(scope='module')
 def moved(build_model, official_like):
     model = build_model()
-    report = transfer(model, official_like, HEADS, head_init='remap', classes=VOC_CLASSES)
-    return model, report, torch.load(official_like, weights_only=True)['state_dict']
+    plan = transfer(model, official_like, VOC_CLASSES, reinit=HEADS, head_init='remap')
+    return model, plan, torch.load(official_like, weights_only=True)['state_dict']
 
 
 def test_remapped_heads_give_the_logits_of_the_original_rows(moved):
     """Exactly: a row of a linear layer does not depend on the others."""
-    model, report, file = moved
+    model, plan, file = moved
     rows = [COCO_CLASSES.index(VOC_TO_COCO.get(n, n)) for n in VOC_CLASSES]
     boxes, masks = model.roi_head.bbox_head, model.roi_head.mask_head
     generator = torch.Generator().manual_seed(0)
@@ -127,14 +122,14 @@ def test_remapped_heads_give_the_logits_of_the_original_rows(moved):
             rtol=0,
             atol=0,
         )
-    assert len(report.remapped) == 6 and not report.reinit and not report.dropped
+    assert len(plan.keys('remapped')) == 6 and not plan.keys('reinit') and not plan.dropped
 
 
-def test_class_without_a_source_is_drawn_anew(build_model, official_like):
+def test_class_without_a_source_is_drawn(build_model, official_like):
     classes = ['scratch', *VOC_CLASSES[1:]]
     drawn, remapped = build_model(), build_model()
-    transfer(drawn, official_like, HEADS, classes=classes)
-    transfer(remapped, official_like, HEADS, head_init='remap', classes=classes)
+    transfer(drawn, official_like, classes, reinit=HEADS)
+    transfer(remapped, official_like, classes, reinit=HEADS, head_init='remap')
     one, other = drawn.roi_head.bbox_head.fc_cls, remapped.roi_head.bbox_head.fc_cls
     assert torch.equal(one.weight[0], other.weight[0]) and other.bias[0] == 0
     assert not torch.equal(one.weight[1], other.weight[1])
@@ -147,14 +142,23 @@ def test_eighty_classes_of_ones_own_are_not_kept(voc_cfg, official_like):
     cfg = copy.deepcopy(voc_cfg.model)
     cfg.roi_head.bbox_head.num_classes = cfg.roi_head.mask_head.num_classes = 80
     model = MODELS.build(cfg)
-    transfer(model, official_like, HEADS, classes=[f'defect {k}' for k in range(80)])
+    transfer(model, official_like, [f'defect {k}' for k in range(80)], reinit=HEADS)
     head = model.roi_head.bbox_head.fc_cls
     assert head.weight.detach().std() == pytest.approx(0.01, rel=0.05) and not head.bias.any()
 
 
 def test_what_cannot_be_remapped_is_told(build_model, official_like):
     model = build_model()
-    with pytest.raises(UserError, match='classes of the data are not known'):
-        transfer(model, official_like, HEADS, head_init='remap')
-    with pytest.raises(UserError, match='reinit, remap'):
-        transfer(model, official_like, HEADS, head_init='remapp', classes=VOC_CLASSES)
+    with refused('weights-remap-classes', owner='the data'):
+        transfer(model, official_like, reinit=HEADS, head_init='remap')
+    with refused('weights-head-init', head_init='remapp'):
+        transfer(model, official_like, VOC_CLASSES, reinit=HEADS, head_init='remapp')
+
+
+def test_layers_without_rows_by_class_cannot_be_remapped():
+    head = {'head.weight': torch.zeros(3, 2), 'head.norm.weight': torch.zeros(3)}
+    source = source_of({'head.weight': torch.zeros(5, 2)}, classes=('a', 'b'))
+    plan = plan_transfer(head, source, {'reinit': {'head': {'std': 1}}, 'head_init': 'remap'}, ['a'])
+    assert plan.fates == {'head.weight': 'mismatched', 'head.norm.weight': 'reinit'}
+    [problem] = plan.problems
+    assert problem.code == 'weights-rows' and problem.facts['key'] == 'head.weight'

@@ -35,7 +35,7 @@ def _dicts(text: str) -> Iterator[dict]:
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return
     for node in ast.walk(tree):
-        pairs = []
+        pairs: list[tuple] = []
         if isinstance(node, ast.Call) and getattr(node.func, 'id', '') == 'dict':
             pairs = [(k.arg, k.value) for k in node.keywords]
         elif isinstance(node, ast.Dict):

@@ -278,7 +278,7 @@ def unfold_all(
         kept = tuple(extra.get(f'bn.{n}', t) for n, t in zip(names, free, strict=True))
         # Rounding cannot be undone by arithmetic; channels unchanged since then get their first
         # numbers back.
-        folded = _fold(*kept, eps)
+        folded = _fold(kept[0], kept[1], eps)
         same = (folded[0] == weight) & (folded[1] == var)
         for name, first, now in zip(names, kept, free, strict=True):
             renamed['backbone.body.' + name.removeprefix('backbone.')] = torch.where(same, first, now)

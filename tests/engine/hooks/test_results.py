@@ -59,7 +59,7 @@ PICTURES = ['curves.png', 'per_class.png']
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('result_hooks')
     weights = make_site(folder)
-    hookless = HOOK + "custom_hooks = [dict(type='WeightTransferHook')]\n"
+    hookless = HOOK + "custom_hooks = []\n"
     for name, extra in (
         ('tiny', HOOK),
         ('hookless', hookless),

@@ -21,6 +21,7 @@ from mmfinetune.engine.hooks.tensorboard import TensorBoardHook, tensorboard_of
 from mmfinetune.engine.optim import guarded
 from mmfinetune.engine.state import begin_epoch
 from mmfinetune.engine.vis_backends import TensorBoardBackend
+from mmfinetune.evaluation import tensorboard as curves
 from mmfinetune.utils import event_files
 from tests.builders.pictures import NAMES, NORMALISED, batch, sample
 
@@ -238,6 +239,24 @@ def training(tmp_path: Path, hub: MessageHub) -> SimpleNamespace:
     )
 
 
+def test_report_on_the_weights_of_the_start(training, tmp_path):
+    training.weights_report = 'body: 2 tensors'
+    facts = {'file': 'pretrain/a.pth', 'sha256': 'ab' * 32}
+    training.message_hub.update_info('initial_weights', facts)
+    TensorBoardHook().before_train(training)
+    tensorboard_of(training).close()
+    found = written(tmp_path / 'logs')
+    assert found['weights/text_summary'] == [(0, 0)]
+    values = curves.hparams_of(training.cfg, 1, 0, facts)
+    assert (values['weights'], values['weights_sha256']) == ('a.pth', 'abababab')
+
+
+def test_no_report_without_weights(training, tmp_path):
+    TensorBoardHook().before_train(training)
+    tensorboard_of(training).close()
+    assert 'weights/text_summary' not in written(tmp_path / 'logs')
+
+
 def test_hours_that_are_left(training):
     hook = TensorBoardHook()
     hook.after_train_iter(training, 0)  # without IterTimerHook there is no estimate
@@ -271,7 +290,7 @@ def test_hyperparameters_and_end_of_the_run(training, tmp_path):
     tensorboard_of(training).experiment.flush()
     assert '_hparams_/session_end_info' not in written(tmp_path / 'logs')
     hook.after_train(training)
-    tensorboard_of(training).close()
+    tensortensorboard_of(training).close()
     assert {'_hparams_/experiment', '_hparams_/session_start_info', '_hparams_/session_end_info'} <= set(
         written(tmp_path / 'logs')
     )
@@ -301,7 +320,7 @@ def validate(training, hook: TensorBoardHook, samples: Sequence, size: int = 7) 
     hook.before_val_epoch(training)
     for start in range(0, len(samples), size):
         hook.after_val_iter(training, start // size, outputs=samples[start : start + size])
-    tensorboard_of(training).close()
+    tensortensorboard_of(training).close()
 
 
 @pytest.mark.parametrize(('by_epoch', 'step'), [(True, 1), (False, 6), (None, 1)])
@@ -351,7 +370,7 @@ def test_first_batch_is_shown_as_the_model_gets_it(training, tmp_path):
         done = preprocessor({'inputs': inputs, 'data_samples': samples}, True)
         hook.after_train_iter(training, 0)
         assert torch.equal(done['inputs'], plain['inputs'])
-    tensorboard_of(training).close()
+    tensortensorboard_of(training).close()
     assert shown(tmp_path) == {'images/train_batch': [12]}
 
 
