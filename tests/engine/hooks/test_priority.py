@@ -23,5 +23,4 @@ def test_hook_has_its_place(name):
 
 def test_hooks_that_configs_use_and_write_have_a_place(voc_cfg):
     drawing = {'TestPicturesHook', 'DistSamplerSeedHook', 'SafeCheckpointHook'}  # of MMEngine's order, or of none
-    drawing |= {'WeightTransferHook'}
     assert {hook.type for hook in voc_cfg.default_hooks.values()} - drawing <= PRIORITY.keys()

@@ -59,7 +59,7 @@ PICTURES = ['curves.png', 'per_class.png']
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('result_hooks')
     weights = make_site(folder)
-    hookless = HOOK + "custom_hooks = []\n"
+    hookless = HOOK + "custom_hooks = [dict(type='WeightTransferHook')]\n"
     for name, extra in (
         ('tiny', HOOK),
         ('hookless', hookless),
@@ -158,7 +158,7 @@ def test_all_files_of_a_run(run):
     best = next(run.glob('best_*.pth'))
     assert f'[{best.name}]({best.name})' in text
     weights = next((run.parents[1] / 'pretrain').glob('*.pth'))
-    assert f'{weights.name} (SHA-256 {weights.stem[-8:]}…)' in text
+    assert f'{weights.name} (SHA-256 {weights.stem[-8:]}…; ' in text and '6 re-initialized)' in text
     annotations = run.parents[1] / 'data/demo/VOCdevkit/VOC2012/annotations'
     for split, images in (('train', TRAIN_IMAGES), ('val', VAL_IMAGES)):
         objects = len(json.loads((annotations / f'instances_{split}.json').read_text())['annotations'])

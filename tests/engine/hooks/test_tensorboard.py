@@ -290,7 +290,7 @@ def test_hyperparameters_and_end_of_the_run(training, tmp_path):
     tensorboard_of(training).experiment.flush()
     assert '_hparams_/session_end_info' not in written(tmp_path / 'logs')
     hook.after_train(training)
-    tensortensorboard_of(training).close()
+    tensorboard_of(training).close()
     assert {'_hparams_/experiment', '_hparams_/session_start_info', '_hparams_/session_end_info'} <= set(
         written(tmp_path / 'logs')
     )
@@ -320,7 +320,7 @@ def validate(training, hook: TensorBoardHook, samples: Sequence, size: int = 7) 
     hook.before_val_epoch(training)
     for start in range(0, len(samples), size):
         hook.after_val_iter(training, start // size, outputs=samples[start : start + size])
-    tensortensorboard_of(training).close()
+    tensorboard_of(training).close()
 
 
 @pytest.mark.parametrize(('by_epoch', 'step'), [(True, 1), (False, 6), (None, 1)])
@@ -370,7 +370,7 @@ def test_first_batch_is_shown_as_the_model_gets_it(training, tmp_path):
         done = preprocessor({'inputs': inputs, 'data_samples': samples}, True)
         hook.after_train_iter(training, 0)
         assert torch.equal(done['inputs'], plain['inputs'])
-    tensortensorboard_of(training).close()
+    tensorboard_of(training).close()
     assert shown(tmp_path) == {'images/train_batch': [12]}
 
 
