@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mmfinetune.apis import train
-from mmfinetune.config import paths
+from mmfinetune.apis import run_data, train
 from mmfinetune.data import demo
 from mmfinetune.utils.errors import UserError
 from tests.builders.runs import (
@@ -552,7 +551,7 @@ def test_a_devkit_where_nothing_may_be_written(own_site, monkeypatch):
 
 
 def test_an_image_that_breaks_while_a_worker_reads_it(own_site, monkeypatch):
-    check = paths.coco.read_split
+    check = run_data.read_split
 
     def check_then_break(path, image_root, classes=None):
         split = check(path, image_root, classes)
@@ -561,7 +560,7 @@ def test_an_image_that_breaks_while_a_worker_reads_it(own_site, monkeypatch):
 
     image = own_site / DEVKIT / 'JPEGImages/demo_train_0003.jpg'
     whole = image.read_bytes()
-    monkeypatch.setattr(paths.coco, 'read_split', check_then_break)
+    monkeypatch.setattr(run_data, 'read_split', check_then_break)
     args = (
         'tiny.py',
         '--train',

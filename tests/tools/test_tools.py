@@ -170,7 +170,7 @@ def a_foreign_data_root(folder):
 def no_data_at_all(folder):
     shutil.rmtree(folder / 'data')
     (folder / 'tiny.py').write_text((folder / 'tiny.py').read_text() + 'demo_data = None\n')
-    return [], ['no data yet', str(DEVKIT), 'prepare_voc.py --download']
+    return [], ['error[data-missing]', str(DEVKIT), 'prepare_voc.py --download']
 
 
 def _change_annotations(folder: Path, split: str, change: Callable[[dict], None]) -> None:
@@ -183,19 +183,19 @@ def _change_annotations(folder: Path, split: str, change: Callable[[dict], None]
 @other
 def categories_in_another_order(folder):
     _change_annotations(folder, 'val', lambda d: d['categories'].sort(key=lambda c: c['name'], reverse=True))
-    return [], ['instances_val.json', 'order', 'config: aeroplane', 'file:   tvmonitor']
+    return [], ['error[coco-classes]', 'instances_val.json', 'aeroplane', 'tvmonitor']
 
 
 @other
 def annotations_that_are_no_json(folder):
     (folder / DEVKIT / 'annotations/instances_train.json').write_text('{"images": [')
-    return [], ['instances_train.json is no COCO annotation file']
+    return [], ['error[coco-file]', 'instances_train.json']
 
 
 @other
 def a_list_of_images_that_is_empty(folder):
     _change_annotations(folder, 'train', lambda d: d.update(images=[], annotations=[]))
-    return [], ['instances_train.json lists no images']
+    return [], ['error[coco-file]', 'instances_train.json']
 
 
 @other
@@ -210,7 +210,7 @@ def a_class_count_that_does_not_match(folder):
 def an_image_with_a_truncated_body(folder):
     file = folder / DEVKIT / 'JPEGImages/demo_val_0001.jpg'
     file.write_bytes(file.read_bytes()[:-3000])
-    return [], ['1 of 4 images cannot be used', 'demo_val_0001.jpg: truncated']
+    return [], ['error[check-errors]', 'image-truncated', 'demo_val_0001.jpg']
 
 
 @other
@@ -218,7 +218,13 @@ def several_bad_images_all_named(folder):
     images = folder / DEVKIT / 'JPEGImages'
     (images / 'demo_train_0001.jpg').write_text('<html>not found</html>')
     (images / 'demo_train_0005.jpg').unlink()
-    return [], ['2 of 8 images', 'demo_train_0001.jpg: not an image', 'demo_train_0005.jpg: missing']
+    return [], [
+        'error[check-errors]',
+        'image-unreadable',
+        'demo_train_0001.jpg',
+        'image-missing',
+        'demo_train_0005.jpg',
+    ]
 
 
 @other

@@ -1,0 +1,83 @@
+"""The data of a run: each annotation file is parsed once, each image opened once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mmfinetune.data import preflight
+from mmfinetune.data.check import images as check_images
+from mmfinetune.data.layout import Prepared
+from tests.builders.runs import CONFIGS, DEVKIT, drive, train_tool
+
+# MMEngine's visualizer, of boxes that end at the image's edge.
+pytestmark = pytest.mark.filterwarnings('ignore:.*out of bounds')
+
+
+@pytest.fixture
+def parses(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], dict[str, int]]:
+    """How often the package itself has parsed each annotation file of a folder, by split."""
+    parsed: Counter[str] = Counter()
+    loads = json.loads
+
+    def count(text, module, **options):
+        if module.startswith('mmfinetune'):
+            parsed[text.decode() if isinstance(text, bytes) else text] += 1
+        return loads(text, **options)
+
+    def caller() -> str:
+        return sys._getframe(2).f_globals['__name__']
+
+    monkeypatch.setattr(json, 'loads', lambda text, **options: count(text, caller(), **options))
+    monkeypatch.setattr(json, 'load', lambda file, **options: count(file.read(), caller(), **options))
+
+    def by_split(root: Path) -> dict[str, int]:
+        files = Prepared(root).annotations.glob('instances_*.json')
+        return {path.stem.removeprefix('instances_'): parsed[path.read_text()] for path in files}
+
+    return by_split
+
+
+def test_start_of_a_training_run(own_site, parses, monkeypatch):
+    opened: Counter[str] = Counter()
+    look_at = check_images.look_at
+    monkeypatch.setattr(check_images, 'look_at', lambda path: opened.update([path.name]) or look_at(path))
+    monkeypatch.setattr(check_images, 'read_images', in_this_process(check_images.read_images))
+    monkeypatch.setattr(preflight, 'image_size', lambda path: opened.update([path.name]))
+    outcome = train_tool('tiny.py', '--train', '--cfg-options', 'train_cfg.max_epochs=1')
+    assert outcome.code == 0, outcome.err
+    assert parses(DEVKIT) == {'train': 1, 'val': 1}
+    listed = [i['file_name'] for s in ('train', 'val') for i in json.loads(Prepared(DEVKIT).annotation(s).read_text())['images']]
+    assert opened == Counter(Path(name).name for name in listed)
+
+
+def in_this_process(read_images: Callable) -> Callable:
+    return lambda paths, workers, progress: read_images(paths, 1, progress)
+
+
+def test_evaluation_and_prediction(in_finished_run, tmp_path, parses):
+    evaluated = drive('evaluate', 'work_dirs/tiny', '--no-pictures', '--out', tmp_path / 'evaluation')
+    assert evaluated.code == 0, evaluated.err
+    assert parses(DEVKIT) == {'train': 0, 'val': 1}
+    image = DEVKIT / 'JPEGImages/demo_val_0000.jpg'
+    predicted = drive('predict', image, '--run', 'work_dirs/tiny', '--out', tmp_path / 'predictions')
+    assert predicted.code == 0, predicted.err
+    assert parses(DEVKIT) == {'train': 0, 'val': 2}
+
+
+def test_tools_for_own_data(own_site, parses):
+    found = drive('check_dataset', DEVKIT, '--image-root', DEVKIT)
+    assert found.code == 0, found.out + found.err
+    assert parses(DEVKIT) == {'train': 1, 'val': 1}
+    split = drive('split_dataset', Prepared(DEVKIT).annotation('train'), '--ratios', '50', '50', '--out', 'split')
+    assert split.code == 0, split.err
+    assert parses(DEVKIT) == {'train': 2, 'val': 1}
+    base = CONFIGS / 'mask_rcnn_demo.py'
+    config = drive('new_config', '--data', DEVKIT, '--name', 'own', '--base', base, '--out', 'own.py')
+    assert config.code == 0, config.err
+    assert parses(DEVKIT) == {'train': 3, 'val': 2}
