@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from mmfinetune.data import coco_json
-from mmfinetune.data.layout import SPLITS, WHOLE, find_source
+from mmfinetune.data.layout import SPLITS, WHOLE, file_name, find_source
 from mmfinetune.data.stratify import best_of
+from mmfinetune.utils import text
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
 
 NO_OBJECTS = '(no objects)'
-# Below this many images a share is mostly rounding: 1 of 4 images is 25 %, and 15 % cannot be had.
+# Below this many images a share is mostly rounding: 1 of 4 images is 25 %, and 15 % is not possible.
 _FEW = 20
 _MAX_ROWS = 100
 
@@ -30,7 +32,7 @@ class Report:
         files: The file of each split.
         names: Classes in the file's order, then the images without objects.
         images: Number of images with the class, (splits, names).
-        objects: Number of objects, crowd regions left out, (splits, names).
+        objects: Number of objects without crowd regions, (splits, names).
         sizes: Number of images of each split.
         ratios: Share wanted of each split; they sum to 1.
         groups: Number of series, (splits, names); single images where nothing is grouped.
@@ -50,39 +52,30 @@ class Report:
 
     def text(self) -> str:
         """Table of class x split, the largest deviation, and what could not be spread."""
-        lines = [
-            self._table(),
-            f'Wanted: {_percent(self.ratios)} % of the images' + (f'; {self.series}' if self.series else ''),
-        ]
+        wanted = f'Wanted: {" / ".join(f"{100 * r:.4g}" for r in self.ratios)} % of the images'
+        lines = [self._table(), f'{wanted}; {self.series}' if self.series else wanted]
         lines += self._deviations() + self._rare()
         lines += [f'removed: {path} (of the earlier split)' for path in self.removed]
         return '\n'.join(lines)
 
-    def _shares(self) -> np.ndarray:
-        return self.images / np.maximum(self.images.sum(0), 1)
+    @property
+    def _off(self) -> np.ndarray:
+        """How far each share is from the one wanted, (splits, names)."""
+        return np.abs(self.images / np.maximum(self.images.sum(0), 1) - self.ratios[:, None])
 
     def _table(self) -> str:
-        rows = [['class', *(f'{s} {what}' for s in self.files for what in ('objects', 'images', '%'))]]
         body = np.flatnonzero(self.images.sum(0))
-        deviation = np.abs(self._shares() - self.ratios[:, None]).max(0)
-        shown = (
-            body if len(body) <= _MAX_ROWS else np.sort(body[np.argsort(-deviation[body], kind='stable')[:_MAX_ROWS]])
-        )
+        shown = body
+        if len(body) > _MAX_ROWS:
+            shown = np.sort(body[np.argsort(-self._off.max(0)[body], kind='stable')[:_MAX_ROWS]])
+        rows: list[list[str]] = [['class', *(f'{s} {what}' for s in self.files for what in ('objects', 'images', '%'))]]
         columns = [(self.names[i], self.objects[:, i], self.images[:, i]) for i in shown]
         for name, objects, images in (*columns, ('all', self.objects.sum(1), self.sizes)):
             row = [name]
-            for s in range(len(self.files)):
-                share = 100 * images[s] / images.sum()
-                row += [f'{objects[s]:,}', f'{images[s]:,}', f'{share:.1f}']
+            for count, number in zip(objects, images, strict=True):
+                row += [f'{count:,}', f'{number:,}', f'{100 * number / images.sum():.1f}']
             rows.append(row)
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            '  '.join(
-                cell.ljust(width) if i == 0 else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
+        lines = text.table(rows).split('\n')
         if len(shown) < len(body):
             lines.insert(-1, f'… and {len(body) - len(shown):,} classes nearer to their share')
         return '\n'.join(lines)
@@ -90,37 +83,36 @@ class Report:
     def _deviations(self) -> list[str]:
         """The largest one, and if that is of a rare class the largest of the others too."""
         totals = self.images.sum(0)
-        off = np.where(totals, np.abs(self._shares() - self.ratios[:, None]), -1)
         lines = []
         for which, allowed in (('', totals > 0), (f' among those with {_FEW} images or more', totals >= _FEW)):
             if not allowed.any():
                 continue
-            s, c = np.unravel_index(np.argmax(np.where(allowed, off, -1)), off.shape)
-            split = list(self.files)[s]
+            off = np.where(allowed, self._off, -1)
+            s, c = np.unravel_index(np.argmax(off), off.shape)
+            count = self.images[s, c]
             lines.append(
-                f'Largest deviation{which}: {self.names[c]} has {self.images[s, c]:,} of '
-                f'{totals[c]:,} images in {split}, {100 * self._shares()[s, c]:.1f} % instead of '
-                f'{100 * self.ratios[s]:.1f} %'
+                f'Largest deviation{which}: {self.names[c]} has {count:,} of {totals[c]:,} images in '
+                f'{list(self.files)[s]}, {100 * count / totals[c]:.1f} % instead of {100 * self.ratios[s]:.1f} %'
             )
             if totals[c] >= _FEW:
                 break
         return lines
 
     def _rare(self) -> list[str]:
-        lines, groups = [], self.groups.sum(0)
-        unit = 'series' if self.series else 'images'
-        for c, name in enumerate(self.names[:-1]):
-            absent = [s for s, n in zip(self.files, self.images[:, c], strict=True) if not n]
+        lines = []
+        for name, images, groups in zip(self.names[:-1], self.images.T, self.groups.sum(0), strict=False):
+            absent = [split for split, count in zip(self.files, images, strict=True) if not count]
             if len(absent) == len(self.files):
                 lines.append(f'{name}: no object in the whole file')
             elif absent:
                 why = 'rarer classes or whole series are in its images'
-                if groups[c] < len(self.files):
-                    why = f'it has only {groups[c]} ' + ('image' if unit == 'images' and groups[c] == 1 else unit)
+                if groups < len(self.files):
+                    unit = text.plural(groups, 'series', 'series') if self.series else text.plural(groups, 'image')
+                    why = f'it has only {unit}'
                 lines.append(f'{name}: none in {" and ".join(absent)}, since {why}')
-        return lines[:_MAX_ROWS] + (
-            [f'… and {len(lines) - _MAX_ROWS:,} more such classes'] if len(lines) > _MAX_ROWS else []
-        )
+        if len(lines) > _MAX_ROWS:
+            lines[_MAX_ROWS:] = [f'… and {len(lines) - _MAX_ROWS:,} more such classes']
+        return lines
 
 
 def shares(ratios: Sequence[float]) -> np.ndarray:
@@ -129,12 +121,17 @@ def shares(ratios: Sequence[float]) -> np.ndarray:
     Raises:
         UserError: Not 2 or 3 numbers, negative ones, or none for train or val.
     """
-    given = ' '.join(f'{r:g}' for r in ratios)
-    cure = 'e.g. --ratios 70 15 15, or --ratios 80 20 for train and val only'
-    if len(ratios) not in (2, 3):
-        raise UserError(f'--ratios takes 2 or 3 numbers (train, val, test), not {given!r}', cure=cure)
-    if any(not math.isfinite(r) or r < 0 for r in ratios) or not all(ratios[:2]):
-        raise UserError(f'--ratios {given}: train and val need shares above 0, test 0 or more', cure=cure)
+    if (
+        len(ratios) not in (2, 3)
+        or not all(math.isfinite(r) and r >= 0 for r in ratios)
+        or not (ratios[0] and ratios[1])
+    ):
+        raise UserError(
+            'split-ratios',
+            '--ratios {ratios}: pass 2 or 3 numbers, above 0 for train and val, 0 or more for test',
+            hint='e.g. --ratios 70 15 15, or --ratios 80 20 for train and val only',
+            ratios=' '.join(f'{r:g}' for r in ratios),
+        )
     values = np.array([r for r in ratios if r > 0], float)
     return values / values.sum()
 
@@ -145,13 +142,13 @@ def series_of(names: Sequence[str], pattern: str | None) -> tuple[list[tuple[str
     Args:
         names: File names.
         pattern: Regular expression, searched for in the name; its first group, or else all that it
-            matches, names the series. An image that does not match is a series by itself.
+            matches, names the series. An image that does not match is a series of its own.
 
     Returns:
         A key for each name, and a sentence on what was grouped; empty without a pattern.
 
     Raises:
-        UserError: No regular expression, or one that matches nothing.
+        UserError: The pattern is not a regular expression, or matches nothing.
     """
     if pattern is None:
         return [('', name) for name in names], ''
@@ -159,27 +156,31 @@ def series_of(names: Sequence[str], pattern: str | None) -> tuple[list[tuple[str
         regex = re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f'--group-by {pattern!r} is no regular expression: {error}',
-            cure=r"e.g. --group-by '^(\w+)_\d+' for names as part7_003.jpg",
+            'split-pattern',
+            '--group-by {pattern!r} is not a regular expression: {reason}',
+            hint=r"e.g. --group-by '^(\w+)_\d+' for names as part7_003.jpg",
+            pattern=pattern,
+            reason=str(error),
         ) from None
-    keys, unmatched = [], 0
+    keys: list[tuple[str, str]] = []
     for name in names:
         match = regex.search(name)
-        key = match and match.group(1 if regex.groups else 0)
-        if key:
-            keys.append((key, ''))
-        else:
-            keys.append(('', name))
-            unmatched += 1
-    if unmatched == len(names):
+        series = match and match.group(1 if regex.groups else 0)
+        keys.append((series, '') if series else ('', name))
+    alone = sum(not series for series, _ in keys)
+    if alone == len(names):
         raise UserError(
-            f'--group-by {pattern!r} matches none of the {len(names):,} file names, such as',
-            list(names[:3]),
+            'split-pattern-matches-nothing',
+            '--group-by {pattern!r} matches none of the {count:,} file names, such as',
+            names[:3],
             'correct the expression, or leave it out',
+            pattern=pattern,
+            count=len(names),
         )
-    found = len({k for k in keys if not k[1]})
-    alone = f', {unmatched:,} images match nothing and stand alone' if unmatched else ''
-    return keys, f'{found:,} series by {pattern!r}{alone}'
+    sentence = f'{len({series for series, _ in keys if series}):,} series by {pattern!r}'
+    if alone:
+        sentence += f', {alone:,} images match nothing and stand alone'
+    return keys, sentence
 
 
 def split_file(
@@ -192,9 +193,9 @@ def split_file(
 ) -> Report:
     """Write ``instances_<split>.json`` for each split of a COCO file.
 
-    Ids, file names, all categories and whatever else the file holds stay as they are. What comes
-    out depends on file names, classes, ratios and seed, not on the order within the file. Crowd
-    regions are no objects: they decide nothing, and an image with nothing else has none.
+    Ids, file names, all categories and whatever else the file holds stay as they are. The result
+    depends on file names, classes, ratios and seed, not on the order within the file. Crowd
+    regions are not objects: they decide nothing, and an image with nothing else has none.
 
     Args:
         source: COCO JSON, or a folder with one in ``annotations/``.
@@ -209,94 +210,124 @@ def split_file(
     """
     wanted = shares(ratios)
     if seed < 0:
-        raise UserError(f'--seed {seed}: must be 0 or more')
+        raise UserError('split-seed', '--seed {seed}: must be 0 or more', seed=seed)
     path = find_source(source)
-    out = out or path.parent
-    targets = {split: out / f'instances_{split}.json' for split in SPLITS}
+    targets = {split: (out or path.parent) / file_name(split) for split in SPLITS}
+    earlier = _earlier(path, targets.values(), overwrite)
     files = dict(list(targets.items())[: len(wanted)])
-    earlier = [target for target in targets.values() if target.exists()]
-    if any(target.resolve() == path.resolve() for target in earlier):
-        raise UserError(
-            f'{path} is the source, and a file of the split would replace it',
-            cure=f'rename it to {WHOLE}, or pass another folder with --out',
-        )
-    if earlier and not overwrite:
-        raise UserError(
-            'There are files of an earlier split:',
-            map(str, earlier),
-            'replace all of them with --overwrite, or pass another folder with --out',
-        )
-    data = coco_json.read(path).require(unique_files=True).data
-    images = sorted(data['images'], key=lambda image: image['file_name'])
-    keys, series = series_of([image['file_name'] for image in images], group_by)
-    if len(set(keys)) < len(wanted):
-        raise UserError(
-            f'{path}: {len(images)} images'
-            + (f' in {len(set(keys))} series' if series else '')
-            + f' cannot fill {len(wanted)} splits',
-            cure='a series is never torn: group less, or take fewer splits'
-            if series
-            else 'take fewer splits, or add images',
-        )
 
-    names = [c['name'] for c in data['categories']]
-    objects = _objects(data, images)
+    coco = coco_json.read(path).require(unique_files=True)
+    images = sorted(coco.images, key=lambda image: image['file_name'])
+    keys, series = series_of([image['file_name'] for image in images], group_by)
     number = {key: i for i, key in enumerate(sorted(set(keys)))}
+    _check_enough(path, len(images), len(number), len(wanted), bool(series))
     group_of = np.array([number[key] for key in keys])
-    # By name, or the order of the categories would settle ties.
-    by_name = [*np.argsort(np.array(names, str), kind='stable'), len(names), len(names) + 1]
-    per_group = _sums(np.column_stack([objects > 0, objects.sum(1) == 0, np.ones(len(images))]), group_of)
+
+    objects = _objects(coco, images)
+    images_per_group = _sums(np.column_stack([objects > 0, objects.sum(1) == 0, np.ones(len(images))]), group_of)
     objects_per_group = _sums(np.column_stack([objects, np.zeros((len(images), 2))]), group_of)
-    split_of_group = best_of(per_group[:, by_name], objects_per_group[:, by_name], wanted, seed)
+    # By name, or the order of the categories would settle ties.
+    by_name = [*np.argsort(np.array(coco.classes, str), kind='stable'), len(coco.classes), len(coco.classes) + 1]
+    split_of_group = best_of(images_per_group[:, by_name], objects_per_group[:, by_name], wanted, seed)
 
     split_of = {image['id']: split for image, split in zip(images, split_of_group[group_of].tolist(), strict=True)}
-    try:
-        contents = {
-            target: json_bytes(
-                {
-                    **data,
-                    'images': [i for i in data['images'] if split_of[i['id']] == s],
-                    'annotations': [a for a in data['annotations'] if split_of[a['image_id']] == s],
-                }
-            )
-            for s, target in enumerate(files.values())
-        }
-    except ValueError as error:
-        raise UserError(
-            f'{path}: a number in it is NaN or infinite ({error})', cure='`python tools/check_dataset.py` says where'
-        ) from None
-    atomic_write_all(contents)
-    # Left there, its images would be in the new files too, and nobody would know.
-    removed = [target for target in earlier if target not in contents]
+    _write(coco, files, split_of)
+    removed = [target for target in earlier if target not in files.values()]
     for target in removed:
+        # Left there, its images would be in the new files too, and nobody would know.
         target.unlink()
 
     def by_split(values: np.ndarray) -> np.ndarray:
         return _sums(values, split_of_group, len(wanted))
 
-    found = by_split(per_group)
+    found = by_split(images_per_group)
     return Report(
         files,
-        [*names, NO_OBJECTS],
-        found[:, :-1],
-        by_split(objects_per_group)[:, :-1],
-        found[:, -1],
-        wanted,
-        by_split((per_group > 0).astype(int))[:, :-1],
-        series,
-        removed,
+        [*coco.classes, NO_OBJECTS],
+        images=found[:, :-1],
+        objects=by_split(objects_per_group)[:, :-1],
+        sizes=found[:, -1],
+        ratios=wanted,
+        groups=by_split(images_per_group > 0)[:, :-1],
+        series=series,
+        removed=removed,
     )
 
 
-def _objects(data: dict, images: list[dict]) -> np.ndarray:
+def _earlier(source: Path, targets: Iterable[Path], overwrite: bool) -> list[Path]:
+    """The targets that already exist.
+
+    Raises:
+        UserError: One of them is the source, or they must not be replaced.
+    """
+    earlier = [target for target in targets if target.exists()]
+    if any(target.resolve() == source.resolve() for target in earlier):
+        raise UserError(
+            'split-source',
+            '{path} is the source, and a file of the split would replace it',
+            hint='rename it to {whole}, or pass another folder with --out',
+            path=source,
+            whole=WHOLE,
+        )
+    if earlier and not overwrite:
+        raise UserError(
+            'split-exists',
+            'There are files of an earlier split:',
+            earlier,
+            'replace all of them with --overwrite, or pass another folder with --out',
+        )
+    return earlier
+
+
+def _check_enough(path: Path, images: int, groups: int, splits: int, grouped: bool) -> None:
+    if groups >= splits:
+        return
+    if grouped:
+        raise UserError(
+            'split-few-series',
+            '{path}: {images:,} images in {groups} series cannot fill {splits} splits',
+            hint='a series is never split: group less, or take fewer splits',
+            path=path,
+            images=images,
+            groups=groups,
+            splits=splits,
+        )
+    raise UserError(
+        'split-few-images',
+        '{path}: {images:,} images cannot fill {splits} splits',
+        hint='take fewer splits, or add images',
+        path=path,
+        images=images,
+        splits=splits,
+    )
+
+
+def _write(coco: coco_json.Coco, files: dict[str, Path], split_of: dict[Any, int]) -> None:
+    contents = {}
+    try:
+        for split, target in enumerate(files.values()):
+            images = [i for i in coco.images if split_of[i['id']] == split]
+            annotations = [a for a in coco.annotations if split_of[a['image_id']] == split]
+            contents[target] = json_bytes({**coco.data, 'images': images, 'annotations': annotations})
+    except ValueError as error:
+        raise UserError(
+            'split-number',
+            '{path}: a number in it is NaN or infinite ({reason})',
+            hint='`python tools/check_dataset.py {path}` says where',
+            path=coco.path,
+            reason=str(error),
+        ) from None
+    atomic_write_all(contents)
+
+
+def _objects(coco: coco_json.Coco, images: list[dict]) -> np.ndarray:
     """Number of objects of each category in each image, (images, categories)."""
     row = {image['id']: i for i, image in enumerate(images)}
-    column = {category['id']: i for i, category in enumerate(data['categories'])}
+    column = {category['id']: i for i, category in enumerate(coco.categories)}
     counts = np.zeros((len(row), len(column)), np.int32)
-    pairs = np.array(
-        [(row[a['image_id']], column[a['category_id']]) for a in data['annotations'] if not a.get('iscrowd')], np.int64
-    ).reshape(-1, 2)
-    np.add.at(counts, (pairs[:, 0], pairs[:, 1]), 1)
+    for annotation in coco.annotations:
+        if not annotation.get('iscrowd'):
+            counts[row[annotation['image_id']], column[annotation['category_id']]] += 1
     return counts
 
 
@@ -305,7 +336,3 @@ def _sums(values: np.ndarray, index: np.ndarray, length: int | None = None) -> n
     sums = np.zeros((length or index.max() + 1, values.shape[1]), np.int64)
     np.add.at(sums, index, values.astype(np.int64))
     return sums
-
-
-def _percent(ratios: np.ndarray) -> str:
-    return ' / '.join(f'{100 * r:.4g}' for r in ratios)

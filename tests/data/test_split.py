@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from mmfinetune.data import layout, split, stratify
-from mmfinetune.utils.errors import UserError
 from tests.builders.errors import codes, refused
 
 ROOMY = np.array([0.7, 0.15, 0.15])
@@ -247,7 +246,7 @@ def test_ratios_are_normalised(given, result):
     'ratios', [[70], [70, 10, 10, 10], [0, 50, 50], [70, 0, 30], [70, -1, 31], [float('nan'), 1, 1], [float('inf'), 1]]
 )
 def test_ratios_that_make_no_split(ratios):
-    with pytest.raises(UserError, match='ratios') as caught:
+    with refused('split-ratios') as caught:
         split.shares(ratios)
     assert '70 15 15' in caught.value.hint
 
@@ -262,7 +261,7 @@ def test_an_earlier_split_is_replaced_only_as_a_whole(tmp_path):
     save(tmp_path, coco(many(40)))
     first = split.split_file(tmp_path)
     before = {p: p.read_bytes() for p in first.files.values()}
-    with pytest.raises(UserError, match='earlier split') as caught:
+    with refused('split-exists') as caught:
         split.split_file(tmp_path, [80, 20])
     assert len(caught.value.problems) == 3
     assert {p: p.read_bytes() for p in before} == before
@@ -275,7 +274,7 @@ def test_an_earlier_split_is_replaced_only_as_a_whole(tmp_path):
 
 def test_the_source_is_never_overwritten(tmp_path):
     path = save(tmp_path, coco(many(40)), 'instances_train.json')
-    with pytest.raises(UserError, match='is the source'):
+    with refused('split-source', path=path):
         split.split_file(tmp_path, overwrite=True)
     report = split.split_file(path, out=tmp_path / 'new')
     assert report.files['val'] == tmp_path / 'new/instances_val.json'
@@ -333,24 +332,24 @@ def test_nan_in_a_file_is_named_and_nothing_is_written(tmp_path):
     whole = coco(many(20))
     whole['annotations'][0]['area'] = float('nan')
     path = save(tmp_path, whole)
-    with pytest.raises(UserError, match='NaN'):
+    with refused('split-number', path=path):
         split.split_file(tmp_path)
     assert len(list(path.parent.iterdir())) == 1
 
 
 def test_too_few_images_or_series(tmp_path):
     save(tmp_path, coco({'a_1.jpg': ['x'], 'a_2.jpg': ['x']}))
-    with pytest.raises(UserError, match='2 images cannot fill 3 splits'):
+    with refused('split-few-images', images=2, splits=3):
         split.split_file(tmp_path)
-    with pytest.raises(UserError, match='2 images in 1 series cannot fill 2 splits'):
+    with refused('split-few-series', images=2, groups=1, splits=2):
         split.split_file(tmp_path, [80, 20], group_by='^a')
     assert split.split_file(tmp_path, [80, 20]).sizes.tolist() == [1, 1]
 
 
-@pytest.mark.parametrize(('pattern', 'message'), [('(', 'no regular expression'), ('zzz', 'matches none of the 40')])
-def test_bad_patterns(tmp_path, pattern, message):
+@pytest.mark.parametrize(('pattern', 'code'), [('(', 'split-pattern'), ('zzz', 'split-pattern-matches-nothing')])
+def test_bad_patterns(tmp_path, pattern, code):
     save(tmp_path, coco(many(40)))
-    with pytest.raises(UserError, match=message):
+    with refused(code, pattern=pattern):
         split.split_file(tmp_path, group_by=pattern)
 
 

@@ -14,12 +14,12 @@ from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_bytes, sha256_of
 
 # Of the checks; a new one makes earlier results invalid.
-VERSION = 1
+VERSION = 2
 _KEPT = 50  # results
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/mmfinetune/checks``; not beside the data, which may be read-only."""
+    """``$XDG_CACHE_HOME/mmfinetune/checks``; not next to the data, which may be read-only."""
     base = os.environ.get('XDG_CACHE_HOME')
     return (Path(base) if base else Path.home() / '.cache') / 'mmfinetune' / 'checks'
 
@@ -40,7 +40,7 @@ class Cache:
         self.file: Path | None = None
         with contextlib.suppress(OSError, ValueError):
             places = [
-                (name, str(Path(path).resolve()), root and str(Path(root).resolve()), self._sha256(Path(path)))
+                (name, str(path.resolve()), root and str(root.resolve()), self._sha256(path))
                 for name, (path, root) in splits.items()
             ]
             text = json.dumps([VERSION, list(options), classes and list(classes), str(Path.cwd()), places])
@@ -48,23 +48,21 @@ class Cache:
 
     def find(self) -> Report | None:
         """The result of the same check, if no image has changed since."""
-        # A damaged file can be anything.
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            if self.file is not None:
-                kept = json.loads(self.file.read_bytes())
-                if kept['stamp'] == _stamp(kept['images']):
-                    return Report.from_cache(kept['report'])
-        return None
+        try:
+            kept = json.loads(self.file.read_bytes()) if self.file else None
+            return Report.from_cache(kept['report']) if kept['stamp'] == _stamp(kept['images']) else None
+        # There may be no such file, and a damaged one can be anything.
+        except Exception:
+            return None
 
     def keep(self, report: Report, images: Iterable[Path | None]) -> None:
-        if self.file is None:
-            return
+        """Keep a result, and forget the oldest ones."""
         names = [str(path) for path in images if path is not None]
         with contextlib.suppress(UserError, OSError, ValueError):
             content = json.dumps({'stamp': _stamp(names), 'images': names, 'report': report.to_cache()})
-            atomic_write_bytes(self.file, content.encode())
-            kept = sorted(self.folder.glob('*.json'), key=lambda p: p.stat().st_mtime)
-            for old in kept[:-_KEPT]:
+            if self.file is not None:
+                atomic_write_bytes(self.file, content.encode())
+            for old in sorted(self.folder.glob('*.json'), key=lambda p: p.stat().st_mtime)[:-_KEPT]:
                 old.unlink(missing_ok=True)
 
     def _sha256(self, path: Path) -> str:

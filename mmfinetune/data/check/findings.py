@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmfinetune.data.check.kinds import KINDS, SEVERITIES, Kind
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.text import plural
 
 
 def printable(text: str) -> str:
@@ -22,11 +23,11 @@ class Example:
     """One place of a finding.
 
     Attributes:
-        file: Image by the name in the annotation file; empty if the place is no image.
+        file: Image by the name in the annotation file; empty if the place is not an image.
         annotation: Annotation id as it stands in the file, if it is about one.
         detail: What is wrong there.
         path: The image file, for pictures.
-        other: The image file that it is held against.
+        other: The image file that it is compared with.
         shape: Segmentation of the annotation, for pictures.
         box: Its box, for pictures.
     """
@@ -66,13 +67,15 @@ class Finding:
 
     def line(self, examples: int = 3) -> str:
         unit = self.kind.unit
-        if self.count == 1:
-            unit = {'categories': 'category', 'classes': 'class', 'entries': 'entry'}.get(unit, unit[:-1])
-        shown = '; '.join(str(e) for e in self.examples[:examples])
-        more = ', …' if self.count > min(examples, len(self.examples)) else ''
-        return f'{self.split}: {self.count:,} {unit} {self.kind.title} [{self.code}]' + (
-            f': {shown}{more}' if shown else ''
-        )
+        singular = {'categories': 'category', 'classes': 'class', 'entries': 'entry'}.get(unit, unit[:-1])
+        line = f'{self.split}: {plural(self.count, singular, unit)} {self.kind.title} [{self.code}]'
+        shown = [str(e) for e in self.examples[:examples]]
+        if shown:
+            line += f': {"; ".join(shown)}' + (', …' if self.count > len(shown) else '')
+        return line
+
+    def message(self) -> Message:
+        return Message(self.code, '{line}. Hint: {hint}', line=self.line(), hint=self.kind.hint)
 
     def as_dict(self) -> dict:
         return {
@@ -82,7 +85,7 @@ class Finding:
             'count': self.count,
             'unit': self.kind.unit,
             'title': self.kind.title,
-            'cure': self.kind.cure,
+            'hint': self.kind.hint,
             'examples': [e.as_dict() for e in self.examples],
         }
 
@@ -92,7 +95,7 @@ class SplitStats:
     """Numbers of one split for the report.
 
     Attributes:
-        per_class: Objects that are no crowd region, by class, in the order of the file.
+        per_class: Objects that are not crowd regions, by class, in the order of the file.
         per_image: Images by their number of objects: label of the bin and count, like the others.
         mask_sides: Masks by the square root of their area.
         sizes: The most frequent image sizes.
@@ -114,7 +117,7 @@ class SplitStats:
 
 @dataclass
 class Report:
-    """The result of `dataset_check.check`."""
+    """The result of `run.check`."""
 
     splits: list[SplitStats]
     findings: list[Finding]
@@ -142,10 +145,12 @@ class Report:
         if errors:
             paths = list(dict.fromkeys(s.path for s in self.splits))
             raise UserError(
-                f'The data set has {len(errors)} kinds of errors ({", ".join(paths)}):',
-                [f'{f.line()}. Cure: {f.kind.cure}' for f in errors],
-                f'`python tools/check_dataset.py {" ".join(paths)}` shows all of '
-                'them, its --fix OUT writes a repaired copy',
+                'check-errors',
+                'The data set has {count} kinds of errors ({paths}):',
+                [f.message() for f in errors],
+                '`python tools/check_dataset.py {paths}` shows all of them, its --fix OUT writes a repaired copy',
+                count=len(errors),
+                paths=' '.join(paths),
             )
 
     def lines(self, limit: int = 10) -> list[str]:
@@ -172,7 +177,7 @@ class Report:
 
     @classmethod
     def from_cache(cls, data: dict) -> Report:
-        """The inverse of `to_cache`; KeyError or TypeError if the data is no report."""
+        """The inverse of `to_cache`; KeyError or TypeError if the data is not a report."""
         findings = [Finding(**{**f, 'examples': [Example(**e) for e in f['examples']]}) for f in data['findings']]
         if any(f.code not in KINDS for f in findings):
             raise KeyError('a finding of another version')
@@ -201,7 +206,7 @@ class Marks:
     def __init__(self) -> None:
         self.rows: dict[str, np.ndarray] = {}
         self._scores: dict[str, dict[int, float]] = {}
-        self._details: dict[str, dict[int, str] | Callable[[int], str] | str] = {}
+        self._details: dict[str, list[dict[int, str] | Callable[[int], str] | str]] = {}
 
     def add(
         self,
@@ -224,16 +229,8 @@ class Marks:
             return
         if scores is not None:
             self._scores.setdefault(code, {}).update((int(r), float(scores[r])) for r in rows)
-        if code in self.rows:
-            old = self._details[code]
-            rows = np.union1d(self.rows[code], rows)
-            if isinstance(old, dict) and isinstance(detail, dict):
-                detail = {**detail, **old}
-            elif isinstance(old, dict) or isinstance(detail, dict):
-                detail = _either(old, detail)
-            else:
-                detail = old
-        self.rows[code], self._details[code] = rows, detail
+        self.rows[code] = np.union1d(self.rows[code], rows) if code in self.rows else rows
+        self._details.setdefault(code, []).append(detail)
 
     def worst(self, code: str, count: int) -> list[int]:
         """The rows to show: the worst, or the first if all are alike."""
@@ -243,19 +240,14 @@ class Marks:
         return rows[:count].tolist()
 
     def detail(self, code: str, row: int) -> str:
-        detail = self._details[code]
-        if callable(detail):
-            return detail(row)
-        return detail.get(row, '') if isinstance(detail, dict) else detail
+        """The first words that were given for a row."""
+        for detail in self._details[code]:
+            found = detail.get(row, '') if isinstance(detail, dict) else detail
+            if callable(found):
+                found = found(row)
+            if found:
+                return found
+        return ''
 
     def marked(self, *codes: str) -> set[int]:
         return {int(r) for code in codes for r in self.rows.get(code, ())}
-
-
-def _either(first: object, second: object) -> Callable[[int], str]:
-    def word(detail: object, row: int) -> str:
-        if isinstance(detail, dict):
-            return detail.get(row, '')
-        return detail(row) if callable(detail) else str(detail)
-
-    return lambda row: word(first, row) or word(second, row)

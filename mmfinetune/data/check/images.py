@@ -1,12 +1,13 @@
-"""Whether the image files are there, whole, of the size that is written, and different."""
+"""Whether the image files exist, are complete, of the size that is written, and different."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,13 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mmfinetune.data.check.table import Table
+from mmfinetune.utils.files import looks_like, reason_of
+from mmfinetune.utils.images import has_end, orientation_of
 from mmfinetune.utils.workers import in_order
 
 # OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
 _MOST_PIXELS = 1 << 30
 _CHUNK = 32  # images per task of a worker
-_EXIF_ORIENTATION = 0x0112
 # Upper-case suffixes that name each of Pillow's formats.
 _SUFFIXES = {
     'JPEG': ('.JPG', '.JPEG', '.JPE', '.JFIF'),
@@ -43,12 +45,12 @@ class ImageFacts:
 
     Attributes:
         problem: Code of what is wrong with it; the rest is not filled in then.
-        detail: In words.
-        width, height: As stored.
+        detail: The same in words.
+        width, height: Size as stored.
         turned: EXIF orientation, 1 to 8.
-        mode: Pillow's.
-        format: Pillow's.
-        digest: Of the content.
+        mode: Pillow's mode.
+        format: Pillow's name of the format.
+        digest: Digest of the content.
         dhash: 64 bits, or None for an image without contrast.
     """
 
@@ -79,7 +81,7 @@ def look_at(path: Path) -> ImageFacts:
         return ImageFacts('image-missing')
     except (OSError, ValueError, RuntimeError) as error:
         # A loop of links, no right to read, a name too long.
-        return ImageFacts('image-unreadable', getattr(error, 'strerror', None) or str(error))
+        return ImageFacts('image-unreadable', reason_of(error))
     if not content:
         return ImageFacts('image-unreadable', 'an empty file')
     facts = ImageFacts(digest=hashlib.blake2b(content, digest_size=16).digest())
@@ -94,12 +96,13 @@ def look_at(path: Path) -> ImageFacts:
                 return ImageFacts(
                     'image-unreadable', f'{facts.width}x{facts.height}: more than 2^30 pixels, which OpenCV refuses'
                 )
-            facts.turned = _orientation(image)
+            with contextlib.suppress(Exception):  # cameras and phones write EXIF in many damaged ways
+                facts.turned = orientation_of(image)
             # All bytes are still decoded, but a JPEG to an eighth of its size at once.
             image.draft('L', (9 * 8, 8 * 8))
             facts.dhash = _dhash(image)
     except UnidentifiedImageError:
-        return ImageFacts('image-unreadable', _not_an_image(content))
+        return ImageFacts('image-unreadable', looks_like(content) or 'not an image')
     # Pillow's decoders raise many kinds (OSError, SyntaxError, ValueError, struct.error, …).
     except Exception as error:
         text = str(error) or type(error).__name__
@@ -107,32 +110,10 @@ def look_at(path: Path) -> ImageFacts:
         return ImageFacts('image-truncated' if short else 'image-unreadable', text)
     finally:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
-    if (facts.format == 'JPEG' and b'\xff\xd9' not in content[-2048:]) or (
-        facts.format == 'PNG' and b'IEND' not in content[-2048:]
-    ):
-        # Pillow forgives a JPEG of which only the end mark is gone.
+    if not has_end(facts.format, content):
+        # Pillow forgives a JPEG of which only the end mark is missing.
         return ImageFacts('image-truncated', 'the end mark is missing')
     return facts
-
-
-def _orientation(image: Image.Image) -> int:
-    if not image.info.get('exif') and image.format not in ('TIFF', 'PNG', 'WEBP'):
-        return 1
-    try:
-        value = image.getexif().get(_EXIF_ORIENTATION, 1)
-    # EXIF is written by cameras and phones in many damaged ways.
-    except Exception:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _not_an_image(content: bytes) -> str:
-    start = content[:64].lstrip().lower()
-    if start.startswith((b'<!doctype', b'<html')):
-        return 'a web page, no image'
-    if start.startswith(b'version https://git-lfs'):
-        return 'a Git LFS pointer (run `git lfs pull`)'
-    return 'no image'
 
 
 def _dhash(image: Image.Image) -> int | None:
@@ -173,7 +154,7 @@ def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
         if fact.problem:
             found.setdefault(fact.problem, {})[row] = fact.detail
             continue
-        for code, detail in _judge(fact, name, int(table.widths[row]), int(table.heights[row])):
+        for code, detail in _problems_of(fact, name, int(table.widths[row]), int(table.heights[row])):
             found.setdefault(code, {})[row] = detail
         other = first_of.setdefault(fact.digest, row)
         if table.files[other] != name:
@@ -182,27 +163,24 @@ def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
         table.marks.add(code, list(details), details)
 
 
-def _judge(fact: ImageFacts, name: str, width: int, height: int) -> list[tuple[str, str]]:
-    found = []
+def _problems_of(fact: ImageFacts, name: str, width: int, height: int) -> Iterator[tuple[str, str]]:
+    """Codes and details of what does not fit between a whole image file and its entry."""
     upright, stored = fact.upright, (fact.width, fact.height)
     if width and (width, height) != upright:
         if (width, height) == stored:
-            found.append(
-                ('image-exif', f'{width}x{height} becomes {upright[0]}x{upright[1]} (orientation {fact.turned})')
-            )
+            yield 'image-exif', f'{width}x{height} becomes {upright[0]}x{upright[1]} (orientation {fact.turned})'
         else:
-            found.append(('image-size', f'is {upright[0]}x{upright[1]}, the file says {width}x{height}'))
+            yield 'image-size', f'is {upright[0]}x{upright[1]}, the file says {width}x{height}'
     elif fact.turned > 1 and (fact.turned < 5 or fact.width == fact.height):
-        found.append(('image-exif-same-size', f'orientation {fact.turned}'))
+        yield 'image-exif-same-size', f'orientation {fact.turned}'
     if fact.mode.startswith(('I', 'F')):
-        found.append(('image-depth', f'mode {fact.mode}'))
+        yield 'image-depth', f'mode {fact.mode}'
     elif fact.mode in ('RGBA', 'LA', 'PA', 'CMYK', 'YCCK'):
-        found.append(('image-channels', fact.mode))
+        yield 'image-channels', fact.mode
     known = _SUFFIXES.get(fact.format)
     suffix = Path(name).suffix.upper()
     if known and suffix not in known and any(suffix in s for s in _SUFFIXES.values()):
-        found.append(('image-extension', f'{fact.format} inside'))
-    return found
+        yield 'image-extension', f'{fact.format} inside'
 
 
 def similar(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list[tuple[Path, Path]]:
@@ -222,9 +200,9 @@ def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list
         for i, (_, value) in enumerate(ours):
             bins.setdefault(value >> shift & 0xFFFF, []).append(i)
         for k, (_, value) in enumerate(theirs):
-            found.update(
-                (i, k) for i in bins.get(value >> shift & 0xFFFF, ()) if (ours[i][1] ^ value).bit_count() <= _HASH_BITS
-            )
+            for i in bins.get(value >> shift & 0xFFFF, ()):
+                if (ours[i][1] ^ value).bit_count() <= _HASH_BITS:
+                    found.add((i, k))
     return [(ours[i][0], theirs[k][0]) for i, k in sorted(found)]
 
 

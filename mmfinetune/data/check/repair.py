@@ -121,7 +121,7 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
 
 
 def _refuse(report: Report) -> None:
-    problems = [f'{f.line()}. Cure: {f.kind.cure}' for f in report.findings if f.code in _BY_HAND]
+    problems = [f'{f.line()}. Hint: {f.kind.hint}' for f in report.findings if f.code in _BY_HAND]
     if problems:
         raise UserError('These errors must be mended by hand first; nothing was written:', problems)
 

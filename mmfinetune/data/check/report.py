@@ -10,12 +10,14 @@ import numpy as np
 
 from mmfinetune.data.check.findings import Example, Report
 from mmfinetune.data.check.kinds import SEVERITIES
+from mmfinetune.utils.files import atomic_write_text
+from mmfinetune.utils.masks import check_rle, to_rle
+from mmfinetune.utils.text import plural
 
 _PICTURES = 60  # on a page, each about 15 kB
 _SIDE = 300  # px of a picture
 _BOX_COLOUR = (255, 150, 0)
 _SURROUNDINGS, _LEAST_CROP = 1.0, 96  # px kept around an object: times its side, at least
-_PLURALS = {'error': 'errors', 'warning': 'warnings', 'note': 'notes'}
 
 
 def counts(report: Report) -> str:
@@ -23,8 +25,7 @@ def counts(report: Report) -> str:
     words = []
     for severity in SEVERITIES:
         number = len(report.of(severity))
-        plural = _PLURALS[severity]
-        words.append(f'{number} kind{"s" * (number > 1)} of {plural}' if number else f'no {plural}')
+        words.append(f'{plural(number, "kind")} of {severity}s' if number else f'no {severity}s')
     return ', '.join(words)
 
 
@@ -42,7 +43,7 @@ def as_text(report: Report, examples: int = 5) -> str:
         hidden = finding.count - min(examples, len(finding.examples))
         if hidden and finding.examples:
             lines.append(f'    … and {hidden:,} more')
-        lines.append(f'    cure: {finding.kind.cure}')
+        lines.append(f'    hint: {finding.kind.hint}')
     what = '' if report.images_read else ' (image files not read)'
     when = 'known from an earlier check' if report.cached else 'checked'
     lines += ['', f'{counts(report)}; {when}{what} in {report.seconds:.1f} s']
@@ -57,28 +58,19 @@ def as_html(report: Report, title: str = 'Data set report') -> str:
     left = _PICTURES
     shown = []
     for finding in report.findings:
-        pictures = []
-        for example in finding.examples[:left]:
-            source = picture(example) if example.path else ''
-            if source:
-                pictures.append((str(example), source))
+        pictures = [(str(example), picture(example)) for example in finding.examples[:left]]
+        pictures = [(caption, source) for caption, source in pictures if source]
         left -= len(pictures)
         shown.append((finding, pictures))
+    charts = {
+        'Objects of each class': 'per_class',
+        'Objects in an image': 'per_image',
+        'Mask side, √area in px': 'mask_sides',
+        'Image sizes': 'sizes',
+        'Width / height': 'aspects',
+    }
     splits = [
-        (
-            split,
-            [
-                (name, _bars(values))
-                for name, values in (
-                    ('Objects of each class', split.per_class),
-                    ('Objects in an image', split.per_image),
-                    ('Mask side, √area in px', split.mask_sides),
-                    ('Image sizes', split.sizes),
-                    ('Width / height', split.aspects),
-                )
-            ],
-        )
-        for split in report.splits
+        (split, [(chart, _bars(getattr(split, name))) for chart, name in charts.items()]) for split in report.splits
     ]
     return template.render(title=title, report=report, shown=shown, splits=splits, counts=counts(report))
 
@@ -95,7 +87,7 @@ def picture(example: Example) -> str:
 
     from mmfinetune.data.drawing import draw_instances, side_by_side
 
-    pixels = _read(example.path)
+    pixels = _read(example.path) if example.path else None
     if pixels is None:
         return ''
     height, width = pixels.shape[:2]
@@ -157,27 +149,16 @@ def _mask(shape: object, height: int, width: int) -> np.ndarray | None:
     """The mask of a segmentation that may be damaged, bool (height, width)."""
     from pycocotools import mask as mask_api
 
-    from mmfinetune.utils.masks import run_lengths
-
-    if isinstance(shape, list):
-        parts = [np.asarray(part, float) for part in shape if len(part) >= 6]
-        parts = [part[: len(part) // 2 * 2] for part in parts]
-        limit = 4 * max(height, width)
-        parts = [part for part in parts if (np.abs(part) < limit).all()]
-        if not parts:
-            return None
-        rle = mask_api.merge(mask_api.frPyObjects(parts, height, width))
-        return mask_api.decode(rle).astype(bool)
-    if not isinstance(shape, dict) or shape.get('size') != [height, width]:
+    try:
+        if isinstance(shape, list):
+            limit = 4 * max(height, width)
+            parts = [part[: len(part) // 2 * 2] for part in shape if len(part) >= 6]
+            rle = to_rle([part for part in parts if np.abs(part).max() < limit], height, width)
+        else:
+            rle = check_rle(shape, height, width)
+    except (ValueError, IndexError):
         return None
-    counts = shape.get('counts')
-    if isinstance(counts, str) and counts and counts.isascii():
-        if run_lengths([counts.encode()])[0][0] != height * width:
-            return None
-        return mask_api.decode({'size': [height, width], 'counts': counts.encode()}).astype(bool)
-    if isinstance(counts, list) and all(type(v) is int and v >= 0 for v in counts) and sum(counts) == height * width:
-        return mask_api.decode(mask_api.frPyObjects(shape, height, width)).astype(bool)
-    return None
+    return mask_api.decode(rle).astype(bool)
 
 
 def write_html(report: Report, path: Path) -> None:
@@ -186,8 +167,6 @@ def write_html(report: Report, path: Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    from mmfinetune.utils.files import atomic_write_text
-
     atomic_write_text(path, as_html(report))
 
 
@@ -253,7 +232,7 @@ figcaption { font-size: .78rem; overflow-wrap: anywhere; }
 {% for finding, pictures in shown %}
 <div class="finding {{ finding.severity }}">
 <span class="tag">{{ finding.severity }}</span>{{ finding.line(0) }}
-<div class="soft">Cure: {{ finding.kind.cure }}</div>
+<div class="soft">Hint: {{ finding.kind.hint }}</div>
 {% if pictures %}
 <div class="pictures">
 {% for caption, source in pictures %}

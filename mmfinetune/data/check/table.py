@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,10 +28,10 @@ class Table:
     -1 for rows and ids, 0 for sizes, NaN for boxes and areas, None for names.
 
     Attributes:
-        name: Of the split.
+        name: Name of the split.
         path: The JSON file.
         root: Folder that the image names are relative to.
-        images, annotations, categories: The lists; entries that are no object are empty dicts.
+        images, annotations, categories: The lists; entries that are not objects are empty dicts.
         classes: Category names in the file's order, without repeated ones.
         files: (I,) image names or None.
         widths, heights: (I,) int64.
@@ -46,9 +47,9 @@ class Table:
     name: str
     path: Path
     root: Path
-    images: list[dict] = field(default_factory=list)
-    annotations: list[dict] = field(default_factory=list)
-    categories: list[dict] = field(default_factory=list)
+    images: list[dict]
+    annotations: list[dict]
+    categories: list[dict]
     classes: list[str] = field(default_factory=list)
     files: list[str | None] = field(default_factory=list)
     widths: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
@@ -67,13 +68,9 @@ class Table:
 
     def sizes_of(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Width and height of the images of some annotations; 0 where unknown."""
+        # Row -1 stands for an unknown image.
         images = self.image_rows[rows]
-        known = images >= 0
-        return (
-            (np.where(known, self.widths[images], 0), np.where(known, self.heights[images], 0))
-            if len(self.widths)
-            else (np.zeros(len(rows), np.int64),) * 2
-        )
+        return np.append(self.widths, 0)[images], np.append(self.heights, 0)[images]
 
 
 def read_table(name: str, path: Path, root: Path) -> Table:
@@ -93,18 +90,13 @@ def read_table(name: str, path: Path, root: Path) -> Table:
     return table
 
 
-def _check_ids(table: Table, section: str) -> dict[object, int]:
+def _check_ids(table: Table, name: str, entries: list[dict]) -> dict[object, int]:
     """Mark wrong ids; the rows by id, the first of repeated ones."""
-    entries, marks = getattr(table, section), table.marks
-    name = {'images': 'image', 'annotations': 'annotation', 'categories': 'category'}[section]
     values = [entry.get('id', _MISSING) for entry in entries]
     rows: dict[object, int] = {}
-    try:
-        rows = dict(zip(reversed(values), range(len(values) - 1, -1, -1), strict=True))
-    except TypeError:
-        for i in range(len(values) - 1, -1, -1):
-            if not isinstance(values[i], (list, dict)):
-                rows[values[i]] = i
+    for i in range(len(values) - 1, -1, -1):
+        if not isinstance(values[i], (list, dict)):
+            rows[values[i]] = i
     rows.pop(_MISSING, None)
     if set(map(type, values)) <= {int} and len(rows) == len(values):
         low, high = (min(rows), max(rows)) if rows else (0, 0)
@@ -112,27 +104,28 @@ def _check_ids(table: Table, section: str) -> dict[object, int]:
             return rows
     by_code: dict[str, list[int]] = {'missing': [], 'type': [], 'range': [], 'duplicate': []}
     for i, value in enumerate(values):
-        # An entry that is no object is told of already.
         if value is _MISSING:
+            # An entry that is not an object is reported already.
             if entries[i]:
                 by_code['missing'].append(i)
-        elif type(value) is not int:
+            continue
+        if type(value) is not int:
             by_code['type'].append(i)
         elif not 0 <= value <= _LARGEST_ID:
             by_code['range'].append(i)
-        if value is not _MISSING and not isinstance(value, (list, dict)) and rows[value] != i:
+        if not isinstance(value, (list, dict)) and rows[value] != i:
             by_code['duplicate'].append(i)
     for code, found in by_code.items():
-        marks.add(
+        table.marks.add(
             f'{name}-id-{code}',
             found,
-            lambda i: f'id {shown_value(values[i])}' if values[i] is not _MISSING else f'position {i}',
+            lambda i: f'position {i}' if values[i] is _MISSING else f'id {shown_value(values[i])}',
         )
     return rows
 
 
 def _check_categories(table: Table) -> dict[object, int]:
-    marks, rows = table.marks, _check_ids(table, 'categories')
+    marks, rows = table.marks, _check_ids(table, 'category', table.categories)
     seen: dict[str, int] = {}
     for i, entry in enumerate(table.categories):
         name = entry.get('name')
@@ -152,7 +145,7 @@ def _check_categories(table: Table) -> dict[object, int]:
 
 
 def _check_images(table: Table) -> dict[object, int]:
-    marks, rows = table.marks, _check_ids(table, 'images')
+    marks, rows = table.marks, _check_ids(table, 'image', table.images)
     table.files = [entry.get('file_name') for entry in table.images]
     seen: dict[str, int] = {}
     for i, name in enumerate(table.files):
@@ -186,7 +179,7 @@ def _check_images(table: Table) -> dict[object, int]:
 
 def _check_annotations(table: Table, images: dict[object, int], categories: dict[object, int]) -> None:
     marks, entries = table.marks, table.annotations
-    _check_ids(table, 'annotations')
+    _check_ids(table, 'annotation', entries)
     marks.add(
         'annotation-id-zero',
         [i for i, entry in enumerate(entries) if entry.get('id', 1) == 0 and entry['id'] is not False],
@@ -197,10 +190,8 @@ def _check_annotations(table: Table, images: dict[object, int], categories: dict
         ('category_id', categories, 'category_rows', 'category-id-unknown'),
     ):
         values = [entry.get(key) for entry in entries]
-        try:
-            rows = np.fromiter((lookup.get(v, -1) for v in values), np.int64, len(values))
-        except TypeError:
-            rows = np.array([-1 if isinstance(v, (list, dict)) else lookup.get(v, -1) for v in values], np.int64)
+        found = (-1 if isinstance(v, (list, dict)) else lookup.get(v, -1) for v in values)
+        rows = np.fromiter(found, np.int64, len(values))
         setattr(table, column, rows)
         marks.add(
             code,
@@ -228,12 +219,7 @@ def _is_number(value: object) -> bool:
 
 def _check_areas(marks: Marks, entries: list[dict]) -> np.ndarray:
     values = [entry.get('area') for entry in entries]
-    if not set(map(type, values)) <= {int, float}:
-        values = [v if _is_number(v) else np.nan for v in values]
-    try:
-        areas = np.array(values, np.float64).reshape(len(entries))
-    except OverflowError:
-        areas = np.array([v if _is_number(v) else np.nan for v in values], np.float64)
+    areas = np.array([v if _is_number(v) else np.nan for v in values], np.float64)
     marks.add(
         'area-invalid',
         [i for i in np.flatnonzero(~np.isfinite(areas)) if entries[i]],
@@ -244,7 +230,7 @@ def _check_areas(marks: Marks, entries: list[dict]) -> np.ndarray:
 
 
 def _check_boxes(table: Table) -> np.ndarray:
-    """The boxes (A, 4); marks those that are none, without area, or not in the image."""
+    """The boxes (A, 4); marks those that are not boxes, have no area, or are not in the image."""
     entries, marks = table.annotations, table.marks
     values = [entry.get('bbox') for entry in entries]
     boxes = _as_array(values)
@@ -264,29 +250,27 @@ def _check_boxes(table: Table) -> np.ndarray:
         over = checked & ~outside & (np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
 
     def detail(i: int) -> str:
-        return f'bbox {shown_value([round(float(v), 2) for v in boxes[i]])}' + (
-            f' in {width[i]}x{height[i]}' if width[i] else ''
-        )
+        text = f'bbox {shown_value([round(float(v), 2) for v in boxes[i]])}'
+        return f'{text} in {width[i]}x{height[i]}' if width[i] else text
 
-    marks.add('box-degenerate', np.flatnonzero(degenerate), detail)
-    marks.add('box-tiny', np.flatnonzero(tiny), detail)
-    marks.add('box-outside', np.flatnonzero(outside), detail)
-    marks.add('box-over-edge', np.flatnonzero(over), detail)
+    for code, found in (
+        ('box-degenerate', degenerate),
+        ('box-tiny', tiny),
+        ('box-outside', outside),
+        ('box-over-edge', over),
+    ):
+        marks.add(code, np.flatnonzero(found), detail)
     return boxes
 
 
 def _as_array(values: Sequence[object]) -> np.ndarray:
-    if (
-        set(map(type, values)) <= {list}
-        and set(map(len, values)) <= {4}
-        and set(map(type, itertools.chain.from_iterable(values))) <= {int, float}
-    ):
-        try:
-            boxes = np.fromiter(itertools.chain.from_iterable(values), np.float64, 4 * len(values)).reshape(-1, 4)
-            if np.isfinite(boxes).all() and (np.abs(boxes) < 1e300).all():
+    """Boxes (N, 4), NaN for those that are not four finite numbers."""
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        # All at once, as nearly all files allow; NumPy would take texts and truth values for numbers.
+        if set(map(type, itertools.chain.from_iterable(values))) <= {int, float}:
+            boxes = np.array(values, np.float64).reshape(len(values), 4)
+            if (np.abs(boxes) < 1e300).all():
                 return boxes
-        except OverflowError:
-            pass
     boxes = np.full((len(values), 4), np.nan)
     for i, value in enumerate(values):
         if isinstance(value, list) and len(value) == 4 and all(map(_is_number, value)):
