@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from array import array
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -22,10 +22,6 @@ from mmfinetune.data.check.kinds import IMBALANCE, RARE
 from mmfinetune.data.check.masks import Masks, check_masks
 from mmfinetune.data.check.table import Table, read_table
 from mmfinetune.data.layout import guess_image_root
-
-if TYPE_CHECKING:
-    pass
-
 
 Splits = Mapping[str, tuple[Path, Path | None]]
 
@@ -87,10 +83,12 @@ def examine(
         keep: Whether the tables keep their annotations, which take most of the memory.
     """
     names: dict[tuple[Path, Path | None], list[str]] = {}
-    for name, (path, root) in splits.items():
+    for name, place in splits.items():
         # Most configs test on the validation split.
-        names.setdefault((Path(path), root and Path(root)), []).append(name)
-    tables, stats, findings = [], [], []
+        names.setdefault(place, []).append(name)
+    tables: list[Table] = []
+    stats: list[SplitStats] = []
+    findings: list[Finding] = []
     facts: list[dict[Path, ImageFacts]] = []
     for (path, root), sharing in names.items():
         table = read_table(', '.join(sharing), path, root or Path())
@@ -99,13 +97,13 @@ def examine(
         masks = check_masks(table, options.progress)
         facts.append({})
         if options.images:
-            facts[-1] = read_images(
-                [table.root / f for f in table.files if f is not None], options.workers, options.progress
-            )
+            paths = [table.root / name for name in table.files if name is not None]
+            facts[-1] = read_images(paths, options.workers, options.progress)
             check_images(table, facts[-1])
         counts = _count(table)
+        expected = classes or (tables[0].classes if tables else None)
         findings += _of_table(table, options.max_examples)
-        findings += _of_classes(table, counts, classes or (tables and tables[0].classes), options.max_examples)
+        findings += _of_classes(table, counts, expected, options.max_examples)
         stats.append(_statistics(table, masks, counts))
         if not keep:
             table.annotations = []
@@ -146,48 +144,42 @@ def _count(table: Table) -> Counter[str]:
 
 def _of_table(table: Table, most: int) -> list[Finding]:
     """Findings from what is marked in a table."""
-    fatal: dict[str, list[str]] = {}
+    findings: dict[str, Finding] = {}
     for code, detail in table.fatal:
-        fatal.setdefault(code, []).append(detail)
-    findings = [
-        Finding(
-            code, table.name, len(details), [Example(detail=f'{table.path}{f": {d}" if d else ""}') for d in details]
-        )
-        for code, details in fatal.items()
-    ]
-    if any(code.startswith(('section', 'top')) for code in fatal) or not table.images:
-        return findings
+        finding = findings.setdefault(code, Finding(code, table.name, 0))
+        finding.count += 1
+        finding.examples.append(Example(detail=f'{table.path}: {detail}'))
+    if not table.images:
+        return list(findings.values())
     marks = table.marks
     empty = np.ones(len(table.images), bool)
     empty[table.image_rows[table.image_rows >= 0]] = False
-    # All of them are no note but the error below.
+    # All of them are not a note but the error below.
     if not empty.all():
         marks.add('image-empty', np.flatnonzero(empty))
-    if table.images and not _usable(table).any():
-        findings.append(
-            Finding(
-                'no-objects', table.name, 1, [Example(detail=f'{table.path}: {len(table.annotations)} annotations')]
-            )
-        )
+    if not _usable(table).any():
+        example = Example(detail=f'{table.path}: {len(table.annotations)} annotations')
+        findings['no-objects'] = Finding('no-objects', table.name, 1, [example])
     for code, rows in marks.rows.items():
-        finding = Finding(code, table.name, len(rows))
-        make = {'images': _image_example, 'annotations': _annotation_example}.get(
-            finding.kind.unit, lambda _table, _row: Example()
-        )
+        finding = findings[code] = Finding(code, table.name, len(rows))
         for row in marks.worst(code, most):
-            example = make(table, row)
-            example.detail = marks.detail(code, row)
-            finding.examples.append(example)
-        findings.append(finding)
-    return findings
+            finding.examples.append(_example(table, finding.kind.unit, row))
+            finding.examples[-1].detail = marks.detail(code, row)
+    return list(findings.values())
+
+
+def _example(table: Table, unit: str, row: int) -> Example:
+    """The place of an entry, without words on what is wrong there."""
+    if unit == 'images':
+        return _image_example(table, row)
+    return _annotation_example(table, row) if unit == 'annotations' else Example()
 
 
 def _image_example(table: Table, row: int) -> Example:
-    name = table.files[row]
-    return Example(
-        name or f'image {table.images[row].get("id", f"at position {row}")!r}',
-        path=str(table.root / name) if name else '',
-    )
+    path = table.image_path(row)
+    if path is None:
+        return Example(f'image {table.images[row].get("id", f"at position {row}")!r}')
+    return Example(str(table.files[row]), path=str(path))
 
 
 def _annotation_example(table: Table, row: int) -> Example:
@@ -197,13 +189,13 @@ def _annotation_example(table: Table, row: int) -> Example:
     key = entry.get('id', f'at position {row}')
     example.annotation = key if isinstance(key, (int, float, str)) else repr(key)
     shape = entry.get('segmentation')
-    if isinstance(shape, list) and all(hasattr(p, 'tolist') for p in shape):
-        shape = [p.tolist() for p in shape]
-        small = sum(map(len, shape)) <= _LARGEST_SHAPE
-    else:
-        small = isinstance(shape, dict) and len(str(shape)) <= 8 * _LARGEST_SHAPE
-    example.shape = shape if small else None
-    example.box = None if np.isnan(table.boxes[row]).any() else table.boxes[row].tolist()
+    if isinstance(shape, list) and all(isinstance(p, array) for p in shape):
+        if sum(map(len, shape)) <= _LARGEST_SHAPE:
+            example.shape = [p.tolist() for p in shape]
+    elif isinstance(shape, dict) and len(str(shape)) <= 8 * _LARGEST_SHAPE:
+        example.shape = shape
+    if not np.isnan(table.boxes[row]).any():
+        example.box = table.boxes[row].tolist()
     return example
 
 
@@ -211,37 +203,24 @@ def _of_classes(table: Table, counts: Mapping[str, int], expected: Sequence[str]
     """Findings about class order, and classes with too few objects."""
     findings = []
     if expected and table.classes and list(expected) != table.classes:
-        findings.append(
-            Finding(
-                'class-order',
-                table.name,
-                1,
-                [Example(detail=f'{table.path}: {_difference(table.classes, list(expected))}')],
-            )
-        )
+        example = Example(detail=f'{table.path}: {_difference(table.classes, list(expected))}')
+        findings.append(Finding('class-order', table.name, 1, [example]))
     if not counts:
         return findings
-
-    def add(code: str, chosen: Sequence[str]) -> None:
-        if chosen:
-            findings.append(
-                Finding(
-                    code,
-                    table.name,
-                    len(chosen),
-                    [Example(detail=f'{name} ({counts[name]:,})' if counts[name] else name) for name in chosen[:most]],
-                )
-            )
-
-    largest = max(counts.values())
     few = sorted(table.classes, key=lambda name: counts[name])
     absent = [name for name in few if not counts[name]]
-    if not _is_training(table.name):
-        add('class-unmeasured', absent)
-        return findings
-    add('class-absent', absent)
-    add('class-rare', [name for name in few if 0 < counts[name] < RARE])
-    add('class-imbalance', [name for name in few if RARE <= counts[name] <= largest / IMBALANCE])
+    chosen = {'class-unmeasured': absent}
+    if _is_training(table.name):
+        largest = max(counts.values())
+        chosen = {
+            'class-absent': absent,
+            'class-rare': [name for name in few if 0 < counts[name] < RARE],
+            'class-imbalance': [name for name in few if RARE <= counts[name] <= largest / IMBALANCE],
+        }
+    for code, names in chosen.items():
+        if names:
+            details = [f'{name} ({counts[name]:,})' if counts[name] else name for name in names[:most]]
+            findings.append(Finding(code, table.name, len(names), [Example(detail=detail) for detail in details]))
     return findings
 
 
@@ -267,42 +246,25 @@ def _between(
         return []
     name = f'{one.name} / {two.name}'
     if not (ours and theirs):
-        both = {one.root / f for f in one.files if f} & {two.root / f for f in two.files if f}
-        return (
-            [
-                Finding(
-                    'leak-content',
-                    name,
-                    len(both),
-                    [Example(p.name, detail='the same file', path=str(p)) for p in sorted(both)[:most]],
-                )
-            ]
-            if both
-            else []
-        )
+        both = sorted({one.root / f for f in one.files if f} & {two.root / f for f in two.files if f})
+        examples = [Example(p.name, detail='the same file', path=str(p)) for p in both[:most]]
+        return [Finding('leak-content', name, len(both), examples)] if both else []
     by_digest = {fact.digest: path for path, fact in ours.items() if not fact.problem}
-    same = [
-        (by_digest[fact.digest], path) for path, fact in theirs.items() if not fact.problem and fact.digest in by_digest
-    ]
+    whole = {path: fact for path, fact in theirs.items() if not fact.problem}
+    same = [(by_digest[fact.digest], path) for path, fact in whole.items() if fact.digest in by_digest]
     found = []
-    for code, pairs, word in (('leak-content', same, 'is'), ('leak-similar', similar(ours, theirs), 'looks like')):
-        if pairs:
-            found.append(
-                Finding(
-                    code,
-                    name,
-                    len({second for _, second in pairs}),
-                    [
-                        Example(
-                            _inside(second, two.root),
-                            detail=f'{word} {_inside(first, one.root)}',
-                            path=str(second),
-                            other=str(first),
-                        )
-                        for first, second in pairs[:most]
-                    ],
-                )
+    for code, pairs, verb in (('leak-content', same, 'is'), ('leak-similar', similar(ours, theirs), 'looks like')):
+        examples = [
+            Example(
+                _inside(second, two.root),
+                detail=f'{verb} {_inside(first, one.root)}',
+                path=str(second),
+                other=str(first),
             )
+            for first, second in pairs[:most]
+        ]
+        if pairs:
+            found.append(Finding(code, name, len({second for _, second in pairs}), examples))
     return found
 
 
@@ -336,11 +298,16 @@ def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitS
 
 
 def _histogram(values: Sequence[float] | np.ndarray, edges: Sequence[float], whole: bool = False) -> dict[str, int]:
-    """Counts by bin; the last bin is open."""
+    """Counts by bin; the last bin is open.
+
+    Args:
+        values: The numbers.
+        edges: Lower ends of the bins.
+        whole: Whether they are whole numbers, so that a bin ends below the next one.
+    """
     counts, _ = np.histogram(values, [*edges, np.inf])
-    ends = [*edges[1:], None]
-    labels = [
-        f'{a:g}+' if b is None else f'{a:g}' if whole and b == a + 1 else f'{a:g}-{b - 1 if whole else b:g}'
-        for a, b in zip(edges, ends, strict=True)
-    ]
-    return dict(zip(labels, counts.tolist(), strict=True))
+    labels = []
+    for low, high in itertools.pairwise(edges):
+        last = high - 1 if whole else high
+        labels.append(f'{low:g}' if low == last else f'{low:g}-{last:g}')
+    return dict(zip([*labels, f'{edges[-1]:g}+'], counts.tolist(), strict=True))
