@@ -68,12 +68,12 @@ def test_clean_folder(site):
 
 def test_errors_give_code_1_and_all_of_them(site):
     spoil()
-    done = drive(TOOL, 'set/annotations/instances_train.json', '--images', 'set/images')
+    done = drive(TOOL, 'set/annotations/instances_train.json', '--image-root', 'set/images')
     assert done.code == 1
     for code in ('annotation-id-zero', 'box-mask', 'image-size'):
         assert f'[{code}]' in done.out
     assert 'is 224x224, the file says 7x224' in done.out
-    assert done.out.count('    cure: ') == done.out.count('\nerror: ') + done.out.count('\nwarning: ') + done.out.count(
+    assert done.out.count('    hint: ') == done.out.count('\nerror: ') + done.out.count('\nwarning: ') + done.out.count(
         '\nnote: '
     )
 
@@ -163,7 +163,7 @@ def test_fix_writes_a_copy_without_errors(site):
     done = drive(TOOL, 'set', '--fix', 'fixed')
     assert done.code == 0, done.out + done.err
     assert done.last_lines(1) == ['Repaired copy: fixed']
-    assert 'annotation ids numbered anew from 1' in done.out
+    assert 'annotation ids renumbered from 1' in done.out
     assert {p: p.read_bytes() for p in Path('set').rglob('*') if p.is_file()} == before
     assert drive(TOOL, 'fixed').code == 0
     assert len(json.loads(Path('fixed/changes.json').read_text())) > 1
@@ -172,15 +172,15 @@ def test_fix_writes_a_copy_without_errors(site):
 @pytest.mark.parametrize(
     ('args', 'message'),
     [
-        (['set/images'], 'no annotation files in it'),
-        (['set', '--images', 'nowhere'], 'There is no folder nowhere'),
-        (['set', '--fix', 'set'], 'is there already'),
-        (['set', '--fix', 'new', '--no-images'], '--fix needs to see the images'),
+        (['set/images'], 'error[layout-no-files]'),
+        (['set', '--image-root', 'nowhere'], 'error[layout-no-images]'),
+        (['set', '--fix', 'set'], 'error[fix-exists]'),
         (['--config', 'nowhere.py'], 'There is no config nowhere.py'),
+        (['set', '--fix', 'new', '--no-images'], 'leave --no-images out'),
         ([], 'pass annotation files, a folder, or --config'),
         (['set', '--config', 'tiny.py'], 'pass annotation files, a folder, or --config'),
-        (['set', '--workers', '0'], '--workers 1 or more'),
-        (['--config', 'tiny.py', '--images', 'set'], 'leave --images out'),
+        (['set', '--workers', '0'], '--workers'),
+        (['--config', 'tiny.py', '--image-root', 'set'], 'leave --image-root out'),
     ],
 )
 def test_wrong_arguments(site, args, message):
@@ -190,6 +190,12 @@ def test_wrong_arguments(site, args, message):
     assert message in done.err
     assert 'Traceback' not in done.err
     assert files_in(site) == before
+
+
+def test_the_old_name_of_an_option_works_with_a_note(site):
+    done = drive(TOOL, 'set', '--images', 'set/images')
+    assert done.code == 0
+    assert done.err.startswith('note: --images is now called --image-root')
 
 
 def test_file_that_is_missing_is_a_finding(site):

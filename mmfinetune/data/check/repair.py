@@ -5,44 +5,32 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from pycocotools import mask as mask_api
 
 from mmfinetune.data import coco_json
 from mmfinetune.data.check.findings import Report
-from mmfinetune.data.check.images import look_at
-from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
+from mmfinetune.data.check.images import ImageFacts, look_at
 from mmfinetune.data.check.run import Options, Splits, check, examine
-from mmfinetune.data.check.shapes import as_json, clip, measure, to_rle, turn_mask, turn_polygons, usable_polygons
+from mmfinetune.data.check.shapes import clip, measure, reaches_beyond, turn, usable_polygons
 from mmfinetune.data.check.table import Table
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all, json_bytes
+from mmfinetune.data.layout import Prepared
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import atomic_write_all, json_bytes, reason_of
 
 CHANGES = 'changes.json'
 _PASSES = 3
-# What only a person can mend.
-_BY_HAND = (
-    'no-file',
-    'file-unreadable',
-    'not-json',
-    'nesting',
-    'top-level',
-    'section-missing',
-    'section-type',
-    'no-images',
-    'no-categories',
-    'category-name',
-)
+# What only a person can fix.
+_UNREADABLE = ('no-file', 'file-unreadable', 'not-json', 'nesting', 'top-level', 'section-missing', 'section-type')
+_BY_HAND = (*_UNREADABLE, 'no-images', 'no-categories', 'category-name')
 _BAD_IMAGES = ('image-missing', 'image-unreadable', 'image-truncated', 'image-size', 'file-name')
 _BAD_OBJECTS = ('image-id-unknown', 'category-id-unknown', 'mask-missing', 'rle-size', 'rle-counts', 'mask-empty')
 _BAD_SHAPES = ('mask-type', 'polygon-points', 'polygon-odd', 'polygon-number')
 _BAD_BOXES = ('box-invalid', 'box-degenerate', 'box-outside', 'box-over-edge', 'box-mask')
 _BAD_AREAS = ('area-invalid', 'area-zero', 'area-mismatch')
-_BAD_IDS = ('missing', 'type', 'range', 'duplicate')
 
 
 @dataclass
@@ -52,8 +40,8 @@ class Fixed:
     Attributes:
         out: Its folder.
         paths: The annotation files in it, by split.
-        changes: Of each change: split, image, annotation and what was done.
-        report: Of the copy.
+        changes: Split, image, annotation and what was done, for each change.
+        report: The check of the copy.
     """
 
     out: Path
@@ -76,72 +64,85 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
     only when a check of the copy finds no error.
 
     Args:
-        splits: See `dataset_check.check`.
+        splits: See `run.check`.
         out: A folder that does not exist yet.
         classes: Class names in label order; those of the first split by default.
         options: How to check.
 
     Raises:
-        UserError: `out` is there already, or there are errors that only a person can mend.
+        UserError: `out` already exists, or there are errors that only a person can fix.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f'{out} is there already', cure='pass a new folder to --fix')
+        raise UserError('fix-exists', '{out} already exists', hint='pass a new folder to --fix', out=out)
     report, tables = examine(splits, classes, options, keep=True)
-    _refuse(report)
+    by_hand = [f.message() for f in report.findings if f.code in _BY_HAND]
+    if by_hand:
+        raise UserError('fix-by-hand', 'These errors must be fixed by hand first; nothing was written:', by_hand)
     part = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     changes: list[dict] = []
     try:
-        # One repair can bring another fault to light.
-        for turn in range(_PASSES):
-            known = len(changes)
-            paths = _write(tables, part, classes, changes, first=turn == 0)
-            again = {name: (path, part / 'images') for name, path in paths.items()}
-            report, tables = examine(again, classes, options, keep=True)
-            if report.good or len(changes) == known:
-                break
-        if not report.good:
-            raise UserError(
-                'These errors cannot be repaired without a guess; nothing was written:',
-                [f.line() for f in report.of('error')],
-                'mend them by hand',
-            )
+        paths = _repair_all(report, tables, part, classes, changes, options)
         atomic_write_all({part / CHANGES: json_bytes(changes, indent=1)})
         if out.is_dir():
             out.rmdir()
         part.rename(out)
     except OSError as error:
         raise UserError(
-            f'{out}: cannot be written: {error.strerror or error}', cure='choose a folder you may write to'
+            'fix-unwritable',
+            '{out}: cannot be written: {reason}',
+            hint='choose a folder you may write to',
+            out=out,
+            reason=reason_of(error),
         ) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     done = {name: out / path.relative_to(part) for name, path in paths.items()}
-    again = {name: (path, out / 'images') for name, path in done.items()}
-    return Fixed(out, done, changes, check(again, classes, options))
+    return Fixed(out, done, changes, check(_copied(done, out), classes, options))
 
 
-def _refuse(report: Report) -> None:
-    problems = [f'{f.line()}. Hint: {f.kind.hint}' for f in report.findings if f.code in _BY_HAND]
-    if problems:
-        raise UserError('These errors must be mended by hand first; nothing was written:', problems)
+def _repair_all(
+    report: Report,
+    tables: Sequence[Table],
+    part: Path,
+    classes: Sequence[str] | None,
+    changes: list[dict],
+    options: Options,
+) -> dict[str, Path]:
+    """Repair until a check is content; one repair can bring another fault to light."""
+    for turn_number in range(_PASSES):
+        known = len(changes)
+        paths = _write(tables, part, classes, changes, first=turn_number == 0)
+        report, tables = examine(_copied(paths, part), classes, options, keep=True)
+        if report.good or len(changes) == known:
+            break
+    if not report.good:
+        raise UserError(
+            'fix-incomplete',
+            'These errors cannot be repaired without a guess; nothing was written:',
+            [f.message() for f in report.of('error')],
+            'fix them by hand',
+        )
+    return paths
+
+
+def _copied(paths: dict[str, Path], folder: Path) -> Splits:
+    return {name: (path, Prepared(folder).images) for name, path in paths.items()}
 
 
 def _write(
     tables: Sequence[Table], out: Path, classes: Sequence[str] | None, changes: list[dict], first: bool
 ) -> dict[str, Path]:
     """Write the repaired files of all tables and link their images; paths by split."""
-    roots = list(dict.fromkeys(t.root.resolve() for t in tables)) if first else []
-    folders = _link(roots, out) if first else {}
-    contents, paths, told = {}, {}, classes is not None
+    folders = _link(list(dict.fromkeys(t.root.resolve() for t in tables)), out) if first else {}
+    contents, paths, from_config = {}, {}, classes is not None
     for table in tables:
         name = table.name.partition(',')[0]
-        repair = _Repair(table, classes, told)
+        repair = _Repair(table, classes, from_config, changes)
         data = repair.run()
-        changes += repair.changes
         classes = classes or [c['name'] for c in data['categories']]
         if first:
             _rename(data, table.root.resolve(), folders)
-        paths[name] = out / 'annotations' / f'instances_{name.replace("/", "_")}.json'
+        paths[name] = Prepared(out).annotation(name.replace('/', '_'))
         contents[paths[name]] = json_bytes(data)
     atomic_write_all(contents)
     return paths
@@ -149,7 +150,7 @@ def _write(
 
 def _link(roots: list[Path], out: Path) -> dict[Path, str | None]:
     """Link image folders into ``OUT/images``; what comes before a name, None for the whole path."""
-    images = out / 'images'
+    images = Prepared(out).images
     out.mkdir(parents=True, exist_ok=True)
     try:
         if len(roots) == 1:
@@ -183,97 +184,112 @@ def _rename(data: dict, root: Path, folders: dict[Path, str | None]) -> None:
 
 @dataclass
 class _Repair:
-    """The repair of one annotation file, from what a check has marked in it."""
+    """The repair of one annotation file, from what a check has marked in it.
+
+    Attributes:
+        table: The checked file.
+        classes: Expected class names; those of this file if None.
+        from_config: Whether they are those of a config, not of another file.
+        changes: Gets what is done.
+    """
 
     table: Table
     classes: Sequence[str] | None
-    told: bool  # the classes are those of a config, not of another file
-    changes: list[dict] = field(default_factory=list)
+    from_config: bool
+    changes: list[dict]
 
     def run(self) -> dict:
-        table = self.table
+        """The repaired content of the file."""
         # Not the table's, whose polygons are arrays; it is changed below.
-        data = coco_json.read(table.path).data
-        if any(code == 'encoding' for code, _ in table.fatal):
+        data = coco_json.read(self.table.path).data
+        before = len(self.changes)
+        if any(code == 'encoding' for code, _ in self.table.fatal):
             self._note('saved as UTF-8')
         categories, category_of = self._categories(data['categories'])
-        images, image_of = self._images(data['images'])
-        data['annotations'] = self._annotations(data['annotations'], images, image_of, category_of)
-        data['images'] = [images[row] for row in sorted(images)]
-        data['categories'] = categories
-        if not data['images'] or not data['annotations']:
+        images = self._images(data['images'])
+        annotations = self._annotations(data['annotations'], images, category_of)
+        if not images or not annotations:
+            counts = Counter(change['change'] for change in self.changes[before:])
             raise UserError(
-                f'{table.path}: nothing is left after the repair; nothing was written',
-                [f'{n:,} x {c}' for c, n in Counter(c['change'] for c in self.changes).items()],
+                'fix-nothing-left',
+                '{path}: nothing is left after the repair; nothing was written',
+                [Message('fix-change', '{count:,} x {change}', change=c, count=n) for c, n in counts.items()],
                 'look at the findings without --fix first',
+                path=self.table.path,
             )
-        return data
+        return {
+            **data,
+            'categories': categories,
+            'images': [images[row] for row in sorted(images)],
+            'annotations': annotations,
+        }
 
     def _note(self, change: str, image: int | None = None, annotation: int | None = None) -> None:
-        table = self.table
-        if annotation is not None and image is None and table.image_rows[annotation] >= 0:
-            image = int(table.image_rows[annotation])
-        self.changes.append(
-            {
-                'split': table.name,
-                'change': change,
-                'image': None if image is None else table.files[image],
-                'annotation': None
-                if annotation is None
-                else table.annotations[annotation].get('id', f'position {annotation}'),
-            }
-        )
+        table, number = self.table, None
+        if annotation is not None:
+            number = table.annotations[annotation].get('id', f'position {annotation}')
+            if table.image_rows[annotation] >= 0:
+                image = int(table.image_rows[annotation])
+        name = None if image is None else table.files[image]
+        self.changes.append({'split': table.name, 'change': change, 'image': name, 'annotation': number})
 
-    def _renumber(self, unit: str) -> bool:
-        codes = [f'{unit}-id-{what}' for what in _BAD_IDS] + ['annotation-id-zero'] * (unit == 'annotation')
-        return bool(self.table.marks.marked(*codes))
+    def _renumber(self, unit: str, entries: Iterable[dict], *more: str) -> None:
+        """Number entries from 1 if an id of them is wrong."""
+        wrong = [f'{unit}-id-{what}' for what in ('missing', 'type', 'range', 'duplicate')]
+        if self.table.marks.marked(*wrong, *more):
+            self._note(f'{unit} ids renumbered from 1')
+            for number, entry in enumerate(entries, 1):
+                entry['id'] = number
 
     def _categories(self, entries: list[dict]) -> tuple[list[dict], dict[int, int]]:
         """The categories in the expected order, and the new id by old row."""
-        names: dict[str, str] = {}
-        for row in sorted(self.table.marks.marked('category-id-duplicate')):
-            names = names or {repr(e.get('id')): e['name'] for e in reversed(entries) if e}
-            key = repr(entries[row]['id'])
-            if names[key] != entries[row]['name']:
-                raise UserError(
-                    f'{self.table.path}: category id {key} is that of {names[key]!r} '
-                    f'and of {entries[row]["name"]!r}; nothing was written',
-                    cure='only you know which objects are which',
-                )
+        self._refuse_ambiguous(entries)
         kept: dict[str, dict] = {}
         for entry in entries:
             if entry and kept.setdefault(entry['name'], dict(entry)) != entry:
                 self._note(f'category {entry["name"]!r} merged with the one of that name')
         order = list(self.classes or kept)
-        counts = Counter(self.table.category_rows.tolist())
-        extra = [e['name'] for row, e in enumerate(entries) if e and e['name'] not in order and counts[row]]
-        if extra and not self.told:
+        used = set(self.table.category_rows.tolist())
+        extra = [e['name'] for row, e in enumerate(entries) if e and e['name'] not in order and row in used]
+        if extra and not self.from_config:
             raise UserError(
-                f'{self.table.path} has objects of classes that the first file has not; nothing was written',
+                'fix-classes',
+                '{path} has objects of classes that the first file does not have; nothing was written',
                 extra,
                 'correct the names, add the classes to the first file, or pass --config to keep its classes only',
+                path=self.table.path,
             )
         if order != list(kept):
             self._note('categories put into the expected order')
-        if self._renumber('category'):
-            self._note('category ids numbered anew')
-            for number, entry in enumerate(kept.values(), 1):
-                entry['id'] = number
+        self._renumber('category', kept.values())
         highest = max((e['id'] for e in kept.values()), default=0)
-        for name in order:
-            if name not in kept:
-                highest += 1
-                kept[name] = {'id': highest, 'name': name}
-        new = {name: kept[name]['id'] for name in order}
-        return [kept[name] for name in order], {
-            row: new[e['name']] for row, e in enumerate(entries) if e and e['name'] in new
-        }
+        for number, name in enumerate((name for name in order if name not in kept), highest + 1):
+            kept[name] = {'id': number, 'name': name}
+        categories = [kept[name] for name in order]
+        new = {e['name']: e['id'] for e in categories}
+        return categories, {row: new[e['name']] for row, e in enumerate(entries) if e and e['name'] in new}
 
-    def _images(self, entries: list[dict]) -> tuple[dict[int, dict], dict[int, int]]:
-        """Images that stay, by row, and the new id by row."""
+    def _refuse_ambiguous(self, entries: list[dict]) -> None:
+        """Refuse categories of one id and several names."""
+        names = {repr(e.get('id')): e['name'] for e in reversed(entries) if e}
+        for row in sorted(self.table.marks.marked('category-id-duplicate')):
+            key = repr(entries[row]['id'])
+            if names[key] != entries[row]['name']:
+                raise UserError(
+                    'fix-category-id',
+                    '{path}: category id {id} is that of {first!r} and of {second!r}; nothing was written',
+                    hint='only you know which objects are which: correct the ids',
+                    path=self.table.path,
+                    id=key,
+                    first=names[key],
+                    second=entries[row]['name'],
+                )
+
+    def _images(self, entries: list[dict]) -> dict[int, dict]:
+        """Images that stay, by row, with their new ids."""
         table, marks = self.table, self.table.marks
         dropped = {row: code for code in _BAD_IMAGES for row in marks.marked(code)}
-        dropped |= {row: 'no JSON object' for row, entry in enumerate(entries) if not entry}
+        dropped |= {row: 'not a JSON object' for row, entry in enumerate(entries) if not entry}
         rows = {repr(e.get('id')): r for r, e in reversed(list(enumerate(entries)))}
         for row in marks.marked('image-id-duplicate'):
             dropped[row] = 'id used twice'
@@ -285,57 +301,54 @@ class _Repair:
             self._note(f'image dropped: {dropped[row]}', row)
         images = {row: e for row, e in enumerate(entries) if row not in dropped}
         for row in marks.marked('image-size-invalid') & set(images):
-            images[row]['width'], images[row]['height'] = look_at(table.image_path(row)).upright
+            images[row]['width'], images[row]['height'] = self._look_at(row).upright
             self._note('size read from the image', row)
-        if self._renumber('image'):
-            self._note('image ids numbered anew')
-            for number, row in enumerate(sorted(images), 1):
-                images[row]['id'] = number
-        return images, {row: image['id'] for row, image in images.items()}
+        self._renumber('image', images.values())
+        return images
 
-    def _annotations(
-        self, entries: list[dict], images: dict[int, dict], image_of: dict[int, int], category_of: dict[int, int]
-    ) -> list[dict]:
+    def _look_at(self, row: int) -> ImageFacts:
+        return look_at(self.table.root / str(self.table.files[row]))
+
+    def _annotations(self, entries: list[dict], images: dict[int, dict], category_of: dict[int, int]) -> list[dict]:
         table, marks = self.table, self.table.marks
         dropped = {row: code for code in reversed(_BAD_OBJECTS) for row in marks.marked(code)}
         turned, later = self._turn(entries, images, dropped)
-        shapes, boxes = marks.marked(*_BAD_SHAPES), marks.marked(*_BAD_BOXES)
-        areas, outside = marks.marked(*_BAD_AREAS), marks.marked('polygon-far', 'polygon-over-edge')
-        crowd = marks.marked('iscrowd-value')
+        for row, entry in enumerate(entries):
+            if not entry:
+                dropped[row] = 'not a JSON object'
+            elif row not in dropped and table.image_rows[row] not in images:
+                dropped[row] = 'its image is dropped'
+            elif row not in dropped and table.category_rows[row] not in category_of:
+                dropped[row] = 'its class is not expected'
+        for row in marks.marked('iscrowd-value'):
+            if not isinstance(entries[row]['iscrowd'], bool):
+                dropped.setdefault(row, 'iscrowd-value')
+        unusable, outside = marks.marked(*_BAD_SHAPES), marks.marked('polygon-far', 'polygon-over-edge')
+        reshaped = turned | unusable | outside
+        boxes, areas = reshaped | marks.marked(*_BAD_BOXES), reshaped | marks.marked(*_BAD_AREAS)
+        for row in sorted((boxes | areas) - dropped.keys() - later):
+            image = images[table.image_rows[row]]
+            reason = self._reshape(row, entries[row], image, row in unusable, row in outside)
+            reason = reason or self._measure(row, entries[row], image, row in boxes, row in areas)
+            if reason:
+                dropped[row] = reason
         kept = []
         for row, entry in enumerate(entries):
-            image, category = int(table.image_rows[row]), int(table.category_rows[row])
-            reason = dropped.get(row)
-            if not entry:
-                reason = 'no JSON object'
-            elif reason is None and image not in images:
-                reason = 'its image is dropped'
-            elif reason is None and category not in category_of:
-                reason = 'its class is not expected'
-            elif row in crowd and not isinstance(entry['iscrowd'], bool):
-                reason = 'iscrowd-value'
-            new = row in turned or row in shapes or row in outside
-            if reason is None and row not in later and (new or row in boxes or row in areas):
-                reason = self._reshape(row, entry, images[image], row in shapes, row in outside) or self._measure(
-                    row, entry, images[image], new or row in boxes, new or row in areas
-                )
-            if reason:
-                self._note(f'object dropped: {reason}', annotation=row)
+            if row in dropped:
+                self._note(f'object dropped: {dropped[row]}', annotation=row)
                 continue
             if type(entry.get('iscrowd')) is not int:
                 entry['iscrowd'] = int(bool(entry.get('iscrowd', 0)))
                 self._note('iscrowd set', annotation=row)
-            entry['image_id'], entry['category_id'] = image_of[image], category_of[category]
+            entry['image_id'] = images[table.image_rows[row]]['id']
+            entry['category_id'] = category_of[table.category_rows[row]]
             kept.append(entry)
-        if self._renumber('annotation'):
-            self._note('annotation ids numbered anew from 1')
-            for number, entry in enumerate(kept, 1):
-                entry['id'] = number
+        self._renumber('annotation', kept, 'annotation-id-zero')
         return kept
 
-    def _reshape(self, row: int, entry: dict, image: dict, shape: bool, outside: bool) -> str | None:
-        """Put a mask right; the reason if nothing of it is left."""
-        if shape:
+    def _reshape(self, row: int, entry: dict, image: dict, unusable: bool, outside: bool) -> str:
+        """Correct a mask; the reason if nothing of it is left."""
+        if unusable:
             entry['segmentation'] = usable_polygons(entry['segmentation'])
             if not entry['segmentation']:
                 return 'no usable polygon'
@@ -345,20 +358,20 @@ class _Repair:
             if not entry['segmentation']:
                 return 'outside the image'
             self._note('mask clipped to the image', annotation=row)
-        return None
+        return ''
 
-    def _measure(self, row: int, entry: dict, image: dict, box: bool, area: bool) -> str | None:
+    def _measure(self, row: int, entry: dict, image: dict, box: bool, area: bool) -> str:
         """Make box and area from the mask; the reason if it has no pixel."""
-        made, pixels = measure(entry['segmentation'], image['width'], image['height'])
-        if not pixels or min(made[2:]) <= 0:
+        found, pixels = measure(entry['segmentation'], image['width'], image['height'])
+        if not pixels or min(found[2:]) <= 0:
             return 'mask-empty'
         if box:
-            entry['bbox'] = made
+            entry['bbox'] = found
             self._note('bbox made from the mask', annotation=row)
         if area:
             entry['area'] = pixels
             self._note('area made from the mask', annotation=row)
-        return None
+        return ''
 
     def _turn(self, entries: list[dict], images: dict[int, dict], dropped: dict[int, str]) -> tuple[set[int], set[int]]:
         """Give images that EXIF turns their true size.
@@ -367,44 +380,23 @@ class _Repair:
             Rows of objects turned with their image; rows of objects that were judged by the wrong
             size, for the next pass to see to.
         """
-        table, turned, later = self.table, set(), set()
+        turned, later = set(), set()
         for image in self.table.marks.marked('image-exif') & set(images):
-            facts = look_at(table.image_path(image))
-            entry, stored = images[image], (facts.width, facts.height)
-            entry['width'], entry['height'] = facts.upright
-            rows = np.flatnonzero(table.image_rows == image).tolist()
-            if any(_beyond(entries[row], *stored) for row in rows):
+            facts = self._look_at(image)
+            stored = facts.width, facts.height
+            images[image]['width'], images[image]['height'] = facts.upright
+            rows = np.flatnonzero(self.table.image_rows == image).tolist()
+            if any(reaches_beyond(entries[row].get('segmentation'), *stored) for row in rows):
                 # Objects reach out of the stored frame, so they were drawn on the upright image.
-                self._note('size put right, the masks are upright already', image)
+                self._note('size corrected, the masks are upright already', image)
                 later.update(rows)
                 for row in rows:
                     if dropped.get(row) in ('rle-size', 'mask-empty'):
                         del dropped[row]
                 continue
-            self._note('size put right, masks turned like the image', image)
+            self._note('size corrected, masks turned like the image', image)
             for row in rows:
                 if row not in dropped:
-                    entries[row]['segmentation'] = _turned(entries[row]['segmentation'], facts.turned, *stored)
+                    entries[row]['segmentation'] = turn(entries[row]['segmentation'], facts.turned, *stored)
                     turned.add(row)
         return turned, later
-
-
-def _turned(shape: list | dict, orientation: int, width: int, height: int) -> list | dict:
-    """A segmentation of the stored image as one of the upright image."""
-    polygons = usable_polygons(shape)
-    if polygons is not None:
-        return turn_polygons(polygons, orientation, width, height)
-    if not isinstance(shape, dict):
-        return shape
-    mask = turn_mask(mask_api.decode(to_rle(shape, width, height)), orientation)
-    return as_json(mask_api.encode(np.asfortranarray(mask)))
-
-
-def _beyond(entry: dict, width: int, height: int) -> bool:
-    """Whether a mask reaches out of the stored frame, or says that it is not of it."""
-    shape = entry.get('segmentation')
-    if isinstance(shape, dict):
-        return shape.get('size') == [width, height]
-    points = [value for part in usable_polygons(shape) or () for value in part]
-    xs, ys = points[::2], points[1::2]
-    return bool(points) and (max(xs) > width + BOX_TOLERANCE_PX or max(ys) > height + BOX_TOLERANCE_PX)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from pycocotools import mask as mask_api
+
+from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
+from mmfinetune.utils.masks import mask_to_rle, to_rle
 
 if TYPE_CHECKING:
     from shapely import Polygon
 
 
-Segmentation = list[list[float]] | dict
-
-
 def usable_polygons(shape: object) -> list[list[float]] | None:
-    """The usable polygons of a segmentation, a flat single one wrapped; None if it is no list."""
+    """The usable polygons of a segmentation, a flat single one wrapped; None if it is not a list."""
     if not isinstance(shape, list):
         return None
     if shape and all(type(value) in (int, float) for value in shape):
@@ -46,7 +46,7 @@ def clip(polygons: Iterable[list[float]], width: int, height: int) -> list[list[
 
 
 def _one_ring(polygon: Polygon) -> list[float]:
-    """A polygon as a single ring: COCO knows no holes, so a slit leads to each and back."""
+    """A polygon as a single ring: COCO has no holes, so a slit leads to each and back."""
     outline = np.asarray(polygon.exterior.coords)
     rings = [outline]
     for hole in polygon.interiors:
@@ -58,10 +58,10 @@ def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int,
     """Polygons of a stored image, as they are once its EXIF orientation is applied.
 
     Args:
-        polygons: In the stored image.
+        polygons: Polygons in the stored image.
         orientation: 5 to 8 (EXIF 2.32, tag 0x0112).
-        width: Of the stored image.
-        height: Of the stored image.
+        width: Width of the stored image.
+        height: Height of the stored image.
     """
     turned = []
     for part in polygons:
@@ -81,22 +81,28 @@ def turn_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
     }[orientation]()
 
 
-def to_rle(shape: Segmentation, width: int, height: int) -> dict:
-    """The compressed RLE, counts in bytes, of a segmentation that was found to be valid."""
-    if isinstance(shape, list):
-        return mask_api.merge(mask_api.frPyObjects(shape, height, width))
-    if isinstance(shape['counts'], list):
-        return mask_api.frPyObjects(shape, *shape['size'])
-    return {'size': shape['size'], 'counts': shape['counts'].encode()}
+def turn(shape: Any, orientation: int, width: int, height: int) -> Any:
+    """A segmentation of a stored image as one of the upright image; see `turn_polygons`."""
+    polygons = usable_polygons(shape)
+    if polygons is not None:
+        return turn_polygons(polygons, orientation, width, height)
+    if not isinstance(shape, dict):
+        return shape
+    mask = mask_api.decode(to_rle(shape, height, width))
+    return mask_to_rle(turn_mask(mask, orientation))
 
 
-def as_json(rle: dict) -> dict:
-    return {'size': [int(v) for v in rle['size']], 'counts': rle['counts'].decode()}
+def reaches_beyond(shape: Any, width: int, height: int) -> bool:
+    """Whether a mask leaves the stored frame of an image, or says that it is not one of it."""
+    if isinstance(shape, dict):
+        return shape.get('size') == [width, height]
+    points = np.reshape([value for part in usable_polygons(shape) or () for value in part], (-1, 2))
+    return bool((points > np.add((width, height), BOX_TOLERANCE_PX)).any())
 
 
-def measure(shape: Segmentation, width: int, height: int) -> tuple[list[float], float]:
+def measure(shape: Any, width: int, height: int) -> tuple[list[float], float]:
     """Box (x, y, width, height) and area in pixels of a mask, within the image."""
-    rle = to_rle(shape, width, height)
+    rle = to_rle(shape, height, width)
     area = float(mask_api.area(rle))
     if isinstance(shape, list):
         points = np.concatenate([np.reshape(part, (-1, 2)) for part in shape])
