@@ -44,7 +44,7 @@ def site(made, tmp_path, monkeypatch) -> Path:
 
 def change(split: str = 'train', folder: str = 'set/annotations'):
     """Load a file, and a function that saves it."""
-    path = voc.annotation_paths(folder)[split]
+    path = Path(folder) / f'instances_{split}.json'
     data = json.loads(path.read_text())
     return data, lambda: path.write_text(json.dumps(data))
 
