@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mmfinetune.apis.cli import add, make_parser, old_option, positive_int, run
-from mmfinetune.data.prepare import FORMATS, format_summary, prepare
+from mmfinetune.data.formats import FORMATS
+from mmfinetune.data.prepare import format_summary, prepare
 
 EXAMPLES = """
 python tools/prepare_data.py /datasets/my_labelme data/mine

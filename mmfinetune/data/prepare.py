@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from mmfinetune.data.formats import FORMATS, detect, reader_for
 from mmfinetune.data.records import Item, Reader
 from mmfinetune.data.to_coco import Converter, Result, absolute, relative_name
 from mmfinetune.data.writer import IMAGES, REPORT, InPlace, Placing, SplitWriter, Target, place_images
@@ -20,48 +20,6 @@ from mmfinetune.utils.text import near, plural, printable, table
 
 NO_SPLIT = 'all'  # name of the only annotation file of a data set without splits
 _SHOWN_CLASSES, _SHOWN_LINES = 100, 20
-
-
-class Format(NamedTuple):
-    """A row of the table of formats.
-
-    Attributes:
-        module: Module of the reader in `mmfinetune.data.formats`.
-        reader: Class in the module.
-        layout: What the reader looks for.
-    """
-
-    module: str
-    reader: str
-    layout: str
-
-
-FORMATS = {
-    'coco2017': Format(
-        'coco', 'Coco2017Reader', 'annotations/instances_{train,val}2017.json next to train2017/ and val2017/'
-    ),
-    'coco': Format(
-        'coco',
-        'CocoReader',
-        'COCO JSON (images, annotations, categories) in the folder, in annotations/ or in '
-        'train/, val/, test/; or one such file',
-    ),
-    'voc': Format('voc', 'VocReader', 'a PASCAL VOC devkit: JPEGImages/, SegmentationObject/, SegmentationClass/'),
-    'sbd': Format('sbd', 'SbdReader', 'SBD: dataset/inst/*.mat and dataset/img/*.jpg'),
-    'cityscapes': Format(
-        'cityscapes', 'CityscapesReader', 'leftImg8bit/ next to gtFine/ with *_gtFine_instanceIds.png'
-    ),
-    'labelme': Format('labelme', 'LabelmeReader', "LabelMe JSON files with 'shapes'"),
-    'yolo': Format('yolo', 'YoloReader', 'data.yaml, or images/ and labels/*.txt with classes.txt'),
-    'mask-png': Format('masks', 'MaskPngReader', 'images/ and masks/ with one PNG of object numbers for each image'),
-    'binary-masks': Format(
-        'masks',
-        'BinaryMasksReader',
-        'a black-and-white mask PNG for each image and class: CLASS/name.jpg and '
-        '.png, masks/CLASS/name.png or name_CLASS.png',
-    ),
-}
-_FILES = {'.json': 'coco', '.yaml': 'yolo', '.yml': 'yolo'}  # formats that one file may stand for
 
 
 class _LongList(UserError):
@@ -135,50 +93,6 @@ class Summary:
         self.notes += result.notes
 
 
-def reader_for(name: str) -> type[Reader]:
-    """The class that reads a format."""
-    found = FORMATS[name]
-    return getattr(importlib.import_module(f'mmfinetune.data.formats.{found.module}'), found.reader)
-
-
-def detect(root: Path) -> tuple[str, str]:
-    """The format of a data set, and why.
-
-    Raises:
-        UserError: It looks like no format or like several.
-    """
-    if root.is_file() and root.suffix.lower() in _FILES:
-        return _FILES[root.suffix.lower()], f'a {root.suffix.lower()[1:].upper()} file'
-    found = _reasons(root) if root.is_dir() else {}
-    if len(found) == 1:
-        return next(iter(found.items()))
-    if found:
-        lines = [Message('format-possible', '{format}: {reason}', format=f, reason=r) for f, r in found.items()]
-        hint = 'name the right one with --format'
-        raise UserError('format-ambiguous', '{path}: could be of several formats:', lines, hint=hint, path=root)
-    lines = [Message('format-layout', '{format}: {layout}', format=f, layout=row.layout) for f, row in FORMATS.items()]
-    inner = []
-    if root.is_dir():
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-        inner = [f'{folder} ({name})' for folder in folders[:20] for name in _reasons(folder)]
-    if inner:
-        text = '{path}: not a data set of a known format, but folders in it are. Looked for:'
-        hint = 'name one of these folders instead: {inner}'
-        raise UserError('format-inside', text, lines, hint=hint, path=root, inner=', '.join(inner))
-    text = '{path}: not a data set of a known format. Looked for:'
-    hint = 'name the folder that holds the data set; with --format the error says in detail what is missing'
-    raise UserError('format-unknown', text, lines, hint=hint, path=root)
-
-
-def _reasons(root: Path) -> dict[str, str]:
-    found = {}
-    for name in FORMATS:
-        with contextlib.suppress(OSError, ValueError, UserError):
-            if reason := reader_for(name).detect(root):
-                found[name] = reason
-    return found
-
-
 def prepare(
     src: str | Path,
     out: str | Path,
@@ -250,10 +164,8 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
     Raises:
         UserError: The data set cannot be read or has no images, or the classes do not fit.
     """
-    if not os.access(src, os.R_OK):
-        text = '{path}: cannot be read' if src.exists() else '{path}: there is no such folder'
-        code = 'prepare-source-unreadable' if src.exists() else 'prepare-source-missing'
-        raise UserError(code, text, hint='correct the path', path=src)
+    if not src.exists():
+        raise UserError('prepare-source-missing', '{path}: does not exist', hint='correct the path', path=src)
     reason = 'as named'
     try:
         if name == 'auto':

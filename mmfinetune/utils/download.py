@@ -57,7 +57,8 @@ def download(
     """
     dst = Path(dst)
     if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
-        raise UserError('download-address', '{url}: not an http or https address', url=url)
+        hint = 'use an http or https address'
+        raise UserError('download-address', '{url}: not an http or https address', hint=hint, url=url)
     if dst.is_file() and not _mismatch(dst, sha256, md5, size):
         return dst
     part = dst.with_name(dst.name + '.part')

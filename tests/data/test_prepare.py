@@ -22,7 +22,8 @@ from PIL import Image
 from mmfinetune.data import prepare as data_prepare
 from mmfinetune.data import to_coco
 from mmfinetune.data import writer as data_writer
-from mmfinetune.data.prepare import FORMATS, detect, format_summary, prepare
+from mmfinetune.data.formats import FORMATS, detect
+from mmfinetune.data.prepare import format_summary, prepare
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.data.writer import SplitWriter
 from mmfinetune.utils.errors import Message, UserError

@@ -1,0 +1,97 @@
+"""The formats of data sets: one file and one row each."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from pathlib import Path
+from typing import NamedTuple
+
+from mmfinetune.data.records import Reader
+from mmfinetune.utils.errors import Message, UserError
+
+
+class Format(NamedTuple):
+    """A row of the table of formats.
+
+    Attributes:
+        module: Module of the reader in this package.
+        reader: Class in the module.
+        layout: What the reader looks for.
+    """
+
+    module: str
+    reader: str
+    layout: str
+
+
+FORMATS = {
+    'coco2017': Format(
+        'coco', 'Coco2017Reader', 'annotations/instances_{train,val}2017.json next to train2017/ and val2017/'
+    ),
+    'coco': Format(
+        'coco',
+        'CocoReader',
+        'COCO JSON (images, annotations, categories) in the folder, in annotations/ or in '
+        'train/, val/, test/; or one such file',
+    ),
+    'voc': Format('voc', 'VocReader', 'a PASCAL VOC devkit: JPEGImages/, SegmentationObject/, SegmentationClass/'),
+    'sbd': Format('sbd', 'SbdReader', 'SBD: dataset/inst/*.mat and dataset/img/*.jpg'),
+    'cityscapes': Format(
+        'cityscapes', 'CityscapesReader', 'leftImg8bit/ next to gtFine/ with *_gtFine_instanceIds.png'
+    ),
+    'labelme': Format('labelme', 'LabelmeReader', "LabelMe JSON files with 'shapes'"),
+    'yolo': Format('yolo', 'YoloReader', 'data.yaml, or images/ and labels/*.txt with classes.txt'),
+    'mask-png': Format('masks', 'MaskPngReader', 'images/ and masks/ with one PNG of object numbers for each image'),
+    'binary-masks': Format(
+        'masks',
+        'BinaryMasksReader',
+        'a black-and-white mask PNG for each image and class: CLASS/name.jpg and '
+        '.png, masks/CLASS/name.png or name_CLASS.png',
+    ),
+}
+_FILES = {'.json': 'coco', '.yaml': 'yolo', '.yml': 'yolo'}  # formats that one file may stand for
+
+
+def reader_for(name: str) -> type[Reader]:
+    """The class that reads a format."""
+    found = FORMATS[name]
+    return getattr(importlib.import_module(f'{__name__}.{found.module}'), found.reader)
+
+
+def detect(root: Path) -> tuple[str, str]:
+    """The format of a data set, and why.
+
+    Raises:
+        UserError: It looks like no format or like several.
+    """
+    if root.is_file() and root.suffix.lower() in _FILES:
+        return _FILES[root.suffix.lower()], f'a {root.suffix.lower()[1:].upper()} file'
+    found = _reasons(root) if root.is_dir() else {}
+    if len(found) == 1:
+        return next(iter(found.items()))
+    if found:
+        lines = [Message('format-possible', '{format}: {reason}', format=f, reason=r) for f, r in found.items()]
+        hint = 'name the right one with --format'
+        raise UserError('format-ambiguous', '{path}: could be of several formats:', lines, hint=hint, path=root)
+    lines = [Message('format-layout', '{format}: {layout}', format=f, layout=row.layout) for f, row in FORMATS.items()]
+    inner = []
+    if root.is_dir():
+        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
+        inner = [f'{folder} ({name})' for folder in folders[:20] for name in _reasons(folder)]
+    if inner:
+        text = '{path}: not a data set of a known format, but folders in it are. Looked for:'
+        hint = 'name one of these folders instead: {inner}'
+        raise UserError('format-inside', text, lines, hint=hint, path=root, inner=', '.join(inner))
+    text = '{path}: not a data set of a known format. Looked for:'
+    hint = 'name the folder that holds the data set; with --format the error says in detail what is missing'
+    raise UserError('format-unknown', text, lines, hint=hint, path=root)
+
+
+def _reasons(root: Path) -> dict[str, str]:
+    found = {}
+    for name in FORMATS:
+        with contextlib.suppress(OSError, ValueError, UserError):
+            if reason := reader_for(name).detect(root):
+                found[name] = reason
+    return found

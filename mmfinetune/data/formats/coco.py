@@ -214,12 +214,15 @@ class CocoReader(Reader):
         except Problem as problem:
             raise problem.at(shown(path, self.root)) from None
         if named and named != size:
-            text, code = '{image}: is {found}, but the annotation file says {named}', 'coco-other-size'
-            if named == size[::-1]:
-                text += ' (turned by its EXIF orientation, after it was annotated?)'
-                code = 'coco-size-turned'
             facts = dict(image=shown(path, self.root), found=f'{size[0]}x{size[1]}', named=f'{named[0]}x{named[1]}')
-            raise Problem(code, text, **facts)
+            if named == size[::-1]:
+                text = (
+                    '{image}: is {found}, but the annotation file says {named} '
+                    '(turned by its EXIF orientation, after it was annotated?)'
+                )
+                raise Problem('coco-size-turned', text, **facts)
+            text = '{image}: is {found}, but the annotation file says {named}'
+            raise Problem('coco-other-size', text, **facts)
         return size
 
     def _instance(self, annotation: dict[str, Any], names: dict[Any, str], place: str) -> Instance:

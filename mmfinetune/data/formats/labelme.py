@@ -272,11 +272,13 @@ def _check_size(record: Record, data: dict, name: str) -> None:
     size = (record.width, record.height)
     if None in said or said == size:
         return
-    text, code = '{place}: made for an image of {said}, but {image} is {size}', 'labelme-size'
-    if said == size[::-1]:
-        text, code = text + ' (turned by its EXIF orientation?)', 'labelme-size-turned'
     facts = dict(place=name, image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
-    record.problems.append(Message(code, text, **facts))
+    if said == size[::-1]:
+        text = '{place}: made for an image of {said}, but {image} is {size} (turned by its EXIF orientation?)'
+        record.problems.append(Message('labelme-size-turned', text, **facts))
+    else:
+        text = '{place}: made for an image of {said}, but {image} is {size}'
+        record.problems.append(Message('labelme-size', text, **facts))
 
 
 def _label(shape: Any) -> str:

@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
-from mmfinetune.data.prepare import detect, prepare
+from mmfinetune.data.formats import detect
+from mmfinetune.data.prepare import prepare
 from tests.builders.errors import codes, refused
 
 CLASSES = ['person', 'rider', 'car', 'truck', 'bus', 'train', 'motorcycle', 'bicycle']

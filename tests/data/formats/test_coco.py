@@ -15,8 +15,9 @@ from PIL import Image
 from pycocotools import mask as mask_api
 from pycocotools.coco import COCO
 
+from mmfinetune.data.formats import detect
 from mmfinetune.data.formats.coco import Coco2017Reader, CocoReader
-from mmfinetune.data.prepare import detect, prepare
+from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.masks import mask_to_rle
 from tests.builders.errors import codes, message, refused

@@ -12,7 +12,8 @@ from pycocotools import mask as mask_api
 from scipy.io import savemat
 
 from mmfinetune.data.classes import VOC_CLASSES
-from mmfinetune.data.prepare import detect, prepare
+from mmfinetune.data.formats import detect
+from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.errors import Message
 from tests.builders.errors import codes, refused
 

@@ -18,8 +18,8 @@ from pycocotools.coco import COCO
 
 from mmfinetune.data import demo
 from mmfinetune.data.classes import VOC_CLASSES
-from mmfinetune.data.formats import voc, voc_devkit
-from mmfinetune.data.prepare import Summary, detect, format_summary, prepare
+from mmfinetune.data.formats import detect, voc, voc_devkit
+from mmfinetune.data.prepare import Summary, format_summary, prepare
 from mmfinetune.utils.errors import Message
 from tests.builders import voc as builder
 from tests.builders.errors import codes, refused
