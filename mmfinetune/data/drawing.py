@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import functools
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 
 import cv2
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
+
+from mmfinetune.utils import fonts
 
 Colour = tuple[int, int, int]
 
@@ -17,22 +17,6 @@ Colour = tuple[int, int, int]
 _SMALLEST = 480
 _BACKGROUND: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
-# Files of common system fonts with Chinese, Japanese and Korean letters.
-WIDE_FONTS = (
-    'NotoSansCJK-Regular.ttc',
-    'NotoSansCJKsc-Regular.otf',
-    'NotoSansSC-Regular.otf',
-    'SourceHanSansSC-Regular.otf',
-    'wqy-microhei.ttc',
-    'wqy-zenhei.ttc',
-    'DroidSansFallbackFull.ttf',
-    'DroidSansFallback.ttf',
-    'uming.ttc',
-    'msyh.ttc',
-    'simhei.ttf',
-    'PingFang.ttc',
-    'Arial Unicode.ttf',
-)
 
 
 def palette(count: int) -> list[Colour]:
@@ -58,7 +42,7 @@ def _colour_order() -> list[Colour]:
     order, nearest = [], np.full(len(lab), np.inf)
     chosen = first
     for _ in range(len(lab)):
-        order.append(tuple(int(v) for v in rgb[chosen]))
+        order.append(_colour(rgb[chosen]))
         nearest = np.minimum(nearest, np.linalg.norm(lab - lab[chosen], axis=1))
         nearest[chosen] = -1
         chosen = int(np.argmax(nearest))
@@ -138,12 +122,12 @@ def draw_proposals(image: np.ndarray, boxes: np.ndarray, scores: np.ndarray) -> 
 
 def with_colour_bar(picture: np.ndarray, label: str) -> np.ndarray:
     """Put the colour scale of `draw_proposals`, from 0 to 1, below a picture."""
-    height, width = picture.shape[:2]
+    width = picture.shape[1]
     size = _font_size(picture)
     strip = np.full((round(2.2 * size), width, 3), 255, np.uint8)
     bar = min(width // 3, 16 * size)
     parts = [f'{label}  0', '1']
-    font = _font(size, ''.join(parts))
+    font = fonts.font_for(size, ''.join(parts))
     lead = round(font.getlength(parts[0])) + size
     if bar > 0 and lead + bar + 2 * size <= width:
         colours = np.array([_heat(v) for v in np.linspace(0, 1, bar)], np.uint8)
@@ -238,7 +222,7 @@ def _font_size(image: np.ndarray) -> int:
     return max(12, round(0.018 * float(np.sqrt(image.shape[0] * image.shape[1]))))
 
 
-def _area(extent: Sequence[float]) -> float:
+def _area(extent: Sequence[float] | np.ndarray) -> float:
     return max(0.0, extent[2] - extent[0]) * max(0.0, extent[3] - extent[1])
 
 
@@ -256,7 +240,7 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 def _fill(
     canvas: np.ndarray, mask: np.ndarray, extent: tuple[int, int, int, int], scale: float, colour: Colour, alpha: float
-) -> tuple:
+) -> Sequence:
     """Tint the pixels of a mask.
 
     Returns:
@@ -275,8 +259,8 @@ def _fill(
             round((start + size) * scale) for start, size in zip((left, top), part.shape[::-1], strict=True)
         )
         left, top = round(left * scale), round(top * scale)
-        size = min(right, canvas.shape[1]) - left, min(bottom, canvas.shape[0]) - top
-        inside = cv2.resize(part.astype(np.uint8) * 255, np.maximum(size, 1)) > 127
+        size = max(1, min(right, canvas.shape[1]) - left), max(1, min(bottom, canvas.shape[0]) - top)
+        inside = cv2.resize(part.astype(np.uint8) * 255, size) > 127
     region = canvas[top : top + inside.shape[0], left : left + inside.shape[1]]
     region[inside] = (region[inside] * (1 - alpha) + np.multiply(colour, alpha)).round()
     return cv2.findContours(inside.astype(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_SIMPLE, offset=(left, top))[0]
@@ -301,7 +285,12 @@ def _heat_colours() -> list[Colour]:
     # The lowest third of the map is too dark to be seen on a photograph.
     levels = np.arange(85, 256, dtype=np.uint8)[:, None]
     colours = cv2.applyColorMap(levels, cv2.COLORMAP_PLASMA)[:, 0, ::-1]
-    return [tuple(int(v) for v in colour) for colour in colours]
+    return [_colour(colour) for colour in colours]
+
+
+def _colour(values: Sequence[int] | np.ndarray) -> Colour:
+    red, green, blue = values
+    return int(red), int(green), int(blue)
 
 
 def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | None, names: Sequence[str]) -> list[str]:
@@ -318,13 +307,13 @@ def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | N
 
 
 def _with_chips(canvas: np.ndarray, items: list[tuple[str, np.ndarray, Colour]], size: int) -> np.ndarray:
-    """Write texts on coloured ground beside boxes, the first where it is best seen."""
+    """Write texts on coloured ground next to boxes, the first where it is best seen."""
     height, width = canvas.shape[:2]
     pad = max(2, size // 4)
-    chips, taken = [], np.zeros((0, 4))
+    chips = []
+    taken: np.ndarray = np.zeros((0, 4))
     for text, box, colour in items:
-        font = _font(size, text)
-        text = _shortened(_readable(text, font), font, width - 2 * pad)
+        text, font = fonts.fitted(text, size, width - 2 * pad)
         if not text:
             continue
         wide, high = round(font.getlength(text)) + 2 * pad, sum(font.getmetrics()) + 2
@@ -346,12 +335,7 @@ def _free_place(
     (wide, high), (x0, y0, x1, y1) = size, box
     spots = [(x, y) for y in (y0 - high, y1, y0, y1 - high) for x in (x0, x1 - wide)]
     spots += [(x, y0 + step * high) for step in (1, -2, 2, -3, 3) for x in (x0, x1 - wide)]
-    corners = np.array(
-        [
-            (min(max(0, round(x)), max(0, limits[0] - wide)), min(max(0, round(y)), max(0, limits[1] - high)))
-            for x, y in spots
-        ]
-    )
+    corners = np.clip(np.round(spots), 0, np.maximum(np.subtract(limits, size), 0)).astype(int)
     places = np.concatenate([corners, corners + size], 1)
     others = np.concatenate([taken, [box]])
     sides = (
@@ -360,7 +344,8 @@ def _free_place(
     *hidden, own = sides.prod(2).T
     # A corner of a large object may be hidden, but not much of a small one.
     cost = sum(hidden) + np.where(own > _area(box) / 4, own, 0)
-    return tuple(int(v) for v in places[int(np.argmin(cost))])
+    left, top, right, bottom = places[int(np.argmin(cost))].tolist()
+    return left, top, right, bottom
 
 
 def _ink_on(colour: Colour) -> Colour:
@@ -372,8 +357,7 @@ def _ink_on(colour: Colour) -> Colour:
 
 def _titled(panel: np.ndarray, title: str, size: int) -> np.ndarray:
     head = np.full((2 * size, panel.shape[1], 3), 255, np.uint8)
-    font = _font(size, title)
-    text = _shortened(_readable(title, font), font, panel.shape[1])
+    text, font = fonts.fitted(title, size, panel.shape[1])
     return np.concatenate([_write(head, [(text, (panel.shape[1] // 2, size), 'mm', _INK)], font), panel])
 
 
@@ -385,73 +369,3 @@ def _write(
     for text, place, anchor, colour in texts:
         draw.text(place, text, font=font, fill=colour, anchor=anchor)
     return np.array(picture)
-
-
-@functools.cache
-def _load_font(source: str, size: int) -> ImageFont.FreeTypeFont | None:
-    try:
-        return ImageFont.truetype(source, size) if source else ImageFont.load_default(size)
-    except OSError:
-        return None
-
-
-@functools.cache
-def _font_sources() -> tuple[str, ...]:
-    """Fonts to try: DejaVu as matplotlib brings it, Pillow's own, and those of the system."""
-    found = importlib.util.find_spec('matplotlib')
-    own = Path(found.origin).parent / 'mpl-data/fonts/ttf/DejaVuSans.ttf' if found else None
-    return (*([str(own)] if own and own.is_file() else []), '', *WIDE_FONTS)
-
-
-def _font(size: int, text: str) -> ImageFont.FreeTypeFont:
-    """The first font with all characters of a text, else the one that has most of them."""
-    # Scores make most texts differ, but only what is beyond ASCII tells fonts apart.
-    return _font_with(size, ''.join(sorted({c for c in text if not c.isascii()})))
-
-
-@functools.lru_cache(1024)
-def _font_with(size: int, text: str) -> ImageFont.FreeTypeFont:
-    best, fewest = None, 0
-    for source in _font_sources():
-        font = _load_font(source, size)
-        missing = len(_missing(text, font)) if font else 0
-        if font and (best is None or missing < fewest):
-            best, fewest = font, missing
-        if best and not fewest:
-            break
-    return best
-
-
-def _missing(text: str, font: ImageFont.FreeTypeFont) -> set[str]:
-    """Characters that a font does not have: it draws the same sign for all of them."""
-    unknown = {c for c in text if not (c.isascii() and c.isprintable())}
-    if not unknown:
-        return set()
-    # The full layout engine adds a circle to a mark that stands alone.
-    plain = (
-        font
-        if not isinstance(font.path, str)
-        else ImageFont.truetype(font.path, font.size, layout_engine=ImageFont.Layout.BASIC)
-    )
-    sign = bytes(plain.getmask('\U0010fffd'))
-    return {c for c in unknown if not c.isprintable() or bytes(plain.getmask(c)) == sign}
-
-
-def _readable(text: str, font: ImageFont.FreeTypeFont) -> str:
-    """The text in one line, characters that cannot be drawn as numbers, as in ``\\u4eba``."""
-    text = ' '.join(text.split())
-    missing = _missing(text, font)
-    return ''.join(c.encode('unicode_escape').decode() if c in missing else c for c in text)
-
-
-def _shortened(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
-    """The text, or its beginning with the score if that fits a width; empty if nothing does."""
-    if font.getlength(text) <= width:
-        return text
-    name, _, last = text.rpartition(' ')
-    for start, tail in ((name, f'… {last}'), (name or text, '…')):
-        for end in range(len(start), 0, -1):
-            shorter = start[:end].rstrip() + tail
-            if font.getlength(shorter) <= width:
-                return shorter
-    return ''

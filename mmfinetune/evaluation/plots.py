@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS
+from mmfinetune.utils import fonts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -80,8 +81,6 @@ def _families() -> list[str]:
     from matplotlib import rcParams
     from matplotlib.font_manager import findSystemFonts, fontManager
 
-    from mmfinetune.data import drawing
-
     # Matplotlib's list of fonts is kept from its first use on this machine.
     known = {font.fname for font in fontManager.ttflist}
     for path in set(findSystemFonts()) - known:
@@ -89,7 +88,7 @@ def _families() -> list[str]:
             fontManager.addfont(path)
     own = fontManager.findfont(rcParams['font.sans-serif'][0])
     names = {Path(font.fname).name: font.name for font in fontManager.ttflist}
-    return [names[Path(own).name], *(names[file] for file in drawing.WIDE_FONTS if file in names)]
+    return [names[Path(own).name], *(names[file] for file in fonts.WIDE_FONTS if file in names)]
 
 
 def new_figure(

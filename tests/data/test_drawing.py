@@ -3,7 +3,6 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-from PIL import ImageFont
 
 from mmfinetune.data import drawing
 from mmfinetune.data.drawing import (
@@ -179,41 +178,9 @@ def test_text_contrasts_with_its_chip(colour, ink):
     assert drawing._ink_on(colour) == (ink,) * 3
 
 
-def drawn_text(name: str) -> str:
-    font = drawing._font(20, name)
-    return drawing._readable(name, font)
-
-
-@pytest.mark.parametrize('name', ['naïve café', 'Москва', 'άλφα', 'سيارة', 'a±b → c'])
-def test_names_that_the_bundled_font_has_are_drawn_as_they_are(name):
-    assert drawn_text(name) == name
-
-
-def test_what_no_font_has_is_written_by_number(monkeypatch):
-    monkeypatch.setattr(drawing, 'WIDE_FONTS', ())
-    drawing._font_sources.cache_clear()
-    drawing._font_with.cache_clear()
-    try:
-        assert drawn_text('人 cat') == '\\u4eba cat'
-        assert drawn_text('क्या') == '\\u0915\\u094d\\u092f\\u093e'
-        assert drawn_text('a\n b\x00') == 'a b\\x00'
-        picture = draw_instances(
-            grey(500, 500), boxes=np.array([[9, 99, 99, 199]]), labels=[0], scores=[0.5], names=['人']
-        )
-        assert changed(picture).any()
-    finally:
-        drawing._font_sources.cache_clear()
-        drawing._font_with.cache_clear()
-
-
-def test_long_names_are_shortened_but_keep_the_score():
-    font = ImageFont.load_default(12)
-    text = drawing._shortened('a name that never ends 0.93', font, 100)
-    assert text.startswith('a name')
-    assert text.endswith('… 0.93')
-    assert font.getlength(text) <= 100
-    assert drawing._shortened('endless' * 9, font, 60).endswith('…')
-    assert drawing._shortened('cat 0.93', font, 3) == ''
+def test_a_name_in_any_script_is_drawn():
+    picture = draw_instances(grey(500, 500), boxes=np.array([[9, 99, 99, 199]]), labels=[0], scores=[0.5], names=['人'])
+    assert changed(picture).any()
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (1, 7), (3, 2000), (2000, 3)])

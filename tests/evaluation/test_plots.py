@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mmfinetune.data import drawing
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
+from mmfinetune.utils import fonts
 
 # Matplotlib brings a font along that has this letter, which its default font lacks.
 BOLD_A, OTHER_FONT = '\U0001d504', 'STIXGeneral'
@@ -35,7 +35,7 @@ def _strict():
 @pytest.fixture
 def no_wide_fonts(monkeypatch):
     """As on a machine without Chinese letters."""
-    monkeypatch.setattr(drawing, 'WIDE_FONTS', ())
+    monkeypatch.setattr(fonts, 'WIDE_FONTS', ())
 
 
 def forget() -> None:
@@ -167,7 +167,7 @@ def test_an_installed_font_with_the_letters_is_used(monkeypatch):
     assert plots.legible([BOLD_A]) == ['#0 \u25a1']
     without = plots.class_bars({'\u25a1': {'segm_AP': 0.5}})
     forget()
-    monkeypatch.setattr(drawing, 'WIDE_FONTS', ('NoSuchFont.ttf', f'{OTHER_FONT}.ttf'))
+    monkeypatch.setattr(fonts, 'WIDE_FONTS', ('NoSuchFont.ttf', f'{OTHER_FONT}.ttf'))
     assert plots.legible([BOLD_A, 'plain']) == [BOLD_A, 'plain']
     assert plots.class_bars({BOLD_A: {'segm_AP': 0.5}}, BOLD_A) != without
     assert plots.curves(History([{'epoch': 1, 'iter': 1, f'lr/{BOLD_A}': 0.1}]))
@@ -181,10 +181,10 @@ def test_a_font_installed_since_matplotlib_looked_is_found(monkeypatch, tmp_path
     new.write_bytes(other.read_bytes())
     broken = tmp_path / 'broken.ttf'
     broken.write_bytes(b'no font')
-    fonts = [f for f in font_manager.fontManager.ttflist if f.name != OTHER_FONT]
-    monkeypatch.setattr(font_manager.fontManager, 'ttflist', fonts)
+    others = [f for f in font_manager.fontManager.ttflist if f.name != OTHER_FONT]
+    monkeypatch.setattr(font_manager.fontManager, 'ttflist', others)
     monkeypatch.setattr(font_manager, 'findSystemFonts', lambda: [str(new), str(broken)])
-    monkeypatch.setattr(drawing, 'WIDE_FONTS', ('new.ttf',))
+    monkeypatch.setattr(fonts, 'WIDE_FONTS', ('new.ttf',))
     assert OTHER_FONT in plots._families()
 
 
