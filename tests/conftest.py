@@ -23,6 +23,14 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope='session', autouse=True)
+def strict_results() -> Iterator[None]:
+    """Let a run fail where it cannot write its results, of which it only warns otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('MMFINETUNE_STRICT_RESULTS', '1')
+        yield
+
+
 @pytest.fixture(autouse=True)
 def own_environment() -> Iterator[None]:
     """Take back what a test's code sets: a rank or a port would make the next one join a group."""

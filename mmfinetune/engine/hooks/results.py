@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import numbers
+import os
 import platform
 import shlex
 import sys
@@ -12,6 +12,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import mmdet
 import mmengine
@@ -20,255 +21,252 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_world_size, is_main_process
 from mmengine.hooks import Hook
-from mmengine.logging import print_log
 from mmengine.runner import IterBasedTrainLoop
 
 import mmfinetune
-from mmfinetune.engine.hooks import PRIORITY
+from mmfinetune.engine.hooks import PRIORITY, warn
 from mmfinetune.engine.hooks.checkpoint import checkpoint_hook
 from mmfinetune.engine.runner import INITIAL_WEIGHTS
 from mmfinetune.engine.state import begin_epoch, run_state
-from mmfinetune.evaluation import history as evaluation_history
 from mmfinetune.evaluation import plots, run_results
-from mmfinetune.utils.errors import UserError
+from mmfinetune.evaluation.history import History
+from mmfinetune.evaluation.run_results import CLASS_BARS, CURVES, RESULTS, SUMMARY, RunFacts
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text
+
+if TYPE_CHECKING:
+    from mmengine.runner import Runner
+
+# Set by the tests: what cannot be written is an error.
+STRICT = 'MMFINETUNE_STRICT_RESULTS'
 
 
 @HOOKS.register_module()
 class ResultsHook(Hook):
     """Tables, curves and a summary of the run, after each validation, in the work dir.
 
-    ``results.csv``, ``det_results.txt``, ``seg_results.txt``, ``record_mAP.txt``, ``curves.png``,
-    ``per_class.png``, ``summary.md``; see `mmfinetune.evaluation.run_results`. A row stands for a validated
-    epoch, or for a validation where training is not counted in epochs. Without any validation it
-    stands for an epoch, or for as many iterations as the data set has batches.
+    ``results.csv``, ``det_results.txt``, ``seg_results.txt``, ``record_mAP.txt``, ``curves.png``, ``per_class.png``,
+    ``summary.md``; see `mmfinetune.evaluation.run_results`. A row stands for a validated epoch, or for a validation
+    where training is not counted in epochs. Without any validation it stands for an epoch, or for as many iterations as
+    the data set has batches.
 
-    Training losses are means over the iterations of the epoch (between two rows where there are
-    no epochs) and over all processes; a step that was skipped for a loss that is not finite does
-    not count. Learning rates are those of the last step. Seconds of training are those of its
-    iterations; seconds of validation include the evaluation and what other hooks make of it, such
-    as the best checkpoint.
+    Training losses are means over the iterations of the epoch (between two rows where there are no epochs) and over all
+    processes; a step that was skipped because its loss is not finite does not count. Learning rates are those of the
+    last step. Seconds of training are those of its iterations; seconds of validation include the evaluation and what
+    other hooks do after it, such as saving the best checkpoint.
 
-    A resumed run goes on with the rows up to its checkpoint. What cannot be written, or read, is
-    warned of and never ends the training.
+    A resumed run continues with the rows up to its checkpoint. What cannot be written, or read, is a warning and never
+    ends the training.
     """
 
     priority = PRIORITY['ResultsHook']
+    files: RunFiles  # from `before_train` on
 
     def __init__(self) -> None:
-        self._history = evaluation_history.History()
-        self._facts: run_results.RunFacts | None = None
-        self._per_class: run_results.PerClass = {}
-        self._val_start: float | None = None
+        self._training = False
+        self._val_start = math.nan
 
-    def before_train(self, runner) -> None:
-        if self._facts is None:
-            self._begin(runner)
+    def before_train(self, runner: Runner) -> None:
+        by_epoch = _by_epoch(runner)
+        total = runner.max_epochs if by_epoch else runner.max_iters
+        folder, resumed = Path(runner.work_dir), bool(runner.cfg.get('resume'))
+        facts = RunFacts(folder.resolve().name, '', total, 'epoch' if by_epoch else 'iter')
+        self.files = RunFiles(folder, facts)
+        self._training = True
+        _try_all({RESULTS: lambda: self.files.read(resumed)})
+        self.files.history.cut(runner.iter)
+        if is_main_process():
+            _try_all({SUMMARY: lambda: _gather(runner, facts)})
+            # At once, so that epochs after the resumed checkpoint are gone from all files.
+            self.files.write(_done(runner))
 
-    def before_train_epoch(self, runner) -> None:
-        # Kept in checkpoints, since a run may be resumed in the middle of the epoch.
+    def before_train_epoch(self, runner: Runner) -> None:
         begin_epoch(runner)
 
-    def before_val(self, runner) -> None:
-        # A hook may validate a resumed model before this one's turn in before_train.
-        if _training(runner) and self._facts is None:
-            self._begin(runner)
+    def before_val(self, runner: Runner) -> None:
         self._val_start = time.perf_counter()
 
-    def after_val_epoch(self, runner, metrics: Mapping[str, float] | None = None) -> None:
+    def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:
         # A validation outside of training is of weights that no epoch of this run made.
-        if _training(runner):
-            self._add(runner, runner.iter, metrics or {})
+        if self._training:
+            self._add(runner, runner.iter, runner.epoch, metrics or {})
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         if runner.val_loop is None and not _by_epoch(runner) and (runner.iter + 1) % _batches(runner) == 0:
-            self._add(runner, runner.iter + 1, {})
+            self._add(runner, runner.iter + 1, 0, {})
 
-    def after_train_epoch(self, runner) -> None:
-        if runner.val_loop is None and runner.iter > self._last_iter():
-            self._add(runner, runner.iter, {}, runner.epoch + 1)
+    def after_train_epoch(self, runner: Runner) -> None:
+        if runner.val_loop is None and runner.iter > self.files.last_iter:
+            self._add(runner, runner.iter, runner.epoch + 1, {})
 
-    def after_train(self, runner) -> None:
-        done = _done(runner)
-        self._guarded(
-            run_results.SUMMARY,
-            lambda: self._write_summary(runner, done, 'Finished' if done >= self._facts.total else 'Stopped early'),
-        )
+    def after_train(self, runner: Runner) -> None:
+        if is_main_process():
+            done = _done(runner)
+            state = 'Finished' if done >= self.files.facts.total else 'Stopped early'
+            _try_all({SUMMARY: lambda: self.files.write_summary(done, state)})
+        self._training = False
 
-    def _last_iter(self) -> int:
-        return self._history.rows[-1]['iter'] if self._history.rows else 0
+    def _add(self, runner: Runner, iteration: int, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Make the row that has come to its end and write all files."""
+        files = self.files
+        row: dict[str, float] = {'iter': iteration, **({'epoch': epoch} if _by_epoch(runner) else {})}
+        row.update(_trained(runner, row, files.last_iter))
+        for key, value in metrics.items():
+            if isinstance(value, numbers.Real) and '_AP/' not in key:
+                row[key] = float(value)
+        if metrics:
+            row['val_seconds'] = time.perf_counter() - self._val_start
+            files.per_class = run_results.per_class_of(runner.val_evaluator, metrics)
+        files.history.add(row)
+        if is_main_process():
+            files.facts.best = _best_metrics(runner)  # `auto` becomes a metric with the first validation
+            files.write(int(row.get('epoch', iteration)), metrics)
 
-    def _begin(self, runner) -> None:
-        """Read what an earlier part of the run left, and gather what does not change."""
-        if runner._resume:
-            self._guarded(run_results.RESULTS, lambda: self._read(Path(runner.work_dir)))
-            self._history.cut(runner.iter)
-        unit = 'epoch' if _by_epoch(runner) else 'iter'
-        total = runner.max_epochs if unit == 'epoch' else runner.max_iters
-        self._facts = run_results.RunFacts(Path(runner.work_dir).resolve().name, '', total, unit)
-        if not is_main_process():
-            return
-        table = Path(runner.work_dir) / run_results.RESULTS
-        if not runner._resume and table.exists():
-            self._guarded(run_results.RESULTS, lambda: self._set_aside(table, 'is of an earlier run'))
-        self._guarded(run_results.SUMMARY, lambda: self._gather(runner))
-        # At once, so that epochs after the resumed checkpoint are gone from all files.
-        self._write(runner, _done(runner))
 
-    def _read(self, work_dir: Path) -> None:
-        path = work_dir / run_results.RESULTS
+class RunFiles:
+    """What a run leaves to read.
+
+    Args:
+        folder: The work dir.
+        facts: What is known of the run besides its results.
+
+    Attributes:
+        history: The rows so far.
+        per_class: AP of each class at the last validation.
+    """
+
+    def __init__(self, folder: Path, facts: RunFacts) -> None:
+        self.folder = folder
+        self.facts = facts
+        self.history = History()
+        self.per_class: run_results.PerClass = {}
+
+    @property
+    def last_iter(self) -> int:
+        """The iteration of the last row; 0 without one."""
+        return int(self.history.rows[-1]['iter']) if self.history.rows else 0
+
+    def read(self, resumed: bool) -> None:
+        """Read the table of a resumed run; the main process sets that of another run aside, and one that is damaged."""
+        path, why = self.folder / RESULTS, 'is of an earlier run'
         if not path.is_file():
             return
-        try:
-            self._history = evaluation_history.History.from_csv(path.read_bytes())
-        except ValueError as error:
-            if is_main_process():
-                self._set_aside(path, f'cannot be read ({error})')
+        if resumed:
+            try:
+                self.history = History.from_csv(path.read_bytes())
+                return
+            except ValueError as error:
+                why = f'cannot be read ({error})'
+        if is_main_process():
+            text = '{path} {why}: it is now {kept}, and a new one is started'
+            warn(Message('results-set-aside', text, path=path, why=why, kept=run_results.set_aside(path).name))
 
-    def _set_aside(self, path: Path, why: str) -> None:
-        _warn(f'{path} {why}: it is now {run_results.set_aside(path).name}, and a new one is begun')
+    def write(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
+        """Write all files.
 
-    def _gather(self, runner) -> None:
-        self._facts.command = shlex.join(['python', *sys.argv]).replace('\n', ' ')
-        self._facts.setup = _setup(runner)
-        self._facts.data = [row for split in ('train', 'val') for row in _data_row(runner, split)]
-
-    def _add(self, runner, iteration: int, metrics: Mapping[str, float], epoch: int | None = None) -> None:
-        """Make the row that has come to its end and write all files."""
-        row = {'iter': iteration}
-        if _by_epoch(runner):
-            row['epoch'] = runner.epoch if epoch is None else epoch
-        row.update(self._trained(runner, row))
-        if not is_main_process():
-            self._history.add(row)
-            return
-        row.update(
-            (key, float(value))
-            for key, value in metrics.items()
-            if isinstance(value, numbers.Real) and '_AP/' not in key
-        )
-        if self._val_start is not None and metrics:
-            row['val_seconds'] = time.perf_counter() - self._val_start
-        self._history.add(row)
-        if metrics:
-            self._per_class = run_results.per_class_of(runner.val_evaluator, metrics)
-        self._write(runner, row.get('epoch', iteration), metrics)
-
-    def _trained(self, runner, row: Mapping[str, int]) -> dict[str, float]:
-        """Losses, learning rates and time of the iterations that the row stands for.
-
-        The message hub is saved with each checkpoint, so that nothing is lost by resuming.
+        Args:
+            done: Epochs (or iterations) trained so far.
+            metrics: Results of a validation that was just made.
         """
-        hub = runner.message_hub
-        steps = row['iter'] - self._last_iter()
-        if 'epoch' in row:
-            known = run_state(runner).epoch_start
-            steps = row['iter'] - known['iter'] if known.get('epoch') == row['epoch'] - 1 else _batches(runner)
-        recent = {
-            key.removeprefix('train/'): buffer.data[0][-steps:]
-            for key, buffer in hub.log_scalars.items()
-            if key.startswith('train/') and steps > 0 and buffer.data[0].size
-        }
-        found = {
-            f'train/{name}': _mean(values) for name, values in recent.items() if 'loss' in name or name.endswith('acc')
-        }
-        shares = all_gather_object(found)
-        found = {
-            name: math.fsum(share.get(name, value) for share in shares) / len(shares) for name, value in found.items()
-        }
-        groups = {name: float(values[-1]) for name, values in recent.items() if name.startswith('lr/')}
-        base = [float(recent[name][-1]) for name in ('base_lr', 'lr') if name in recent]
-        if base:
-            found['lr'] = base[0]
-        if 'time' in recent:
-            found['train_seconds'] = float(recent['time'].sum())
-        return {**found, **groups}
-
-    def _write(self, runner, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        folder, history, classes = Path(runner.work_dir), self._history, self._per_class
+        folder, history, classes = self.folder, self.history, self.per_class
         source = f'validation after {history.unit} {done}'
 
         def tables() -> None:
             texts = {
-                run_results.RESULTS: history.to_csv(),
+                RESULTS: history.to_csv(),
                 run_results.DETECTION: run_results.result_lines(history, 'bbox'),
                 run_results.SEGMENTATION: run_results.result_lines(history, 'segm'),
             }
             if metrics:
                 texts[run_results.RECORD_MAP] = run_results.record_map_text(metrics, classes, source.capitalize())
-            atomic_write_all(
-                {folder / name: text.encode() for name, text in texts.items() if text or (folder / name).exists()}
-            )
+            atomic_write_all({folder / n: text.encode() for n, text in texts.items() if text or (folder / n).exists()})
 
-        self._guarded('tables', tables)
+        jobs: dict[str, Callable[[], object]] = {'tables': tables}
         if history.rows:
-            self._guarded(
-                run_results.CURVES, lambda: atomic_write_bytes(folder / run_results.CURVES, plots.curves(history))
-            )
+            jobs[CURVES] = lambda: atomic_write_bytes(folder / CURVES, plots.curves(history))
         if metrics and classes:
-            self._guarded(
-                run_results.CLASS_BARS,
-                lambda: atomic_write_bytes(folder / run_results.CLASS_BARS, plots.class_bars(classes, source)),
-            )
-        self._guarded(run_results.SUMMARY, lambda: self._write_summary(runner, done, 'Unfinished, running or stopped'))
+            jobs[CLASS_BARS] = lambda: atomic_write_bytes(folder / CLASS_BARS, plots.class_bars(classes, source))
+        jobs[SUMMARY] = lambda: self.write_summary(done, 'Unfinished, running or stopped')
+        _try_all(jobs)
 
-    def _write_summary(self, runner, done: int, state: str) -> None:
-        if is_main_process():
-            folder = Path(runner.work_dir)
-            # Only now, since `auto` becomes a metric with the first validation.
-            self._facts.best = _best_metrics(runner)
-            atomic_write_text(
-                folder / run_results.SUMMARY,
-                run_results.summary_text(self._facts, self._history, done, state, self._per_class, folder),
-            )
+    def write_summary(self, done: int, state: str) -> None:
+        """Write ``summary.md``."""
+        text = run_results.summary_text(self.facts, self.history, done, state, self.per_class, self.folder)
+        atomic_write_text(self.folder / SUMMARY, text)
 
-    def _guarded(self, what: str, work: Callable[[], None]) -> None:
-        """Do it; a failure is warned of, since hours of training are worth more than a table."""
+
+def _try_all(jobs: Mapping[str, Callable[[], object]]) -> None:
+    """Do them; a failure is a warning, since hours of training are worth more than a table."""
+    for what, work in jobs.items():
         try:
             work()
-        except (UserError, OSError) as error:
-            _warn(f'Training goes on without {what}: {error}')
-        except Exception:
-            _warn(f'Training goes on without {what}: {traceback.format_exc()}')
+        except Exception as error:
+            if os.environ.get(STRICT):
+                raise
+            why = error if isinstance(error, (UserError, OSError)) else traceback.format_exc()
+            warn(Message('results-not-written', 'Training continues without {what}: {why}', what=what, why=why))
+
+
+def _trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[str, float]:
+    """Losses, learning rates and time of the iterations that the row stands for.
+
+    The message hub is saved with each checkpoint, so that nothing is lost by resuming.
+    """
+    steps = int(row['iter']) - last_iter
+    if 'epoch' in row:
+        start = run_state(runner).epoch_start
+        steps = int(row['iter']) - start['iter'] if start.get('epoch') == row['epoch'] - 1 else _batches(runner)
+    recent = {}
+    for key, buffer in runner.message_hub.log_scalars.items():
+        values, counts = buffer.data
+        if key.startswith('train/') and steps > 0 and values.size:
+            recent[key.removeprefix('train/')] = values[-steps:][counts[-steps:] > 0]
+    means = {f'train/{n}': _mean(values) for n, values in recent.items() if 'loss' in n or n.endswith('acc')}
+    shares = all_gather_object(means)
+    found = {name: math.fsum(share.get(name, value) for share in shares) / len(shares) for name, value in means.items()}
+    for name in ('base_lr', 'lr'):
+        if name in recent:
+            found.setdefault('lr', float(recent[name][-1]))
+    if 'time' in recent:
+        found['train_seconds'] = float(recent['time'].sum())
+    return {**found, **{name: float(values[-1]) for name, values in recent.items() if name.startswith('lr/')}}
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of the finite ones; NaN if there are none."""
+    """Mean of the finite values; NaN if there are none."""
     finite = values[np.isfinite(values)]
     return float(finite.mean()) if finite.size else math.nan
 
 
-def _warn(text: str) -> None:
-    print_log(text, logger='current', level=logging.WARNING)
-
-
-def _training(runner) -> bool:
-    # Asking the runner for its epoch would build the training loop.
-    return runner._train_loop is not None and not isinstance(runner._train_loop, dict)
-
-
-def _by_epoch(runner) -> bool:
+def _by_epoch(runner: Runner) -> bool:
     return not isinstance(runner.train_loop, IterBasedTrainLoop)
 
 
-def _batches(runner) -> int:
+def _batches(runner: Runner) -> int:
     try:
         return len(runner.train_dataloader)
     except TypeError:  # a stream of unknown length: one row at the end
         return runner.max_iters
 
 
-def _done(runner) -> int:
+def _done(runner: Runner) -> int:
     return runner.epoch if _by_epoch(runner) else runner.iter
 
 
-def _best_metrics(runner) -> dict[str, bool]:
+def _best_metrics(runner: Runner) -> dict[str, bool]:
     """The metrics of ``save_best``, and whether less is better."""
     hook = checkpoint_hook(runner)
     return {key: rule == 'less' for key, rule in hook.best_rules.items() if rule} if hook else {}
 
 
-def _setup(runner) -> dict[str, str]:
+def _gather(runner: Runner, facts: RunFacts) -> None:
+    facts.command = shlex.join(['python', *sys.argv]).replace('\n', ' ')
+    facts.best = _best_metrics(runner)
+    facts.setup = _setup(runner)
+    facts.data = [row for split in ('train', 'val') for row in _data_row(runner, split)]
+
+
+def _setup(runner: Runner) -> dict[str, str]:
     recipe = runner.cfg.get('weights') or {}
     file = recipe.get('checkpoint')
     device = next(runner.model.parameters()).device
@@ -280,10 +278,11 @@ def _setup(runner) -> dict[str, str]:
     rows = {'weights': _weights(runner, file) if file else _initial(runner.cfg)}
     if file and recipe.get('head_init'):
         rows['heads'] = recipe['head_init']
-    if runner._load_from:
-        rows['resumed from' if runner._resume else 'loaded'] = (
-            f'{runner._load_from}' + f' ({_done(runner)} done)' * bool(runner._resume)
-        )
+    loaded = runner.cfg.get('load_from')
+    if loaded and runner.cfg.get('resume'):
+        rows['resumed from'] = f'{loaded} ({_done(runner)} done)'
+    elif loaded:
+        rows['loaded'] = f'{loaded}'
     return {
         **rows,
         'seed': str(runner.seed),
@@ -308,7 +307,7 @@ def _initial(cfg: Mapping) -> str:
     return f'random, backbone of {source}' if source else 'random'
 
 
-def _weights(runner, file: str) -> str:
+def _weights(runner: Runner, file: str) -> str:
     # Of a resumed run the facts come with its checkpoint; those of a plain Runner are not known.
     facts = runner.message_hub.runtime_info.get(INITIAL_WEIGHTS)
     if not facts:
@@ -317,7 +316,7 @@ def _weights(runner, file: str) -> str:
     return f'{facts["file"]} (SHA-256 {facts["sha256"][:8]}…; {counts})'
 
 
-def _data_row(runner, split: str) -> list[list[str]]:
+def _data_row(runner: Runner, split: str) -> list[list[str]]:
     """Split, images, objects, classes and file as they are loaded; empty without the split."""
     if split == 'val' and runner.val_loop is None:
         return []

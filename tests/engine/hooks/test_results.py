@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import math
 import os
 import shutil
 import signal
@@ -18,8 +17,10 @@ import pytest
 import torch
 from PIL import Image
 
+from mmfinetune.engine.hooks import results
 from mmfinetune.engine.hooks.results import ResultsHook
 from mmfinetune.evaluation.history import History
+from mmfinetune.utils.errors import Message, UserError
 from tests.builders.runs import (
     EPOCH_STEPS,
     TOOLS,
@@ -59,7 +60,7 @@ PICTURES = ['curves.png', 'per_class.png']
 def site(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp('result_hooks')
     weights = make_site(folder)
-    hookless = HOOK + "custom_hooks = [dict(type='WeightTransferHook')]\n"
+    hookless = HOOK + 'default_hooks.update(tensorboard=None, results=None)\n'
     for name, extra in (
         ('tiny', HOOK),
         ('hookless', hookless),
@@ -205,17 +206,22 @@ def test_what_cannot_be_read_or_written_does_not_end_the_training(run, tmp_path,
         (folder / name).unlink()
         (folder / name).mkdir()
     monkeypatch.setattr(plots, 'class_bars', lambda *_: 1 / 0)
-    log = train(site, 'tiny.py', 'run', '--resume', 'work_dirs/run/epoch_2.pth')
-    assert (
-        "results.csv cannot be read (line 2: invalid literal for int() with base 10: 'two'): "
-        'it is now results.csv.bak' in log
-    )
+    monkeypatch.delenv(results.STRICT)
+    said: list[Message] = []
+    monkeypatch.setattr(results, 'warn', said.append)
+    train(site, 'tiny.py', 'run', '--resume', 'work_dirs/run/epoch_2.pth')
+    (aside,) = [message.facts for message in said if message.code == 'results-set-aside']
+    assert (aside['path'].name, aside['kept']) == ('results.csv', 'results.csv.bak')
+    assert 'line 2' in aside['why']
     assert (folder / 'results.csv.bak').read_text() == damaged
     assert [r['epoch'] for r in rows(folder)] == ['3']
-    for name in ('curves.png', 'summary.md'):
-        assert f'WARNING - Training goes on without {name}: {folder / name}: cannot be written: Is a directory' in log
-    assert 'WARNING - Training goes on without per_class.png: Traceback' in log
-    assert 'ZeroDivisionError' in log
+    failed: dict[str, list] = {}
+    for message in said:
+        if message.code == 'results-not-written':
+            failed.setdefault(message.facts['what'], []).append(message.facts['why'])
+    assert set(failed) == {'curves.png', 'summary.md', 'per_class.png'}
+    assert all(isinstance(why, UserError) for name in ('curves.png', 'summary.md') for why in failed[name])
+    assert 'ZeroDivisionError' in failed['per_class.png'][0]
     assert (folder / 'epoch_3.pth').is_file()
 
 
@@ -328,12 +334,12 @@ def test_epoch_resumed_in_its_middle_is_counted_from_its_start(tmp_path):
     hook.before_train_epoch(runner)
     resumed.update_scalar('train/loss', 2.0)
     resumed.update_scalar('train/time', 7.0)
-    assert hook._trained(runner, {'iter': 4, 'epoch': 2}) == {'train/loss': 3.0, 'train_seconds': 10.0}
-    # The next epoch begins anew; a step that was skipped does not count.
+    assert results._trained(runner, {'iter': 4, 'epoch': 2}, 2) == {'train/loss': 3.0, 'train_seconds': 10.0}
+    # The next epoch starts again; a step that was skipped does not count, and makes the window no longer.
     hook.before_train_epoch(SimpleNamespace(message_hub=resumed, epoch=2, iter=4))
-    for loss in (1.0, math.nan, 2.0):
-        resumed.update_scalar('train/loss', loss)
-    assert hook._trained(runner, {'iter': 7, 'epoch': 3})['train/loss'] == 1.5
+    for loss, count in ((1.0, 1), (0.0, 0), (2.0, 1)):
+        resumed.update_scalar('train/loss', loss, count)
+    assert results._trained(runner, {'iter': 7, 'epoch': 3}, 4)['train/loss'] == 1.5
 
 
 @pytest.mark.slow
