@@ -76,7 +76,7 @@ def _rename_types(cfg: Config) -> list[str]:
     places = [*hooks, *(cfg.get('custom_hooks') or ()), *(visualizer.get('vis_backends') or ())]
     places += cfg.get('vis_backends') or []
     for node in places:
-        if isinstance(node, Mapping) and node.get('type') in TYPES:
+        if isinstance(node, dict) and node.get('type') in TYPES:
             found.append(node['type'])
             node['type'] = TYPES[node['type']]
     return found
@@ -89,15 +89,15 @@ def _move_settings(cfg: Config) -> list[str]:
     old = hooks.pop('bad_numbers')
     if old is None:
         hooks.update(nonfinite=None, divergence=None)
-        return ['default_hooks.bad_numbers']
-    watch = {key: old.pop(key) for key in ('factor', 'window') if key in old}
-    hooks.nonfinite = {'type': 'NonFiniteHook', **(hooks.get('nonfinite') or {}), **old}
-    hooks.divergence = {'type': 'DivergenceHook', **(hooks.get('divergence') or {}), **watch}
+    else:
+        watch = {key: old.pop(key) for key in ('factor', 'window') if key in old}
+        hooks['nonfinite'] = {'type': 'NonFiniteHook', **(hooks.get('nonfinite') or {}), **old}
+        hooks['divergence'] = {'type': 'DivergenceHook', **(hooks.get('divergence') or {}), **watch}
     return ['default_hooks.bad_numbers']
 
 
 def _move_hooks(cfg: Config) -> list[str]:
-    old = [hook for hook in cfg.get('custom_hooks') or [] if isinstance(hook, Mapping) and hook.get('type') in HOOKS]
+    old = [hook for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict) and hook.get('type') in HOOKS]
     if not any(hook['type'] in _RETIRED for hook in old):
         return []
     moved: dict[str, dict[str, Any]] = {}
@@ -105,8 +105,10 @@ def _move_hooks(cfg: Config) -> list[str]:
         target = HOOKS[hook['type']]
         if target is not None:
             name, kind, settings = target
-            given = {_SETTINGS.get(key, key): value for key, value in hook.items() if key != 'type'}
-            moved.setdefault(name, {'type': kind, **(_OFF if name == 'tensorboard' else {})}).update(settings, **given)
+            given = {_SETTINGS.get(str(key), str(key)): value for key, value in hook.items() if key != 'type'}
+            moved.setdefault(name, {'type': kind, **(_OFF if name == 'tensorboard' else {})}).update(
+                {**settings, **given}
+            )
     hooks = cfg.setdefault('default_hooks', {})
     for name in ('tensorboard', 'results'):
         hooks[name] = moved.get(name)

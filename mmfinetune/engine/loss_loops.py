@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 import zlib
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
+from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
 from mmengine.dist import broadcast_object_list, collect_results, is_main_process
-from mmengine.logging import print_log
+from mmengine.evaluator import Evaluator
 from mmengine.registry import LOOPS
-from mmengine.runner import TestLoop, ValLoop
+from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.runner.amp import autocast
 
+from mmfinetune.engine.hooks import warn
 from mmfinetune.engine.transforms import scaled_truth
 from mmfinetune.utils.dist import bare_model
+from mmfinetune.utils.errors import Message
 
 
 def resized_truth(sample: DetDataSample) -> DetDataSample | None:
@@ -56,9 +59,9 @@ def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _features(model: torch.nn.Module, replacement) -> Iterator[None]:
-    """Let ``model.extract_feat`` be another function for a while."""
-    model.extract_feat = replacement
+def _features(model: BaseDetector, features: tuple[torch.Tensor, ...]) -> Iterator[None]:
+    """Let the model take these feature maps for those of its input."""
+    model.extract_feat = lambda _: features  # on the instance, over the class's method
     try:
         yield
     finally:
@@ -80,6 +83,11 @@ class _LossLoop:
     """
 
     stage: str
+    # Of MMEngine's loop:
+    runner: Runner
+    dataloader: Any
+    evaluator: Evaluator
+    fp16: bool
 
     def __init__(self, *args, loss: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
@@ -116,32 +124,25 @@ class _LossLoop:
         call(f'after_{stage}_iter', batch_idx=idx, data_batch=data_batch, outputs=outputs)
 
     def _predict(self, data_batch: Sequence[dict]) -> list[DetDataSample]:
-        model = bare_model(self.runner)
+        model: Any = bare_model(self.runner)
         data = model.data_preprocessor(data_batch, False)
         inputs, samples = data['inputs'], data['data_samples']
-        if not self.loss:
-            return model(inputs, samples, mode='predict')
-        truths = [resized_truth(sample) for sample in samples]
-        if None in truths:
-            print_log(
-                f'No {self.stage}/loss: the pipeline of the data set loads no annotations',
-                logger='current',
-                level=logging.WARNING,
+        truths = [truth for sample in samples if (truth := resized_truth(sample))] if self.loss else []
+        if self.loss and len(truths) < len(samples):
+            warn(
+                Message(
+                    'no-loss', 'No {stage}/loss: the pipeline of the data set loads no annotations', stage=self.stage
+                )
             )
             self.loss = False
+        if not self.loss:
             return model(inputs, samples, mode='predict')
-        seen = []
-        extract = model.extract_feat
-
-        def keep(batch_inputs: torch.Tensor):
-            seen.append(extract(batch_inputs))
-            return seen[-1]
-
-        with _features(model, keep):
+        features = model.extract_feat(inputs)
+        with _features(model, features):
             outputs = model(inputs, samples, mode='predict')
         for i, truth in enumerate(truths):
             with (
-                _features(model, lambda _, i=i: _image(seen[0], i)),
+                _features(model, tuple(level[i : i + 1] for level in features)),
                 _own_randomness(zlib.crc32(str(truth.img_id).encode()), inputs.device),
             ):
                 losses = model(inputs[i : i + 1], [truth], mode='loss')
@@ -155,17 +156,12 @@ class _LossLoop:
         # Drops what the sampler repeats to give each process the same number, as metrics do. By
         # messages, on whatever device; 'cpu' would leave a folder where the user works.
         rows = collect_results(self._rows, len(self.dataloader.dataset), 'gpu')
-        means = [{}]
+        means: list[dict[str, float]] = [{}]
         if is_main_process():
             # Summed in the order of the data set, so that the last digits agree too.
             means = [{f'{self.stage}/{key}': float(np.mean([row[key] for row in rows])) for key in rows[0]}]
         broadcast_object_list(means)
         return means[0]
-
-
-def _image(features, index: int):
-    """The feature maps of one image of the batch."""
-    return tuple(level[index : index + 1] for level in features)
 
 
 @LOOPS.register_module()

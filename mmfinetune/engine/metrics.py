@@ -60,7 +60,8 @@ class InstanceCocoMetric(CocoMetric):
                 metric=type(self).__name__,
                 wrong=', '.join(wrong),
             )
-        if truth_of(self) is None:
+        truth = truth_of(self)
+        if truth is None:
             # mmdet would convert what the data loader gives, and count and round it in its own way.
             raise UserError(
                 'metric-without-truth',
@@ -68,6 +69,9 @@ class InstanceCocoMetric(CocoMetric):
                 hint="set ann_file to the data set's annotation file",
                 metric=type(self).__name__,
             )
+        self.truth = truth
+        self.cat_ids: list[int] = []
+        self.img_ids: list[int] = []
         self.engine = engine
         self.per_class: dict[str, dict[str, float]] = {}
 
@@ -84,14 +88,14 @@ class InstanceCocoMetric(CocoMetric):
     def evaluate_rows(self, rows: list[dict], iou_type: str) -> coco_eval.Scores:
         """Run the engine on COCO result rows of one kind."""
         return coco_eval.evaluate(
-            truth_of(self).dataset, rows, iou_type, self.engine, self.cat_ids, self.img_ids, self.iou_thrs
+            self.truth.dataset, rows, iou_type, self.engine, self.cat_ids, self.img_ids, self.iou_thrs
         )
 
     def _read_ids(self) -> None:
-        if self.cat_ids is None:
-            self.cat_ids = truth_of(self).get_cat_ids(cat_names=self.dataset_meta['classes'])
-        if self.img_ids is None:
-            self.img_ids = truth_of(self).get_img_ids()
+        if not self.cat_ids:
+            self.cat_ids = self.truth.get_cat_ids(cat_names=self.dataset_meta['classes'])
+        if not self.img_ids:
+            self.img_ids = self.truth.get_img_ids()
 
     def compute_metrics(self, results: list) -> dict[str, float]:
         """COCO numbers of all ``(gt, pred)`` pairs that ``process`` gathered."""
@@ -103,7 +107,7 @@ class InstanceCocoMetric(CocoMetric):
             if self.format_only:
                 return {}
         metrics: dict[str, float] = {}
-        self.per_class = {c['name']: {} for c in truth_of(self).loadCats(self.cat_ids)}
+        self.per_class = {c['name']: {} for c in self.truth.loadCats(self.cat_ids)}
         for iou_type in self.metrics:
             rows = self._detections(preds, iou_type)
             if not rows:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -118,11 +117,12 @@ class GuardedUpdate(OptimWrapper):
             group.get('name', f'group {i}'): [p.grad for p in group['params'] if p.grad is not None]
             for i, group in enumerate(self.optimizer.param_groups)
         }
-        scaler = getattr(self, 'loss_scaler', None)
+        scaler = getattr(self, 'loss_scaler', None)  # AmpOptimWrapper's
         self.scaled = scaler is not None and scaler.is_enabled()
+        scale = scaler.get_scale() if scaler is not None else 1.0
         norm = float(torch.nn.utils.get_total_norm([g for gradients in groups.values() for g in gradients]))
         if math.isfinite(norm):
-            self.grad_norm = norm / (scaler.get_scale() if self.scaled else 1)
+            self.grad_norm = norm / scale
         else:
             bad = [name for name, gradients in groups.items() if not all(torch.isfinite(g).all() for g in gradients)]
             # The norm of scaled gradients may overflow although none of them does.
@@ -132,7 +132,6 @@ class GuardedUpdate(OptimWrapper):
         self.zero_grad(**(zero_kwargs or {}))
 
 
-@functools.cache
 def guarded(kind: type[OptimWrapper]) -> type[OptimWrapper]:
     """The optimizer wrapper of a config, `GuardedUpdate` mixed in."""
     return type(f'Guarded{kind.__name__}', (GuardedUpdate, kind), {})

@@ -204,7 +204,7 @@ def _stays(value: Summary.Value, at: int, step: int, epoch: int) -> bool:
         return False
     if value.tag.removesuffix('/text_summary') in _AT_START:
         return at < step
-    return at <= {'step': step, 'epoch': epoch}.get(_axis(value.tag), at)
+    return at <= {'step': step, 'epoch': epoch, None: at}[_axis(value.tag)]
 
 
 def _axis(tag: str) -> str | None:

@@ -12,7 +12,7 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_rank, is_main_process
 from mmengine.hooks import Hook
-from mmengine.optim import OptimWrapperDict
+from mmengine.optim import OptimWrapper, OptimWrapperDict
 
 from mmfinetune.engine.hooks import PRIORITY, loss_of, warn
 from mmfinetune.engine.hooks.divergence import CAUSES
@@ -58,7 +58,7 @@ class NonFiniteHook(Hook):
         self._buffers: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def before_train(self, runner) -> None:
-        wrapper = runner.optim_wrapper
+        wrapper: OptimWrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict):
             raise UserError(
                 'nonfinite-many-optimizers',

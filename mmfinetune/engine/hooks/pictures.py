@@ -81,7 +81,7 @@ def batch_picture(
 
 def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str], limit: int | None) -> np.ndarray:
     """An image with instances, made smaller first so that lines and text stay readable."""
-    parts = {}
+    parts: dict[str, Any] = {}
     for key, name in (('bboxes', 'boxes'), ('labels', 'labels'), ('scores', 'scores'), ('masks', 'masks')):
         if key in instances:
             parts[name] = _array(instances[key])
@@ -121,7 +121,8 @@ class Picker:
     """
 
     def __init__(self, places: Iterable[int]) -> None:
-        self._places, self._seen, self._names = set(places), 0, set()
+        self._places, self._seen = set(places), 0
+        self._names: set[str] = set()
 
     def pick(self, outputs: Sequence[DetDataSample] | None) -> Iterator[tuple[str, DetDataSample]]:
         """The samples of the next batch to draw, each with a name of its own."""

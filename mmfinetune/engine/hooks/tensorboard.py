@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
 from mmengine.hooks import Hook, LoggerHook
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop, Runner
+from tensorboard.compat.proto.summary_pb2 import Summary
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from mmfinetune.engine.hooks import PRIORITY
@@ -47,17 +50,17 @@ class TensorBoardHook(Hook):
         self.pictures = pictures
         self.score_thr = score_thr
         self._training = False
-        self._hparams_end = None
+        self._hparams_end: Summary | None = None
         self._shows_batch = False
         self._handle: RemovableHandle | None = None
         self._picker = Picker(())
 
-    def before_train(self, runner) -> None:
+    def before_train(self, runner: Runner) -> None:
         self._training = True
+        self._shows_batch = self.pictures > 0
         tensorboard = tensorboard_of(runner)
         if tensorboard is None:
             return
-        self._shows_batch = self.pictures > 0
         if runner.cfg.get('resume'):
             tensorboard.resume(runner.iter, self._validation_step(runner))
         if report := getattr(runner, 'weights_report', ''):
@@ -67,34 +70,32 @@ class TensorBoardHook(Hook):
         head, start, self._hparams_end = curves.hparam_summaries(hparams)
         tensorboard.add_summaries(head, start)
 
-    def before_train_epoch(self, runner) -> None:
+    def before_train_epoch(self, runner: Runner) -> None:
         begin_epoch(runner)
 
-    def before_train_iter(self, runner, batch_idx, data_batch=None) -> None:
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         if self.lr:
             # Not the wrapper's own list, which ends with a group that only carries the base lr.
             for i, group in enumerate(runner.optim_wrapper.optimizer.param_groups):
                 runner.message_hub.update_scalar(f'train/lr/{group.get("name", f"group{i}")}', group['lr'])
-        if self._shows_batch:
-            self._shows_batch = False
-            # Preprocessing the batch a second time might draw random numbers, and changes the samples.
-            self._handle = bare_model(runner).data_preprocessor.register_forward_hook(
-                lambda _module, _args, batch: self._show_batch(runner, batch)
-            )
+        tensorboard = tensorboard_of(runner) if self._shows_batch else None
+        self._shows_batch = False
+        if tensorboard is not None:
+            self._show_batch(runner, tensorboard)
 
-    def _show_batch(self, runner, batch: dict) -> None:
+    def _show_batch(self, runner: Runner, tensorboard: TensorBoardBackend) -> None:
+        """Show the next batch as it leaves the preprocessor: a second time it might draw random numbers."""
         cfg = runner.cfg.model.get('data_preprocessor') or {}
-        picture = batch_picture(
-            batch['inputs'],
-            batch['data_samples'],
-            class_names(runner),
-            cfg.get('mean'),
-            cfg.get('std'),
-            bool(cfg.get('bgr_to_rgb')),
-        )
-        tensorboard_of(runner).add_image(curves.TRAIN_BATCH, picture, runner.iter)
+        colours = cfg.get('mean'), cfg.get('std'), bool(cfg.get('bgr_to_rgb'))
 
-    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None) -> None:
+        def show(_module: nn.Module, _args: tuple, batch: dict) -> None:
+            picture = batch_picture(batch['inputs'], batch['data_samples'], class_names(runner), *colours)
+            tensorboard.add_image(curves.TRAIN_BATCH, picture, runner.iter)
+
+        model: Any = bare_model(runner)
+        self._handle = model.data_preprocessor.register_forward_hook(show)
+
+    def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         if self._handle is not None:
             self._handle.remove()
             self._handle = None
@@ -106,7 +107,7 @@ class TensorBoardHook(Hook):
         if 'eta' in hub.runtime_info:
             hub.update_scalar('train/eta_hours', hub.get_info('eta') / 3600)
 
-    def after_train_epoch(self, runner) -> None:
+    def after_train_epoch(self, runner: Runner) -> None:
         tensorboard = tensorboard_of(runner)
         if tensorboard is None or isinstance(runner.train_loop, IterBasedTrainLoop):
             return
@@ -115,31 +116,33 @@ class TensorBoardHook(Hook):
         mean = runner.message_hub.get_scalar('train/loss').mean(steps)
         tensorboard.add_scalars({curves.EPOCH_LOSS: mean}, runner.epoch + 1)
 
-    def before_val_epoch(self, runner) -> None:
-        places = spread(len(runner.val_dataloader.sampler), self.pictures) if tensorboard_of(runner) else ()
-        self._picker = Picker(places)
+    def before_val_epoch(self, runner: Runner) -> None:
+        self._picker = Picker(spread(len(runner.val_dataloader.sampler), self.pictures))
 
     def after_val_iter(
-        self, runner, batch_idx, data_batch=None, outputs: Sequence[DetDataSample] | None = None
+        self, runner: Runner, batch_idx: int, data_batch=None, outputs: Sequence[DetDataSample] | None = None
     ) -> None:
+        tensorboard = tensorboard_of(runner)
+        if tensorboard is None:
+            return
         for name, sample in self._picker.pick(outputs):
             picture = truth_and_prediction(sample, class_names(runner), self.score_thr, _PAIR)
-            tensorboard_of(runner).add_image(f'{curves.VAL_IMAGES}/{name}', picture, self._validation_step(runner))
+            tensorboard.add_image(f'{curves.VAL_IMAGES}/{name}', picture, self._validation_step(runner))
 
-    def _validation_step(self, runner) -> int:
+    def _validation_step(self, runner: Runner) -> int:
         """The step at which MMEngine's logger puts the results of a validation: by default the epoch."""
         if not self._training:
             return 0  # asking the runner for its epoch would build the training loop
         logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
         return runner.epoch if logger is None or logger.log_metric_by_epoch else runner.iter
 
-    def after_train(self, runner) -> None:
+    def after_train(self, runner: Runner) -> None:
         self._training = False
         tensorboard = tensorboard_of(runner)
-        if tensorboard is not None:
+        if tensorboard is not None and self._hparams_end is not None:
             tensorboard.add_summaries(self._hparams_end)
 
 
-def tensorboard_of(runner) -> TensorBoardBackend | None:
+def tensorboard_of(runner: Runner) -> TensorBoardBackend | None:
     """The run's TensorBoard; None if the config has none, and on all processes but the first."""
     return runner.visualizer.get_backend(TensorBoardBackend.__name__) if is_main_process() else None
