@@ -1,6 +1,6 @@
 """Check the weights, train and test. Without a part named: train, then test."""
 
-from mmfinetune.apis.cli import add, make_parser, positive_int, positive_int_or_auto, run
+from mmfinetune.apis.cli import add, make_parser, note, positive_int, positive_int_or_auto, run
 
 EXAMPLES = """
 python tools/train_pretrained.py                                  # the VOC run: train, then test
@@ -82,6 +82,9 @@ def main() -> int:
     args = parser.parse_args()
     if args.json and not args.check_weights:
         parser.error('--json prints the result of --check-weights: add that, or leave --json out')
+    if args.weights and args.test and not (args.train or args.head_init):
+        note('the file to test is now named with --checkpoint; --weights will only mean what training starts from')
+        args.checkpoint, args.weights = args.weights, None
 
     from mmfinetune.apis import train
 

@@ -65,7 +65,7 @@ class names(argparse.Action):
             values = [name.strip() for name in values[0].split(',')]
             if not all(values):
                 parser.error(f'argument {option_string}: an empty name')
-            _note(f'{option_string} takes words now: {option_string} {" ".join(map(repr, values))}')
+            note(f'{option_string} takes words now: {option_string} {" ".join(map(repr, values))}')
         setattr(namespace, self.dest, values)
 
 
@@ -123,7 +123,8 @@ def add(parser: Any, *options: str, more: str = '', **changes: Any) -> None:
         parser.add_argument(option, **settings)
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """Tell of something that works, but not for long."""
     print(f'note: {text}', file=sys.stderr, flush=True)
 
 
@@ -144,7 +145,7 @@ class Parser(argparse.ArgumentParser):
         new = self.old_options.get(name)
         if new is None:
             return arg
-        _note(f'{name} is now called {new}; the old name will be removed in the next release')
+        note(f'{name} is now called {new}; the old name will be removed in the next release')
         return f'{new}{equals}{value}'
 
 

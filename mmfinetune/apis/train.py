@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfinetune.apis import run_data, run_weights
 from mmfinetune.apis.testing import test_runner
-from mmfinetune.config import load, lr, paths, views
-from mmfinetune.config.options import AUTO, LOG_DIR, Options, apply
+from mmfinetune.config import load, paths, views
+from mmfinetune.config.resolve import AUTO, LOG_DIR, Options, RunPlan, resolve
 from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils.dist import rank0_first, say
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_json
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import atomic_write_json, require_writable
 from mmfinetune.weights import find
 from mmfinetune.weights import work_dir as weights_work_dir
 
@@ -32,43 +32,6 @@ if TYPE_CHECKING:
     from mmengine.runner import Runner
 
     from mmfinetune.weights.check import WeightCheck
-
-
-def check_early(options: Options) -> None:
-    """What can be told before the imports, which take seconds.
-
-    Raises:
-        UserError: Options that contradict each other or name what is not there.
-    """
-    if options.weights and not find.is_url(options.weights):
-        find.verify_file(Path(options.weights))
-    if options.resume not in (False, True, AUTO) and not Path(options.resume).is_file():
-        raise UserError(
-            f'There is no checkpoint {options.resume} to resume from',
-            cure='pass --resume alone to take the last one of the work dir',
-        )
-    if options.gpus and launch.is_worker() and not launch.was_launched():
-        raise UserError(
-            '--gpus is for a run that starts its own processes, and torchrun or srun has started this one',
-            cure='drop --gpus: their number says it',
-        )
-    if options.resume and options.lr is not None:
-        raise UserError(
-            '--lr would have no effect: --resume goes on with the learning rate of the checkpoint',
-            cure='drop --lr, or start anew from the weights',
-        )
-    for flag, value in (('--accumulate', options.accumulate), ('--save-every', options.save_every)):
-        if value is not None and value < 1:
-            raise UserError(f'{flag} {value}: pass a number of at least 1')
-    size = options.batch_size
-    if size not in (None, AUTO) and not (str(size).isdigit() and int(size) > 0):
-        raise UserError(f'--batch-size {size}: pass a number of images per GPU, or auto')
-    if size == AUTO and options.resume:
-        raise UserError(
-            '--batch-size auto and --resume exclude each other: a run goes on with the batch size that it began with',
-            cure='drop --batch-size',
-        )
-
 
 EARLIER = 'earlier_runs'
 TEST_RESULTS = 'test_results.json'
@@ -81,107 +44,114 @@ def run(options: Options) -> int:
         Exit code.
 
     Raises:
-        UserError: Anything the user can mend, found before training where possible.
+        UserError: Anything the user can fix, found before training where possible.
     """
     check_early(options)
-    do_train, do_test = options.whole or options.train, options.whole or options.test
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
-    cfg = load.load(options.config, options.cfg_options)
-    if gpus > 1 and (do_train or do_test):
+    if gpus > 1 and (options.trains or options.tests):
+        load.load(options.config, options.cfg_options)  # what is wrong with it is shown before processes start
         print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
         return launch.launch(gpus, sys.argv)
-    world = max(gpus, launch.join_group(cfg))
-    if options.weights and find.is_url(options.weights):
-        # Once, and not by every process into the same file.
-        options.weights = str(rank0_first(lambda: find.fetch(options.weights)))
-    apply(cfg, options, world)
-    paths.redirect_annotations(cfg)
-    paths.check_heads(cfg)
-    start = None
+
+    def planned(**changes: object) -> RunPlan:
+        return resolve(dataclasses.replace(options, **changes), lambda cfg: max(gpus, launch.join_group(cfg)))
+
+    plan, start = planned(), None
     if options.check_weights:
-        start = _check_weights(cfg, options.json)
-        if not (options.train or options.test):
+        start = _check_weights(plan.cfg, options.json)
+        if not (options.trains or options.tests):
             return 0
-    if do_train or do_test:
-        rank0_first(lambda: _check_writable(Path(cfg.work_dir)))
-    # Only rank 0 writes; the others wait until data and weights are there.
-    full = options.check and (do_train or do_test)
-    splits = rank0_first(lambda: run_data.prepare_data(cfg, do_train or options.dry_run, full))
-    if options.batch_size == 'auto':
-        cfg.train_dataloader.batch_size = rank0_first(lambda: batch_size.find(cfg))
-    plan = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
-    adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
-    say(summary(cfg, splits, plan, world, adapted))
+    # Only rank 0 writes; the others wait until the data are there.
+    splits = rank0_first(lambda: _prepare(plan))
+    if options.batch_size == AUTO:
+        plan = planned(batch_size=rank0_first(lambda: batch_size.find(plan.cfg)))
+    say(summary(plan, splits))
     if options.dry_run:
         say('Dry run: nothing was trained.')
         return 0
-    cfg.optim_wrapper.optimizer.lr = plan.lr
-    # Done here, since Runner.scale_lr leaves out the accumulation.
-    cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=False)
-    if do_train:
-        runner = _train(cfg, start)
-        if do_test:
-            best = weights_work_dir.best_checkpoint(Path(cfg.work_dir))
-            say(f'Testing {best}')
-            runner.load_checkpoint(str(best), map_location='cpu')
-            _test(runner, best)
-    elif options.head_init:
-        _test_untrained(cfg)
-    else:
-        chosen = options.checkpoint or options.weights
-        file = Path(chosen) if chosen else weights_work_dir.best_checkpoint(Path(cfg.work_dir))
-        _test(test_runner(cfg, run_weights.checkpoint_of(cfg, file)), file)
-    work_dir = cfg.work_dir
-    say(
-        f'Results: {work_dir}'
-        + (' (pictures in figures/)' if do_test else '')
-        + f'\nCurves:  tensorboard --logdir {work_dir}/{LOG_DIR}'
-    )
+    runner = _train(plan.cfg, start) if options.trains else None
+    if options.tests:
+        _test(plan, runner)
+    say(f'Results: {plan.cfg.work_dir}{" (pictures in figures/)" if options.tests else ""}')
+    say(f'Curves:  tensorboard --logdir {plan.cfg.work_dir}/{LOG_DIR}')
     return 0
 
 
-def summary(cfg: Config, splits: dict[str, Split], plan: lr.LrPlan, world: int, adapted: Sequence[str] = ()) -> str:
+def check_early(options: Options) -> None:
+    """What can be told before the imports, which take seconds.
+
+    Raises:
+        UserError: Options that contradict each other or name what is not there.
+    """
+    if options.resume not in (False, True, AUTO) and not Path(options.resume).is_file():
+        raise UserError(
+            'resume-missing',
+            'There is no checkpoint {path} to resume from',
+            hint='pass --resume alone to continue from the last one of the work dir',
+            path=str(options.resume),
+        )
+    if options.gpus and launch.is_worker() and not launch.was_launched():
+        raise UserError(
+            'gpus-already-started',
+            '--gpus is for a run that starts its own processes, and torchrun or srun has started this one',
+            hint='drop --gpus: their number says it',
+        )
+    if options.resume and options.lr is not None:
+        raise UserError(
+            'resume-with-lr',
+            '--lr would have no effect: --resume continues with the learning rate of the checkpoint',
+            hint='drop --lr, or start again from the weights',
+        )
+    if options.resume and options.batch_size == AUTO:
+        raise UserError(
+            'resume-with-auto-batch',
+            '--batch-size auto and --resume exclude each other: a run continues with the batch size that it began with',
+            hint='drop --batch-size',
+        )
+    if options.checkpoint and (options.trains or not options.tests):
+        raise UserError(
+            'checkpoint-without-test',
+            '--checkpoint names the file to test, and a training tests its own best',
+            hint='add --test, or name what to start from with --weights',
+        )
+    for file in (options.weights, options.checkpoint):
+        if file and not find.is_url(file):
+            find.verify_file(Path(file))
+
+
+def _prepare(plan: RunPlan) -> dict[str, Split]:
+    """Make sure that results can be written, then make, read and check the data."""
+    options, cfg = plan.options, plan.cfg
+    runs = options.trains or options.tests
+    if runs:
+        require_writable(Path(cfg.work_dir))
+    return run_data.prepare_data(cfg, options.trains or options.dry_run, full=options.check and runs)
+
+
+def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
     lines = [
         f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
         for name, s in splits.items()
     ]
     if 'train' in splits:
+        cfg, world = plan.cfg, plan.world
         batch = cfg.train_dataloader.batch_size
         filters = views.dataset_configs(cfg)['train'].get('filter_cfg') or {}
-        kept, kind = (
-            (splits['train'].usable, 'images with objects')
-            if filters.get('filter_empty_gt')
-            else (splits['train'].images, 'images')
-        )
+        images, kind = splits['train'].images, 'images'
+        if filters.get('filter_empty_gt'):
+            images, kind = splits['train'].usable, 'images with objects'
         epochs = cfg.train_cfg.get('max_epochs')
         if epochs:
             # Each process gets the same number of images, rounded up, as its sampler does it.
-            steps = math.ceil(math.ceil(kept / world) / batch)
+            steps = math.ceil(math.ceil(images / world) / batch)
             lines.append(
-                f'Steps: {kept:,} {kind} / ({world} GPU x {batch}) = '
+                f'Steps: {images:,} {kind} / ({world} GPU x {batch}) = '
                 f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}'
             )
-        lines += plan.lines()
-        lines += [f'Schedule for this batch: {line}' for line in adapted]
+        lines += plan.rates.lines()
+        lines += [f'Schedule for this batch: {line}' for line in plan.adapted]
     return '\n'.join(lines)
-
-
-def _check_writable(work_dir: Path) -> None:
-    """Try it; a folder made for the trial is taken away again, in case nothing comes of the run."""
-    missing = [p for p in (work_dir, *work_dir.parents) if not p.exists()]
-    probe = work_dir / f'.write_test_{os.getpid()}'
-    try:
-        work_dir.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-        for folder in missing:
-            folder.rmdir()
-    except OSError as error:
-        raise UserError(
-            f'Cannot write to the work dir {work_dir}: {error.strerror}',
-            cure='pass a folder that you may write to with --work-dir',
-        ) from None
 
 
 def _move_earlier_run(work_dir: Path) -> None:
@@ -200,7 +170,7 @@ def _move_earlier_run(work_dir: Path) -> None:
         target.mkdir(parents=True)
         for path in old:
             shutil.move(path, target / path.name)
-        say(f'{work_dir} held an earlier run: it is now in {target}. To go on with a run instead, pass --resume.')
+        say(f'{work_dir} held an earlier run: it is now in {target}. To continue a run instead, pass --resume.')
 
 
 def _train(cfg: Config, start: WeightCheck | None) -> Runner:
@@ -234,7 +204,7 @@ def _train(cfg: Config, start: WeightCheck | None) -> Runner:
 
 
 def _explained(error: Exception, cfg: Config) -> Exception:
-    """The error itself, but of memory that ran out what would help, in numbers."""
+    """The error itself, or for memory that ran out an error with settings that reduce memory, in numbers."""
     import torch
 
     on_cpu = compat.is_out_of_cpu_memory(error)
@@ -242,46 +212,34 @@ def _explained(error: Exception, cfg: Config) -> Exception:
         return error
     batch = cfg.train_dataloader.batch_size
     accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
-    half = max(1, batch // 2)
-    cures = (
-        [
-            f'--batch-size {half} --accumulate {math.ceil(batch * accumulation / half)}: the same '
-            f'recipe at {half / batch:.0%} of the activations'
-        ]
-        if batch > 1
-        else []
-    )
+    helps = []
+    if batch > 1:
+        half = batch // 2
+        text = '--batch-size {half} --accumulate {steps}: the same recipe at {share:.0%} of the activations'
+        steps = math.ceil(batch * accumulation / half)
+        helps.append(Message('memory-batch', text, half=half, steps=steps, share=half / batch))
     if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
-        cures.append('--amp bf16 (or fp16): activations of half the size')
-    scale = next(
-        (
-            t['scale']
-            for t in cfg.train_dataloader.dataset.get('pipeline', ())
-            if t['type'] == 'Resize' and 'scale' in t
-        ),
-        None,
-    )
+        helps.append(Message('memory-amp', '--amp bf16 (or fp16): activations of half the size'))
+    steps = cfg.train_dataloader.dataset.get('pipeline', ())
+    scale = next((step['scale'] for step in steps if step['type'] == 'Resize' and 'scale' in step), None)
     if scale:
         smaller = tuple(round(side * 0.7) for side in scale)
-        cures.append(f'Resize to scale={smaller} instead of {tuple(scale)} in the pipelines: half the pixels')
+        text = 'Resize to scale={smaller} instead of {scale} in the pipelines: half the pixels'
+        helps.append(Message('memory-scale', text, smaller=smaller, scale=tuple(scale)))
     if not cfg.model.get('backbone', {}).get('with_cp'):
-        cures.append(
-            '--cfg-options model.backbone.with_cp=True: the backbone computes its '
-            'activations again instead of keeping them; slower, the same result'
+        text = (
+            '--cfg-options model.backbone.with_cp=True: the backbone recomputes its activations instead of keeping '
+            'them; slower, the same result'
         )
+        helps.append(Message('memory-checkpointing', text))
     return UserError(
-        f'Out of memory with {batch} images at a time ({str(error).strip().splitlines()[0]}). What helps:',
-        cures,
+        'out-of-memory',
+        'Out of memory with {batch} images at a time ({why}). What helps:',
+        helps,
         'try them from the top; `--batch-size auto` finds the largest that fits a GPU',
+        batch=batch,
+        why=str(error).strip().splitlines()[0],
     )
-
-
-def _test_untrained(cfg: Config) -> None:
-    """Test the model as training would start from it."""
-    start = run_weights.start_of(cfg)
-    if start.plan.class_map is not None:
-        say('\n'.join(start.plan.class_map.lines()))
-    _test(test_runner(cfg, start), start.source.path, ZERO_SHOT)
 
 
 def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
@@ -292,7 +250,7 @@ def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
     """
     if not cfg.get('weights'):
         raise UserError(
-            'check-weights-none',
+            'check-without-weights',
             'This config starts from random weights: there is nothing to check',
             hint='use a config with `weights`',
         )
@@ -304,7 +262,25 @@ def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
     return start
 
 
-def _test(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, float]:
+def _test(plan: RunPlan, trained: Runner | None) -> None:
+    """Test what was trained, the model as training would start from it, or the best checkpoint."""
+    cfg, options = plan.cfg, plan.options
+    if trained is not None:
+        file = weights_work_dir.best_checkpoint(Path(cfg.work_dir))
+        say(f'Testing {file}')
+        trained.load_checkpoint(str(file), map_location='cpu')
+        _measure(trained, file)
+    elif options.head_init:
+        start = run_weights.start_of(cfg)
+        if start.plan.class_map is not None:
+            say('\n'.join(start.plan.class_map.lines()))
+        _measure(test_runner(cfg, start), start.source.path, ZERO_SHOT)
+    else:
+        file = plan.checkpoint or weights_work_dir.best_checkpoint(Path(cfg.work_dir))
+        _measure(test_runner(cfg, run_weights.checkpoint_of(cfg, file)), file)
+
+
+def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, float]:
     """Test, print the headline numbers and write all of them to a file of the work dir."""
     from mmengine.dist import is_main_process
 

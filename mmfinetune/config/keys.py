@@ -1,11 +1,14 @@
-"""Settings that nothing reads, found by the signatures of what a config names."""
+"""Settings that are unknown, found by the signatures of what a config names, or out of bounds."""
 
 from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from mmfinetune.utils.errors import Message
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -77,29 +80,119 @@ _PLAIN_DICTS = {
     'randomness': {'seed', 'diff_rank_seed', 'deterministic'},
     'weights': {'checkpoint', 'url', 'fallbacks', 'reinit', 'into', 'ignore', 'head_init', 'aliases'},
 }
+# Searched for a type in this order; MMEngine's registries are asked by these where they do not have it.
+_REGISTRIES = (
+    'RUNNERS',
+    'RUNNER_CONSTRUCTORS',
+    'LOOPS',
+    'HOOKS',
+    'DATASETS',
+    'DATA_SAMPLERS',
+    'TRANSFORMS',
+    'MODELS',
+    'MODEL_WRAPPERS',
+    'WEIGHT_INITIALIZERS',
+    'OPTIMIZERS',
+    'OPTIM_WRAPPERS',
+    'OPTIM_WRAPPER_CONSTRUCTORS',
+    'PARAM_SCHEDULERS',
+    'METRICS',
+    'EVALUATOR',
+    'TASK_UTILS',
+    'VISUALIZERS',
+    'VISBACKENDS',
+    'LOG_PROCESSORS',
+)
+NEEDED = ('model', 'train_dataloader', 'optim_wrapper', 'train_cfg', 'work_dir')
+DICTS = (
+    'model',
+    'train_dataloader',
+    'val_dataloader',
+    'test_dataloader',
+    'optim_wrapper',
+    'train_cfg',
+    'val_cfg',
+    'test_cfg',
+    'auto_scale_lr',
+    'default_hooks',
+    'env_cfg',
+    'log_processor',
+    'randomness',
+    'visualizer',
+    'weights',
+)
+# Numbers that a run would crash on, or be ruined by: whether whole, and the lowest.
+_NUMBERS = {
+    'optim_wrapper.optimizer.lr': (False, 0),
+    'optim_wrapper.accumulative_counts': (True, 1),
+    'train_dataloader.batch_size': (True, 1),
+    'train_cfg.max_epochs': (True, 1),
+    'train_cfg.max_iters': (True, 1),
+    'train_cfg.val_interval': (True, 1),
+    'default_hooks.checkpoint.every_n_iters': (True, 1),
+    'weights.reinit.*.std': (False, 0),
+}
 FREE_FORM = ('custom_keys', 'reinit', 'aliases')
 
 
-def check_keys(cfg: Config) -> list[str]:
-    """Find settings that nothing reads: misspelt names at the top and arguments of classes.
+def check_keys(cfg: Config) -> list[Message]:
+    """Find unknown settings: misspelt names at the top and arguments of classes.
 
     Returns:
-        One line for each, with a suggestion where one is near.
+        One message for each, with a suggestion where one is near.
     """
     problems = []
     for key in cfg:
         near = difflib.get_close_matches(key, TOP_LEVEL, 1, 0.85)
         if key not in TOP_LEVEL + HELPERS and near:
-            problems.append(f'{key}: did you mean {near[0]}?')
-    for place, node in _dicts(cfg._cfg_dict):
-        if not ('type' in node or place.endswith('_dataloader') or place in _PLAIN_DICTS) or place.endswith(
-            _LAYER_CFGS
-        ):
-            continue
-        accepted, closed = accepted_keys(node, place)
-        found = (unknown_key_problem(f'{place}.{key}', place, accepted, closed) for key in node)
-        problems += [problem for problem in found if problem]
+            problems.append(_near(key, near[0]))
+    for place, node in _dicts(cfg.to_dict()):
+        if is_judged(node, place):
+            accepted, closed = accepted_keys(node, place)
+            found = (unknown_key_problem(f'{place}.{key}', place, accepted, closed) for key in node)
+            problems += [problem for problem in found if problem]
     return problems
+
+
+def check_values(cfg: Config) -> list[Message]:
+    """Find settings of a kind or size that would crash a run."""
+    problems = [
+        Message('config-not-a-dict', '{key} = {value!r} is not a dict', key=key, value=cfg[key])
+        for key in DICTS
+        if not isinstance(cfg.get(key, {}), Mapping) and not (cfg[key] is None and key not in NEEDED)
+    ]
+    for key, (whole, lowest) in _NUMBERS.items():
+        *parents, last = key.split('.')
+        for place, node in _at(cfg, parents):
+            value = node.get(last)
+            if value is None:
+                continue
+            is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+            if not is_number or not lowest <= value < math.inf:
+                text = '{key} = {value!r} is not a finite number of at least {lowest}'
+                if whole:
+                    text = '{key} = {value!r} is not a whole number of at least {lowest}'
+                problems.append(
+                    Message(
+                        'config-not-whole' if whole else 'config-not-a-number',
+                        text,
+                        key=f'{place}{last}',
+                        value=value,
+                        lowest=lowest,
+                    )
+                )
+    return problems
+
+
+def _at(node: Any, parts: Sequence[str], place: str = '') -> Iterator[tuple[str, Any]]:
+    """The dicts at a place whose parts may be ``*``, with their dotted name."""
+    if not parts:
+        yield place, node
+        return
+    for key in list(node) if parts[0] == '*' else [parts[0]]:
+        child = node.get(key)
+        if isinstance(child, Mapping):
+            yield from _at(child, parts[1:], f'{place}{key}.')
 
 
 def _dicts(node: Any, place: str = '') -> Iterator[tuple[str, Mapping]]:
@@ -141,28 +234,45 @@ def accepted_keys(node: Mapping, place: str) -> tuple[set[str], bool]:
     return accepted, False
 
 
-def unknown_key_problem(dotted: str, place: str, known: set[str], closed: bool) -> str | None:
-    """What is wrong with a key that is not among the known ones, or None."""
-    part = dotted.rpartition('.')[2]
-    if part in known:
+def is_judged(node: Mapping, place: str) -> bool:
+    """Whether all keys that a dict may have are known from what reads it."""
+    known = 'type' in node or place.endswith('_dataloader') or place in _PLAIN_DICTS
+    return known and not place.endswith(_LAYER_CFGS)
+
+
+def _near(key: str, near: str) -> Message:
+    return Message('config-key-near', '{key}: did you mean {near}?', key=key, near=near)
+
+
+def unknown_key_problem(key: str, place: str, known: set[str], closed: bool) -> Message | None:
+    """What is wrong with a dotted key that is not among the known ones, or None.
+
+    Args:
+        key: Dotted.
+        place: The dict that it is in.
+        known: Names of the keys that it may have.
+        closed: Whether it may have no others; else only a name that is almost a known one is wrong.
+    """
+    name = key.rpartition('.')[2]
+    if name in known:
         return None
-    # A class that takes any keyword may read this one, unless it is almost one it names.
-    near = difflib.get_close_matches(part, sorted(known - {'self'}), 1, 0.6 if closed else 0.85)
+    near = difflib.get_close_matches(name, sorted(known - {'self'}), 1, 0.6 if closed else 0.85)
     if near:
-        return f'{dotted}: did you mean {near[0]}?'
-    return f'{dotted}: {place or "the config"} has no {part}' if closed else None
+        return _near(key, near[0])
+    if not closed:
+        return None
+    return Message(
+        'config-key-unknown', '{key}: {place} has no {name}', key=key, place=place or 'the config', name=name
+    )
 
 
 def _find_class(kind: Any) -> Any:
     if not isinstance(kind, str):
         return kind if callable(kind) else None
     from mmdet import registry
-    from mmengine.registry import Registry
 
-    for candidate in vars(registry).values():
-        # The module also holds MMEngine's registries, where `LoadAnnotations` is another class.
-        if isinstance(candidate, Registry) and candidate.scope == 'mmdet':
-            found = candidate.get(kind)
-            if found is not None:
-                return found
+    for name in _REGISTRIES:
+        found = getattr(registry, name).get(kind)
+        if found is not None:
+            return found
     return None

@@ -1,24 +1,27 @@
-"""Load, check, compare and flatten configs."""
+"""Read a config file and judge it."""
 
 from __future__ import annotations
 
 import contextlib
 import difflib
 import io
+import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmfinetune.config import old_names
-from mmfinetune.config.keys import FREE_FORM, HELPERS, TOP_LEVEL, accepted_keys, check_keys, unknown_key_problem
-from mmfinetune.utils.errors import UserError
+from mmfinetune.config import overrides as config_overrides
+from mmfinetune.config.keys import NEEDED, check_keys, check_values
+from mmfinetune.utils.errors import Message, UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-NEEDED = ('model', 'train_dataloader', 'optim_wrapper', 'train_cfg', 'work_dir')
+# Makes the parts of the toolkit known by name; configs import it.
+REGISTER = 'mmfinetune.register'
 
 
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
@@ -29,33 +32,80 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         overrides: As given to ``--cfg-options``.
 
     Returns:
-        The merged config, registered parts imported, keys checked.
+        The merged config, its `custom_imports` imported, keys and values checked.
 
     Raises:
-        UserError: The file is missing or broken, or keys are unknown; all of them, each with a
-            suggestion.
+        UserError: The file is missing or broken, or the merged settings are wrong: all of them are
+            named, each with a suggestion.
     """
     path = Path(path)
+    pairs = config_overrides.parse(overrides)
+    cfg = _read(path)
+    # What is not of the right kind cannot be translated, and is refused below.
+    old = None if check_values(cfg) else old_names.translate(cfg)
+    dropped, problems = config_overrides.merge(cfg, old_names.rename_keys(pairs))
+    old_names.drop_removed(cfg)
+    require_valid(cfg, path, problems)
+    missing = [k for k in NEEDED if k not in cfg]
+    if missing:
+        raise UserError(
+            'config-incomplete',
+            '{path} is missing required settings:',
+            missing,
+            'inherit from configs/mask_rcnn_voc_pretrained.py',
+            path=str(path),
+        )
+    if os.environ.get('RANK', '0') == '0':
+        for note in [*([old] if old else []), *dropped]:
+            print(f'note: {path}: {note}', file=sys.stderr, flush=True)
+    return cfg
+
+
+def require_valid(cfg: Config, path: str | Path, problems: Sequence[Message] = ()) -> None:
+    """Judge merged settings.
+
+    Raises:
+        UserError: With the problems given and those of the settings, if there are any.
+    """
+    problems = [*problems, *check_values(cfg), *check_keys(cfg)]
+    if problems:
+        raise UserError(
+            'config-wrong-settings',
+            '{path}: unknown or impossible settings:',
+            problems,
+            'fix the spelling or the value; `python tools/flatten_config.py CONFIG` prints all settings',
+            path=str(path),
+        )
+
+
+def _read(path: Path) -> Config:
     if not path.is_file():
         folder = path.parent if path.parent.is_dir() else Path('configs')
         near = difflib.get_close_matches(path.name, [p.name for p in folder.glob('*.py')], 3, 0.5)
         raise UserError(
-            f'There is no config {path}',
-            cure=f'did you mean {" or ".join(str(folder / n) for n in near)}?'
-            if near
-            else 'the configs that come with the toolkit are in configs/',
+            'config-missing',
+            'There is no config {path}',
+            hint='did you mean {near}?' if near else 'the configs that come with the toolkit are in configs/',
+            path=str(path),
+            near=' or '.join(str(folder / n) for n in near),
         )
     if path.suffix != '.py':
         raise UserError(
-            f'{path} is no config: its name does not end in .py',
-            cure='pass a Python config such as configs/mask_rcnn_voc_pretrained.py',
+            'config-not-python',
+            '{path} is not a config: its name does not end in .py',
+            hint='pass a Python config such as configs/mask_rcnn_voc_pretrained.py',
+            path=str(path),
         )
     try:
         compile(path.read_text(encoding='utf-8'), str(path), 'exec')
     except (SyntaxError, ValueError) as error:
-        line = getattr(error, 'lineno', None)
         raise UserError(
-            f'{path}{f", line {line}" if line else ""}: {error}', cure='mend the Python syntax there'
+            'config-syntax',
+            '{path}, line {line}: {why}',
+            hint='fix the Python syntax there',
+            path=str(path),
+            line=getattr(error, 'lineno', None) or '?',
+            why=str(error),
         ) from None
     from mmengine.config import Config
     from mmengine.utils import import_modules_from_strings
@@ -68,26 +118,21 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     except Exception as error:
         # A config is code; whatever it raises is the user's to see, with the place.
         raise UserError(
-            f'{path} cannot be read: {type(error).__name__}: {error}', cure='mend the config, or the _base_ it names'
+            'config-unreadable',
+            '{path} cannot be read: {kind}: {why}',
+            hint='fix the config, or the _base_ it names',
+            path=str(path),
+            kind=type(error).__name__,
+            why=str(error),
         ) from None
-    note = old_names.translate(cfg)
-    if note is not None:
-        print(f'note: {path}: {note}', file=sys.stderr, flush=True)
-    problems = []
-    if overrides:
-        problems = merge(cfg, old_names.rename_keys(parse_overrides(overrides)))
-    old_names.drop_removed(cfg)
-    problems += check_keys(cfg)
-    if problems:
+    if REGISTER not in sys.modules:
         raise UserError(
-            f'{path}: settings that nothing reads:',
-            problems,
-            'mend the spelling; `python tools/flatten_config.py CONFIG` prints all keys',
-        )
-    missing = [k for k in NEEDED if k not in cfg]
-    if missing:
-        raise UserError(
-            f'{path} lacks settings that a run needs:', missing, 'inherit from configs/mask_rcnn_voc_pretrained.py'
+            'config-no-register',
+            "{path} does not import the toolkit's parts",
+            hint="add custom_imports = dict(imports=['{module}'], allow_failed_imports=False), as in "
+            'configs/_base_/runtime.py',
+            path=str(path),
+            module=REGISTER,
         )
     return cfg
 
@@ -98,64 +143,3 @@ def quiet_imports() -> Iterator[None]:
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
         yield
-
-
-def parse_overrides(pairs: Sequence[str]) -> dict[str, Any]:
-    """``['a.b=1', 'c=[1,2]']`` to ``{'a.b': 1, 'c': [1, 2]}`` by MMEngine's own rules."""
-    import argparse
-
-    from mmengine.config import DictAction
-
-    wrong = [p for p in pairs if '=' not in p or not p.split('=')[0]]
-    if wrong:
-        raise UserError('--cfg-options takes KEY=VALUE, not:', wrong, 'e.g. --cfg-options train_cfg.max_epochs=12')
-    parser = argparse.ArgumentParser(exit_on_error=False)
-    parser.add_argument('--options', nargs='+', action=DictAction)
-    try:
-        return parser.parse_args(['--options', *pairs]).options
-    except (AssertionError, argparse.ArgumentError) as error:
-        raise UserError(
-            f'--cfg-options cannot be read: {error}', cure='quote lists: --cfg-options "a.b=[1,2]"'
-        ) from None
-
-
-def merge(cfg: Config, overrides: Mapping[str, Any]) -> list[str]:
-    """Merge dotted overrides into a config.
-
-    A key that is not there is taken only where the ``type`` beside it accepts it.
-
-    Returns:
-        One line for each unknown key; nothing is merged then.
-    """
-    problems = []
-    for dotted in overrides:
-        node: Any = cfg._cfg_dict
-        parts = dotted.split('.')
-        for depth, part in enumerate(parts):
-            place = '.'.join(parts[:depth])
-            if isinstance(node, Sequence) and not isinstance(node, str):
-                if not part.isdigit() or int(part) >= len(node):
-                    problems.append(
-                        f'{dotted}: {place} is a list of {len(node)}, give a position from 0 to {len(node) - 1}'
-                    )
-                    break
-                node = node[int(part)]
-                continue
-            if not isinstance(node, Mapping):
-                problems.append(f'{dotted}: {place} is {node!r} and has no parts')
-                break
-            if part not in node:
-                if depth and parts[depth - 1] in FREE_FORM:
-                    break
-                accepted, closed = accepted_keys(node, place) if depth else ({*TOP_LEVEL, *HELPERS}, True)
-                # A dict without a type has no signature: only the keys it has are known. Hooks may
-                # be added under any name.
-                closed = closed or ('type' not in node and place != 'default_hooks')
-                problem = unknown_key_problem('.'.join(parts[: depth + 1]), place, {*node, *accepted}, closed)
-                problems += [problem] if problem else []
-                break
-            node = node[part]
-    if not problems:
-        # Lists are merged by position only: `a.0.b=1` changes, `a=[1]` replaces.
-        cfg.merge_from_dict(dict(overrides), allow_list_keys=True)
-    return problems

@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,10 @@ def _base_of(auto: Mapping) -> int:
     base = auto.get('base_batch_size')
     if not isinstance(base, int) or base <= 0:
         raise UserError(
-            f'auto_scale_lr.base_batch_size must be a positive number of images, not {base!r}',
-            cure='set it to the batch size that the lr is for',
+            'lr-base-batch-size',
+            'auto_scale_lr.base_batch_size must be a positive number of images, not {base!r}',
+            hint='set it to the batch size that the lr is for',
+            base=base,
         )
     return base
 
@@ -153,3 +159,10 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
                 old, loop[key] = loop[key], adapted(loop[key])
                 lines.append(f'train_cfg.{key}: {old} -> {loop[key]} steps (/ {factor:g})')
     return lines
+
+
+def set_rates(cfg: Config, plan: LrPlan) -> None:
+    """Write the planned learning rate into a config, and keep `Runner.scale_lr` from scaling it again."""
+    cfg.optim_wrapper.optimizer.lr = plan.lr
+    # Runner.scale_lr leaves out the accumulation.
+    cfg.auto_scale_lr = dict(cfg.get('auto_scale_lr') or {}, enable=False)

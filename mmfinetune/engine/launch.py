@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune.config import views
 from mmfinetune.engine import compat
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.text import plural
@@ -149,7 +148,8 @@ def processes(gpus: str | None) -> int:
 def join_group(cfg: Config) -> int:
     """Join the other processes, if torchrun or Slurm started this one; return their number.
 
-    The group is made here and not by the Runner, which calls CUDA even for gloo.
+    The group is made here and not by the Runner, which calls CUDA even for gloo. The settings that the
+    Runner needs for several processes are those of `config.resolve.set_processes`.
     """
     adopt_slurm()
     world = int(os.environ.get('WORLD_SIZE', 1))
@@ -159,17 +159,10 @@ def join_group(cfg: Config) -> int:
 
     # MMEngine passes the old name; the new one is not in all supported versions.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated', FutureWarning)
-    cfg.launcher = 'pytorch'
     settings = {'timeout': GROUP_TIMEOUT_S, **(cfg.env_cfg.get('dist_cfg') or {})}
     if not torch.cuda.is_available():
         settings['backend'] = 'gloo'
-        cfg.env_cfg.dist_cfg = dict(settings)
-        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
     _begin_group(settings)
-    for split in ('val', 'test'):
-        for evaluator in views.evaluators(cfg, split):
-            # By messages; the other way leaves a folder .dist_test where the user works.
-            evaluator.setdefault('collect_device', 'gpu')
     return world
 
 

@@ -52,7 +52,11 @@ def test_start_of_a_training_run(own_site, parses, monkeypatch):
     outcome = train_tool('tiny.py', '--train', '--cfg-options', 'train_cfg.max_epochs=1')
     assert outcome.code == 0, outcome.err
     assert parses(DEVKIT) == {'train': 1, 'val': 1}
-    listed = [i['file_name'] for s in ('train', 'val') for i in json.loads(Prepared(DEVKIT).annotation(s).read_text())['images']]
+    listed = [
+        i['file_name']
+        for s in ('train', 'val')
+        for i in json.loads(Prepared(DEVKIT).annotation(s).read_text())['images']
+    ]
     assert opened == Counter(Path(name).name for name in listed)
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 
 from mmfinetune.config.lr import adapt_schedule, plan_lr, scaled_lr
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import refused
 
 GROUPS = {'backbone': 0.1, 'neck': 0.5, 'rpn_head': 1.0, 'roi_head': 1.0}
 
@@ -93,12 +93,12 @@ def test_no_scaling_where_the_config_has_it_off(auto):
 
 @pytest.mark.parametrize('base', [0, -2, None, 'two', 2.5])
 def test_bad_base_batch_size(base):
-    with pytest.raises(UserError, match=r'auto_scale_lr\.base_batch_size must be a positive'):
+    with refused('lr-base-batch-size', base=base):
         plan_lr(make_cfg(auto={'enable': True, 'base_batch_size': base}), 1)
 
 
 def test_missing_base_batch_size():
-    with pytest.raises(UserError, match='base_batch_size'):
+    with refused('lr-base-batch-size', base=None):
         plan_lr(make_cfg(auto={'enable': True}), 1)
 
 
@@ -263,7 +263,7 @@ def test_the_schedule_follows_the_rule_alone():
 
 
 def test_a_schedule_without_a_base_batch_size():
-    with pytest.raises(UserError, match='base_batch_size must be a positive'):
+    with refused('lr-base-batch-size'):
         adapt_schedule(with_schedule(WARMUP, auto={'enable': True, 'base_batch_size': 0}), 2)
 
 

@@ -9,12 +9,11 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmfinetune.apis.train import check_early
 from mmfinetune.config import load as config_load
-from mmfinetune.config.options import Options, apply
+from mmfinetune.config import resolve
+from mmfinetune.config.resolve import Options, RunPlan
 from mmfinetune.config.resume import BatchSetup
-from mmfinetune.engine import launch
-from mmfinetune.utils.errors import UserError
+from tests.builders.errors import refused
 
 ROOT = Path(__file__).parents[2]
 MAIN = 'configs/mask_rcnn_voc_pretrained.py'
@@ -25,51 +24,120 @@ def cfg(voc_cfg) -> Config:
     return copy.deepcopy(voc_cfg)
 
 
-# Told before the imports
+def planned(world: int = 1, config: str | Path = ROOT / MAIN, **options) -> RunPlan:
+    return resolve.resolve(Options(config=str(config), **options), lambda cfg: world)
+
+
+# All steps
+
+
+def test_the_command_line_wins_over_the_config(tmp_path):
+    plan = planned(
+        2,
+        batch_size=1,
+        accumulate=4,
+        work_dir=str(tmp_path / 'w'),
+        save_every=7,
+        cfg_options=['train_cfg.max_epochs=3'],
+    )
+    cfg = plan.cfg
+    assert BatchSetup.of_config(cfg, plan.world) == BatchSetup(processes=2, batch_size=1, accumulation=4)
+    assert (cfg.work_dir, cfg.train_cfg.max_epochs) == (str(tmp_path / 'w'), 3)
+    assert cfg.visualizer.vis_backends[1].save_dir == str(tmp_path / 'w' / resolve.LOG_DIR)
+    assert cfg.default_hooks.checkpoint.every_n_iters == 7
+
+
+def test_rates_and_schedule_follow_the_batch_that_was_asked_for():
+    plan = planned(4, batch_size=4, cfg_options=['optim_wrapper.optimizer.lr=0.001'])
+    # 0.001 x (4 x 4) / 2, and 500 steps of 2 images are 63 of 16.
+    assert plan.cfg.optim_wrapper.optimizer.lr == plan.rates.lr == pytest.approx(0.008)
+    assert plan.cfg.param_scheduler[0].end == 63 and len(plan.adapted) == 1
+    assert plan.cfg.auto_scale_lr.enable is False
+
+
+def test_lr_of_the_command_line_is_not_scaled():
+    assert planned(4, lr=0.5).cfg.optim_wrapper.optimizer.lr == 0.5
+
+
+@pytest.mark.parametrize('lr', [-1.0, float('nan'), float('inf')])
+def test_lr_that_no_optimizer_takes(lr):
+    with refused('config-wrong-settings') as caught:
+        planned(lr=lr)
+    [problem] = caught.value.problems
+    assert problem.facts['key'] == 'optim_wrapper.optimizer.lr'
 
 
 @pytest.mark.parametrize(
-    ('wrong', 'says'),
+    ('options', 'key'),
     [
-        ({'accumulate': 0}, '--accumulate 0: pass a number of at least 1'),
-        ({'save_every': -1}, '--save-every -1: pass a number'),
-        ({'batch_size': '0'}, '--batch-size 0: pass a number of images per GPU, or auto'),
-        ({'batch_size': 'many'}, '--batch-size many'),
-        ({'batch_size': 'auto', 'resume': True}, '--batch-size auto and --resume exclude each other'),
-        ({'resume': 'nowhere.pth'}, 'There is no checkpoint nowhere.pth'),
-        ({'resume': True, 'lr': 0.1}, '--lr would have no effect'),
-        ({'resume': 'auto', 'lr': 0.1}, '--lr would have no effect'),
+        ({'batch_size': 0}, 'train_dataloader.batch_size'),
+        ({'accumulate': 0}, 'optim_wrapper.accumulative_counts'),
+        ({'save_every': 0}, 'default_hooks.checkpoint.every_n_iters'),
     ],
 )
-def test_what_can_be_told_at_once(wrong, says):
-    with pytest.raises(UserError, match=says):
-        check_early(Options(config=MAIN, **wrong))
+def test_numbers_below_one(options, key):
+    with refused('config-wrong-settings') as caught:
+        planned(**options)
+    assert [problem.facts['key'] for problem in caught.value.problems] == [key]
 
 
-def test_gpus_are_torchruns_business_where_it_started_the_run(monkeypatch):
-    for name in ('LOCAL_RANK', launch.LAUNCHED):
-        monkeypatch.delenv(name, raising=False)
-    asked = Options(config=MAIN, gpus='4')
-    check_early(asked)
-    monkeypatch.setenv('LOCAL_RANK', '0')
-    with pytest.raises(UserError, match='drop --gpus'):
-        check_early(asked)
-    # The processes that --gpus itself started have the same command line.
-    monkeypatch.setenv(launch.LAUNCHED, '1')
-    check_early(asked)
+def test_a_run_without_visualizer(tmp_path):
+    plan = planned(work_dir=str(tmp_path), cfg_options=['visualizer=None'])
+    assert plan.cfg.visualizer is None
 
 
-# Put into the config
+def test_auto_is_found_later():
+    assert planned(batch_size='auto').cfg.train_dataloader.batch_size == 2
 
 
-def test_batch_and_accumulation(cfg):
-    apply(cfg, Options(config=MAIN, batch_size='1', accumulate=4), 2)
-    assert BatchSetup.of_config(cfg, 2) == BatchSetup(processes=2, batch_size=1, accumulation=4)
+def test_weights_and_heads():
+    weights = planned(weights='mine.pth', head_init='remap').cfg.weights
+    assert (weights.checkpoint, weights.url, weights.fallbacks, weights.head_init) == ('mine.pth', None, [], 'remap')
 
 
-def test_auto_is_found_later(cfg):
-    apply(cfg, Options(config=MAIN, batch_size='auto'), 1)
-    assert cfg.train_dataloader.batch_size == 2
+@pytest.mark.parametrize('options', [{'weights': 'a.pth'}, {'head_init': 'remap'}])
+def test_weights_of_a_config_without_any(options):
+    with refused('config-without-weights'):
+        planned(cfg_options=['weights=None'], **options)
+
+
+def test_checkpoint_to_test():
+    assert planned(test=True, checkpoint='mine.pth').checkpoint == Path('mine.pth')
+
+
+def test_saving_within_an_epoch_needs_our_hook():
+    with refused('save-every-other-hook', type='CheckpointHook'):
+        planned(save_every=5, cfg_options=['default_hooks.checkpoint.type=CheckpointHook'])
+
+
+def test_the_plan_is_frozen():
+    plan = planned()
+    with pytest.raises(AttributeError):
+        plan.world = 3
+
+
+# Several processes
+
+
+def test_one_process_needs_no_group(cfg):
+    resolve.set_processes(cfg, 1)
+    assert 'launcher' not in cfg and 'collect_device' not in cfg.val_evaluator
+
+
+@pytest.mark.parametrize('gpu', [True, False])
+def test_several_processes(cfg, monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: gpu)
+    cfg.test_evaluator = [dict(type='InstanceCocoMetric', collect_device='cpu')]
+    resolve.set_processes(cfg, 2)
+    assert cfg.launcher == 'pytorch'
+    # By messages, unless the config says otherwise.
+    assert (cfg.val_evaluator.collect_device, cfg.test_evaluator[0].collect_device) == ('gpu', 'cpu')
+    # DistributedDataParallel of MMEngine names a CUDA device, which gloo has not.
+    assert ('model_wrapper_cfg' in cfg) is not gpu
+    assert gpu or cfg.model_wrapper_cfg.device_ids is None
+
+
+# Mixed precision
 
 
 @pytest.fixture
@@ -81,8 +149,9 @@ def gpu(monkeypatch):
 @pytest.mark.parametrize(
     ('kind', 'dtype', 'scale'), [('fp16', 'float16', 'dynamic'), ('bf16', 'bfloat16', {'enabled': False})]
 )
-def test_amp(cfg, gpu, kind, dtype, scale):
-    apply(cfg, Options(config=MAIN, amp=kind), 1)
+@pytest.mark.usefixtures('gpu')
+def test_amp(cfg, kind, dtype, scale):
+    resolve.set_batch(cfg, None, None, kind)
     wrapper = cfg.optim_wrapper
     assert (wrapper.type, wrapper.dtype, wrapper.loss_scale) == ('AmpOptimWrapper', dtype, scale)
     # The rest of the recipe stays.
@@ -90,8 +159,8 @@ def test_amp(cfg, gpu, kind, dtype, scale):
 
 
 def test_a_scaler_that_is_off_hides_no_bad_gradient():
-    # Of bf16: a scaler would leave out steps with a NaN gradient, silently and for ever.
-    scaler = torch.amp.GradScaler('cpu', **{'enabled': False})
+    # For bf16: a scaler would leave out steps with a NaN gradient, silently and for ever.
+    scaler = torch.amp.GradScaler('cpu', enabled=False)
     weight = torch.ones(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     weight.grad = torch.full((1,), float('nan'))
@@ -101,13 +170,12 @@ def test_a_scaler_that_is_off_hides_no_bad_gradient():
 
 def test_amp_needs_a_gpu_that_can(cfg, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    with pytest.raises(UserError, match='--amp needs a CUDA GPU'):
-        apply(cfg, Options(config=MAIN, amp='fp16'), 1)
+    with refused('amp-no-gpu'):
+        resolve.set_batch(cfg, None, None, 'fp16')
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: False)
-    with pytest.raises(UserError, match='This GPU has no bfloat16') as caught:
-        apply(cfg, Options(config=MAIN, amp='bf16'), 1)
-    assert caught.value.cure == 'use --amp fp16'
+    with refused('amp-no-bfloat16'):
+        resolve.set_batch(cfg, None, None, 'bf16')
 
 
 # One line of --cfg-options each
@@ -219,5 +287,5 @@ def test_bf16_trains_on_the_cpu_too(batch):
     ],
 )
 def test_a_misspelt_line_is_refused(line):
-    with pytest.raises(UserError, match='settings that nothing reads'):
+    with refused('config-wrong-settings'):
         load(line)

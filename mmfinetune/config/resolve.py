@@ -1,0 +1,203 @@
+"""From the command line to the settings of a run: the only writer of a config before the Runner.
+
+The command line wins over the config, and the config over its bases.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mmfinetune.config import lr, paths, views
+from mmfinetune.config.load import load, require_valid
+from mmfinetune.config.resume import AUTO, set_resume
+from mmfinetune.utils.dist import rank0_first
+from mmfinetune.utils.errors import UserError
+from mmfinetune.weights import find
+
+if TYPE_CHECKING:
+    from mmengine.config import Config
+
+LOG_DIR = 'tensorboard_logs'
+BOARD = 'TensorBoardBackend'
+AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line says; see ``tools/train_pretrained.py --help``."""
+
+    config: str
+    check_weights: bool = False
+    json: bool = False
+    train: bool = False
+    test: bool = False
+    dry_run: bool = False
+    check: bool = True
+    weights: str | None = None
+    checkpoint: str | None = None
+    head_init: str | None = None
+    data_root: str | Path | None = None
+    work_dir: str | None = None
+    resume: str | bool = False
+    gpus: str | None = None
+    batch_size: int | str | None = None
+    accumulate: int | None = None
+    amp: str | None = None
+    lr: float | None = None
+    scale_lr: bool = True
+    save_every: int | None = None
+    cfg_options: Sequence[str] = ()
+
+    @property
+    def _whole(self) -> bool:
+        """Whether no part is named: train, then test."""
+        return not (self.check_weights or self.train or self.test or self.dry_run)
+
+    @property
+    def trains(self) -> bool:
+        return self._whole or self.train
+
+    @property
+    def tests(self) -> bool:
+        return self._whole or self.test
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """What a run will do; nothing changes it, or its config, any more.
+
+    Attributes:
+        options: What the command line says.
+        cfg: The settings that the Runner gets.
+        world: Number of processes.
+        checkpoint: File to test, if the command line names one.
+        rates: Learning rates, and how they come about.
+        adapted: A line for each setting in steps that follows the batch size.
+    """
+
+    options: Options
+    cfg: Config
+    world: int
+    checkpoint: Path | None
+    rates: lr.LrPlan
+    adapted: list[str]
+
+
+def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
+    """Put config and command line together, step by step.
+
+    Args:
+        options: What the command line says.
+        join: Brings this process together with the others of the run; returns their number.
+
+    Raises:
+        UserError: Settings that are wrong, or that this machine cannot follow.
+    """
+    cfg = load(options.config, options.cfg_options)
+    world = join(cfg)
+    set_processes(cfg, world)
+    set_folders(cfg, options.work_dir, options.data_root)
+    set_start(cfg, options.weights, options.head_init)
+    set_batch(cfg, options.batch_size, options.accumulate, options.amp)
+    set_saving(cfg, options.save_every)
+    if options.resume:
+        set_resume(cfg, options.resume, world)
+    paths.check_heads(cfg)
+    require_valid(cfg, options.config)  # numbers of the command line, before they are computed with
+    rates = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
+    adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
+    lr.set_rates(cfg, rates)
+    require_valid(cfg, options.config)
+    checkpoint = Path(_fetched(options.checkpoint)) if options.checkpoint else None
+    return RunPlan(options, cfg, world, checkpoint, rates, adapted)
+
+
+def set_processes(cfg: Config, world: int) -> None:
+    """Settings of a run of several processes; their group is made before the Runner."""
+    if world == 1:
+        return
+    import torch
+
+    cfg.launcher = 'pytorch'
+    if not torch.cuda.is_available():
+        cfg.model_wrapper_cfg = dict(type='MMDistributedDataParallel', device_ids=None, broadcast_buffers=False)
+    for split in ('val', 'test'):
+        for evaluator in views.evaluators(cfg, split):
+            # By messages; the other way leaves a folder .dist_test where the user works.
+            evaluator.setdefault('collect_device', 'gpu')
+
+
+def set_folders(cfg: Config, work_dir: str | None, data_root: str | Path | None) -> None:
+    """Where results go, and where the data are."""
+    if work_dir:
+        cfg.work_dir = work_dir
+    for backend in (cfg.get('visualizer') or {}).get('vis_backends') or []:
+        if backend['type'] in (BOARD, 'TensorboardVisBackend'):
+            backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR)
+    if data_root:
+        paths.set_data_root(cfg, Path(data_root))
+    paths.redirect_annotations(cfg)
+
+
+def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
+    """What the model starts from.
+
+    Raises:
+        UserError: The config starts from random weights.
+    """
+    if not (weights or head_init):
+        return
+    if not cfg.get('weights'):
+        raise UserError(
+            'config-without-weights',
+            'The config starts from random weights: it has no `weights`, so it can take neither --weights nor '
+            '--head-init',
+            hint='use a config with `weights`, e.g. configs/mask_rcnn_voc_pretrained.py',
+        )
+    if head_init:
+        cfg.weights.head_init = head_init
+    if weights:
+        cfg.weights.update(checkpoint=_fetched(weights), url=None, fallbacks=[])
+
+
+def _fetched(file: str) -> str:
+    """A file, or what a URL gives: once, and not by every process into the same file."""
+    return str(rank0_first(lambda: find.fetch(file))) if find.is_url(file) else file
+
+
+def set_batch(cfg: Config, batch_size: int | str | None, accumulate: int | None, amp: str | None) -> None:
+    """Images of a step and of an update, and their precision."""
+    if batch_size not in (None, AUTO):
+        cfg.train_dataloader.batch_size = batch_size
+    if accumulate is not None:
+        cfg.optim_wrapper.accumulative_counts = accumulate
+    if not amp:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError('amp-no-gpu', '--amp needs a CUDA GPU, and PyTorch sees none here', hint='drop --amp')
+    if amp == 'bf16' and not torch.cuda.is_bf16_supported():
+        raise UserError('amp-no-bfloat16', 'This GPU does not support bfloat16', hint='use --amp fp16')
+    # bfloat16 has the range of float32: nothing underflows that a scale could save, and a scaler
+    # would silently leave out each step whose gradient is NaN.
+    scale = 'dynamic' if amp == 'fp16' else dict(enabled=False)
+    cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=AMP_DTYPES[amp], loss_scale=scale)
+
+
+def set_saving(cfg: Config, every: int | None) -> None:
+    """Save within an epoch too."""
+    if every is None:
+        return
+    hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
+    if hook.get('type') != 'SafeCheckpointHook':
+        raise UserError(
+            'save-every-other-hook',
+            '--save-every needs default_hooks.checkpoint of type SafeCheckpointHook, not {type}',
+            hint='inherit configs/_base_/runtime.py, or drop --save-every',
+            type=hook.get('type'),
+        )
+    hook.every_n_iters = every
