@@ -292,10 +292,10 @@ def test_resume_from_a_bad_file(in_finished_run, tmp_path, kind, by_path):
     whole = in_finished_run.kept / 'tiny/epoch_1.pth'
     if kind == 'truncated':
         file.write_bytes(whole.read_bytes()[:100_000])
-        parts = ('weights-truncated', file)
+        parts = ('weights-unreadable', file)
     elif kind == 'malicious':
         torch.save({**read(whole), 'evil': Evil(marker)}, file)
-        parts = ('weights-unsafe', file, 'mkdir')
+        parts = ('weights-code', file, 'mkdir')
     elif kind == 'config in it':
         # Runner.resume runs the text, so that data alone can carry code.
         whole = read(whole)
