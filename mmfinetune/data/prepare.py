@@ -107,15 +107,14 @@ def prepare(
 ) -> Summary:
     """Write `out/annotations/instances_<split>.json` and `out/images/` from any data set.
 
-    Everything is read and checked before anything appears in `out`; the files do not depend on
-    the number of workers.
+    All is read and checked before anything appears in `out`; the files do not depend on `workers`.
 
     Args:
         src: Folder (or COCO JSON) to read; never changed.
-        out: Folder to make, see `Target`; with 'in-place' the one of the annotation files.
+        out: Folder to make, see `Target`.
         format: A key of `FORMATS`, or 'auto'.
-        placing: How images come into `out`, see `place_images`. With 'in-place' only the annotation
-            files are written, with names relative to the root of the data set.
+        placing: How images come into `out`, see `place_images`. With 'in-place' `out` gets only the
+            annotation files, with image names relative to the root of the data set.
         workers: Number of processes; all cores by default.
         skip_bad: Leave images with problems out instead of stopping.
         overwrite: Replace what an earlier call made.
@@ -127,34 +126,32 @@ def prepare(
     Raises:
         UserError: All problems of a kind in one error; `out` is then as it was.
     """
-    src, out = Path(src), Path(out)
+    src, in_place = Path(src), placing == 'in-place'
     workers = workers or os.cpu_count() or 1
-    in_place = placing == 'in-place'
-    target = (InPlace if in_place else Target)(out, src, overwrite)
-    reader, summary, items = _open(src, format, {**options, 'progress': progress})
-    images = len(items)
-    items = _without_duplicates(reader, items, summary)
+    target = (InPlace if in_place else Target)(Path(out), src, overwrite)
+    reader, summary, found = _open(src, format, {**options, 'progress': progress})
+    items = _without_duplicates(reader, found, summary)
     converter = _converter(reader, summary.classes, items, in_place, options.get('min_area') or 0)
     with contextlib.nullcontext() if dry_run else target:
         writers: dict[str, SplitWriter] = {}
         names = []
         for result in converter.convert(items, workers, summary.format, progress):
             summary.count(result)
+            if dry_run:
+                continue
             name = result.item.split or NO_SPLIT
-            if not dry_run and name not in writers:
-                writers[name] = target.writer(name)
-            if not dry_run and not result.problems:
-                writers[name].add(result.image_id, result.image, result.annotations)
+            writer = writers.get(name) or writers.setdefault(name, target.writer(name))
+            if not result.problems:
+                writer.add(result.image_id, result.image, result.annotations)
                 names.append(relative_name(result.item.image, converter.base))
-        _require_good(summary, reader, src, images, skip_bad)
-        if dry_run:
-            return summary
-        for name, writer in writers.items():
-            writer.finish(_header(reader, name, src, converter.ids, summary, in_place))
-        base = Path(converter.base)
-        summary.placed = place_images(names, base, target.staging / IMAGES, placing, workers, progress)
-        target.commit(_report(summary, src, converter, placing, options))
-        summary.files = {name: target.annotation_file(name) for name in writers}
+        _require_good(summary, reader, src, len(found), skip_bad)
+        if not dry_run:
+            for name, writer in writers.items():
+                writer.finish(_header(reader, name, src, converter.ids, summary, in_place))
+            images = target.staging / IMAGES
+            summary.placed = place_images(names, Path(converter.base), images, placing, workers, progress)
+            target.commit(_report(summary, src, converter, placing, options))
+            summary.files = {name: target.annotation_file(name) for name in writers}
     return summary
 
 

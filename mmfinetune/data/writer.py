@@ -227,17 +227,7 @@ def place_images(
 
     def place(name: str) -> str:
         # The file itself, also where the source has a symbolic link to it.
-        source, made = os.path.realpath(folder / name), target / name
-        if placing == 'link':
-            try:
-                os.link(source, made)
-                return 'linked'
-            except FileNotFoundError:
-                raise
-            except OSError:
-                pass  # another file system, or one without hard links
-        shutil.copyfile(source, made)
-        return 'copied'
+        return _place(os.path.realpath(folder / name), target / name, placing)
 
     counts: dict[str, int] = {}
     with ThreadPoolExecutor(workers) as pool:
@@ -255,3 +245,16 @@ def place_images(
             hint = 'make room on the disk, or use --place reference'
             raise UserError('target-image', text, hint=hint, **facts) from error
     return counts
+
+
+def _place(source: str, made: Path, placing: Placing) -> str:
+    if placing == 'link':
+        try:
+            os.link(source, made)
+            return 'linked'
+        except FileNotFoundError:
+            raise
+        except OSError:
+            pass  # another file system, or one without hard links
+    shutil.copyfile(source, made)
+    return 'copied'

@@ -7,9 +7,10 @@ import copy
 import pytest
 import torch
 
-from mmfinetune.data.classes import COCO_CLASSES, VOC_CLASSES, VOC_TO_COCO
+from mmfinetune.data.classes import VOC_CLASSES
 from mmfinetune.weights.class_map import SYNONYMS, match_classes
 from mmfinetune.weights.transfer import plan_transfer
+from tests.builders.classes import COCO_CLASSES, VOC_TO_COCO
 from tests.builders.errors import refused
 from tests.builders.weights import HEADS, source_of, transfer
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mmfinetune.data.classes import COCO_CLASSES
 from mmfinetune.weights.sources import open_source
+from tests.builders.classes import COCO_CLASSES
 
 
 def detectron2_state() -> dict[str, np.ndarray]:

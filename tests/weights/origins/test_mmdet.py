@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from mmfinetune.data.classes import COCO_CLASSES
 from mmfinetune.weights.publish import convert_file, save
 from mmfinetune.weights.source import RGB_MEAN, RGB_STD
 from mmfinetune.weights.sources import open_source
+from tests.builders.classes import COCO_CLASSES
 from tests.builders.errors import codes, refused
 from tests.builders.weights import mmdet_state, same, same_source
 

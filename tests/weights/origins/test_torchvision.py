@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from mmfinetune.data.classes import COCO_CLASSES
 from mmfinetune.utils.files import sha256_of
 from mmfinetune.weights.origins import torchvision
 from mmfinetune.weights.origins.torchvision import to_torchvision
 from mmfinetune.weights.publish import save
 from mmfinetune.weights.source import Source
 from mmfinetune.weights.sources import open_source
+from tests.builders.classes import COCO_CLASSES
 from tests.builders.errors import codes, refused
 from tests.builders.weights import mmdet_state, only, same, same_source, torchvision_state, without
 
