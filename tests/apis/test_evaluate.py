@@ -9,11 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from mmfinetune.apis import evaluate
+from mmfinetune.apis import evaluate, run_weights
 from mmfinetune.apis.evaluate import Options
-from mmfinetune.config import load, paths, views
+from mmfinetune.config import load, paths
 from mmfinetune.utils.errors import UserError
-from mmfinetune.weights import transfer
 from tests.builders.errors import refused
 from tests.builders.results import FOUND, THINGS, data_set, rows_of, write
 from tests.builders.runs import CONFIGS, REPO, FinishedRun, drive, files_in, forget_runs, train_tool
@@ -39,18 +38,13 @@ def remapped(finished_run: FinishedRun, tmp_path_factory: pytest.TempPathFactory
     """A checkpoint that finds something: the bundled weights, their heads remapped to the classes."""
     import torch
     from mmdet.registry import MODELS
-    from mmengine.registry import init_default_scope
 
     cfg = load.load(next((finished_run.kept / 'tiny').glob('*.py')))
-    init_default_scope('mmdet')
+    bundled = REPO / load.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint
+    cfg.weights.update(checkpoint=str(bundled), head_init='remap')
+    start = run_weights.start_of(cfg)
     model = MODELS.build(copy.deepcopy(cfg.model))
-    transfer.transfer(
-        model,
-        REPO / load.load(CONFIGS / 'mask_rcnn_demo.py').weights.checkpoint,
-        cfg.weights.reinit,
-        head_init='remap',
-        classes=views.class_names(cfg),
-    )
+    start.apply(model)
     path = tmp_path_factory.mktemp('remapped') / 'remapped.pth'
     torch.save({'meta': {}, 'state_dict': model.state_dict()}, path)
     return path
