@@ -16,26 +16,27 @@ class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     (a spawned worker does) has the ops without importing torch before it needs them.
     """
 
-    def find_spec(self, fullname, path=None, target=None):
+    def find_spec(self, fullname, _path=None, _target=None):
         if fullname != 'mmcv._ext':
             return None
         from importlib.machinery import ModuleSpec
 
         return ModuleSpec(fullname, self, origin='mmfinetune.models.ops')
 
-    def create_module(self, spec):
+    def create_module(self, _spec):
         return None
 
     def exec_module(self, module):
         from mmfinetune.models import ops
 
-        ops.fill(module)
+        ops.populate_ext_module(module)
 
 
-def _add_finder() -> None:
+def add_ops_finder() -> None:
+    """Make `mmcv.ops` importable; a second call changes nothing."""
     # By name: a reload of the package makes a new class, which `isinstance` would not match.
     if not any(type(finder).__name__ == '_OpsFinder' for finder in sys.meta_path):
         sys.meta_path.append(_OpsFinder())
 
 
-_add_finder()
+add_ops_finder()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
 from typing import NoReturn
 
@@ -21,7 +22,8 @@ from torch import Tensor
 import mmfinetune
 from mmfinetune.utils.errors import UserError
 
-_BUILD_PAGE = 'https://onedl-mmcv.readthedocs.io/en/latest/get_started/build.html'
+# What torchvision's autograd calls; private, so a test fails where a version has other ones.
+_ROI_ALIGN_BACKWARD, _ROI_POOL_BACKWARD = '_roi_align_backward', '_roi_pool_backward'
 
 
 class MissingOpError(UserError, NotImplementedError):
@@ -29,7 +31,7 @@ class MissingOpError(UserError, NotImplementedError):
 
 
 def install() -> str:
-    """Makes `mmcv.ops` importable and says what its ops run on.
+    """Make `mmcv.ops` importable and say what its ops run on.
 
     Calling it is optional: importing `mmfinetune` before `mmcv.ops` does the same.
 
@@ -40,40 +42,40 @@ def install() -> str:
         ModuleNotFoundError: mmcv is not installed.
         ImportError: mmcv's compiled ops do not load (built for another torch, most often).
     """
-    mmfinetune._add_finder()
+    mmfinetune.add_ops_finder()
     ext = importlib.import_module('mmcv._ext')
-    return getattr(ext, '_implementation', 'compiled')
+    return 'torchvision' if getattr(ext, 'nms', None) is nms else 'compiled'
 
 
-def fill(module: ModuleType) -> None:
-    """Makes `module` a stand-in for `mmcv._ext`.
+def populate_ext_module(module: ModuleType) -> None:
+    """Make `module` a stand-in for `mmcv._ext`.
 
-    Every public name is answered, as mmcv asserts at import that it is there; the ops that
-    are not here raise `MissingOpError` when they are called.
+    Every public name is answered, as mmcv asserts at import that it exists; the ops that are not
+    here raise `MissingOpError` when they are called.
     """
-    module._implementation = 'torchvision'
-    for op in _OPS:
-        setattr(module, op.__name__, op)
 
-    def __getattr__(name: str):
+    def missing(name: str) -> Callable:
         # Private names are what Python, pickle and inspect probe modules for.
         if name.startswith('_'):
             raise AttributeError(f'module {module.__name__!r} has no attribute {name!r}')
         return functools.partial(_missing, name)
 
-    module.__getattr__ = __getattr__
+    vars(module).update({op.__name__: op for op in _OPS}, __getattr__=missing)
 
 
-def _missing(name: str, *args, **kwargs) -> NoReturn:
+def _missing(name: str, *_: object, **__: object) -> NoReturn:
     raise MissingOpError(
-        f"mmcv's op {name!r} is not available: this mmcv has no compiled ops, and without them "
+        'op-missing',
+        "mmcv's op {op!r} is not available: this mmcv has no compiled ops, and without them "
         'mmfinetune provides only nms, softnms, nms_match, roi_align (average) and roi_pool',
-        cure=f'use a config without this op, or install an mmcv compiled for torch '
-        f'{torch.__version__}: `pip install -U onedl-mim && mim install onedl-mmcv` where '
-        'there is a wheel for your Python, torch and CUDA, else build it with a C++ compiler '
-        'and no build isolation: `pip install --no-build-isolation --no-cache-dir '
-        '--force-reinstall --no-deps onedl-mmcv`. Its version 2.3.6 asks for C++17, which '
-        f'torch 2.14 refuses: it needs an older torch, such as 2.8 ({_BUILD_PAGE})',
+        hint='use a config without this op, or install an mmcv compiled for torch {torch}: '
+        '`pip install -U onedl-mim && mim install onedl-mmcv` where there is a wheel for your Python, torch and CUDA, '
+        'else build it with a C++ compiler and without build isolation: `pip install --no-build-isolation '
+        '--no-cache-dir --force-reinstall --no-deps onedl-mmcv`. Its version 2.3.6 asks for C++17, which torch 2.14 '
+        'refuses: it needs an older torch, such as 2.8 '
+        '(https://onedl-mmcv.readthedocs.io/en/latest/get_started/build.html)',
+        op=name,
+        torch=torch.__version__,
     )
 
 
@@ -122,7 +124,7 @@ def softnms(
         dets: (N, 5) CPU tensor, of which the first K rows are filled in place with the boxes
             kept and their new scores.
         iou_threshold: From this overlap on, 'naive' and 'linear' lower a score.
-        sigma: Of the gaussian.
+        sigma: Width of the gaussian.
         min_score: A box whose score falls below it is dropped.
         method: 0 naive, 1 linear, 2 gaussian.
         offset: 0 or 1; a box is x2 - x1 + offset wide.
@@ -225,7 +227,7 @@ def roi_align_forward(
         input: (B, C, H, W).
         rois: (K, 5), as batch index, x1, y1, x2, y2.
         output: (K, C, aligned_height, aligned_width), filled in place.
-        argmax_y: Left as it is, like `argmax_x`: only max pooling has use for it.
+        argmax_y: Unused, like `argmax_x`: only max pooling needs it.
         argmax_x: See `argmax_y`.
         aligned_height: Rows of a pooled region.
         aligned_width: Columns of a pooled region.
@@ -270,7 +272,7 @@ def roi_align_backward(
     _average_only(pool_mode)
     grad_output, rois = _wide(grad_output, rois)
     grad_input.copy_(
-        torch.ops.torchvision._roi_align_backward(
+        getattr(torch.ops.torchvision, _ROI_ALIGN_BACKWARD)(
             grad_output, rois, spatial_scale, aligned_height, aligned_width, *grad_input.shape, sampling_ratio, aligned
         )
     )
@@ -347,7 +349,7 @@ def roi_pool_backward(
     """
     grad_output, rois = _wide(grad_output, rois)
     grad_input.copy_(
-        torch.ops.torchvision._roi_pool_backward(
+        getattr(torch.ops.torchvision, _ROI_POOL_BACKWARD)(
             grad_output, rois, argmax, spatial_scale, pooled_height, pooled_width, *grad_input.shape
         )
     )

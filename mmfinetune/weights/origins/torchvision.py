@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 # overwrite_eps(model, 0.0) after it has loaded this one (detection/mask_rcnn.py).
 RELEASED_EPS = {'bf2d0c1e': 0.0}
 
-# Category ids of COCO run to 90, and torchvision has a slot for each; these were never used.
-_HOLES = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-_COCO_SLOTS = tuple(i for i in range(1, 91) if i not in _HOLES)
+# Category ids of COCO run to 90, and torchvision has a slot for each; ten were never used.
+_COCO_COUNT = 91
+_COCO_SLOTS = tuple(i for i in range(1, _COCO_COUNT) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83))
 
 NAMES = {
     'backbone.body.': 'backbone.',
@@ -86,25 +86,28 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
             path=source.path,
             count=count,
         )
-    coco = count == 91
-    slots = torch.tensor(_COCO_SLOTS if coco else range(1, count))
-    holes = torch.tensor(_HOLES if coco else [], dtype=torch.long)
-    background = torch.zeros(1, dtype=torch.long)
+    slots = torch.tensor(_COCO_SLOTS if count == _COCO_COUNT else range(1, count))
     source.extra = {'slots': slots}
     for key, name, rows in _row_tensors():
         by_slot = tensors[key].unflatten(0, (count, rows))
-        first = key.startswith(FC_CLS)  # the only layer with a use for the background
-        kept = torch.cat([slots, background]) if first else slots
-        other = holes if first else torch.cat([background, holes])
+        kept, other = _slot_order(key, slots, count)
         tensors[key] = by_slot[kept].flatten(0, 1)
         source.extra[name] = by_slot[other].flatten(0, 1)
     source.tensors = tensors
     source.style, source.rgb, source.mean, source.std = 'pytorch', True, RGB_MEAN, RGB_STD
+    _note_changes(source, count, len(slots))
+    if not any(k.endswith('num_batches_tracked') for k in tensors):
+        _fold_frozen(source, count, bn_eps)
+    elif bn_eps is not None:
+        fold_all(source, bn_eps)
+
+
+def _note_changes(source: Source, slots: int, classes: int) -> None:
     source.note(
         'weights-slots-to-classes',
         '{slots} category slots became {classes} classes, the background moved from the first to the last row',
-        slots=count,
-        classes=len(slots),
+        slots=slots,
+        classes=classes,
     )
     source.note(
         'weights-same-normalisation',
@@ -112,22 +115,35 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
     )
     source.note(
         'weights-roi-align',
-        "torchvision's RoIAlign has sampling_ratio=2, aligned=False; MMDetection's default (0, "
-        'True) shifts features by half a pixel, which fine-tuning compensates for',
+        "torchvision's RoIAlign has sampling_ratio=2, aligned=False; MMDetection's default (0, True) shifts features "
+        'by half a pixel, which fine-tuning compensates for',
     )
-    frozen = not any(k.endswith('num_batches_tracked') for k in tensors)
-    if bn_eps is None and coco and frozen:
-        # By content, since a released file may have been renamed.
+
+
+def _fold_frozen(source: Source, slots: int, bn_eps: float | None) -> None:
+    """Fold the eps of frozen BN, which only torchvision's released file tells, by its content."""
+    if bn_eps is None and slots == _COCO_COUNT:
         bn_eps = RELEASED_EPS.get(source.sha256[:8])
-    if bn_eps is None and frozen:
-        source.note(
-            'weights-eps-assumed',
-            "BN is assumed to run with eps {eps:g}; if the model was fine-tuned from torchvision's COCO weights "
-            'it was 0: pass --bn-eps 0',
-            eps=BN_EPS,
-        )
-    if bn_eps is not None and bn_eps != BN_EPS:
+    if bn_eps is not None:
         fold_all(source, bn_eps)
+        return
+    source.note(
+        'weights-eps-assumed',
+        "BN is assumed to run with eps {eps:g}; if the model was fine-tuned from torchvision's COCO weights it was 0: "
+        'pass --bn-eps 0',
+        eps=BN_EPS,
+    )
+
+
+def _slot_order(key: str, slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The slots of MMDetection's rows in their order, and those of `count` that it has no rows for."""
+    import torch
+
+    unused = torch.tensor(sorted(set(range(1, count)) - set(slots.tolist())), dtype=torch.long)
+    background = torch.zeros(1, dtype=torch.long)
+    if key.startswith(FC_CLS):  # the only layer with a use for the background
+        return torch.cat([slots, background]), unused
+    return slots, torch.cat([background, unused])
 
 
 def _row_tensors() -> Iterator[tuple[str, str, int]]:
@@ -163,6 +179,8 @@ def fold_all(source: Source, eps: float) -> None:
     """Make BN with `BN_EPS` the function that it was with `eps`; `Source.extra` keeps the first numbers."""
     import torch
 
+    if eps == BN_EPS:
+        return
     source.extra['bn_eps'] = torch.tensor(eps, dtype=torch.float64)
     layers = _bn_layers(source.tensors)
     small = 0
@@ -202,26 +220,50 @@ def to_torchvision(
     Raises:
         UserError: A name without counterpart in torchvision, or heads of other shapes.
     """
-    import torch
-
     extra = extra or {}
     renamed, left = rename(tensors, {ours: theirs for theirs, ours in NAMES.items()})
-    problems = [Message('torchvision-no-place', '{key}: torchvision has no such tensor', key=key) for key in left]
-    problems += [
-        Message('torchvision-head-missing', '{key} is missing', key=key)
-        for key, _, _ in _row_tensors()
-        if key not in tensors
-    ]
-    if problems:
+    missing = [key for key, _, _ in _row_tensors() if key not in tensors]
+    if left or missing:
         raise UserError(
             'torchvision-other-model',
             'These tensors do not fit a torchvision maskrcnn_resnet50_fpn:',
-            problems=problems,
+            problems=[
+                *(Message('torchvision-no-place', '{key}: torchvision has no such tensor', key=k) for k in left),
+                *(Message('torchvision-head-missing', '{key} is missing', key=k) for k in missing),
+            ],
             hint='only a Mask R-CNN with FPN, two shared FC layers and four mask convolutions can be converted',
         )
-    count = len(tensors[FC_CLS + 'weight']) - 1
+    slots, total = _target_slots(len(tensors[FC_CLS + 'weight']) - 1, extra.get('slots'), coco_slots)
+    for key, name, rows in _row_tensors():
+        ours = tensors[key]
+        order, other = _slot_order(key, slots, total)
+        if len(ours) != rows * len(order):
+            raise UserError(
+                'torchvision-rows',
+                '{key} has {rows} rows; {expected} are needed for {classes} classes',
+                hint='torchvision has no class-agnostic heads',
+                key=key,
+                rows=len(ours),
+                expected=rows * len(order),
+                classes=len(slots),
+            )
+        by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
+        by_slot[order] = ours.unflatten(0, (-1, rows))
+        if name in extra:
+            by_slot[other] = extra[name].reshape(len(other), *by_slot.shape[1:])
+        elif key == FC_CLS + 'bias':
+            by_slot[other] = -1e4
+        renamed[name] = by_slot.flatten(0, 1)
+    if 'bn_eps' in extra:
+        unfold_all(renamed, tensors, extra)
+    return renamed
+
+
+def _target_slots(count: int, slots: torch.Tensor | None, coco_slots: bool | None) -> tuple[torch.Tensor, int]:
+    """The slot of each class, and the number of slots."""
+    import torch
+
     coco = count == COCO_COUNT if coco_slots is None else coco_slots
-    slots = extra.get('slots')
     if slots is None:
         slots = torch.tensor(_COCO_SLOTS if coco else range(1, count + 1))
     else:
@@ -234,34 +276,7 @@ def to_torchvision(
             classes=count,
             slots=len(slots),
         )
-    total = 91 if coco else count + 1
-    unused = torch.tensor([i for i in range(1, total) if i not in set(slots.tolist())], dtype=torch.long)
-    background = torch.zeros(1, dtype=torch.long)
-    for key, name, rows in _row_tensors():
-        ours = tensors[key]
-        first = key.startswith(FC_CLS)
-        order = torch.cat([slots, background] if first else [slots])
-        other = unused if first else torch.cat([background, unused])
-        if len(ours) != rows * len(order):
-            raise UserError(
-                'torchvision-rows',
-                '{key} has {rows} rows; {expected} are needed for {classes} classes',
-                hint='torchvision has no class-agnostic heads',
-                key=key,
-                rows=len(ours),
-                expected=rows * len(order),
-                classes=count,
-            )
-        by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
-        by_slot[order] = ours.unflatten(0, (-1, rows))
-        if name in extra:
-            by_slot[other] = extra[name].reshape(len(other), *by_slot.shape[1:])
-        elif first and key.endswith('bias'):
-            by_slot[other] = -1e4
-        renamed[name] = by_slot.flatten(0, 1)
-    if 'bn_eps' in extra:
-        unfold_all(renamed, tensors, extra)
-    return renamed
+    return slots, _COCO_COUNT if coco else count + 1
 
 
 def unfold_all(

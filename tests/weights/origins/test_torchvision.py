@@ -393,7 +393,7 @@ def test_eps_of_the_released_file(released, theirs, coco_model, inputs, monkeypa
     # In fp64, so that what is left is the rounding of the folded numbers alone.
     frozen.eval().double()
     model = coco_model().double()
-    x = inputs[0].double()
+    x = inputs[0][:1, :, :128, :160].double()
     with torch.no_grad():
         left = list(frozen(x).values())
         model.load_state_dict(source.tensors, strict=False)
