@@ -36,23 +36,19 @@ def largest(fits: Callable[[int], bool], limit: int = LIMIT) -> int:
 
 
 def find(cfg: Config) -> int:
-    """Try steps of growing batches of the worst kind, with optimizer and all.
+    """Find the images per GPU by training steps of growing batches of the worst kind, optimizer included.
 
     Args:
         cfg: Resolved config; not changed.
-
-    Returns:
-        Images per GPU.
-
-    Raises:
-        UserError: No GPU, or not even one image fits.
     """
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError('--batch-size auto needs a CUDA GPU, and PyTorch sees none here', cure='pass a number')
+        raise UserError(
+            'batch-size-no-gpu', '--batch-size auto needs a CUDA GPU, and PyTorch sees none here', hint='pass a number'
+        )
     samples = worst_samples(cfg)
-    # What other programs hold cannot be had.
+    # What other programs hold is not available.
     free, _ = torch.cuda.mem_get_info()
 
     def fits(size: int) -> bool:
@@ -61,7 +57,7 @@ def find(cfg: Config) -> int:
         except torch.OutOfMemoryError:
             return False
         finally:
-            # A model refers to itself here and there.
+            # Models hold reference cycles.
             gc.collect()
             torch.cuda.empty_cache()
         return used < (1 - RESERVE) * free
@@ -69,22 +65,20 @@ def find(cfg: Config) -> int:
     size = largest(fits)
     if not size:
         raise UserError(
+            'batch-size-none-fits',
             'Not even one image at a time fits this GPU',
-            cure='use a smaller scale in the pipelines, --amp, or --cfg-options model.backbone.with_cp=True',
+            hint='use a smaller scale in the pipelines, --amp, or --cfg-options model.backbone.with_cp=True',
         )
     print(f'--batch-size auto: {size} images per GPU', flush=True)
     return size
 
 
 def worst_samples(cfg: Config, count: int = 16) -> list[dict]:
-    """Training samples as the pipeline gives them: those of most objects, and of all shapes.
+    """Training samples as the pipeline gives them: those with most objects (first), and those of all shapes.
 
     Args:
         cfg: Resolved config.
         count: How many of each kind. A pipeline that draws the scale gives each one of its sizes.
-
-    Returns:
-        Most objects first.
     """
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
@@ -103,7 +97,7 @@ def worst_samples(cfg: Config, count: int = 16) -> list[dict]:
 
 
 def worst_batch(samples: Sequence[dict], size: int) -> list[dict]:
-    """Samples of most objects, padded as much as any batch of that size can be.
+    """A batch of the samples with most objects, padded as much as any batch of that size can be.
 
     Upright and wide images meet in one batch, with AspectRatioBatchSampler in the last of an epoch;
     it is as high as the first and as wide as the second.

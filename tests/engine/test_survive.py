@@ -20,7 +20,8 @@ from pathlib import Path
 import pytest
 
 from mmfinetune.data import demo
-from mmfinetune.engine import board, checkpoints
+from mmfinetune.engine import checkpoints
+from mmfinetune.utils import event_files
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import read
 from mmfinetune.weights import work_dir as weights_work_dir
@@ -159,7 +160,7 @@ def curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """All points of TensorBoard, as they are in the files; times aside."""
     points = collections.defaultdict(list)
     for path in sorted((work_dir / 'tensorboard_logs').glob('events.out.tfevents.*')):
-        for event in board.read_events(path):
+        for event in event_files.read_events(path):
             for value in event.summary.value:
                 if value.HasField('simple_value') and not value.tag.startswith(('time/', '_')):
                     points[value.tag].append((event.step, value.simple_value))
