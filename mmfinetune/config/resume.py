@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,66 +34,66 @@ class BatchSetup:
         """The setup of a run in so many processes."""
         return cls(world, cfg.train_dataloader.batch_size, cfg.optim_wrapper.get('accumulative_counts', 1))
 
-    def same_steps(self, other: BatchSetup) -> bool:
-        """Whether a step sees as many images, and an update as many steps."""
-        return (self.images, self.accumulation) == (other.images, other.accumulation)
-
     @property
     def images(self) -> int:
         """Images of a step, of all processes."""
         return self.processes * self.batch_size
 
     def __str__(self) -> str:
-        return '{processes} processes x {batch_size} images x {accumulation} accumulation'.format(**asdict(self))
+        return f'{self.processes} processes x {self.batch_size} images x {self.accumulation} accumulation'
 
 
 def set_resume(cfg: Config, resume: str | bool, world: int) -> None:
-    """Let the run continue from the checkpoint that ``--resume`` asks for.
+    """Let the run continue from a checkpoint.
 
     Args:
         cfg: Resolved config; changed in place.
         resume: A checkpoint; True for the newest of the work dir; ``'auto'`` for that, if there is one.
         world: Number of processes.
-
-    Raises:
-        UserError: There is no checkpoint to resume from, or it is of another batch setup.
     """
-    path: Path | None
     if isinstance(resume, str) and resume != AUTO:
-        path = Path(resume)
-        checkpoint = _read_run(path)
+        found = _read_run(Path(resume))
     else:
         # One choice for all, made before any process writes there again.
-        path, checkpoint = rank0_first(lambda: _newest(Path(cfg.work_dir), resume == AUTO))
-    if path is None:
+        found = rank0_first(lambda: _newest(Path(cfg.work_dir), resume == AUTO))
+    if found is None:
         say(f'There is nothing to resume in {cfg.work_dir}: the run begins')
         return
     cfg.resume = True
-    cfg.load_from = str(path)
-    _check_batch_setup(path, checkpoint['batch_setup'], BatchSetup.of_config(cfg, world))
-    if checkpoint['seed'] is not None:
+    cfg.load_from = str(found.path)
+    _check_batch_setup(found, BatchSetup.of_config(cfg, world))
+    if found.seed is not None:
         # What is drawn in each step follows from it.
-        cfg.randomness = dict(cfg.get('randomness') or {}, seed=checkpoint['seed'])
+        cfg.randomness = dict(cfg.get('randomness') or {}, seed=found.seed)
 
 
-def _newest(work_dir: Path, may_lack: bool) -> tuple[Path | None, dict]:
-    """The newest checkpoint that can be resumed and `_read_run` of it; prints which newer ones are damaged.
+@dataclass(frozen=True)
+class _Run:
+    """What a checkpoint says of its run."""
+
+    path: Path
+    seed: int | None
+    setup: BatchSetup | None
+
+
+def _newest(work_dir: Path, may_lack: bool) -> _Run | None:
+    """The newest checkpoint that can be resumed; prints which newer ones are damaged.
 
     None where there is no checkpoint and ``may_lack``.
     """
     damaged = []
     for path in weights_work_dir.candidates(work_dir):
         try:
-            facts = _read_run(path)
+            found = _read_run(path)
         except UserError as error:
             damaged.append(error)
             continue
         if damaged:
             say('\n'.join(['Damaged, so an older checkpoint is used:', *(f'  - {e.message}' for e in damaged)]))
         say(f'Resuming {path}')
-        return path, facts
+        return found
     if may_lack and not damaged:
-        return None, {}
+        return None
     if len(damaged) == 1:
         raise damaged[0]
     raise UserError(
@@ -105,8 +105,8 @@ def _newest(work_dir: Path, may_lack: bool) -> tuple[Path | None, dict]:
     )
 
 
-def _read_run(path: Path) -> dict[str, Any]:
-    """Seed and batch setup of a checkpoint; a UserError unless it holds a run that can be resumed."""
+def _read_run(path: Path) -> _Run:
+    """What a checkpoint says; a UserError unless it holds a run that can be resumed."""
     # The safe way; MMEngine would unpickle anything if that fails.
     loaded = read.read_checkpoint(path)
     missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
@@ -131,7 +131,7 @@ def _read_run(path: Path) -> dict[str, Any]:
     check_version(state, path)
     # Before version 1 it stood in `meta`.
     setup = state.get('batch_setup') or meta.get('recipe')
-    return {'seed': meta.get('seed'), 'batch_setup': BatchSetup(**setup) if setup else None}
+    return _Run(path, meta.get('seed'), BatchSetup(**setup) if setup else None)
 
 
 def check_version(state: Mapping[str, Any], path: str | Path) -> None:
@@ -148,9 +148,10 @@ def check_version(state: Mapping[str, Any], path: str | Path) -> None:
         )
 
 
-def _check_batch_setup(path: Path, before: BatchSetup | None, now: BatchSetup) -> None:
+def _check_batch_setup(found: _Run, now: BatchSetup) -> None:
     """Refuse another batch: optimizer, schedule and the place in the epoch come from the file."""
-    if before is None or before.same_steps(now):
+    before = found.setup
+    if before is None or (before.images, before.accumulation) == (now.images, now.accumulation):
         return
     same = f'--gpus {before.processes} --batch-size {before.batch_size}'
     if before.images % now.processes == 0:
@@ -160,7 +161,7 @@ def _check_batch_setup(path: Path, before: BatchSetup | None, now: BatchSetup) -
         '{path} comes from a run of {before}, and this one has {now}: the steps of an epoch and the learning rate '
         'would not be those of the checkpoint',
         hint='{options} has the same steps; --weights {path} without --resume starts again from its weights',
-        path=path,
+        path=found.path,
         before=str(before),
         now=str(now),
         options=f'{same} --accumulate {before.accumulation}',

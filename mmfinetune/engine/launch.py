@@ -191,9 +191,7 @@ def _begin_group(settings: dict[str, Any]) -> None:
 
 
 def launch(count: int, argv: Sequence[str]) -> int:
-    """Run ``python <argv>`` in several processes of one run.
-
-    The first real error of any of them stops all and is shown once.
+    """Run ``python <argv>`` in several processes of one run; the first real error stops all and is shown once.
 
     Args:
         count: Number of processes on all machines together; this one starts its share.
@@ -349,15 +347,7 @@ def _show(failures: dict[int, Any], alone: bool = True) -> int:
 
 
 def report(text: str, error: BaseException) -> bool:
-    """Leave an error to the launcher.
-
-    Args:
-        text: What to show.
-        error: For the traceback that torchrun's own summary has.
-
-    Returns:
-        Whether the launcher shows it, so that this process need not.
-    """
+    """Leave an error, with the text to show, to the launcher; whether that shows it, so that this process need not."""
     file = os.environ.get(compat.ERROR_FILE)
     if file:
         compat.write_error_file(file, text, error)

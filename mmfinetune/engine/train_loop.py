@@ -96,31 +96,15 @@ class ExactTrainLoop(BaseLoop):
         self.val_begin, self.val_interval = val_begin, val_interval
         self._milestones, self._intervals = calc_dynamic_intervals(val_interval, dynamic_intervals)
         self.stop_training = False  # EarlyStopHook sets it
-        # Runner.resume sets these two.
-        self._epoch = self._iter = 0
+        self._epoch = self._iter = 0  # Runner.resume sets them by these names
         runner.visualizer.dataset_meta = getattr(dataset, 'metainfo', None)
 
-    @property
-    def max_iters(self) -> int:
-        """Steps of the whole run."""
-        return self.max_epochs * len(self.dataloader)
-
-    @property
-    def epoch(self) -> int:
-        """Epochs that are done."""
-        return self._epoch
-
-    @property
-    def iter(self) -> int:
-        """Steps that are done."""
-        return self._iter
+    epoch = property(lambda self: self._epoch)
+    iter = property(lambda self: self._iter)
+    max_iters = property(lambda self: self.max_epochs * len(self.dataloader))
 
     def run(self) -> torch.nn.Module:
-        """Train and validate.
-
-        Raises:
-            UserError: The disk is full or fails, or a process that loads data was killed.
-        """
+        """Train and validate."""
         with translate_system_errors():
             self.runner.call_hook('before_train')
             if self._iter and run_state(self.runner).epoch_start.get('epoch') != self._epoch:

@@ -10,6 +10,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mmfinetune.engine import train_loop
 from mmfinetune.weights.read import read_checkpoint
@@ -100,6 +102,19 @@ def test_every_step_of_the_way(whole, tmp_path):
         stop(make_cfg(tmp_path, **CASES['accumulation']), step, resume=step > 0)
     train(make_cfg(tmp_path, **CASES['accumulation']), resume=True)
     assert_same_checkpoint(whole('accumulation') / LAST, tmp_path / LAST)
+
+
+@settings(max_examples=5, deadline=None, derandomize=True)
+@given(
+    stops=st.lists(st.integers(0, 19), min_size=1, max_size=3, unique=True).map(sorted),
+    case=st.sampled_from(['plain', 'accumulation', 'sparse saves', 'AdamW']),
+)
+def test_no_stops_change_anything(whole, tmp_path_factory, stops, case):
+    folder = tmp_path_factory.mktemp('stopped')
+    for i, step in enumerate(stops):
+        stop(make_cfg(folder, **CASES[case]), step, resume=i > 0)
+    train(make_cfg(folder, **CASES[case]), resume=True)
+    assert_same_checkpoint(whole(case) / LAST, folder / LAST)
 
 
 def test_number_of_workers_changes_nothing(whole):

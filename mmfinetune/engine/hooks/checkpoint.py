@@ -38,24 +38,9 @@ class SafeCheckpointHook(Hook):
     killed in between validates it when resumed. Gradients that wait in an unfinished accumulation
     are saved too.
 
+    Arguments have the names and meanings of MMEngine's ``CheckpointHook``, but for
+
     Args:
-        interval: Epochs (steps, if not ``by_epoch``) between checkpoints; -1 saves the last alone.
-        by_epoch: Whether training is counted in epochs.
-        save_optimizer: Whether checkpoints hold the optimizer, without which nothing can be resumed.
-        save_param_scheduler: Whether they hold the schedulers.
-        out_dir: Folder in which a folder of the work dir's name gets the checkpoints; default: the work dir.
-        max_keep_ckpts: How many are kept; all if not positive.
-        save_last: Whether the last epoch is saved, whatever the interval.
-        save_best: Metrics whose best weights are kept in ``best_<metric>_epoch_<n>.pth``; ``'auto'``
-            takes the first metric.
-        rule: ``'greater'`` or ``'less'`` is better, for all metrics or one for each; None infers it
-            from the name as MMEngine's ``CheckpointHook`` does.
-        greater_keys: Metrics of which more is better, for that.
-        less_keys: Metrics of which less is better.
-        filename_tmpl: File name with one ``{}`` for the epoch or step.
-        published_keys: What of the last and the best checkpoint goes into a copy named by its hash
-            after the training.
-        save_begin: Epochs (steps) before the first checkpoint.
         every_n_iters: Save within the epoch too, each so many steps: ``iter_<n>.pth``, of which
             only the newest is kept, until the epoch's own checkpoint. 0 does not.
 
