@@ -420,22 +420,6 @@ def test_run_leaves_faults_of_the_program_their_traceback():
         cli.run(lambda: 1 // 0)
 
 
-def test_run_takes_the_workers_traceback_off(capsys):
-    from torch._utils import ExceptionWrapper
-
-    try:
-        raise UserError('Cannot read the image x.jpg: bad', cure='put back a good copy')
-    except UserError:
-        # As DataLoader hands a worker's error to the main process.
-        wrapped = ExceptionWrapper(where='in DataLoader worker process 0')
-    with pytest.raises(SystemExit) as stop:
-        cli.run(wrapped.reraise)
-    assert stop.value.code == 2
-    assert capsys.readouterr().err == (
-        'error: Cannot read the image x.jpg: bad\nHow to mend it: put back a good copy\n'
-    )
-
-
 def test_output_into_a_closed_pipe(spoilt):
     # `tool | head -1`: the reader goes away while the tool still prints.
     script = (
