@@ -181,19 +181,19 @@ class SafeCheckpointHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         state = run_state(runner)
-        names = [state.last, *(entry['file'] for entry in state.best.values())] if self.published_keys else []
-        for name in filter(None, names if self.files.writes else []):
-            _publish(self.files.folder / name, self.published_keys or ())
         self._is_training = False
+        if self.published_keys and self.files.writes:
+            for name in filter(None, (state.last, *(entry['file'] for entry in state.best.values()))):
+                _publish(self.files.folder / name, self.published_keys)
 
     def save_step(self, runner: Runner) -> None:
         """Save after a step, with an epoch that may be unfinished."""
         done = runner.iter + 1
         runner.logger.info(f'Saving checkpoint at {done} iterations')
-        if not self.by_epoch:
+        if self.by_epoch:
+            self._save_as(runner, WITHIN_EPOCH.format(done), runner.epoch, done, self.files.within_epoch())
+        else:
             self._save(runner, runner.epoch, done)
-            return
-        self._save_as(runner, WITHIN_EPOCH.format(done), runner.epoch, done, self.files.within_epoch())
 
     def save_epoch(self, runner: Runner, epochs: int) -> None:
         """Save an epoch that is trained, unless it is saved already."""
@@ -233,7 +233,8 @@ class SafeCheckpointHook(Hook):
             checkpoint[KEY] = {'gradients': self._gradients}
 
     def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
-        if not runner.cfg.get('resume'):
+        # A resumed run loads its best weights too, to test them.
+        if not runner.cfg.get('resume') or 'optimizer' not in checkpoint:
             return
         upgrade(checkpoint)
         check_version(checkpoint['message_hub']['runtime_info'][KEY], runner.cfg.get('load_from'))
