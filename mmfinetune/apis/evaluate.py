@@ -18,7 +18,6 @@ from mmfinetune.apis.inference import as_array, model_files
 from mmfinetune.config import load, paths, views
 from mmfinetune.data import coco_json
 from mmfinetune.evaluation import detections, render, report, run_results
-from mmfinetune.evaluation.rows import result_rows
 from mmfinetune.evaluation.stats import KINDS, SCORE_THR
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
@@ -146,28 +145,21 @@ def _check(options: Options) -> None:
         }
         both = [name for name, value in model.items() if value]
         if both:
-            raise UserError(
-                'eval-model-and-saved',
-                'Saved predictions are evaluated without a model, but these options name one: {options}',
-                hint='leave them out, or leave out --predictions and --boxes',
-                options=', '.join(both),
-            )
+            text = 'Saved predictions are evaluated without a model, but these options name one: {options}'
+            hint = 'leave them out, or leave out --predictions and --boxes'
+            raise UserError('eval-model-and-saved', text, hint=hint, options=', '.join(both))
         if not options.ann:
             raise UserError(
                 'eval-no-truth', '--predictions needs the ground truth', hint='pass the annotation file with --ann'
             )
     elif options.ann:
-        raise UserError(
-            'eval-truth-of-model',
-            '--ann is for --predictions only',
-            hint='to evaluate a model on other data, pass their folder with --data-root',
-        )
+        text = '--ann is for --predictions only'
+        hint = 'to evaluate a model on other data, pass their folder with --data-root'
+        raise UserError('eval-truth-of-model', text, hint=hint)
     elif not (options.run or (options.config and options.checkpoint)):
-        raise UserError(
-            'eval-nothing',
-            'There is nothing to evaluate',
-            hint='pass the work dir of a run, or --config and --checkpoint, or --predictions and --ann',
-        )
+        text = 'There is nothing to evaluate'
+        hint = 'pass the work dir of a run, or --config and --checkpoint, or --predictions and --ann'
+        raise UserError('eval-nothing', text, hint=hint)
 
 
 def _read(options: Options) -> Inputs:
@@ -262,10 +254,12 @@ def _add_rows(rows: dict[str, list[dict]], sample: DetDataSample, category_ids: 
     found = sample.pred_instances
     labels, scores = as_array(found.labels), as_array(found.scores)
     if 'bbox' in rows:
-        rows['bbox'] += result_rows(sample.img_id, category_ids, labels, scores, boxes=as_array(found.bboxes))
+        rows['bbox'] += detections.result_rows(
+            sample.img_id, category_ids, labels, scores, boxes=as_array(found.bboxes)
+        )
     if 'segm' in rows:
         scores = as_array(found.get('mask_scores', found.scores))
-        rows['segm'] += result_rows(sample.img_id, category_ids, labels, scores, masks=as_array(found.masks))
+        rows['segm'] += detections.result_rows(sample.img_id, category_ids, labels, scores, masks=as_array(found.masks))
 
 
 def _kinds(cfg: Config) -> list[str]:

@@ -104,12 +104,8 @@ class Predictor:
         _set_limits(cfg.model, score_thr, max_per_image)
         model = MODELS.build(cfg.model)
         if proposals and not hasattr(model, 'rpn_head'):
-            raise UserError(
-                'model-no-rpn',
-                '{model} has no RPN, so there are no proposals to show',
-                hint='leave out --proposals',
-                model=cfg.model.type,
-            )
+            text = '{model} has no RPN, so there are no proposals to show'
+            raise UserError('model-no-rpn', text, hint='leave out --proposals', model=cfg.model.type)
         weights.apply(model)
         self.model = revert_sync_batchnorm(model).to(self.device).eval()
         loader, steps = _pipeline(cfg)
@@ -239,13 +235,8 @@ def choose_device(name: str) -> str:
         return 'cuda' if count else 'cpu'
     there = ['cpu', *(['cuda'] if count else []), *(f'cuda:{i}' for i in range(count))]
     if name not in there:
-        raise UserError(
-            'device-missing',
-            'There is no device {device} for PyTorch here',
-            hint='use one of: {known}',
-            device=name,
-            known=', '.join(there),
-        )
+        text = 'There is no device {device} for PyTorch here'
+        raise UserError('device-missing', text, hint='use one of: {known}', device=name, known=', '.join(there))
     return name
 
 
@@ -260,13 +251,9 @@ def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None, path: Pat
             if k != i:
                 text = 'label {label}: config {config}, weights {weights}'
                 problems.append(Message('predict-label', text, label=i, config=a, weights=b))
-        raise UserError(
-            'predict-other-classes',
-            '{path} was trained on other classes than those of the config:',
-            problems,
-            hint='pass the config that it was trained with',
-            path=path,
-        )
+        text = '{path} was trained on other classes than those of the config:'
+        hint = 'pass the config that it was trained with'
+        raise UserError('predict-other-classes', text, problems, hint=hint, path=path)
     return tuple(ours)
 
 
@@ -277,13 +264,8 @@ def _labels_of(wanted: Sequence[str], classes: Sequence[str]) -> list[int] | Non
             suggestion = near(name, classes, ': ', 0.5)
             problems.append(Message('predict-class', '{name}{suggestion}', name=name, suggestion=suggestion))
     if problems:
-        raise UserError(
-            'predict-classes',
-            'The model does not know these classes:',
-            problems,
-            hint='its classes are {known}',
-            known=', '.join(classes),
-        )
+        text = 'The model does not know these classes:'
+        raise UserError('predict-classes', text, problems, hint='its classes are {known}', known=', '.join(classes))
     return sorted({classes.index(name) for name in wanted}) if wanted else None
 
 
@@ -291,11 +273,8 @@ def _test_dataset(cfg: Config) -> Any:
     """The config of the test data set without its wrappers."""
     dataset = views.innermost((cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset'))
     if dataset is None or not dataset.get('pipeline'):
-        raise UserError(
-            'predict-no-pipeline',
-            'The config has no test pipeline: test_dataloader is missing',
-            hint='pass the config of a run',
-        )
+        text = 'The config has no test pipeline: test_dataloader is missing'
+        raise UserError('predict-no-pipeline', text, hint='pass the config of a run')
     return dataset
 
 
@@ -332,12 +311,9 @@ def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
     names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2] for step in steps]
     reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
     if len(reading) != 1 or steps[reading[0]].get('color_type', 'color').split('_')[0] != 'color':
-        raise UserError(
-            'predict-pipeline-start',
-            'The test pipeline does not read colour images in one step; its steps are {steps}',
-            hint="let it begin with dict(type='LoadImage')",
-            steps=', '.join(names),
-        )
+        text = 'The test pipeline does not read colour images in one step; its steps are {steps}'
+        hint = "let it begin with dict(type='LoadImage')"
+        raise UserError('predict-pipeline-start', text, hint=hint, steps=', '.join(names))
     loader = steps[reading[0]]
     steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))
     return loader, [

@@ -239,12 +239,9 @@ class VideoWriter:
                 str(self._part), cv2.VideoWriter.fourcc(*'mp4v'), self.fps, frame.shape[1::-1]
             )
             if not self._writer.isOpened():
-                raise UserError(
-                    'video-not-writable',
-                    '{path}: cannot be written as a video',
-                    hint='choose a folder that you may write to, or pass --no-pictures',
-                    path=self.path,
-                )
+                text = '{path}: cannot be written as a video'
+                hint = 'choose a folder that you may write to, or pass --no-pictures'
+                raise UserError('video-not-writable', text, hint=hint, path=self.path)
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def close(self, keep: bool = True) -> None:

@@ -58,11 +58,8 @@ def run(options: Options) -> int:
         UserError: No input, an unusable model, or nowhere to write to.
     """
     if not (options.pictures or options.coco_json or options.contact_sheet):
-        raise UserError(
-            'predict-nothing-to-write',
-            'There is nothing to write: neither pictures nor COCO JSON',
-            hint='leave out --no-pictures or --no-coco-json',
-        )
+        text = 'There is nothing to write: neither pictures nor COCO JSON'
+        raise UserError('predict-nothing-to-write', text, hint='leave out --no-pictures or --no-coco-json')
     files = model_files(options.run, options.config, options.checkpoint)
     find.verify_file(files.checkpoint)
     out = options.out or (options.run or Path()) / FOLDER
@@ -112,13 +109,9 @@ def _earlier_results(out: Path, overwrite: bool) -> list[Path]:
     earlier = [out / name for name in (ROWS, DATASET, PICTURES) if (out / name).exists()]
     earlier += sorted(out.glob(f'{SHEET}*.jpg'))
     if earlier and not overwrite:
-        raise UserError(
-            'predict-exists',
-            '{out} already holds predictions: {names}',
-            hint='pass --overwrite to replace them, or another folder with --out',
-            out=out,
-            names=', '.join(path.name for path in earlier),
-        )
+        text = '{out} already holds predictions: {names}'
+        hint = 'pass --overwrite to replace them, or another folder with --out'
+        raise UserError('predict-exists', text, hint=hint, out=out, names=', '.join(path.name for path in earlier))
     require_writable(out)
     return earlier
 

@@ -16,7 +16,7 @@ from mmfinetune.apis import media
 from mmfinetune.apis.inference import Prediction, Predictor
 from mmfinetune.apis.media import Input, Shot
 from mmfinetune.data import drawing
-from mmfinetune.evaluation.rows import result_rows
+from mmfinetune.evaluation.detections import result_rows
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, json_bytes
 from mmfinetune.utils.text import plural
 

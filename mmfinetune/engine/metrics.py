@@ -11,7 +11,7 @@ from mmengine.logging import MMLogger
 from mmfinetune.engine.compat import truth_of
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.coco_eval import ENGINES
-from mmfinetune.evaluation.rows import result_rows
+from mmfinetune.evaluation.detections import result_rows
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.text import table
 

@@ -124,14 +124,9 @@ def read_run(folder: Path, name: str) -> Run:
             'compare-no-folder', '{folder}: no such folder', hint='pass the work dir of a run', folder=folder
         )
     if not logs and not zero_shot.is_file():
-        raise UserError(
-            'compare-no-run',
-            '{folder}: no run in it',
-            _nearby(folder),
-            hint='pass a work dir, which holds <timestamp>/{file}',
-            folder=folder,
-            file=SCALARS,
-        )
+        text = '{folder}: no run in it'
+        hint = 'pass a work dir, which holds <timestamp>/{file}'
+        raise UserError('compare-no-run', text, _nearby(folder), hint=hint, folder=folder, file=SCALARS)
     epochs: dict[int, dict[str, float]] = {}
     for log in logs:
         first, validated = _read_scalars(log)
@@ -156,12 +151,9 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     """Raise a UserError that names similar metrics unless a run has each of these."""
     known = sorted({key for run in runs for values in run.epochs.values() for key in values})
     if not known:
-        raise UserError(
-            'compare-not-validated',
-            'No epoch of these runs has been validated yet:',
-            [str(run.folder) for run in runs],
-            hint='wait for the end of the first epoch',
-        )
+        text = 'No epoch of these runs has been validated yet:'
+        hint = 'wait for the end of the first epoch'
+        raise UserError('compare-not-validated', text, [str(run.folder) for run in runs], hint=hint)
     problems = []
     for metric in metrics:
         if metric not in known:
@@ -171,13 +163,9 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
             text = 'no run has {metric}{suggestion}'
             problems.append(Message('compare-no-metric', text, metric=metric, suggestion=suggestion))
     if problems:
-        raise UserError(
-            'compare-metrics',
-            'Unknown metrics:',
-            problems,
-            hint='--metric takes the names in the logs; these runs have {known}',
-            known=', '.join(known),
-        )
+        text = 'Unknown metrics:'
+        hint = '--metric takes the names in the logs; these runs have {known}'
+        raise UserError('compare-metrics', text, problems, hint=hint, known=', '.join(known))
 
 
 def metric_table(runs: Sequence[Run], metric: str) -> str:

@@ -1,4 +1,4 @@
-"""Annotation files and COCO result files to evaluate, checked row by row. No torch here."""
+"""Ground truth and COCO result rows: rows made of predictions, files of both read and checked. No torch here."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mmfinetune.data import coco_json
 from mmfinetune.data.coco_json import Problems
 from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import read_json
-from mmfinetune.utils.masks import to_rle
+from mmfinetune.utils.masks import mask_to_rle, to_rle
 
 _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
 
@@ -100,6 +102,38 @@ def read_truth(path: Path, masks: bool = True) -> Truth:
     return truth
 
 
+def result_rows(
+    image_id: int,
+    category_ids: Sequence[int],
+    labels: np.ndarray,
+    scores: np.ndarray,
+    boxes: np.ndarray | None = None,
+    masks: Sequence[Any] | np.ndarray | None = None,
+) -> list[dict[str, Any]]:
+    """COCO result rows of one image: ``image_id, category_id, score``, ``bbox`` and ``segmentation``.
+
+    Args:
+        image_id: Id of the image.
+        category_ids: Category id of each label.
+        labels: (N,) class numbers.
+        scores: (N,) float32.
+        boxes: (N, 4) float32 left, top, right, bottom in px; rows have no ``bbox`` without them.
+        masks: (N, H, W) bool, or N run lengths; rows have no ``segmentation`` without them.
+    """
+    rows = [
+        {'image_id': image_id, 'category_id': category_ids[label], 'score': score}
+        for label, score in zip(labels, _shortest(scores), strict=True)
+    ]
+    if boxes is not None:
+        sizes = _shortest(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1))
+        for row, bbox in zip(rows, sizes, strict=True):
+            row['bbox'] = bbox
+    if masks is not None:
+        for row, mask in zip(rows, masks, strict=True):
+            row['segmentation'] = _as_text(mask) if isinstance(mask, Mapping) else mask_to_rle(mask)
+    return rows
+
+
 def read_rows(path: Path) -> list:
     """The content of a COCO result file, to be checked by `checked_rows`.
 
@@ -109,13 +143,9 @@ def read_rows(path: Path) -> list:
     try:
         rows = read_json(path)
     except ValueError as error:
-        raise UserError(
-            'rows-unreadable',
-            'The file of predictions {path} cannot be used: {reason}',
-            hint='pass a complete COCO result file',
-            path=path,
-            reason=str(error),
-        ) from None
+        text = 'The file of predictions {path} cannot be used: {reason}'
+        hint = 'pass a complete COCO result file'
+        raise UserError('rows-unreadable', text, hint=hint, path=path, reason=str(error)) from None
     if not isinstance(rows, list):
         if isinstance(rows, dict) and 'annotations' in rows:
             hint = 'pass the list that was predicted, not a data set'
@@ -125,12 +155,9 @@ def read_rows(path: Path) -> list:
             'rows-no-list', '{path} holds no predictions: a COCO result file is a list', hint=hint, path=path
         )
     if not rows:
-        raise UserError(
-            'rows-empty',
-            '{path} is an empty list: nothing was predicted, so every AP is 0',
-            hint='check that the model ran on these images, and its score threshold',
-            path=path,
-        )
+        text = '{path} is an empty list: nothing was predicted, so every AP is 0'
+        hint = 'check that the model ran on these images, and its score threshold'
+        raise UserError('rows-empty', text, hint=hint, path=path)
     return rows
 
 
@@ -308,3 +335,13 @@ def _check_run_lengths(rows: list[dict], problems: Problems) -> None:
         if isinstance(shape['counts'], list):
             rle = mask_api.frPyObjects(shape, *shape['size'])
             row['segmentation'] = {'size': shape['size'], 'counts': rle['counts'].decode()}
+
+
+def _shortest(values: np.ndarray) -> list:
+    """The numbers with as many digits as a float32 has; as doubles they would get ten more."""
+    return np.asarray(values, np.float32).astype(str).astype(float).tolist()
+
+
+def _as_text(rle: Mapping[str, Any]) -> dict[str, Any]:
+    counts = rle['counts']
+    return {'size': [*map(int, rle['size'])], 'counts': counts.decode() if isinstance(counts, bytes) else counts}
