@@ -261,7 +261,7 @@ def _header(reader: Reader, split: str, src: Path, ids: list[int], summary: Summ
     own = reader.headers.get(None if split == NO_SPLIT else split, {})
     # No date and no path: the same data gives the same bytes.
     info = own.get('info') or {'description': f'{src.resolve().name}, {split} (prepared from {summary.format})'}
-    if in_place:  # no report will tell
+    if in_place:  # no report is written
         info = {**info, 'left_out': [key for key, of in summary.left_out.items() if of == split]}
     categories = []
     for category_id, name in zip(ids, summary.classes, strict=True):

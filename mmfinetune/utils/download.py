@@ -199,7 +199,7 @@ class _Fetch:
         length = response.headers.get('Content-Length', '')
         total = have + int(length) if length.isdigit() else None
         if self.size is not None and total not in (None, self.size):
-            # Said before the part is touched: a login page must not cost what has come so far.
+            # Refused before the part is touched: a login page must not destroy it.
             text = '{url}: expected {size:,} bytes, but the server offers {offered:,} ({type})'
             kind = response.headers.get_content_type()
             facts: dict[str, Any] = dict(url=self.url, dst=self.dst, size=self.size, offered=total, type=kind)
@@ -227,7 +227,7 @@ class _Fetch:
                     break
                 file.write(data)
                 bar.update(len(data))
-        # A server that goes away ends the stream quietly, so only the count tells.
+        # A server that goes away ends the stream quietly, so only the count shows it.
         if total is not None and _size(self.part) < total:
             raise _NetworkError(f'connection closed after {_size(self.part):,} of {total:,} bytes')
 
@@ -251,7 +251,7 @@ class _Fetch:
 
     def _resumable(self) -> int:
         """Bytes of the part file that may be kept."""
-        # Without a checksum only the server's tag can tell that the rest belongs to this part.
+        # Without a checksum only the server's tag can show that the rest belongs to this part.
         if self.checked or self._tag():
             return _size(self.part)
         return 0

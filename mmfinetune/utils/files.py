@@ -185,7 +185,7 @@ def _is_data(name: str) -> bool:
 
 
 def shown(path: Path, root: Path) -> str:
-    """A path for messages: relative to the data set where it lies in it, with slashes."""
+    """A path for messages: relative to the data set if it is in it, with slashes."""
     try:
         return path.relative_to(root).as_posix()
     except ValueError:

@@ -20,7 +20,7 @@ IMAGE_SUFFIXES = frozenset(
     '.jpg .jpeg .jpe .jfif .png .bmp .dib .tif .tiff .webp .jp2 .ppm .pgm .pbm .pnm'.split()  # noqa: SIM905
 )
 
-_TAIL = 2048  # bytes; some cameras and editors put a few behind the end mark
+_TAIL = 2048  # bytes; some cameras and editors put a few after the end mark
 _END_MARKS = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
 
 
@@ -103,7 +103,7 @@ def orientation_of(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; from 5 on width and height change places."""
     exif = Image.Exif()
     if image.format == 'PNG':
-        # Pillow's `getexif` would decode a PNG to look for EXIF data behind the pixels.
+        # Pillow's `getexif` would decode a PNG to look for EXIF data after the pixels.
         exif.load(image.info.get('exif') or b'')
     else:
         exif = image.getexif()

@@ -27,7 +27,7 @@ from mmfinetune.utils.images import image_size
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
-_SAMPLES = 20  # image names that tell in which folder the images are
+_SAMPLES = 20  # image names that are looked up to find the folder of the images
 _MAX_SIDE = 1 << 20  # pixels; OpenCV reads no larger images
 _MAX_ID = 1 << 53  # what every JSON reader keeps exact
 

@@ -35,7 +35,7 @@ def choose_files(root: Path) -> tuple[Path, dict[str | None, Path]]:
         return (root.parent.parent if inner else root.parent), {_split_of(root): root}
     found = candidates(root)
     if not found:
-        # A few may be damaged COCO files, as reading will tell; many are something else.
+        # A few may be damaged COCO files, which reading will show; many are something else.
         found = _json_files(root)
         if not 0 < len(found) <= _MAX_UNSURE:
             text = '{path}: no COCO JSON with images, annotations and categories'
@@ -95,7 +95,7 @@ def _split_of(path: Path) -> str | None:
 
 def image_folders(path: Path, split: str | None, root: Path) -> list[Path]:
     """Folders in which data sets keep the images of an annotation file."""
-    # A name that tells the split comes first: names may be the same in all splits.
+    # A folder with the split in its name first: file names may be the same in all splits.
     names = dict.fromkeys(name for name in (path.stem.removeprefix('instances_'), split) if name)
     below = [*(f'images/{name}' for name in names), *names, '.', 'images', 'JPEGImages', 'img']
     folders = [Path(os.path.normpath(folder / name)) for folder in (path.parent, root) for name in below]

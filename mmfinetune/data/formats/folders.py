@@ -1,4 +1,4 @@
-"""How data sets lie on the disk: split folders, class lists, files that belong together."""
+"""Layouts of data sets on the disk: split folders, class lists, files that belong together."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ _MASK_WORD = re.compile(rf'(?:^|[-_. ])(?:{_WORDS})(?=[-_. ]|$)', re.IGNORECASE)
 _SAMPLES = 5  # masks that are opened to detect a format
 _SPLIT = re.compile(r'(train|val|test)(?:ing|id|idation)?(?:[-_]?[0-9]{4})?')
 
-_Place = tuple[str, ...]  # folders without the one that tells the role, then the stem
+_Place = tuple[str, ...]  # folders without the one that names the role, then the stem
 
 
 def split_of(parts: Iterable[str]) -> str | None:
-    """The split that a path tells: 'train' for `images/train2017` or `training`, None for none.
+    """The split in a path: 'train' for `images/train2017` or `training`, None for none.
 
     Args:
         parts: Folders of the path, relative to the data set.
@@ -122,7 +122,7 @@ class Layout:
 
     Attributes:
         images: All images, in order.
-        masks: The mask files of each image, with the class that folder or name tells.
+        masks: The mask files of each image, with the class that folder or name gives.
         classes: The class mask of each image that has one.
         orphans: Masks without an image.
     """
@@ -156,7 +156,7 @@ class Layout:
         return found
 
     def class_names(self) -> list[str]:
-        """The classes that folders or names of masks tell."""
+        """The classes that folders or names of masks give."""
         names = {name for masks in self.masks.values() for name, _ in masks if name is not None}
         return sorted(names, key=natural_key)
 
@@ -175,7 +175,7 @@ def require_size(pixels: np.ndarray, record: Record, root: Path) -> None:
 
 
 def numbered_layout(root: Path) -> Layout:
-    """Images, masks and class masks by the folder they lie in."""
+    """Images, masks and class masks by the folder they are in."""
     roles: dict[str, dict[_Place, list[Path]]] = {'image': {}, 'mask': {}, 'class': {}}
     images = []
     for path in find_files(root, _MASK_SUFFIXES):
@@ -205,7 +205,7 @@ def numbered_layout(root: Path) -> Layout:
 
 
 def classed_layout(root: Path) -> Layout:
-    """Images and masks by folders `images/` and `masks/`, or beside each other."""
+    """Images and masks by folders `images/` and `masks/`, or next to each other."""
     files = [(path, path.relative_to(root).parts[:-1]) for path in find_files(root, _MASK_SUFFIXES)]
     masks = [(path, parts) for path, parts in files if apart(parts, MASK_FOLDERS)]
     if masks:
@@ -219,7 +219,7 @@ def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Plac
         for path, parts in others
         if path.suffix.lower() in IMAGE_SUFFIXES and (halves := apart(parts, IMAGE_FOLDERS))
     ]
-    # Without a folder for them, all that are no masks are images.
+    # Without a folder for them, all that are not masks are images.
     in_folder = in_folder or [(path, (parts, ())) for path, parts in others]
     layout = Layout([path for path, _ in in_folder])
     images: dict[_Place, dict[str, list[Path]]] = {}
@@ -228,7 +228,7 @@ def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Plac
     for path, parts in masks:
         before, after = apart(parts, MASK_FOLDERS) or ((), ())
         folders = before + after
-        # One of the folders may be the class; images lie where the others lead.
+        # One of the folders may be the class; images are where the others lead.
         tries = [(next(iter(without_splits(before)), None), folders)]
         tries += [
             (folders[k], folders[:k] + folders[k + 1 :]) for k in range(len(folders)) if split_of([folders[k]]) is None
@@ -236,9 +236,9 @@ def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Plac
         for label, place in tries:
             here = images.get(place, {})
             if match := _image_stem(path.stem, here):
-                stem, told = match
+                stem, named = match
                 for image in here[stem]:
-                    layout.masks.setdefault(image, []).append((told or label, path))
+                    layout.masks.setdefault(image, []).append((named or label, path))
                 break
         else:
             layout.orphans.append(path)
@@ -254,7 +254,7 @@ def _side_by_side(files: list[tuple[Path, _Place]]) -> Layout:
         stems = {path.stem for path in paths}
         masks = [path for path in paths if path.suffix.lower() in ('.png', '.gif')]
         if len(masks) == len(paths):
-            # Images are PNGs too: a mask is told by the name of an image that its own begins with.
+            # Images are PNGs too: a mask's name begins with that of an image.
             masks = [path for path in masks if _image_stem(path.stem, stems - {path.stem})]
         is_mask = set(masks)
         images: dict[str, list[Path]] = {}
@@ -267,15 +267,15 @@ def _side_by_side(files: list[tuple[Path, _Place]]) -> Layout:
             if not match:
                 layout.orphans.append(path)
                 continue
-            stem, told = match
-            label = told or next(iter(without_splits(parts)), None)
+            stem, named = match
+            label = named or next(iter(without_splits(parts)), None)
             for image in images[stem]:
                 layout.masks.setdefault(image, []).append((label, path))
     return layout
 
 
 def _image_stem(stem: str, stems: Container[str]) -> tuple[str, str | None] | None:
-    """The image that a mask's name begins with, the longest, and the class told behind it."""
+    """The image that a mask's name begins with, the longest, and the class in the rest of it."""
     if stem in stems:
         return stem, None
     for place in range(len(stem) - 1, 0, -1):

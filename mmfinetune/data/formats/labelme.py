@@ -226,7 +226,7 @@ def _items(root: Path, heads: dict[Path, _Head], images: list[Path]) -> list[Ite
 
 
 def _candidates(path: Path, image_path: str) -> Iterator[Path]:
-    # Written on Windows it has backslashes, which are no separators elsewhere.
+    # Written on Windows it has backslashes, which are not separators elsewhere.
     given = PurePosixPath(PureWindowsPath(image_path).as_posix()) if image_path else None
     if given:
         yield path.parent / given

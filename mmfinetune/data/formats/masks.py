@@ -122,7 +122,7 @@ class MaskPngReader(_MaskReader):
         """See `Reader.open`.
 
         Options: `classes` (the one class, or the meaning of the class numbers, if there is no
-        classes.txt), `void` (value that is no object; -1 for none), `background`.
+        classes.txt), `void` (value that is not an object; -1 for none), `background`.
         """
         layout = numbered_layout(root)
         if not layout.masks:
@@ -236,7 +236,7 @@ class MaskPngReader(_MaskReader):
 class BinaryMasksReader(_MaskReader):
     """Images and one black-and-white mask for each image and class.
 
-    The class is told by a folder (`CLASS/.../name.jpg` beside `name.png`; `images/name.jpg` and
+    The class comes from a folder (`CLASS/.../name.jpg` next to `name.png`; `images/name.jpg` and
     `masks/CLASS/name.png`) or by the name (`name_CLASS.png`); without either there must be one
     class only. Objects are the connected parts of a mask, pixels that touch at a corner included.
     A pixel counts if it is `threshold` or brighter, of colours the brightest channel. An empty
@@ -257,14 +257,14 @@ class BinaryMasksReader(_MaskReader):
             return None
         found = layout.class_names()
         names = ', '.join(found[:5]) + (', …' if len(found) > 5 else '')
-        told = f'classes from folders or names: {names}' if found else 'of one class'
-        return f'black-and-white masks for {layout.share()} images, {told}'
+        named = f'classes from folders or names: {names}' if found else 'of one class'
+        return f'black-and-white masks for {layout.share()} images, {named}'
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> BinaryMasksReader:
         """See `Reader.open`.
 
-        Options: `classes` (the one class, if neither folder nor name tells), `threshold` (1 to
+        Options: `classes` (the one class, if neither folder nor name gives one), `threshold` (1 to
         255), `min_area` (pixels; smaller parts are left out), `background`.
         """
         layout = classed_layout(root)

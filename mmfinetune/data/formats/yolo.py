@@ -167,7 +167,7 @@ class YoloReader(Reader):
                 raise Problem('yolo-box', '4 coordinates: a box, not a polygon')
             values = _corners(*values)
         elif len(values) % 2:
-            text = '{count} coordinates, an odd number (a keypoint or a score behind it?)'
+            text = '{count} coordinates, an odd number (a keypoint or a score at the end?)'
             raise Problem('yolo-odd', text, count=len(values))
         elif len(values) < 6:
             raise Problem('yolo-points', 'a polygon of {count} points', count=len(values) // 2)
@@ -212,7 +212,7 @@ def _is_label_file(path: Path) -> bool:
 def _label_path(image: Path, root: Path) -> Path:
     """Where the labels of an image are: its last folder `images` becomes `labels`."""
     parts = list(image.parts[:-1])
-    # Folders above the data set have no say, unless the image lies outside it.
+    # Folders above the data set do not count, unless the image is outside it.
     above = len(root.parts) if image.is_relative_to(root) else 0
     for place in reversed(range(above, len(parts))):
         if parts[place] == 'images':
