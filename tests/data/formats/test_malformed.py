@@ -163,6 +163,15 @@ FILES: list[tuple[str, Callable[[bytes], bytes], str]] = [
     ('an empty object', lambda b: b'{}', 'section-missing'),
 ]
 
+
+def huge(data: dict) -> None:
+    """Of no known image size, so that nothing but the run itself is wrong."""
+    side = 1 << 16
+    del data['images'][0]['width'], data['images'][0]['height']
+    entry = next(a for a in data['annotations'] if a['image_id'] == data['images'][0]['id'])
+    entry['segmentation'] = {'size': [side, side], 'counts': [side * side]}
+
+
 # Name, change of the clean data, code of the finding; None where nothing is wrong.
 ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('clean', lambda d: None, None),
@@ -317,6 +326,7 @@ ENTRIES: list[tuple[str, Edit, str | None]] = [
     ('5,000 times around', segmentation([ELLIPSE * 5_000]), 'polygon-crossing'),
     ('20,000 polygons', segmentation([list(ELLIPSE) for _ in range(20_000)]), None),
     ('RLE without size', second(segmentation={'counts': 'abc'}), 'rle-size'),
+    ('RLE of one run of 2^32 pixels', huge, 'rle-counts'),
     ('RLE of another size', second(segmentation={'size': [WIDTH, HEIGHT], 'counts': [2400]}), 'rle-size'),
     ('RLE of size 0', second(segmentation={'size': [0, 0], 'counts': []}), 'rle-size'),
     ('RLE of negative size', second(segmentation={'size': [-40, 60], 'counts': [2400]}), 'rle-size'),
