@@ -1,33 +1,10 @@
+# The main run: COCO-pretrained Mask R-CNN R50-FPN, fine-tuned on PASCAL VOC 2012 with masks.
 # Run:     python tools/train_pretrained.py configs/mask_rcnn_voc_pretrained.py
 # Expect:  work_dirs/mask_rcnn_pretrained/ with checkpoints, tensorboard_logs/ and figures/.
 _base_ = [
-    'mmdet::_base_/models/mask-rcnn_r50_fpn.py',
+    './_base_/models/mask_rcnn_r50_fpn.py',
+    './_base_/weights/coco_r50.py',
     './_base_/datasets/voc2012_instance.py',
     './_base_/schedules/finetune_40e.py',
     './_base_/runtime.py',
 ]
-
-model = dict(
-    backbone=dict(init_cfg=None),  # `weights` brings the backbone too
-    roi_head=dict(bbox_head=dict(num_classes=20), mask_head=dict(num_classes=20)),
-)
-
-weights = dict(
-    checkpoint='pretrain/mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth',
-    url='https://download.openmmlab.com/mmdetection/v2.0/mask_rcnn/mask_rcnn_r50_fpn_1x_coco/'
-    'mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth',
-    # Tried where the first is not to be had; converted on reading.
-    fallbacks=[
-        dict(
-            checkpoint='pretrain/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth',
-            url='https://download.pytorch.org/models/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth',
-        )
-    ],
-    head_init='reinit',  # or 'remap': take over the rows of the classes that COCO knows
-    # Weights drawn from N(0, std), biases 0; every other tensor must come from the checkpoint.
-    reinit={
-        'roi_head.bbox_head.fc_cls': dict(std=0.01),  # 20 classes + background = 21 rows
-        'roi_head.bbox_head.fc_reg': dict(std=0.001),  # 20 classes x 4 deltas = 80 rows
-        'roi_head.mask_head.conv_logits': dict(std=0.001),
-    },
-)  # 20 class masks

@@ -1,6 +1,4 @@
-# The same run as mask_rcnn_voc_pretrained.py in one file without bases: to read, and to copy for
-# your own data. `python tools/flatten_config.py configs/mask_rcnn_voc_pretrained.py --check
-# configs/mask_rcnn_voc_pretrained_simple.py` says whether the two still agree; a test does too.
+# The same run as mask_rcnn_voc_pretrained.py in one file without bases: to read, and to copy for your own data.
 # Run:     python tools/train_pretrained.py configs/mask_rcnn_voc_pretrained_simple.py
 # Expect:  work_dirs/mask_rcnn_pretrained/ with checkpoints, tensorboard_logs/ and figures/.
 
@@ -12,12 +10,12 @@ work_dir = 'work_dirs/mask_rcnn_pretrained'  # checkpoints, logs, pictures; --wo
 
 # ---- Weights ------------------------------------------------------------------------------------
 # The whole COCO model is loaded. Only the layers whose shape depends on the number of classes are
-# drawn anew: weights from N(0, std), biases 0. Any other tensor that does not fit stops the run.
+# re-initialized: weights from N(0, std), biases 0. Any other tensor that does not fit stops the run.
 weights = dict(
     checkpoint='pretrain/mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth',
     url='https://download.openmmlab.com/mmdetection/v2.0/mask_rcnn/mask_rcnn_r50_fpn_1x_coco/'
     'mask_rcnn_r50_fpn_1x_coco_20200205-d4b0c5d6.pth',
-    # Tried where the first is not to be had; converted on reading.
+    # Tried where the first is not available; converted on reading.
     fallbacks=[
         dict(
             checkpoint='pretrain/maskrcnn_resnet50_fpn_coco-bf2d0c1e.pth',
@@ -28,9 +26,9 @@ weights = dict(
     reinit={
         'roi_head.bbox_head.fc_cls': dict(std=0.01),  # 20 classes + background = 21 rows
         'roi_head.bbox_head.fc_reg': dict(std=0.001),  # 20 classes x 4 deltas = 80 rows
-        'roi_head.mask_head.conv_logits': dict(std=0.001),
+        'roi_head.mask_head.conv_logits': dict(std=0.001),  # 20 class masks
     },
-)  # 20 class masks
+)
 
 # ---- Model: Mask R-CNN, ResNet-50, FPN ----------------------------------------------------------
 model = dict(

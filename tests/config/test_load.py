@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 
 from mmfinetune.config import flatten, load
 from mmfinetune.config import keys as config_keys
+from mmfinetune.utils.text import table as text_table
 from tests.builders.errors import refused
 
 CONFIGS = Path(__file__).parents[2] / 'configs'
@@ -54,10 +56,38 @@ def test_every_config_loads(loaded, name):
     assert metainfo is None or len(metainfo['classes']) == classes
 
 
+def header(path: Path) -> dict[str, str]:
+    """What the comment at a config's top says: ``what``, the first ``Run``, and ``Expect``."""
+    found, part = {'what': ''}, 'what'
+    for line in path.read_text().splitlines():
+        if not line.startswith('#'):
+            break
+        label = re.match(r'# (Run|Expect): +', line)
+        if label:
+            part = label[1]
+        if part == 'Run' and not label:
+            continue
+        found[part] = f'{found.get(part, "")} {line[label.end() if label else 1 :].strip()}'.strip()
+    return found
+
+
 @pytest.mark.parametrize('name', WHOLE)
 def test_every_config_says_how_to_run_it(name):
-    run = next(line for line in (CONFIGS / name).read_text().splitlines() if '# Run:' in line)
-    assert f'tools/train_pretrained.py configs/{name}' in run or '# Run:     make ' in run
+    said = header(CONFIGS / name)
+    assert said['what'] and said['Expect' if 'pretrain.py' not in name else 'Run']
+    assert f'tools/train_pretrained.py configs/{name}' in said['Run'] or said['Run'].startswith('make ')
+
+
+def test_readme_lists_all_configs():
+    """The table follows from the headers; a difference shows the text that belongs there."""
+    rows = [('config', 'what it is', 'run')]
+    rows += [(f'`{name}`', header(CONFIGS / name)['what'], f'`{header(CONFIGS / name)["Run"]}`') for name in WHOLE]
+    parts = sorted(CONFIGS.glob('_base_/**/*.py'), key=lambda path: (len(path.parts), str(path)))
+    bases = [('part', 'what it is')]
+    bases += [(f'`{path.relative_to(CONFIGS)}`', header(path)['what']) for path in parts]
+    text = (CONFIGS / 'README.md').read_text()
+    for table in (rows, bases):
+        assert text_table(table, left=9, markdown=True) in text
 
 
 def test_inherited_config_is_short():

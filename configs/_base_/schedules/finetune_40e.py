@@ -14,10 +14,10 @@ optim_wrapper = dict(
             backbone=dict(lr_mult=0.1),  # 0.0002
             neck=dict(lr_mult=0.5),  # 0.001
             rpn_head=dict(lr_mult=1.0),  # 0.002
-            roi_head=dict(lr_mult=1.0),
+            roi_head=dict(lr_mult=1.0),  # 0.002
         )
     ),
-)  # 0.002
+)
 
 param_scheduler = [
     # From 0.001 x lr to lr over the first 500 of 732 steps of epoch 1.
