@@ -9,6 +9,7 @@ import pytest
 
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.coco_eval import ENGINES, TIDE_ERRORS
+from mmfinetune.evaluation.detections import read_truth
 from mmfinetune.evaluation.stats import KINDS, STATS
 from tests.builders.results import CAT, CATEGORIES, COW, DOG, data_set, draw, rows_of, write
 from tests.builders.runs import spawn
@@ -67,6 +68,17 @@ def test_nothing_given_is_changed(drawn, engine, kind):
     coco_eval.evaluate(data, rows[kind], kind, engine)
     coco_eval.tide(data, rows[kind], kind)
     assert (data, rows) == before
+
+
+@pytest.mark.parametrize('engine', ENGINES)
+def test_ground_truth_as_it_is_read_gives_the_same(drawn, tmp_path, engine):
+    """The reader keeps polygons as arrays."""
+    data, rows = drawn
+    truth = read_truth(write(tmp_path / 'a.json', data))
+    assert not isinstance(truth.data['annotations'][0]['segmentation'][0], list)
+    expected = coco_eval.evaluate(data, rows['segm'], 'segm', engine)
+    assert (coco_eval.evaluate(truth.data, rows['segm'], 'segm', engine).stats == expected.stats).all()
+    assert coco_eval.tide(truth.data, rows['segm'], 'segm') == coco_eval.tide(data, rows['segm'], 'segm')
 
 
 @pytest.mark.parametrize('engine', ENGINES)
