@@ -5,7 +5,7 @@ since (tests/evaluation/test_confusion.py, ``test_hotcoco_…``):
 
 - its matrix counts a detection in a crowd region as false; without crowd regions both agree;
 - its image diagnostics match within each class and at every score, so that a cat predicted as a
-  dog is two errors, and do not say which object a second detection lies on;
+  dog is two errors, and do not say which object a second detection covers;
 - its F scores are a mean over classes, each at a threshold of its own that is not returned.
 """
 
@@ -64,7 +64,7 @@ class Matches:
     In each image detections take objects in the order of their scores, each the free one with the
     largest IoU, at least 0.5, whatever the classes. So what a detection gets does not depend on
     those with lower scores, and one matching serves for all score thresholds. One that gets none
-    and lies at least by half in a crowd region of its class is ignored.
+    and is at least by half in a crowd region of its class is ignored.
 
     Attributes:
         names: Names of the classes in label order.

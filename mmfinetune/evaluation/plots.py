@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from mmfinetune.evaluation.history import History
 
 
-# Okabe and Ito's colours, told apart with any kind of colour vision; yellow is too faint on white.
+# Okabe and Ito's colours, distinct with any kind of colour vision; yellow is too faint on white.
 COLOURS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000')
 # Another number than of the colours, so that lines that share a colour differ in the marker.
 MARKERS = ('o', 's', '^', 'D', 'v', 'X', 'P', '*')
@@ -125,7 +125,7 @@ def lines(axes: Axes, curves: Sequence[Mapping[int, float]], title: str, xlabel:
         axes: The panel.
         curves: Values by place on the x axis; values that are not finite leave a gap.
         title: Title of the panel.
-        xlabel: Label of the x axis, whose ticks are whole numbers.
+        xlabel: Label of the x axis, whose ticks are integers.
 
     Returns:
         The lines, for a legend.

@@ -18,6 +18,7 @@ from mmengine.structures import InstanceData
 
 from mmfinetune.data.drawing import contact_sheet, draw_instances, side_by_side
 from mmfinetune.engine.transforms import scaled_truth
+from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.files import atomic_write_bytes
 
 # Of the grid of a batch: long side of a cell in px, and number of cells.
@@ -149,7 +150,7 @@ class TestPicturesHook(Hook):
         score_thr: Predictions below this score are not drawn.
     """
 
-    def __init__(self, num_images: int = 8, score_thr: float = 0.3) -> None:
+    def __init__(self, num_images: int = 8, score_thr: float = SCORE_THR) -> None:
         self.num_images = num_images
         self.score_thr = score_thr
         self._picker = Picker(())

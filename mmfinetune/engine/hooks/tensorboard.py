@@ -20,6 +20,7 @@ from mmfinetune.engine.runner import INITIAL_WEIGHTS
 from mmfinetune.engine.state import begin_epoch
 from mmfinetune.engine.vis_backends import TensorBoardBackend
 from mmfinetune.evaluation import tensorboard as curves
+from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.dist import bare_model
 
 _PAIR = 800  # px, long side of each of two pictures next to each other
@@ -44,7 +45,9 @@ class TensorBoardHook(Hook):
 
     priority = PRIORITY['TensorBoardHook']
 
-    def __init__(self, lr: bool = True, grad_norm: bool = True, pictures: int = 4, score_thr: float = 0.3) -> None:
+    def __init__(
+        self, lr: bool = True, grad_norm: bool = True, pictures: int = 4, score_thr: float = SCORE_THR
+    ) -> None:
         self.lr = lr
         self.grad_norm = grad_norm
         self.pictures = pictures
