@@ -17,22 +17,23 @@ KEYS = {
     'default_hooks.bad_numbers.factor': 'default_hooks.divergence.factor',
     'default_hooks.bad_numbers.window': 'default_hooks.divergence.window',
 }
-# Entries of `custom_hooks` that are entries of `default_hooks` now: name, type and the settings that stood for them.
+# Entries of `custom_hooks` that are entries of `default_hooks` now: its name, and the settings they stand for.
 # None: their work is done without a hook.
-HOOKS: dict[str, tuple[str, str, dict[str, Any]] | None] = {
+HOOKS: dict[str, tuple[str, dict[str, Any]] | None] = {
     'WeightTransferHook': None,
-    'GroupLrHook': ('tensorboard', 'TensorBoardHook', {'lr': True}),
-    'GradNormHook': ('tensorboard', 'TensorBoardHook', {'grad_norm': True}),
-    'BoardHook': ('tensorboard', 'TensorBoardHook', {}),
-    'BoardPicturesHook': ('tensorboard', 'TensorBoardHook', {'pictures': 4}),
-    'ResultsHook': ('results', 'ResultsHook', {}),
+    'GroupLrHook': ('tensorboard', {'lr': True}),
+    'GradNormHook': ('tensorboard', {'grad_norm': True}),
+    'BoardHook': ('tensorboard', {}),
+    'BoardPicturesHook': ('tensorboard', {'pictures': 4}),
+    'ResultsHook': ('results', {}),
     'SaveValidatedHook': None,
     'StopHook': None,
 }
-_SETTINGS = {'num_images': 'pictures'}
-_OFF = {'lr': False, 'grad_norm': False, 'pictures': 0}
-# A list with one of these is of an earlier release: what it does not name was left out on purpose.
-_RETIRED = HOOKS.keys() - {'ResultsHook'}
+# What they are without any of these.
+_PLAIN: dict[str, dict[str, Any]] = {
+    'tensorboard': {'type': 'TensorBoardHook', 'lr': False, 'grad_norm': False, 'pictures': 0},
+    'results': {'type': 'ResultsHook'},
+}
 # MMEngine adds these by itself unless they are None, and refuses None for others.
 _MMENGINE = ('runtime_info', 'timer', 'sampler_seed', 'logger', 'param_scheduler', 'checkpoint')
 
@@ -47,19 +48,10 @@ def rename_keys(pairs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def translate(cfg: Config) -> Message | None:
-    """Rewrite the old names of a config in place.
-
-    Returns:
-        A note on what was found; None for nothing.
-    """
+    """Rewrite the old names of a config in place; a note on them, if there are any."""
     found = _rename_types(cfg) + _move_settings(cfg) + _move_hooks(cfg)
-    if not found:
-        return None
-    return Message(
-        'config-old-names',
-        'the config has names of an earlier release, which will be removed in the next: {names}',
-        names=', '.join(dict.fromkeys(found)),
-    )
+    text = 'the config has names of an earlier release, which will be removed in the next: {names}'
+    return Message('config-old-names', text, names=', '.join(dict.fromkeys(found))) if found else None
 
 
 def drop_removed(cfg: Config) -> None:
@@ -70,15 +62,12 @@ def drop_removed(cfg: Config) -> None:
 
 
 def _rename_types(cfg: Config) -> list[str]:
-    found = []
-    visualizer = cfg.get('visualizer') or {}
-    hooks = (cfg.get('default_hooks') or {}).values()
-    places = [*hooks, *(cfg.get('custom_hooks') or ()), *(visualizer.get('vis_backends') or ())]
-    places += cfg.get('vis_backends') or []
-    for node in places:
-        if isinstance(node, dict) and node.get('type') in TYPES:
-            found.append(node['type'])
-            node['type'] = TYPES[node['type']]
+    backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
+    nodes = [*(cfg.get('default_hooks') or {}).values(), *backends, *(cfg.get('vis_backends') or [])]
+    old = [node for node in nodes if isinstance(node, dict) and node.get('type') in TYPES]
+    found = [node['type'] for node in old]
+    for node in old:
+        node['type'] = TYPES[node['type']]
     return found
 
 
@@ -87,30 +76,24 @@ def _move_settings(cfg: Config) -> list[str]:
     if 'bad_numbers' not in hooks:
         return []
     old = hooks.pop('bad_numbers')
-    if old is None:
-        hooks.update(nonfinite=None, divergence=None)
-    else:
-        watch = {key: old.pop(key) for key in ('factor', 'window') if key in old}
-        hooks['nonfinite'] = {'type': 'NonFiniteHook', **(hooks.get('nonfinite') or {}), **old}
-        hooks['divergence'] = {'type': 'DivergenceHook', **(hooks.get('divergence') or {}), **watch}
+    watch = {key: old.pop(key) for key in ('factor', 'window') if old and key in old}
+    for name, kind, given in (('nonfinite', 'NonFiniteHook', old), ('divergence', 'DivergenceHook', watch)):
+        hooks[name] = None if old is None else {'type': kind, **(hooks.get(name) or {}), **given}
     return ['default_hooks.bad_numbers']
 
 
 def _move_hooks(cfg: Config) -> list[str]:
     old = [hook for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict) and hook.get('type') in HOOKS]
-    if not any(hook['type'] in _RETIRED for hook in old):
+    if not {hook['type'] for hook in old} - {'ResultsHook'}:
         return []
-    moved: dict[str, dict[str, Any]] = {}
+    # A list of an earlier release: what it does not name was left out on purpose.
+    moved: dict[str, Any] = dict.fromkeys(_PLAIN)
     for hook in old:
         target = HOOKS[hook['type']]
         if target is not None:
-            name, kind, settings = target
-            given = {_SETTINGS.get(str(key), str(key)): value for key, value in hook.items() if key != 'type'}
-            moved.setdefault(name, {'type': kind, **(_OFF if name == 'tensorboard' else {})}).update(
-                {**settings, **given}
-            )
-    hooks = cfg.setdefault('default_hooks', {})
-    for name in ('tensorboard', 'results'):
-        hooks[name] = moved.get(name)
+            name, settings = target
+            given = {'pictures' if key == 'num_images' else key: hook[key] for key in hook if key != 'type'}
+            moved[name] = {**(moved[name] or _PLAIN[name]), **settings, **given}
+    cfg.setdefault('default_hooks', {}).update(moved)
     cfg.custom_hooks = [hook for hook in cfg.custom_hooks if hook not in old]
     return [hook['type'] for hook in old]

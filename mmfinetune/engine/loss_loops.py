@@ -71,10 +71,9 @@ def _features(model: BaseDetector, features: tuple[torch.Tensor, ...]) -> Iterat
 class _LossLoop:
     """What both loops do: predict, and take the loss from the same features.
 
-    The loss is that of training (the model's ``loss``, with its assigners and samplers), in eval
-    mode and without gradient, of each image by itself. Samplers are seeded by the image id, so that
-    neither batch size nor the number of processes nor the order changes what is drawn, and the
-    random state of training stays as it is.
+    The loss is that of training (the model's ``loss``, with its assigners and samplers), in eval mode and without
+    gradient, of each image by itself. Samplers are seeded by the image id, so that neither batch size nor the number of
+    processes nor the order changes what is drawn, and the random state of training stays as it is.
 
     Args:
         loss: Whether to compute it.

@@ -42,33 +42,20 @@ class InstanceCocoMetric(CocoMetric):
 
     def __init__(self, *args, engine: str = 'hotcoco', **kwargs) -> None:
         super().__init__(*args, **kwargs)
+        name, wrong, known = type(self).__name__, sorted(set(self.metrics) - {'bbox', 'segm'}), ', '.join(ENGINES)
         if engine not in ENGINES:
+            text = 'engine of {metric} is {engine!r}'
             raise UserError(
-                'metric-engine',
-                'engine of {metric} is {engine!r}',
-                hint='choose one of {known}',
-                metric=type(self).__name__,
-                engine=engine,
-                known=', '.join(ENGINES),
+                'metric-engine', text, hint='choose one of {known}', metric=name, engine=engine, known=known
             )
-        wrong = sorted(set(self.metrics) - {'bbox', 'segm'})
         if wrong:
-            raise UserError(
-                'metric-kind',
-                'metric of {metric} has {wrong}',
-                hint="use 'bbox', 'segm' or both",
-                metric=type(self).__name__,
-                wrong=', '.join(wrong),
-            )
+            text = 'metric of {metric} has {wrong}'
+            raise UserError('metric-kind', text, hint="use 'bbox', 'segm' or both", metric=name, wrong=', '.join(wrong))
         truth = truth_of(self)
         if truth is None:
             # mmdet would convert what the data loader gives, and count and round it in its own way.
-            raise UserError(
-                'metric-without-truth',
-                '{metric} has no ann_file',
-                hint="set ann_file to the data set's annotation file",
-                metric=type(self).__name__,
-            )
+            hint = "set ann_file to the data set's annotation file"
+            raise UserError('metric-without-truth', '{metric} has no ann_file', hint=hint, metric=name)
         self.truth = truth
         self.cat_ids: list[int] = []
         self.img_ids: list[int] = []
@@ -87,9 +74,8 @@ class InstanceCocoMetric(CocoMetric):
 
     def evaluate_rows(self, rows: list[dict], iou_type: str) -> coco_eval.Scores:
         """Run the engine on COCO result rows of one kind."""
-        return coco_eval.evaluate(
-            self.truth.dataset, rows, iou_type, self.engine, self.cat_ids, self.img_ids, self.iou_thrs
-        )
+        truth, ids = self.truth.dataset, (self.cat_ids, self.img_ids)
+        return coco_eval.evaluate(truth, rows, iou_type, self.engine, *ids, self.iou_thrs)
 
     def _read_ids(self) -> None:
         if not self.cat_ids:

@@ -19,11 +19,10 @@ REST = 'rest'
 class LayeredOptimWrapperConstructor:
     """Builds one param group per key of ``paramwise_cfg.custom_keys``.
 
-    MMEngine's default constructor makes one group per *parameter* (about 160 for a Mask R-CNN),
-    which hides the learning rates and keeps foreach updates from batching. Here a key is a module
-    prefix (``backbone``, ``roi_head.mask_head``), the longest that fits wins, and the group
-    carries the key as its ``name``. Parameters that no key covers make a group ``rest`` with the
-    base learning rate. Frozen parameters are left out.
+    MMEngine's default constructor makes one group per *parameter* (about 160 for a Mask R-CNN), which hides the
+    learning rates and keeps foreach updates from batching. Here a key is a module prefix (``backbone``,
+    ``roi_head.mask_head``), the longest that fits wins, and the group carries the key as its ``name``. Parameters that
+    no key covers make a group ``rest`` with the base learning rate. Frozen parameters are left out.
 
     Args:
         optim_wrapper_cfg: Config of the wrapper, with ``optimizer``.
@@ -37,12 +36,8 @@ class LayeredOptimWrapperConstructor:
         self.optim_wrapper_cfg = optim_wrapper_cfg.copy()
         self.custom_keys = dict((paramwise_cfg or {}).get('custom_keys', {}))
         unknown = [f'paramwise_cfg.{k}' for k in (paramwise_cfg or {}) if k != 'custom_keys']
-        unknown += [
-            f'paramwise_cfg.custom_keys.{key}.{k}'
-            for key, mult in self.custom_keys.items()
-            for k in mult
-            if k not in ('lr_mult', 'decay_mult')
-        ]
+        for key, mult in self.custom_keys.items():
+            unknown += [f'paramwise_cfg.custom_keys.{key}.{k}' for k in mult if k not in ('lr_mult', 'decay_mult')]
         if unknown:
             raise UserError(
                 'optim-unknown-settings',
@@ -113,18 +108,17 @@ class GuardedUpdate(OptimWrapper):
         self.backward(self.scale_loss(loss * factor))
         if not self.should_update():
             return
-        groups = {
-            group.get('name', f'group {i}'): [p.grad for p in group['params'] if p.grad is not None]
-            for i, group in enumerate(self.optimizer.param_groups)
-        }
+        groups = [[p.grad for p in g['params'] if p.grad is not None] for g in self.optimizer.param_groups]
         scaler = getattr(self, 'loss_scaler', None)  # AmpOptimWrapper's
         self.scaled = scaler is not None and scaler.is_enabled()
         scale = scaler.get_scale() if scaler is not None else 1.0
-        norm = float(torch.nn.utils.get_total_norm([g for gradients in groups.values() for g in gradients]))
+        norm = float(torch.nn.utils.get_total_norm([gradient for group in groups for gradient in group]))
         if math.isfinite(norm):
             self.grad_norm = norm / scale
         else:
-            bad = [name for name, gradients in groups.items() if not all(torch.isfinite(g).all() for g in gradients)]
+            names = [g.get('name', f'group {i}') for i, g in enumerate(self.optimizer.param_groups)]
+            pairs = zip(names, groups, strict=True)
+            bad = [name for name, group in pairs if not all(torch.isfinite(gradient).all() for gradient in group)]
             # The norm of scaled gradients may overflow although none of them does.
             self.refused = None if self.scaled and not bad else bad
         if self.refused is None or self.scaled:

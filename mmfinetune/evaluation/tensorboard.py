@@ -32,18 +32,8 @@ _TIMES = {
 _AP_CLASS = {'segm': 'AP_class', 'bbox': 'AP_class_bbox'}
 
 # The x axis of each tag, by how the tag begins: it says which points a resumed run writes again.
-_BY_EPOCH = (
-    'val/',
-    'mAP/',
-    'AR/',
-    'AP_class/',
-    'AP_class_bbox/',
-    'best/',
-    'time/val_',
-    'loss/val',
-    EPOCH_LOSS,
-    VAL_IMAGES,
-)
+_BY_EPOCH = ('val/', 'mAP/', 'AR/', 'AP_class/', 'AP_class_bbox/', 'best/', 'time/val_', 'loss/val')
+_BY_EPOCH += (EPOCH_LOSS, VAL_IMAGES)
 _BY_STEP = ('train/', 'lr/', 'time/', 'gpu/', 'loss/train')
 # Written at the start of each part of a run: with its step, or again for the whole run.
 _AT_START = (CONFIG, TRAIN_BATCH)
@@ -161,15 +151,14 @@ def fenced(text: str, language: str = '') -> str:
 def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
     """Remove from event files what a run wrote after the checkpoint that it is resumed from.
 
-    ``SummaryWriter(purge_step=…)`` does not: training is plotted by step and validation by epoch, it purges by step
-    alone, only what a running TensorBoard has in memory, and other readers would meet the points twice. The resumed run
-    writes its layout, hyperparameters and config again. The damaged end of a file, as a killed writer leaves it, goes
-    too.
+    ``SummaryWriter(purge_step=…)`` purges by step, while validation is plotted by epoch, and only what a running
+    TensorBoard has in memory. The resumed run writes its layout, hyperparameters and config again. The damaged end of a
+    file, as a killed writer leaves it, is removed too.
 
     Args:
-        folder: With the event files; it need not exist.
+        folder: Folder of the event files; it need not exist.
         step: Training steps of the checkpoint.
-        epoch: The step of its validation, in epochs as a rule.
+        epoch: Step of its validation, by default in epochs.
 
     Returns:
         The last point that is left of each tag: its step and, of a scalar, its value.
@@ -183,7 +172,7 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
     def keep(event: Event) -> list[Summary.Value] | None:
         nonlocal over
         # What has an unknown axis goes by its place: events are in the order of time.
-        over = over or _is_after(event, step)
+        over = over or (event.step > step and any(_axis(v.tag) == 'step' for v in event.summary.value))
         values = [v for v in event.summary.value if _stays(v, event.step, step, epoch)]
         if over or (event.HasField('summary') and not values):
             return None
@@ -192,10 +181,6 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
 
     event_files.rewrite(folder, keep)
     return last
-
-
-def _is_after(event: Event, step: int) -> bool:
-    return event.step > step and any(_axis(value.tag) == 'step' for value in event.summary.value)
 
 
 def _stays(value: Summary.Value, at: int, step: int, epoch: int) -> bool:

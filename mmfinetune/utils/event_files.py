@@ -55,22 +55,17 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise UserError(
-            'event-file-unreadable',
-            '{path}: cannot be read: {why}',
-            hint='fix its permissions, or move it away',
-            path=path,
-            why=error.strerror or error,
-        ) from error
+        text, hint = '{path}: cannot be read: {why}', 'fix its permissions, or move it away'
+        why = error.strerror or str(error)
+        raise UserError('event-file-unreadable', text, hint=hint, path=path, why=why) from error
 
 
 def read_records(data: bytes) -> Iterator[tuple[bytes, Event]]:
     """The records of an event file with what they hold, up to the first that is damaged.
 
-    A record is its length (uint64), the checksum of that (uint32), the event, and its checksum;
-    see ``tensorboard.summary.writer.record_writer``. TensorBoard's reader computes all checksums
-    in Python, which takes seconds for files with pictures. Here it is only that of the last event,
-    which a killed writer may have left half written.
+    A record is its length (uint64), the checksum of that (uint32), the event, and its checksum; see
+    ``tensorboard.summary.writer.record_writer``. TensorBoard's reader computes all checksums in Python, which takes
+    seconds for files with pictures. Here it is only that of the last event, which a killed writer may leave incomplete.
     """
     from google.protobuf.message import DecodeError
     from tensorboard.compat.proto.event_pb2 import Event

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import pytest
@@ -123,7 +122,8 @@ def test_every_name_of_the_table_is_known():
     from mmdet.registry import HOOKS
     from mmengine.registry import VISBACKENDS
 
-    kinds = {entry[1] for entry in old_names.HOOKS.values() if entry} | set(old_names.TYPES.values())
-    assert all(HOOKS.get(kind) or VISBACKENDS.get(kind) for kind in kinds)
-    default = set(re.findall(r'^    (\w+)=dict', (CONFIGS / '_base_/runtime.py').read_text(), re.MULTILINE))
-    assert {entry[0] for entry in old_names.HOOKS.values() if entry} <= default
+    default = load.load(FLAT).default_hooks
+    for name, plain in old_names._PLAIN.items():
+        assert HOOKS.get(plain['type']) and default[name].type == plain['type'] and plain.keys() <= default[name].keys()
+    assert all(HOOKS.get(kind) or VISBACKENDS.get(kind) for kind in old_names.TYPES.values())
+    assert {entry[0] for entry in old_names.HOOKS.values() if entry} == old_names._PLAIN.keys()

@@ -43,17 +43,11 @@ class DivergenceHook(Hook):
         median = statistics.median(self._recent) if len(self._recent) >= self.window // 2 else math.inf
         if value > self.factor * median > 0:
             self._warned = True
-            warn(
-                Message(
-                    'diverging',
-                    'Step {step}: the loss {loss:.4g} is {times:.0f} times the median of the last {steps} steps. '
-                    'The run may diverge (lr {lr:g}). Likely causes: {causes}.',
-                    step=runner.iter + 1,
-                    loss=value,
-                    times=value / median,
-                    steps=len(self._recent),
-                    lr=max(group['lr'] for group in runner.optim_wrapper.optimizer.param_groups),
-                    causes=CAUSES,
-                )
+            facts = {'step': runner.iter + 1, 'loss': value, 'times': value / median, 'steps': len(self._recent)}
+            facts['lr'] = max(group['lr'] for group in runner.optim_wrapper.optimizer.param_groups)
+            text = (
+                'Step {step}: the loss {loss:.4g} is {times:.0f} times the median of the last {steps} steps. '
+                'The run may diverge (lr {lr:g}). Likely causes: {causes}.'
             )
+            warn(Message('diverging', text, causes=CAUSES, **facts))
         self._recent.append(value)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,9 @@ class NonFiniteHook(Hook):
     """Stops at, or skips, an update whose loss or gradient is NaN or infinite, on all processes alike.
 
     During training `GuardedUpdate` is mixed into the class of the run's optimizer wrapper, whatever its type in the
-    config, and makes no such update; this hook says what follows. Loss terms, learning rates and images go to ``<work_dir>/bad_batch.json``. Under fp16 an infinite gradient is left to the
-    gradient scaler, unless a loss is not finite or it happens 20 times in a row.
+    config, and makes no such update; this hook decides what follows. Loss terms, learning rates and images go to
+    ``<work_dir>/bad_batch.json``. Under fp16 an infinite gradient is left to the gradient scaler, unless a loss is not
+    finite or it happens 20 times in a row.
 
     Args:
         nan_policy: ``'stop'``; or ``'skip'``: weights, optimizer and BN statistics stay as they were before the
@@ -43,12 +44,8 @@ class NonFiniteHook(Hook):
 
     def __init__(self, nan_policy: str = 'stop', max_skips: int = 10) -> None:
         if nan_policy not in ('stop', 'skip'):
-            raise UserError(
-                'nonfinite-policy',
-                'default_hooks.nonfinite.nan_policy is {policy!r}',
-                hint="pass 'stop' or 'skip'",
-                policy=nan_policy,
-            )
+            text = 'default_hooks.nonfinite.nan_policy is {policy!r}'
+            raise UserError('nonfinite-policy', text, hint="use 'stop' or 'skip'", policy=nan_policy)
         self.nan_policy = nan_policy
         self.max_skips = max_skips
         self._skips = 0  # updates in a row that were not made
@@ -60,12 +57,9 @@ class NonFiniteHook(Hook):
     def before_train(self, runner) -> None:
         wrapper: OptimWrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict):
-            raise UserError(
-                'nonfinite-many-optimizers',
-                'default_hooks.nonfinite cannot guard several optimizers',
-                hint='set default_hooks.nonfinite=None',
-            )
-        # Whatever its type in the config; MMEngine builds it before any hook is called, and schedulers know it by then.
+            text = 'default_hooks.nonfinite cannot guard several optimizers'
+            raise UserError('nonfinite-many-optimizers', text, hint='set default_hooks.nonfinite=None')
+        # MMEngine builds it before any hook is called, and schedulers know it by then.
         wrapper.__class__ = guarded(type(wrapper))
 
     def after_train(self, runner) -> None:
@@ -88,23 +82,16 @@ class NonFiniteHook(Hook):
             kept.copy_(buffer)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        images = [
-            {'img_id': sample.metainfo.get('img_id'), 'img_path': sample.metainfo.get('img_path')}
-            for sample in (data_batch or {}).get('data_samples', ())
-        ]
+        samples = (data_batch or {}).get('data_samples', ())
+        images = [{key: sample.metainfo.get(key) for key in ('img_id', 'img_path')} for sample in samples]
         self._images += images
         loss = loss_of(outputs)
         if loss is not None and not math.isfinite(loss):
             terms = {name: float(value) for name, value in outputs.items() if 'loss' in name and name != 'loss'}
-            self._bad_losses.append(
-                {
-                    'rank': get_rank(),
-                    'step': runner.iter + 1,
-                    'losses': {name: repr(value) for name, value in terms.items()},
-                    'bad': [f'{name} = {value}' for name, value in terms.items() if not math.isfinite(value)],
-                    'images': images,
-                }
-            )
+            bad = [f'{name} = {value}' for name, value in terms.items() if not math.isfinite(value)]
+            losses = {name: repr(value) for name, value in terms.items()}
+            note = {'rank': get_rank(), 'step': runner.iter + 1, 'bad': bad, 'losses': losses, 'images': images}
+            self._bad_losses.append(note)
             for name in outputs:
                 # For the step an entry that no mean counts: one such loss would make that of its epoch NaN.
                 runner.message_hub.update_scalar(f'train/{name}', 0.0 if 'loss' in name else math.nan, count=0)
@@ -117,23 +104,27 @@ class NonFiniteHook(Hook):
 
     def _stop_or_skip(self, runner) -> None:
         losses, images = zip(*all_gather_object((self._bad_losses, self._images)), strict=True)
-        bad_losses = [loss for of_rank in losses for loss in of_rank]
+        bad_losses, wrapper = list(itertools.chain(*losses)), runner.optim_wrapper
         self._skips += 1
-        scale_alone = runner.optim_wrapper.scaled and not bad_losses
+        scale_alone = wrapper.scaled and not bad_losses
         if scale_alone and self._skips < _SCALER_SKIPS:
             return
-        what = self._what(bad_losses, runner.optim_wrapper.refused, scale_alone)
-        suspects = [i for loss in bad_losses for i in loss['images']] or [i for of_rank in images for i in of_rank]
+        what = self._what(bad_losses, wrapper.refused, scale_alone)
+        suspects = [image for loss in bad_losses for image in loss['images']] or list(itertools.chain(*images))
         path = Path(runner.work_dir) / BAD_BATCH
-        facts: dict[str, Any] = {'step': runner.iter + 1, 'epoch': runner.epoch + 1, 'what': what, 'path': path}
+        facts: dict[str, Any] = {'step': runner.iter + 1, 'epoch': runner.epoch + 1, 'what': what}
         if is_main_process():
-            _write(path, runner, facts, bad_losses, suspects)
+            rates = {group.get('name', str(i)): group['lr'] for i, group in enumerate(wrapper.optimizer.param_groups)}
+            note = {**facts, 'bad_losses': bad_losses, 'lr': rates, 'images': suspects}
+            atomic_write_json(path, json.loads(json.dumps(note, default=str)), indent=1)
+        facts['path'] = path
         if self.nan_policy == 'skip' and not scale_alone and self._skips < self.max_skips:
             for buffer, kept in self._buffers:
                 buffer.copy_(kept)
             warn(Message('nonfinite-skipped', 'Step {step} (epoch {epoch}) is skipped: {what} (see {path})', **facts))
             return
         problems = [str(image['img_path'] or image['img_id']) for image in suspects]
+        facts['causes'] = CAUSES
         if self.nan_policy == 'skip':
             raise UserError(
                 'nonfinite-skips',
@@ -142,7 +133,6 @@ class NonFiniteHook(Hook):
                 problems=problems,
                 hint='likely causes: {causes}',
                 skips=self._skips,
-                causes=CAUSES,
                 **facts,
             )
         raise UserError(
@@ -150,7 +140,6 @@ class NonFiniteHook(Hook):
             'Step {step} (epoch {epoch}): {what}. The weights are those before the step. Its images (also in {path}):',
             problems=problems,
             hint='likely causes: {causes}. To skip such steps: --cfg-options default_hooks.nonfinite.nan_policy=skip',
-            causes=CAUSES,
             **facts,
         )
 
@@ -163,16 +152,3 @@ class NonFiniteHook(Hook):
             return Message('nonfinite-at-any-scale', text, times=self._skips)
         text = 'the gradient is not finite, in {groups}'
         return Message('nonfinite-gradient', text, groups=', '.join(groups) or 'its norm alone')
-
-
-def _write(path: Path, runner, facts: Mapping[str, Any], bad_losses: list[dict], images: list[dict]) -> None:
-    groups = runner.optim_wrapper.optimizer.param_groups
-    note = {
-        'step': facts['step'],
-        'epoch': facts['epoch'],
-        'what': str(facts['what']),
-        'bad_losses': bad_losses,
-        'lr': {group.get('name', str(i)): group['lr'] for i, group in enumerate(groups)},
-        'images': images,
-    }
-    atomic_write_json(path, json.loads(json.dumps(note, default=str)), indent=1)
