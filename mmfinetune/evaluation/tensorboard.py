@@ -32,8 +32,8 @@ _TIMES = {
 _AP_CLASS = {'segm': 'AP_class', 'bbox': 'AP_class_bbox'}
 
 # The x axis of each tag, by how the tag begins: it says which points a resumed run writes again.
-_BY_EPOCH = ('val/', 'mAP/', 'AR/', 'AP_class/', 'AP_class_bbox/', 'best/', 'time/val_', 'loss/val')
-_BY_EPOCH += (EPOCH_LOSS, VAL_IMAGES)
+_METRICS = ('val/', 'mAP/', 'AR/', 'AP_class/', 'AP_class_bbox/', 'best/')
+_BY_EPOCH = (*_METRICS, 'time/val_', 'loss/val', EPOCH_LOSS, VAL_IMAGES)
 _BY_STEP = ('train/', 'lr/', 'time/', 'gpu/', 'loss/train')
 # Written at the start of each part of a run: with its step, or again for the whole run.
 _AT_START = (CONFIG, TRAIN_BATCH)

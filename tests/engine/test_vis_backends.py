@@ -357,6 +357,7 @@ def test_tensorboard_shows_all_of_it(site, server):
         },
     )['sessionGroups']
     (group,) = groups
+    weights = next((site / 'pretrain').glob('*.pth'))
     assert group['hparams'] == {
         'lr': 0.02,
         'optimizer': 'SGD',
@@ -366,7 +367,8 @@ def test_tensorboard_shows_all_of_it(site, server):
         'epochs': 2.0,
         'seed': 0.0,
         'head_init': 'reinit',
-        'weights': next((site / 'pretrain').glob('*.pth')).name,
+        'weights': weights.name,
+        'weights_sha256': weights.stem[-8:],  # its name ends with it
     }
     metrics = {value['name']['tag']: (value['trainingStep'], value['value']) for value in group['metricValues']}
     assert set(metrics) == {*HIGHER, *map(best_tag, HIGHER)}

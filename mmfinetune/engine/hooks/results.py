@@ -270,11 +270,10 @@ def _setup(runner: Runner) -> dict[str, str]:
     recipe = runner.cfg.get('weights') or {}
     file = recipe.get('checkpoint')
     device = next(runner.model.parameters()).device
-    name = (
-        torch.cuda.get_device_name(device)
-        if device.type == 'cuda'
-        else f'{platform.machine()}, {torch.get_num_threads()} threads'
-    )
+    name = f'{platform.machine()}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    versions = [f'{module.__name__} {module.__version__}' for module in (mmfinetune, mmdet, mmengine, torch)]
     rows = {'weights': _weights(runner, file) if file else _initial(runner.cfg)}
     if file and recipe.get('head_init'):
         rows['heads'] = recipe['head_init']
@@ -287,16 +286,7 @@ def _setup(runner: Runner) -> dict[str, str]:
         **rows,
         'seed': str(runner.seed),
         'device': f'{get_world_size()} × {device.type} ({name})',
-        'versions': ', '.join(
-            f'{name} {version}'
-            for name, version in (
-                ('mmfinetune', mmfinetune.__version__),
-                ('mmdet', mmdet.__version__),
-                ('mmengine', mmengine.__version__),
-                ('torch', torch.__version__),
-                ('Python', platform.python_version()),
-            )
-        ),
+        'versions': ', '.join([*versions, f'Python {platform.python_version()}']),
     }
 
 
