@@ -73,16 +73,24 @@ def flatten(path: str | Path) -> str:
     return f'# The resolved settings of {Path(path).name}, without _base_.\n\n{text}\n'
 
 
+def require_new(path: Path, overwrite: bool) -> None:
+    """Refuse a file that exists, unless it may be replaced."""
+    if path.exists() and not overwrite:
+        raise UserError(
+            'config-exists',
+            '{path} already exists',
+            hint='name another file, or replace it with --overwrite',
+            path=str(path),
+        )
+
+
 def write(path: Path, text: str, overwrite: bool = False) -> None:
     """Write a config file.
 
     Raises:
-        UserError: It exists and is not to be replaced, or cannot be written.
+        UserError: It exists and may not be replaced, or cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise UserError(
-            'config-exists', '{path} already exists', hint='name another file, or pass --overwrite', path=str(path)
-        )
+    require_new(path, overwrite)
     atomic_write_text(path, text)
 
 

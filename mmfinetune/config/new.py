@@ -1,4 +1,4 @@
-"""Write a short config for a data set of one's own, its numbers worked out from the data."""
+"""Write a short config for your own data, its numbers worked out from the data."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune.config import load, paths, sizing
+from mmfinetune.config import flatten, load, paths, sizing
 from mmfinetune.data import coco_json
 from mmfinetune.data.layout import SPLITS, Prepared, file_name
 from mmfinetune.data.preflight import read_split
@@ -23,12 +23,11 @@ if TYPE_CHECKING:
     from mmengine.config import Config
 
 
-MAX_LINES = 29
 WIDTH = 100
-# What mmdet drops silently, a setting of the VOC base: images with a side under 32 px.
+# mmdet leaves out images with a side under 32 px without a word, as the VOC base sets it.
 _MIN_SIZE = 32
 FLIPS = ('horizontal', 'vertical', 'diagonal')  # the names of mmdet's RandomFlip
-_SUITABLE = 'take another --base, such as configs/mask_rcnn_voc_pretrained.py'
+_SUITABLE = 'use another --base, such as configs/mask_rcnn_voc_pretrained.py'
 
 
 @dataclass(frozen=True)
@@ -39,32 +38,53 @@ class Written:
     lines: list[str]
 
 
+@dataclass(frozen=True)
+class Places:
+    """Names and paths as they stand in the config.
+
+    Attributes:
+        name: Name of the work dir.
+        base: ``_base_``.
+        config: Path of the config, for the command at its top.
+        root: Data folder, with a slash at its end.
+        prefix: Folder of the images in ``root``, with a slash at its end, or ''.
+        splits: Splits that have an annotation file.
+    """
+
+    name: str
+    base: str
+    config: str
+    root: str
+    prefix: str
+    splits: Sequence[str]
+
+
 def write(
     root: Path,
     name: str,
     out: Path | None = None,
     base: Path = Path('configs/mask_rcnn_voc_pretrained.py'),
-    images_per_gpu: int | None = None,
+    batch_size: int | None = None,
     epochs: int | None = None,
     flip: Sequence[str] = (),
     overwrite: bool = False,
 ) -> Written:
-    """Write a config of under 30 lines for the data in a folder, and make sure that it loads.
+    """Write a short config for the data in a folder, and make sure that it loads.
 
     Args:
         root: Folder with ``annotations/instances_{train,val[,test]}.json`` and ``images/``.
-        name: Of the config and of its work dir.
+        name: Name of the config and of its work dir.
         out: The file (default: ``configs/<name>.py``).
         base: Config to inherit from.
-        images_per_gpu: Default: the base's.
-        epochs: Default: worked out, see `sizing.plan_schedule`.
-        flip: Directions of random flips, of `FLIPS`; default: the base's.
+        batch_size: Images per step on one GPU (default: the base's).
+        epochs: Length of the training (default: worked out, see `sizing.plan_schedule`).
+        flip: Directions of random flips, from `FLIPS` (default: the base's).
         overwrite: Whether to replace the file.
 
     Raises:
         UserError: Bad arguments, or data that cannot be trained on; nothing is written then.
     """
-    out = _check_arguments(name, out, base, images_per_gpu, epochs, overwrite)
+    out = _checked_out(name, out, base, overwrite)
     data = Prepared(root)
     files = data.splits()
     base_cfg = load.load(base)
@@ -73,20 +93,10 @@ def write(
         prefix = data.image_prefix([statistics.first_image])
         for file in files.values():
             read_split(file, root / prefix, statistics.classes)
-    text, lines = compose(
-        base_cfg,
-        statistics,
-        base=_base_path(base, out),
-        run=_from_here(out),
-        root=f'{_from_here(root).rstrip("/")}/',
-        name=name,
-        prefix=prefix,
-        splits=list(files),
-        images_per_gpu=images_per_gpu,
-        epochs=epochs,
-        flip=list(dict.fromkeys(flip)),
-    )
-    # Beside the file, since its base may be named relative to it; and not in its place yet.
+    folder = f'{_from_here(root).rstrip("/")}/'
+    places = Places(name, _base_path(base, out), _from_here(out), folder, prefix, list(files))
+    text, lines = compose(base_cfg, statistics, places, batch_size, epochs, list(dict.fromkeys(flip)))
+    # Next to the file, since its base may be named relative to it; and not in its place yet.
     trial = out.with_name(f'new_config_{os.getpid()}_{out.name}')
     try:
         atomic_write_text(trial, text)
@@ -98,44 +108,38 @@ def write(
     return Written(out, lines)
 
 
-def _check_arguments(
-    name: str, out: Path | None, base: Path, images_per_gpu: int | None, epochs: int | None, overwrite: bool
-) -> Path:
-    """What can be said without looking at the data; returns the file to write."""
+def _checked_out(name: str, out: Path | None, base: Path, overwrite: bool) -> Path:
+    """The file to write, after what can be said without looking at the data."""
     if not re.fullmatch(r'\w[\w-]*', name):
-        near = re.sub(r'\W+', '_', name).strip('_')
         raise UserError(
-            f'--name {name!r}: a name has letters, digits, _ and - only',
-            cure=f'e.g. --name {near}' if near else 'e.g. --name tiles',
+            'new-config-name',
+            '--name {name!r}: a name has letters, digits, _ and - only',
+            hint='e.g. --name {near}',
+            name=name,
+            near=re.sub(r'\W+', '_', name).strip('_') or 'tiles',
         )
-    wrong = [
-        f'{flag} {value}'
-        for flag, value in (('--images-per-gpu', images_per_gpu), ('--epochs', epochs))
-        if value is not None and value < 1
-    ]
-    if wrong:
-        raise UserError('These must be 1 or more:', wrong)
     out = out or Path('configs') / f'{name}.py'
     if out.suffix != '.py':
-        raise UserError(f'--out {out}: the name of a config ends in .py', cure=f'e.g. --out {out.with_suffix(".py")}')
+        raise UserError(
+            'new-config-suffix',
+            '--out {path}: the name of a config ends in .py',
+            hint='e.g. --out {near}',
+            path=str(out),
+            near=str(out.with_suffix('.py')),
+        )
     if out.exists() and base.exists() and out.samefile(base):
-        raise UserError(f'{out} would inherit from itself', cure='take another --name or --out')
-    if out.exists() and not overwrite:
-        raise UserError(f'{out} is there already', cure='take another --name or --out, or replace it with --overwrite')
+        raise UserError(
+            'new-config-own-base', '{path} would inherit from itself', hint='use another --name or --out', path=str(out)
+        )
+    flatten.require_new(out, overwrite)
     return out
 
 
 def compose(
     base_cfg: Config,
     statistics: Statistics,
-    *,
-    base: str,
-    run: str,
-    root: str,
-    name: str,
-    prefix: str,
-    splits: Sequence[str],
-    images_per_gpu: int | None = None,
+    places: Places,
+    batch_size: int | None = None,
     epochs: int | None = None,
     flip: Sequence[str] = (),
 ) -> tuple[str, list[str]]:
@@ -143,16 +147,11 @@ def compose(
 
     Args:
         base_cfg: The loaded base.
-        statistics: Of the data.
-        base: What to write as ``_base_``.
-        run: The config's path, for the command at its top.
-        root: Data folder, with a slash at its end.
-        name: Of the work dir.
-        prefix: Folder of the images in ``root``, with a slash at its end, or ''.
-        splits: Those there are.
-        images_per_gpu: Or None for the base's.
-        epochs: Or None.
-        flip: Directions, or none for the base's.
+        statistics: Statistics of the data.
+        places: Names and paths to write.
+        batch_size: Images per step on one GPU, or None for the base's.
+        epochs: Length of the training, or None.
+        flip: Directions of random flips, or none for the base's.
 
     Raises:
         UserError: The base lacks what is to be changed.
@@ -161,91 +160,80 @@ def compose(
     images = statistics.images['train']
     empty = images - statistics.with_objects
     negatives = 0 < empty <= statistics.with_objects
-    batch_size = images_per_gpu or base_cfg.train_dataloader['batch_size']
     schedule = sizing.plan_schedule(
         images if negatives else statistics.with_objects,
         statistics.images['val'],
-        batch_size,
+        batch_size or base_cfg.train_dataloader['batch_size'],
         base_cfg.train_cfg['max_epochs'],
         base_cfg.get('param_scheduler') or [],
         epochs,
     )
     resizes = dict(_resizes(base_cfg))
-    generator = base_cfg.model['rpn_head']['anchor_generator']
-    scale = (
-        sizing.plan_scale(statistics, next(iter(resizes.values())), generator['scales'], generator['strides'])
-        if resizes
-        else None
-    )
+    scale = None
+    if resizes:
+        anchors = base_cfg.model['rpn_head']['anchor_generator']
+        scale = sizing.plan_scale(statistics, next(iter(resizes.values())), anchors['scales'], anchors['strides'])
     notes = [
         f'{len(statistics.classes):,} classes, {images:,} training images, {len(statistics.objects):,} objects',
-        scale.why if scale else 'Input size: left as it is, the base has no Resize to a box.',
+        scale.why if scale else 'Input size: that of the base, which has no Resize to a box.',
         schedule.why,
     ]
+    about_empty = []
     if empty:
-        notes.append(
-            f'{empty:,} training images without annotations: '
-            + (
-                'trained on as well, to learn what is no object.'
-                if negatives
-                else 'left out, being more than those with.'
-            )
-        )
+        fate = 'left out, being more than those with.'
+        if negatives:
+            fate = 'trained on as well, to learn what is not an object.'
+        about_empty = [f'{empty:,} training images without annotations: {fate}']
     parts = [
-        _head(statistics, schedule, base, run, name, root, bool(base_cfg.get('demo_data'))),
+        _head(notes[0], schedule, places, bool(base_cfg.get('demo_data'))),
         [
-            f'dataset = dict(data_root=data_root, data_prefix=dict(img={prefix!r}), metainfo=dict(classes=classes))',
-            *_model(base_cfg, statistics, scale),
+            f'classes = {tuple(statistics.classes)!r}',
+            f'dataset = dict(data_root=data_root, data_prefix=dict(img={places.prefix!r}), '
+            'metainfo=dict(classes=classes))',
+            _model(base_cfg, statistics, scale),
         ],
-        (_comment(scale.why) if scale else [])
-        + [f'_base_.{place}.scale = {scale.size}' for place in resizes]
-        + _flips(base_cfg, flip),
-        (_comment(notes[-1]) if empty else [])
-        + _loaders('test' in splits, images_per_gpu, negatives, statistics.sizes.min() < _MIN_SIZE),
-        _comment(schedule.why) + _length(base_cfg, schedule),
+        [
+            *_comments([scale.why] if scale else []),
+            *(f'_base_.{place}.scale = {scale.size}' for place in resizes if scale),
+            *_flips(base_cfg, flip),
+        ],
+        [
+            *_comments(about_empty),
+            *_loaders('test' in places.splits, batch_size, negatives, statistics.sizes.min() < _MIN_SIZE),
+        ],
+        [*_comments([schedule.why]), *_length(base_cfg, schedule)],
     ]
-    if sum(map(len, parts)) >= MAX_LINES:
-        parts = [_unwrapped(part) for part in parts]
-    room = MAX_LINES - sum(map(len, parts))
-    parts[0] += _classes(statistics.classes, max(1, room - len(parts) + 1))
-    room = MAX_LINES - sum(map(len, parts))
-    lines = []
-    for part in filter(None, parts):
-        if lines and room > 0:
-            lines.append('')
-            room -= 1
-        lines += part
-    return '\n'.join(lines) + '\n', notes + _warnings(statistics)
+    text = '\n\n'.join('\n'.join(part) for part in parts if part)
+    return _formatted(text), notes + about_empty + _warnings(statistics)
 
 
-def _head(
-    statistics: Statistics, schedule: sizing.Schedule, base: str, run: str, name: str, root: str, demo: bool
-) -> list[str]:
-    steps = f'{schedule.epochs * schedule.steps:,} steps'
+def _formatted(text: str) -> str:
+    """Python text with its long lines wrapped, by the formatter that MMEngine writes configs with."""
+    from yapf.yapflib.yapf_api import FormatCode
+
+    style = dict(based_on_style='pep8', column_limit=WIDTH, split_before_expression_after_opening_paren=True)
+    return FormatCode(text, style_config=style)[0]
+
+
+def _comments(texts: Sequence[str]) -> Iterator[str]:
+    for text in texts:
+        yield from textwrap.wrap(text, WIDTH, initial_indent='# ', subsequent_indent='#   ')
+
+
+def _head(counts: str, schedule: sizing.Schedule, places: Places, demo: bool) -> list[str]:
     return [
-        f'# {len(statistics.classes):,} classes, {statistics.images["train"]:,} training '
-        f'images, {len(statistics.objects):,} objects. Written by tools/new_config.py.',
-        f'# Run:     python tools/train_pretrained.py {shlex.quote(run)}',
-        f'# Expect:  the best checkpoint by mask mAP in work_dirs/{name}/, after {steps}.',
-        f'_base_ = {base!r}',
-        f"work_dir = 'work_dirs/{name}'",
-        f'data_root = {root!r}',
+        f'# {counts}. Written by tools/new_config.py.',
+        f'# Run:     python tools/train_pretrained.py {shlex.quote(places.config)}',
+        f'# Expect:  the best checkpoint by mask mAP in work_dirs/{places.name}/, '
+        f'after {schedule.epochs * schedule.steps:,} steps.',
+        f'_base_ = {places.base!r}',
+        f"work_dir = 'work_dirs/{places.name}'",
+        f'data_root = {places.root!r}',
         *(['demo_data = None  # the base would draw its own'] if demo else []),
     ]
 
 
-def _classes(names: Sequence[str], room: int) -> list[str]:
-    """The class list; on one long line where there are too many for short ones."""
-    opening = 'classes = ('
-    items = [repr(name) for name in names]
-    closing = ',)' if len(items) == 1 else ')'
-    lines = _filled(opening, items, closing)
-    if len(lines) <= room:
-        return lines
-    return [f'{opening}{", ".join(items)}{closing}  # noqa: E501']
-
-
-def _model(base_cfg: Config, statistics: Statistics, scale: sizing.Scale | None) -> list[str]:
+def _model(base_cfg: Config, statistics: Statistics, scale: sizing.Scale | None) -> str:
     count = len(statistics.classes)
     items = [f'roi_head=dict(bbox_head=dict(num_classes={count}), mask_head=dict(num_classes={count}))']
     if scale and scale.anchors:
@@ -257,65 +245,43 @@ def _model(base_cfg: Config, statistics: Statistics, scale: sizing.Scale | None)
         room = -(-wanted // 50) * 50
         proposals = max(test['rpn']['max_per_img'], 2 * room)
         items.append(f'test_cfg=dict(rcnn=dict(max_per_img={room}), rpn=dict(max_per_img={proposals}))')
-    return _filled('model = dict(', items, ')')
-
-
-def _comment(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, initial_indent='# ', subsequent_indent='#   ')
-
-
-def _unwrapped(lines: Sequence[str]) -> list[str]:
-    """The lines with each comment and each setting on one, however long."""
-    text = re.sub(r'([\[(]?)\n(?:#   | +)', lambda m: m[1] or ' ', '\n'.join(lines))
-    return [f'{line}  # noqa: E501' if len(line) > WIDTH else line for line in text.splitlines()]
+    return f'model = dict({", ".join(items)})'
 
 
 def _flips(base_cfg: Config, directions: Sequence[str]) -> list[str]:
     """Each direction, and none at all, with the same probability."""
     if not directions:
         return []
-    places = [
-        i for i, step in enumerate(base_cfg.train_dataloader['dataset']['pipeline']) if step.get('type') == 'RandomFlip'
-    ]
+    steps = base_cfg.train_dataloader['dataset']['pipeline']
+    places = [i for i, step in enumerate(steps) if step.get('type') == 'RandomFlip']
     if not places:
-        raise UserError('--flip: the training pipeline of the base has no RandomFlip', cure=_SUITABLE)
-    share = round(1 / (len(directions) + 1), 3)
-    return _filled(
-        f'_base_.train_dataloader.dataset.pipeline[{places[0]}].update(',
-        [f'prob={[share] * len(directions)}', f'direction={list(directions)}'],
-        ')',
-        hanging=True,
-    )
+        raise UserError(
+            'new-config-no-flip', '--flip: the training pipeline of the base has no RandomFlip', hint=_SUITABLE
+        )
+    shares = [round(1 / (len(directions) + 1), 3)] * len(directions)
+    place = f'_base_.train_dataloader.dataset.pipeline[{places[0]}]'
+    return [f'{place}.update(prob={shares}, direction={list(directions)})']
 
 
-def _loaders(test: bool, images_per_gpu: int | None, negatives: bool, tiny: bool) -> list[str]:
-    def loader(split: str, before: Sequence[str] = (), inside: Sequence[str] = ()) -> list[str]:
-        file = f"dataset=dict(ann_file='annotations/{file_name(split)}'"
-        return _filled(f'{split}_dataloader = dict(', [*before, file, *inside, '**dataset'], '))')
-
-    def evaluator(split: str) -> str:
-        return f"{split}_evaluator = dict(ann_file=data_root + 'annotations/{file_name(split)}')"
-
+def _loaders(test: bool, batch_size: int | None, negatives: bool, tiny: bool) -> list[str]:
+    batch = f'batch_size={batch_size}, ' if batch_size else ''
     filters = [*(['filter_empty_gt=False'] if negatives else []), *(['min_size=1'] if tiny else [])]
-    lines = [
-        *loader(
-            'train',
-            [f'batch_size={images_per_gpu}'] if images_per_gpu else [],
-            [f'filter_cfg=dict({", ".join(filters)})'] if filters else [],
-        ),
-        *loader('val'),
-        evaluator('val'),
-    ]
-    if test:
-        return [*lines, *loader('test'), evaluator('test')]
-    return [*lines, 'test_dataloader, test_evaluator = val_dataloader, val_evaluator']
+    kept = f'filter_cfg=dict({", ".join(filters)}), ' if filters else ''
+    lines = []
+    for split in ('train', 'val', *(['test'] if test else [])):
+        first, more = (batch, kept) if split == 'train' else ('', '')
+        file = f'annotations/{file_name(split)}'
+        lines.append(f'{split}_dataloader = dict({first}dataset=dict(ann_file={file!r}, {more}**dataset))')
+        if split != 'train':
+            lines.append(f'{split}_evaluator = dict(ann_file=data_root + {file!r})')
+    return lines if test else [*lines, 'test_dataloader, test_evaluator = val_dataloader, val_evaluator']
 
 
 def _length(base_cfg: Config, schedule: sizing.Schedule) -> list[str]:
     lines = [f'train_cfg = dict(max_epochs={schedule.epochs}, val_interval={schedule.val_interval})']
     if base_cfg.get('param_scheduler'):
         dicts = ['dict(' + ', '.join(f'{k}={v!r}' for k, v in s.items()) + ')' for s in schedule.schedulers]
-        lines += _filled('param_scheduler = [', dicts, ']', hanging=True)
+        lines.append(f'param_scheduler = [{", ".join(dicts)}]')
     hooks = base_cfg.get('default_hooks') or {}
     wanted = {
         'logger': min(schedule.steps, hooks.get('logger', {}).get('interval', 10)),
@@ -326,31 +292,7 @@ def _length(base_cfg: Config, schedule: sizing.Schedule) -> list[str]:
         for hook, interval in wanted.items()
         if hook in hooks and hooks[hook].get('interval') != interval
     ]
-    return lines + (_filled('default_hooks = dict(', items, ')') if items else [])
-
-
-def _filled(opening: str, items: Sequence[str], closing: str, hanging: bool = False) -> list[str]:
-    """Items between brackets: on one line, or on as many as the width asks for.
-
-    Args:
-        opening: Up to the bracket.
-        items: Never broken.
-        closing: The bracket.
-        hanging: Whether they begin below the opening rather than beside it.
-    """
-    one = f'{opening}{", ".join(items)}{closing}'
-    if len(one) <= WIDTH:
-        return [one]
-    indent = ' ' * (4 if hanging else len(opening))
-    lines = [opening, indent] if hanging else [opening]
-    pieces = [*(f'{item},' for item in items[:-1]), items[-1] + closing]
-    lines[-1] += pieces[0]
-    for piece in pieces[1:]:
-        if len(f'{lines[-1]} {piece}') > WIDTH:
-            lines.append(indent + piece)
-        else:
-            lines[-1] += f' {piece}'
-    return lines
+    return lines + ([f'default_hooks = dict({", ".join(items)})'] if items else [])
 
 
 def _resizes(base_cfg: Config) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -391,7 +333,7 @@ def _check_base(base_cfg: Config) -> None:
 
     lacking = [dotted for dotted in needed if not has(dotted)]
     if lacking:
-        raise UserError('The base lacks settings that are to be fitted to the data:', lacking, _SUITABLE)
+        raise UserError('new-config-base', 'The base lacks settings that are fitted to the data:', lacking, _SUITABLE)
 
 
 def _warnings(statistics: Statistics) -> list[str]:
@@ -418,7 +360,7 @@ def _warnings(statistics: Statistics) -> list[str]:
 
 
 def _from_here(path: Path) -> str:
-    """A path as configs have them: relative to the working folder if it lies in it."""
+    """A path as configs have them: relative to the working folder if it is in it."""
     # Without resolving links: data folders often are some.
     absolute, here = Path(os.path.normpath(Path.cwd() / path)), Path.cwd()
     return (absolute.relative_to(here) if absolute.is_relative_to(here) else absolute).as_posix()

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmfinetune.data.statistics import Statistics
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 
 # Where the bounds of the schedule come from: what the VOC run does (29,280 steps), a length under
 # which re-initialised heads do not settle, and the 12 epochs of the model zoo's 1x schedule.
@@ -65,7 +65,7 @@ def plan_scale(
     the base's pixels, for memory.
 
     Args:
-        statistics: Of the data.
+        statistics: Statistics of the data.
         base_size: The base's box, px.
         anchors: The base's anchor scales.
         strides: The base's feature strides, px.
@@ -140,7 +140,7 @@ def plan_schedule(
         batch_size: Images per step on one GPU.
         base_epochs: The base's ``max_epochs``.
         base_schedulers: The base's ``param_scheduler``.
-        epochs: Taken as they are.
+        epochs: Used unchanged.
 
     Raises:
         UserError: The base has schedulers whose length cannot be scaled.
@@ -176,12 +176,14 @@ def _schedulers(base: Sequence[dict], steps: int, epochs: int, base_epochs: int)
             if not scheduler['milestones']:
                 continue
         else:
-            unknown.append(f'{kind} by {"epoch" if by_epoch else "step"}')
+            unit = 'epoch' if by_epoch else 'step'
+            unknown.append(Message('sizing-scheduler', '{type} by {unit}', type=kind, unit=unit))
         result.append(scheduler)
     if unknown:
         raise UserError(
+            'sizing-schedulers',
             'The length of these schedulers of the base cannot be worked out:',
             unknown,
-            'take a base with LinearLR by step and MultiStepLR by epoch, such as configs/mask_rcnn_voc_pretrained.py',
+            'use a base with LinearLR by step and MultiStepLR by epoch, such as configs/mask_rcnn_voc_pretrained.py',
         )
     return result
