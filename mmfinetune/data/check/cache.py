@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmfinetune.data.check.findings import Report
 from mmfinetune.utils.errors import UserError
@@ -49,7 +50,7 @@ class Cache:
     def find(self) -> Report | None:
         """The result of the same check, if no image has changed since."""
         try:
-            kept = json.loads(self.file.read_bytes()) if self.file else None
+            kept: Any = json.loads(self.file.read_bytes()) if self.file else None
             return Report.from_cache(kept['report']) if kept['stamp'] == _stamp(kept['images']) else None
         # There may be no such file, and a damaged one can be anything.
         except Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -37,8 +38,8 @@ class Example:
     detail: str = ''
     path: str = ''
     other: str = ''
-    shape: object = None
-    box: object = None
+    shape: Any = None
+    box: Any = None
 
     def __str__(self) -> str:
         place = self.file + (f' #{self.annotation}' if self.annotation is not None else '')

@@ -10,20 +10,14 @@ import itertools
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
 from tqdm import tqdm
 
+from mmfinetune.data.check import kinds
 from mmfinetune.data.check.findings import Marks
-from mmfinetune.data.check.kinds import (
-    AREA_TOLERANCE,
-    BOX_TOLERANCE_PX,
-    BOX_TOLERANCE_SHARE,
-    CROSSING_SHARE,
-    DUPLICATE_IOU,
-    TINY_PX,
-)
 from mmfinetune.data.check.table import Table
 from mmfinetune.utils.errors import Problem
 from mmfinetune.utils.masks import compress, run_lengths, to_rle
@@ -194,7 +188,7 @@ def _find_outside(table: Table, rings: _Rings) -> set[int]:
     size = np.stack(table.sizes_of(rings.owner), 1)
     beyond = np.maximum(-rings.low, rings.high - size).max(1)
     far = (size[:, 0] > 0) & (beyond > size.max(1))
-    over = (size[:, 0] > 0) & ~far & (beyond > BOX_TOLERANCE_PX)
+    over = (size[:, 0] > 0) & ~far & (beyond > kinds.BOX_TOLERANCE_PX)
 
     def word(i: int) -> str:
         at = np.flatnonzero(rings.owner == i)
@@ -232,7 +226,7 @@ def _find_crossings(marks: Marks, rings: _Rings) -> None:
     wrong, total = np.abs(drawn - areas), np.maximum(drawn, areas)
     # An outline drawn is off by up to half a pixel of the enlarged picture.
     off = np.maximum(_CROSSING_PX, rings.borders[suspects] / 2 / _ENLARGED)
-    bad = (wrong >= CROSSING_SHARE * total) & (wrong >= off)
+    bad = (wrong >= kinds.CROSSING_SHARE * total) & (wrong >= off)
     rows = rings.owner[suspects[bad]].tolist()
     wrong, total = wrong[bad], total[bad]
     details = {i: f'{w:.0f} of {t:.0f} px' for i, w, t in zip(rows, wrong, total, strict=True)}
@@ -264,7 +258,8 @@ def _draw(table: Table, shape: list | dict, row: int) -> dict:
 
 
 def _measure_rles(table: Table, masks: Masks, rows: np.ndarray) -> None:
-    usable, encoded, wrong_size, wrong_counts = [], [], {}, {}
+    encoded: dict[int, dict[str, Any]] = {}
+    wrong_size, wrong_counts = {}, {}
     for i, w, h in zip(rows.tolist(), *(side.tolist() for side in table.sizes_of(rows)), strict=True):
         size = masks.shapes[i].get('size')
         if not (isinstance(size, list) and len(size) == 2 and all(type(v) is int and 0 < v < 1 << 31 for v in size)):
@@ -273,20 +268,19 @@ def _measure_rles(table: Table, masks: Masks, rows: np.ndarray) -> None:
             wrong_size[i] = f'size {size}, the image is {[h, w]}'
         else:
             try:
-                encoded.append({'size': size, 'counts': compress(masks.shapes[i].get('counts'), size)})
-                usable.append(i)
+                encoded[i] = {'size': size, 'counts': compress(masks.shapes[i].get('counts'), size)}
             except Problem as problem:
                 wrong_counts[i] = str(problem)
-    if usable:
-        which = np.array(usable, np.int64)
-        totals, areas = run_lengths([rle['counts'] for rle in encoded])
-        whole = np.array([rle['size'] for rle in encoded]).prod(1)
+    if encoded:
+        which, rles = np.array(list(encoded)), list(encoded.values())
+        totals, areas = run_lengths([rle['counts'] for rle in rles])
+        whole = np.array([rle['size'] for rle in rles]).prod(1)
         for k in np.flatnonzero(totals != whole).tolist():
             sums = f'the runs sum to {totals[k]}, not {whole[k]}'
-            wrong_counts[usable[k]] = sums if totals[k] >= 0 else 'the run lengths are not valid'
+            wrong_counts[int(which[k])] = sums if totals[k] >= 0 else 'the run lengths are not valid'
         good = totals == whole
         if good.any():
-            boxes = mask_api.toBbox([rle for rle, is_good in zip(encoded, good, strict=True) if is_good])
+            boxes = mask_api.toBbox([rle for rle, is_good in zip(rles, good, strict=True) if is_good])
             which, areas, sides = which[good], areas[good], boxes[:, 2:]
             masks.areas[which] = areas
             masks.extents[which] = np.concatenate([boxes[:, :2], boxes[:, :2] + sides], 1)
@@ -303,12 +297,12 @@ def _compare(table: Table, masks: Masks) -> None:
         width, height = table.sizes_of(np.arange(len(areas)))
         x1, y1, x2, y2 = masks.extents.T
         away = (width > 0) & ((x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height))
-        tiny = measured & ~away & (areas > 0) & (areas < TINY_PX)
+        tiny = measured & ~away & (areas > 0) & (areas < kinds.TINY_PX)
         box = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
         limit = np.where(width[:, None] > 0, np.stack([width, height] * 2, 1), np.inf)
         cut = np.clip(masks.extents, 0, limit)
         off = np.minimum(np.abs(box - masks.extents).max(1), np.abs(box - cut).max(1))
-        wrong = off > np.maximum(BOX_TOLERANCE_PX, BOX_TOLERANCE_SHARE * table.boxes[:, 2:].max(1))
+        wrong = off > np.maximum(kinds.BOX_TOLERANCE_PX, kinds.BOX_TOLERANCE_SHARE * table.boxes[:, 2:].max(1))
     # Without area there is an error already.
     wrong &= (table.boxes[:, 2:] > 0).all(1) & (areas > 0)
 
@@ -330,7 +324,7 @@ def _compare_areas(table: Table, masks: Masks) -> None:
     # COCO's own crowd regions have areas that are not those of their RLE; nothing uses them.
     with np.errstate(invalid='ignore'):
         # Pixels drawn and area enclosed differ by up to half the outline.
-        free = np.maximum(AREA_TOLERANCE * masks.areas, masks.borders / 2 + 2)
+        free = np.maximum(kinds.AREA_TOLERANCE * masks.areas, masks.borders / 2 + 2)
         suspects = np.flatnonzero((np.abs(table.areas - masks.areas) > free) & (masks.areas > 0) & ~table.crowd)
     wrong, ratio = {}, {}
     for i, width in zip(suspects.tolist(), table.sizes_of(suspects)[0].tolist(), strict=True):
@@ -340,7 +334,7 @@ def _compare_areas(table: Table, masks: Masks) -> None:
         # Parts that overlap, or leave the image, have fewer pixels than the sum of their areas.
         if type(masks.shapes[i]) is list and width:
             pixels = float(mask_api.area(_draw(table, masks.shapes[i], i)))
-        if abs(area - pixels) > max(AREA_TOLERANCE * pixels, masks.borders[i] / 2 + 2):
+        if abs(area - pixels) > max(kinds.AREA_TOLERANCE * pixels, masks.borders[i] / 2 + 2):
             wrong[i] = f'area {area:g}, mask {pixels:.0f} px'
             box = table.boxes[i, 2] * table.boxes[i, 3]
             if abs(box - area) <= 0.01 * box:
@@ -375,7 +369,7 @@ def _find_duplicates(table: Table, masks: Masks) -> None:
         if shapes[first] != shapes[second]:
             drawn = [[_draw(table, shapes[row], row)] for row in (second, first)]
             iou = float(mask_api.iou(*drawn, [0])[0, 0])
-        if iou > DUPLICATE_IOU:
+        if iou > kinds.DUPLICATE_IOU:
             duplicate[second] = f'IoU {iou:.3f} with #{table.annotations[first].get("id")}'
     table.marks.add('object-duplicate', list(duplicate), duplicate)
 
@@ -389,11 +383,13 @@ def _near(table: Table, masks: Masks, rows: np.ndarray) -> Iterator[tuple[int, i
     group = table.image_rows[rows] * (len(table.categories) + 1) + table.category_rows[rows]
     areas, extents = masks.areas[rows], masks.extents[rows]
     boxes = extents[:, 2:] - extents[:, :2]
-    at = np.arange(len(rows))
+    at: np.ndarray = np.arange(len(rows))
     for step in range(1, _NEIGHBOURS + 1):
         at = at[at + step < len(rows)]
         # An outline measured and a mask drawn differ a little, so twice the tolerance.
-        at = at[(group[at] == group[at + step]) & (areas[at] >= (1 - 2 * (1 - DUPLICATE_IOU)) * areas[at + step] - 2)]
+        at = at[
+            (group[at] == group[at + step]) & (areas[at] >= (1 - 2 * (1 - kinds.DUPLICATE_IOU)) * areas[at + step] - 2)
+        ]
         if not len(at):
             return
         shift = np.abs(extents[at] - extents[at + step]).max(1)

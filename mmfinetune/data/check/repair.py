@@ -81,7 +81,7 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
     part = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     changes: list[dict] = []
     try:
-        paths = _repair_all(report, tables, part, classes, changes, options)
+        paths = _repair_all(tables, part, classes, changes, options)
         atomic_write_all({part / CHANGES: json_bytes(changes, indent=1)})
         if out.is_dir():
             out.rmdir()
@@ -101,17 +101,12 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
 
 
 def _repair_all(
-    report: Report,
-    tables: Sequence[Table],
-    part: Path,
-    classes: Sequence[str] | None,
-    changes: list[dict],
-    options: Options,
+    tables: Sequence[Table], part: Path, classes: Sequence[str] | None, changes: list[dict], options: Options
 ) -> dict[str, Path]:
     """Repair until a check is content; one repair can bring another fault to light."""
-    for turn_number in range(_PASSES):
+    for number in range(_PASSES):
         known = len(changes)
-        paths = _write(tables, part, classes, changes, first=turn_number == 0)
+        paths = _write(tables, part, classes, changes, first=number == 0)
         report, tables = examine(_copied(paths, part), classes, options, keep=True)
         if report.good or len(changes) == known:
             break

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -274,7 +275,7 @@ def _inside(path: Path, folder: Path) -> str:
 
 def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitStats:
     known = table.image_rows[(table.image_rows >= 0) & ~table.crowd]
-    per_image = np.bincount(known, minlength=len(table.images)) if table.images else []
+    per_image: Any = np.bincount(known, minlength=len(table.images)) if table.images else []
     sized = table.widths > 0
     widths, heights = table.widths[sized], table.heights[sized]
     sizes = Counter(zip(widths.tolist(), heights.tolist(), strict=True))

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
@@ -90,10 +91,10 @@ def read_table(name: str, path: Path, root: Path) -> Table:
     return table
 
 
-def _check_ids(table: Table, name: str, entries: list[dict]) -> dict[object, int]:
+def _check_ids(table: Table, name: str, entries: list[dict]) -> dict[Any, int]:
     """Mark wrong ids; the rows by id, the first of repeated ones."""
     values = [entry.get('id', _MISSING) for entry in entries]
-    rows: dict[object, int] = {}
+    rows: dict[Any, int] = {}
     for i in range(len(values) - 1, -1, -1):
         if not isinstance(values[i], (list, dict)):
             rows[values[i]] = i
@@ -124,7 +125,7 @@ def _check_ids(table: Table, name: str, entries: list[dict]) -> dict[object, int
     return rows
 
 
-def _check_categories(table: Table) -> dict[object, int]:
+def _check_categories(table: Table) -> dict[Any, int]:
     marks, rows = table.marks, _check_ids(table, 'category', table.categories)
     seen: dict[str, int] = {}
     for i, entry in enumerate(table.categories):
@@ -144,17 +145,18 @@ def _check_categories(table: Table) -> dict[object, int]:
     return rows
 
 
-def _check_images(table: Table) -> dict[object, int]:
+def _check_images(table: Table) -> dict[Any, int]:
     marks, rows = table.marks, _check_ids(table, 'image', table.images)
-    table.files = [entry.get('file_name') for entry in table.images]
     seen: dict[str, int] = {}
-    for i, name in enumerate(table.files):
+    for i, entry in enumerate(table.images):
+        name: Any = entry.get('file_name')
         reason = name_problem(name)
         if reason:
-            if table.images[i]:
+            if entry:
                 marks.add('file-name', [i], {i: reason})
-            table.files[i] = None
+            table.files.append(None)
             continue
+        table.files.append(name)
         if name in seen:
             ids = (shown_value(table.images[k].get('id')) for k in (seen[name], i))
             marks.add('image-listed-twice', [i], {i: f'ids {" and ".join(ids)}'})
@@ -177,7 +179,7 @@ def _check_images(table: Table) -> dict[object, int]:
     return rows
 
 
-def _check_annotations(table: Table, images: dict[object, int], categories: dict[object, int]) -> None:
+def _check_annotations(table: Table, images: dict[Any, int], categories: dict[Any, int]) -> None:
     marks, entries = table.marks, table.annotations
     _check_ids(table, 'annotation', entries)
     marks.add(
@@ -193,11 +195,8 @@ def _check_annotations(table: Table, images: dict[object, int], categories: dict
         found = (-1 if isinstance(v, (list, dict)) else lookup.get(v, -1) for v in values)
         rows = np.fromiter(found, np.int64, len(values))
         setattr(table, column, rows)
-        marks.add(
-            code,
-            np.flatnonzero(present & (rows < 0)),
-            lambda i, key=key, values=values: f'{key} {shown_value(values[i])}',
-        )
+        unknown = np.flatnonzero(present & (rows < 0)).tolist()
+        marks.add(code, unknown, {i: f'{key} {shown_value(values[i])}' for i in unknown})
     table.crowd = np.zeros(len(entries), bool)
     missing, wrong = [], []
     for i, entry in enumerate(entries):
@@ -213,7 +212,7 @@ def _check_annotations(table: Table, images: dict[object, int], categories: dict
     table.boxes = _check_boxes(table)
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 1e300  # False for NaN too
 
 
@@ -263,7 +262,7 @@ def _check_boxes(table: Table) -> np.ndarray:
     return boxes
 
 
-def _as_array(values: Sequence[object]) -> np.ndarray:
+def _as_array(values: Sequence[Any]) -> np.ndarray:
     """Boxes (N, 4), NaN for those that are not four finite numbers."""
     with contextlib.suppress(TypeError, ValueError, OverflowError):
         # All at once, as nearly all files allow; NumPy would take texts and truth values for numbers.

@@ -305,6 +305,16 @@ def test_every_code_is_planted_somewhere():
     assert set(KINDS) - planted <= {'no-file', 'file-unreadable'}
 
 
+@pytest.mark.parametrize('size', [[65536, 65536], [224, 224]])
+def test_a_run_of_more_than_32_bits_is_a_finding(site, size):
+    first(site)['segmentation'] = {'size': size, 'counts': [2**32]}
+    if size[0] > 224:
+        for key in ('width', 'height'):
+            del train(site)['images'][first(site)['image_id'] - 1][key]
+    report = site.check(images=False)
+    assert 'rle-counts' in report.codes()
+
+
 def test_order_of_the_config_is_expected_of_all_splits(site):
     names = [c['name'] for c in train(site)['categories']]
     assert site.check(names, images=False).good
