@@ -16,6 +16,7 @@ from pycocotools import mask as mask_api
 from tqdm import tqdm
 
 from mmfinetune.data.classes import VOC_CLASSES
+from mmfinetune.data.layout import Prepared
 from mmfinetune.utils.files import atomic_write_json, atomic_write_text
 from mmfinetune.utils.masks import mask_to_rle
 
@@ -262,7 +263,7 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
                     )
                 bar.update()
             atomic_write_json(
-                root / 'annotations' / f'instances_{split}.json',
+                Prepared(root).annotation(split),
                 {'images': images, 'annotations': annotations, 'categories': categories},
             )
     return root

@@ -222,10 +222,7 @@ def split_file(
     number = {key: i for i, key in enumerate(sorted(set(keys)))}
     _check_enough(path, len(images), len(number), len(wanted), bool(series))
     group_of = np.array([number[key] for key in keys])
-
-    objects = _objects(coco, images)
-    images_per_group = _sums(np.column_stack([objects > 0, objects.sum(1) == 0, np.ones(len(images))]), group_of)
-    objects_per_group = _sums(np.column_stack([objects, np.zeros((len(images), 2))]), group_of)
+    images_per_group, objects_per_group = _per_group(coco, images, group_of)
     # By name, or the order of the categories would settle ties.
     by_name = [*np.argsort(np.array(coco.classes, str), kind='stable'), len(coco.classes), len(coco.classes) + 1]
     split_of_group = best_of(images_per_group[:, by_name], objects_per_group[:, by_name], wanted, seed)
@@ -236,22 +233,13 @@ def split_file(
     for target in removed:
         # Left there, its images would be in the new files too, and nobody would know.
         target.unlink()
-
-    def by_split(values: np.ndarray) -> np.ndarray:
-        return _sums(values, split_of_group, len(wanted))
-
-    found = by_split(images_per_group)
-    return Report(
-        files,
-        [*coco.classes, NO_OBJECTS],
-        images=found[:, :-1],
-        objects=by_split(objects_per_group)[:, :-1],
-        sizes=found[:, -1],
-        ratios=wanted,
-        groups=by_split(images_per_group > 0)[:, :-1],
-        series=series,
-        removed=removed,
-    )
+    sums = [
+        _sums(counts, split_of_group, len(wanted))
+        for counts in (images_per_group, objects_per_group, images_per_group > 0)
+    ]
+    found, objects, groups = (counts[:, :-1] for counts in sums)
+    names = [*coco.classes, NO_OBJECTS]
+    return Report(files, names, found, objects, sums[0][:, -1], wanted, groups, series, removed)
 
 
 def _earlier(source: Path, targets: Iterable[Path], overwrite: bool) -> list[Path]:
@@ -320,15 +308,17 @@ def _write(coco: coco_json.Coco, files: dict[str, Path], split_of: dict[Any, int
     atomic_write_all(contents)
 
 
-def _objects(coco: coco_json.Coco, images: list[dict]) -> np.ndarray:
-    """Number of objects of each category in each image, (images, categories)."""
+def _per_group(coco: coco_json.Coco, images: list[dict], group_of: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Images and objects, (groups, classes + 2): of each class, without objects, and in all."""
     row = {image['id']: i for i, image in enumerate(images)}
     column = {category['id']: i for i, category in enumerate(coco.categories)}
-    counts = np.zeros((len(row), len(column)), np.int32)
+    objects = np.zeros((len(row), len(column) + 2), np.int64)
     for annotation in coco.annotations:
         if not annotation.get('iscrowd'):
-            counts[row[annotation['image_id']], column[annotation['category_id']]] += 1
-    return counts
+            objects[row[annotation['image_id']], column[annotation['category_id']]] += 1
+    present = objects > 0
+    present[:, -2], present[:, -1] = ~present.any(1), True
+    return _sums(present, group_of), _sums(objects, group_of)
 
 
 def _sums(values: np.ndarray, index: np.ndarray, length: int | None = None) -> np.ndarray:

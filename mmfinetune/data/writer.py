@@ -11,6 +11,7 @@ from typing import IO, Any, Literal
 
 from tqdm import tqdm
 
+from mmfinetune.data.layout import Prepared, file_name
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import json_bytes, not_writable, reason_of, require_writable
 
@@ -63,7 +64,7 @@ class Target:
 
     def annotation_file(self, split: str) -> Path:
         """The annotation file of a split, once committed."""
-        return self.out / ANNOTATIONS / f'instances_{split}.json'
+        return Prepared(self.out).annotation(split)
 
     def writer(self, split: str) -> SplitWriter:
         """A new writer for the annotation file of a split."""
@@ -122,7 +123,7 @@ class InPlace(Target):
 
     def annotation_file(self, split: str) -> Path:
         """See `Target`."""
-        return self.out / f'instances_{split}.json'
+        return self.out / file_name(split)
 
     def commit(self, report: dict[str, Any]) -> None:  # noqa: ARG002
         """Move the annotation files into place; the report is not kept."""
