@@ -1,4 +1,4 @@
-"""From a config to checked data: where it lies, what is made of it, whether it fits the model."""
+"""From a config to checked data: where the data are, what is made of them, whether they fit the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mmfinetune.config import views
 from mmfinetune.config.views import annotation_file, class_names, dataset_configs, innermost
 from mmfinetune.data.formats import voc_devkit
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -31,18 +31,20 @@ def set_data_root(cfg: Config, root: Path) -> None:
         UserError: The folder has neither.
     """
     if not root.is_dir():
-        raise UserError(f'There is no data folder {root}', cure='correct --data-root')
+        raise UserError('data-root-missing', 'There is no data folder {path}', hint='correct --data-root', path=root)
     datasets = dataset_configs(cfg)
     if not all((root / d['ann_file']).is_file() for d in datasets.values()):
         try:
             root = voc_devkit.find_devkit(root)
         except UserError as error:
+            files = dict.fromkeys(root / d['ann_file'] for d in datasets.values())
             raise UserError(
-                f'{root} holds no data for this config. Looked for:',
-                [str(root / a) for a in dict.fromkeys(d['ann_file'] for d in datasets.values())]
-                + [f'a VOC 2012 devkit ({error.message})'],
-                'pass the folder that holds VOCdevkit/, or fetch VOC 2012 with '
+                'data-root-empty',
+                '{path} holds no data for this config. Searched:',
+                problems=[*(Message('data-searched', '{path}', path=file) for file in files), error.message],
+                hint='pass the folder that holds VOCdevkit/, or download VOC 2012 with '
                 '`python tools/prepare_voc.py --download`',
+                path=root,
             ) from None
     for split, dataset in datasets.items():
         dataset['data_root'] = str(root)
@@ -81,9 +83,9 @@ def check_heads(cfg: Config) -> None:
     def visit(node: Any, place: str) -> None:
         if isinstance(node, dict):
             count = node.get('num_classes')
-            # An RPN tells objects from background only.
+            # An RPN distinguishes objects from background only.
             if count is not None and 'rpn' not in place and count != len(classes):
-                problems.append(f'{place}.num_classes = {count}')
+                problems.append(Message('head-classes', '{key} = {count}', key=f'{place}.num_classes', count=count))
             for key, value in node.items():
                 visit(value, f'{place}.{key}')
         elif isinstance(node, (list, tuple)):
@@ -93,9 +95,11 @@ def check_heads(cfg: Config) -> None:
     visit(cfg.model, 'model')
     if problems:
         raise UserError(
-            f'The data has {len(classes)} classes, but the model has other numbers:',
-            problems,
-            f"set these to {len(classes)}, or metainfo.classes to the model's classes",
+            'config-class-count',
+            'The data has {classes} classes, but the model has other numbers:',
+            problems=problems,
+            hint="set these to {classes}, or metainfo.classes to the model's classes",
+            classes=len(classes),
         )
 
 
@@ -113,15 +117,19 @@ def select_split(cfg: Config, split: str) -> None:
     chosen = innermost((loaders[split] or {}).get('dataset'))
     if chosen is None or 'ann_file' not in chosen:
         raise UserError(
-            f'The config has no {split} split that is one annotation file',
-            cure='choose another with --split: ' + ', '.join(s for s in SPLITS if s != split and loaders[s]),
+            'config-no-split',
+            'The config has no {split} split that is one annotation file',
+            hint='choose another with --split: {others}',
+            split=split,
+            others=', '.join(s for s in SPLITS if s != split and loaders[s]),
         )
     if split == 'train':
         loader = copy.deepcopy(loaders['test'] or loaders['val'])
         if loader is None:
             raise UserError(
-                'The config has neither test_dataloader nor val_dataloader, of which '
-                'the training split would take the pipeline'
+                'config-no-test-pipeline',
+                'The config has neither test_dataloader nor val_dataloader',
+                hint='add test_dataloader: the training split is tested with its pipeline',
             )
         dataset = innermost(loader.dataset)
         for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'):

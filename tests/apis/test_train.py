@@ -32,6 +32,7 @@ from tests.builders.runs import (
     train_tool,
     write_tiny_config,
 )
+from tests.builders.weights import Evil
 
 # MMEngine's visualizer, of boxes that end at the image's edge.
 pytestmark = pytest.mark.filterwarnings('ignore:.*out of bounds')
@@ -275,16 +276,6 @@ def test_resume_starts_from_the_weights_of_the_checkpoint(in_finished_run):
     assert all(torch.equal(value, saved[key]) for key, value in seen.items())
 
 
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __init__(self, marker: Path) -> None:
-        self.marker = marker
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.marker),)
-
-
 @pytest.mark.parametrize('by_path', [True, False], ids=['path', 'last of the work dir'])
 @pytest.mark.parametrize('kind', ['truncated', 'malicious', 'config in it', 'weights only', 'other classes'])
 def test_resume_from_a_bad_file(in_finished_run, tmp_path, kind, by_path):
@@ -294,7 +285,7 @@ def test_resume_from_a_bad_file(in_finished_run, tmp_path, kind, by_path):
         file.write_bytes(whole.read_bytes()[:100_000])
         parts = ('weights-unreadable', file)
     elif kind == 'malicious':
-        torch.save({**read(whole), 'evil': Evil(marker)}, file)
+        torch.save({**read(whole), 'evil': Evil(os.mkdir, str(marker))}, file)
         parts = ('weights-code', file, 'mkdir')
     elif kind == 'config in it':
         # Runner.resume runs the text, so that data alone can carry code.
@@ -509,7 +500,7 @@ def test_missing_weights_leave_the_earlier_run_alone(in_finished_run, tmp_path, 
     # The check of the data is kept there; it is no result of the run.
     monkeypatch.setenv('XDG_CACHE_HOME', str(tmp_path_factory.mktemp('cache')))
     assert_refused(
-        train_tool(tmp_path / 'gone.py', '--work-dir', work_dir), 'weights-missing', 'pretrain/gone-0123abcd.pth'
+        train_tool(tmp_path / 'gone.py', '--work-dir', work_dir), 'weights-nowhere', 'pretrain/gone-0123abcd.pth'
     )
     assert files_in(tmp_path) == sorted([*before, 'gone.py'])
 

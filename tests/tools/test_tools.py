@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 import shutil
@@ -28,6 +29,7 @@ from tests.builders.runs import (
     spawn,
     train_tool,
 )
+from tests.builders.weights import Evil
 
 ALL_TOOLS = sorted(p.stem for p in TOOLS.glob('*.py'))
 WITH_HELP = [t for t in ALL_TOOLS if t != 'check_platform']  # it must run on any Python 3
@@ -44,9 +46,9 @@ def spoilt(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 # What a user can get wrong. Each function spoils a copy of the site, its working folder, and
-# returns the arguments after the config and what the message must name.
+# returns the arguments after the config, the code of the error, and what its text must name.
 
-Mistake = Callable[[Path], tuple[list, list[str]]]
+Mistake = Callable[[Path], tuple[list, str, list[str]]]
 WEIGHTS: list[Mistake] = []
 OTHERS: list[Mistake] = []
 
@@ -68,71 +70,62 @@ def _weights(folder: Path) -> Path:
 
 @weights_file
 def missing_weights(folder):
-    return ['--weights', 'pretrain/none.pth'], ['no weights file pretrain/none.pth', '--weights']
+    return ['--weights', 'pretrain/none.pth'], 'weights-missing', ['pretrain/none.pth', '--weights']
 
 
 @weights_file
 def weights_that_are_a_folder(folder):
-    return ['--weights', 'pretrain'], ['pretrain is a folder', '.pth']
+    return ['--weights', 'pretrain'], 'weights-directory', ['pretrain']
 
 
 @weights_file
 def empty_weights(folder):
     (folder / 'w.pth').touch()
-    return ['--weights', 'w.pth'], ['w.pth is empty']
+    return ['--weights', 'w.pth'], 'weights-empty', ['w.pth']
 
 
 @weights_file
 def truncated_weights(folder):
     # No hash in the name that would give it away.
     (folder / 'w.pth').write_bytes(_weights(folder).read_bytes()[:-1000])
-    return ['--weights', 'w.pth'], ['w.pth', 'truncated']
+    return ['--weights', 'w.pth'], 'weights-unreadable', ['w.pth']
 
 
 @weights_file
 def weights_cut_short_by_a_broken_download(folder):
     file = _weights(folder)
     file.write_bytes(file.read_bytes()[:1_000_000])
-    return ['--weights', file.relative_to(folder)], [file.name, 'damaged', 'SHA-256']
+    return ['--weights', file.relative_to(folder)], 'weights-damaged', [file.name]
 
 
 @weights_file
 def weights_with_another_hash(folder):
     shutil.copy(_weights(folder), folder / 'w-0badf00d.pth')
-    return ['--weights', 'w-0badf00d.pth'], ['w-0badf00d.pth is damaged', '0badf00d']
+    return ['--weights', 'w-0badf00d.pth'], 'weights-damaged', ['w-0badf00d.pth']
 
 
 @weights_file
 def a_web_page_in_place_of_weights(folder):
     (folder / 'w.pth').write_text('<!DOCTYPE html><html><body>Please log in</body></html>')
-    return ['--weights', 'w.pth'], ['w.pth is not a weights file', 'a web page']
+    return ['--weights', 'w.pth'], 'weights-text', ['w.pth']
 
 
 @weights_file
 def a_pickle_that_is_not_weights(folder):
     torch.save({'answer': 42, 'question': None}, folder / 'w.pth')
-    return ['--weights', 'w.pth'], ['w.pth holds no weights', 'answer, question']
+    return ['--weights', 'w.pth'], 'weights-none-inside', ['w.pth', 'answer, question']
 
 
 @weights_file
 def a_list_in_place_of_weights(folder):
     torch.save([torch.zeros(3)], folder / 'w.pth')
-    return ['--weights', 'w.pth'], ['w.pth holds a list']
-
-
-class Evil:
-    """Makes a folder when it is unpickled."""
-
-    def __reduce__(self):
-        import os
-
-        return os.mkdir, ('executed',)
+    return ['--weights', 'w.pth'], 'weights-not-a-dict', ['w.pth', 'list']
 
 
 @weights_file
 def a_pickle_that_runs_code(folder):
-    torch.save({'state_dict': random_state_dict(), 'extra': Evil()}, folder / 'w.pth')
-    return ['--weights', 'w.pth'], ['w.pth is refused', 'mkdir', 'trust']
+    torch.save({'state_dict': random_state_dict(), 'extra': Evil(os.mkdir, 'executed')}, folder / 'w.pth')
+    return ['--weights', 'w.pth'], 'weights-code', ['w.pth', 'mkdir']
 
 
 @weights_file
@@ -140,37 +133,36 @@ def weights_of_another_architecture(folder):
     file = save_hashed(
         {'state_dict': {**random_state_dict(), 'backbone.layer3.22.conv1.weight': torch.zeros(1)}}, Path('r101')
     )
-    return ['--weights', file], ['backbone.layer3.22.conv1.weight', 'same architecture']
+    return ['--weights', file], 'weights-do-not-fit', ['backbone.layer3.22.conv1.weight', file.name]
 
 
 @other
 def a_data_root_that_is_not_there(folder):
-    return ['--data-root', 'data/none'], ['no data folder data/none', '--data-root']
+    return ['--data-root', 'data/none'], 'data-root-missing', ['data/none', '--data-root']
 
 
 @other
 def an_empty_data_root(folder):
     (folder / 'empty').mkdir()
-    return ['--data-root', 'empty'], [
-        'empty holds no data',
-        'empty/annotations/instances_train',
-        'JPEGImages',
-        'prepare_voc.py',
-    ]
+    return (
+        ['--data-root', 'empty'],
+        'data-root-empty',
+        ['empty/annotations/instances_train', 'JPEGImages', 'prepare_voc.py'],
+    )
 
 
 @other
 def a_foreign_data_root(folder):
     (folder / 'photos').mkdir()
     (folder / 'photos/cat.jpg').write_bytes(b'miau')
-    return ['--data-root', 'photos'], ['photos holds no data', 'VOC 2012 devkit']
+    return ['--data-root', 'photos'], 'data-root-empty', ['photos']
 
 
 @other
 def no_data_at_all(folder):
     shutil.rmtree(folder / 'data')
     (folder / 'tiny.py').write_text((folder / 'tiny.py').read_text() + 'demo_data = None\n')
-    return [], ['error[data-missing]', str(DEVKIT), 'prepare_voc.py --download']
+    return [], 'data-missing', [str(DEVKIT), 'prepare_voc.py --download']
 
 
 def _change_annotations(folder: Path, split: str, change: Callable[[dict], None]) -> None:
@@ -183,34 +175,35 @@ def _change_annotations(folder: Path, split: str, change: Callable[[dict], None]
 @other
 def categories_in_another_order(folder):
     _change_annotations(folder, 'val', lambda d: d['categories'].sort(key=lambda c: c['name'], reverse=True))
-    return [], ['error[coco-classes]', 'instances_val.json', 'aeroplane', 'tvmonitor']
+    return [], 'coco-classes', ['instances_val.json', 'aeroplane', 'tvmonitor']
 
 
 @other
 def annotations_that_are_no_json(folder):
     (folder / DEVKIT / 'annotations/instances_train.json').write_text('{"images": [')
-    return [], ['error[coco-file]', 'instances_train.json']
+    return [], 'coco-file', ['instances_train.json']
 
 
 @other
 def a_list_of_images_that_is_empty(folder):
     _change_annotations(folder, 'train', lambda d: d.update(images=[], annotations=[]))
-    return [], ['error[coco-file]', 'instances_train.json']
+    return [], 'coco-file', ['instances_train.json']
 
 
 @other
 def a_class_count_that_does_not_match(folder):
-    return ['--cfg-options', 'model.roi_head.bbox_head.num_classes=7'], [
-        '20 classes',
-        'model.roi_head.bbox_head.num_classes = 7',
-    ]
+    return (
+        ['--cfg-options', 'model.roi_head.bbox_head.num_classes=7'],
+        'config-class-count',
+        ['model.roi_head.bbox_head.num_classes = 7'],
+    )
 
 
 @other
 def an_image_with_a_truncated_body(folder):
     file = folder / DEVKIT / 'JPEGImages/demo_val_0001.jpg'
     file.write_bytes(file.read_bytes()[:-3000])
-    return [], ['error[check-errors]', 'image-truncated', 'demo_val_0001.jpg']
+    return [], 'check-errors', ['image-truncated', 'demo_val_0001.jpg']
 
 
 @other
@@ -218,66 +211,60 @@ def several_bad_images_all_named(folder):
     images = folder / DEVKIT / 'JPEGImages'
     (images / 'demo_train_0001.jpg').write_text('<html>not found</html>')
     (images / 'demo_train_0005.jpg').unlink()
-    return [], [
-        'error[check-errors]',
-        'image-unreadable',
-        'demo_train_0001.jpg',
-        'image-missing',
-        'demo_train_0005.jpg',
-    ]
+    return [], 'check-errors', ['image-unreadable', 'demo_train_0001.jpg', 'image-missing', 'demo_train_0005.jpg']
 
 
 @other
 def a_work_dir_below_a_file(folder):
-    return ['--work-dir', 'tiny.py/run'], ['work dir tiny.py/run', '--work-dir']
+    return ['--work-dir', 'tiny.py/run'], 'file-not-writable', ['tiny.py/run']
 
 
 @other
 def a_work_dir_that_the_system_forbids(folder):
-    return ['--work-dir', '/proc/mmfinetune'], ['work dir /proc/mmfinetune', '--work-dir']
+    return ['--work-dir', '/proc/mmfinetune'], 'file-not-writable', ['/proc/mmfinetune']
 
 
 @other
 def amp_without_a_gpu(folder):
-    return ['--amp'], ['--amp needs a CUDA GPU', 'drop --amp']
+    return ['--amp'], 'amp-no-gpu', ['--amp']
 
 
 @other
 def a_misspelt_override(folder):
-    return ['--cfg-options', 'optim_wraper.optimizer.lr=1'], ['optim_wrapper', 'did you mean']
+    return ['--cfg-options', 'optim_wraper.optimizer.lr=1'], 'config-wrong-settings', ['optim_wrapper']
 
 
 @other
 def an_override_without_a_value(folder):
-    return ['--cfg-options', 'train_cfg.max_epochs'], ['KEY=VALUE', 'train_cfg.max_epochs']
+    return ['--cfg-options', 'train_cfg.max_epochs'], 'override-not-a-pair', ['train_cfg.max_epochs']
 
 
 @other
 def a_misspelt_key_in_the_config(folder):
     (folder / 'tiny.py').write_text((folder / 'tiny.py').read_text() + 'train_dataloder = dict(batch_size=1)\n')
-    return [], ['tiny.py', 'train_dataloder', 'did you mean train_dataloader?']
+    return [], 'config-wrong-settings', ['tiny.py', 'train_dataloder', 'train_dataloader?']
 
 
 @other
 def a_config_with_a_syntax_error(folder):
     (folder / 'tiny.py').write_text('model = dict(\n')
-    return [], ['tiny.py, line 1']
+    return [], 'config-syntax', ['tiny.py, line 1']
 
 
 @other
 def a_config_whose_base_is_missing(folder):
     (folder / 'tiny.py').write_text("_base_ = './nothing.py'\n")
-    return [], ['tiny.py cannot be read', 'nothing.py']
+    return [], 'config-unreadable', ['tiny.py', 'nothing.py']
 
 
 @other
 def nothing_to_test(folder):
-    return ['--test'], ['no checkpoint in work_dirs/tiny', 'train first']
+    return ['--test'], 'checkpoint-none', ['work_dirs/tiny']
 
 
 @other
 def nothing_to_resume(folder):
-    return ['--resume'], ['nothing to resume in work_dirs/tiny', 'drop --resume']
+    return ['--resume'], 'resume-nothing', ['work_dirs/tiny', '--resume']
 
 
 def _id(value: object) -> str | None:
@@ -285,15 +272,15 @@ def _id(value: object) -> str | None:
 
 
 def _assert_refused(spoilt: Path, make: Mistake, parts: list[str]) -> None:
-    flags, words = make(spoilt)
+    flags, code, words = make(spoilt)
     before = files_in(spoilt)
     outcome = train_tool('tiny.py', *parts, *flags)
-    assert outcome.code == 2, outcome.out[-2000:] + outcome.err
-    assert outcome.err.startswith('error: ') and outcome.err.count('error: ') == 1, outcome.err
+    assert (outcome.code, outcome.error) == (2, code), outcome.out[-2000:] + outcome.err
+    assert outcome.err.count('error[') == 1, outcome.err
     assert 'Traceback' not in outcome.out + outcome.err
     for word in words:
         assert word in outcome.err, outcome.err
-    assert 'How to mend it: ' in outcome.err
+    assert 'Hint: ' in outcome.err
     assert files_in(spoilt) == before
     assert not (spoilt / 'executed').exists()
 
@@ -312,7 +299,7 @@ def test_bad_input(spoilt, make):
 @pytest.mark.parametrize('args', [['configs/none.py'], ['mask_rcnn_dmeo.py'], ['tiny']], ids=str)
 def test_config_that_does_not_exist(spoilt, args):
     outcome = train_tool(*args)
-    assert outcome.code == 2 and outcome.err.startswith(f'error: There is no config {args[0]}')
+    assert (outcome.code, outcome.error) == (2, 'config-missing') and args[0] in outcome.err
     assert not (spoilt / 'work_dirs').exists()
 
 
@@ -334,7 +321,7 @@ def test_flags_that_the_parser_refuses(spoilt, flags):
 def test_a_mistake_in_a_real_process(spoilt):
     outcome = spawn(TOOLS / 'train_pretrained.py', 'tiny.py', '--cfg-options', 'model.roi_head.mask_head.num_classes=3')
     assert outcome.code == 2
-    assert outcome.err.startswith('error: ') and 'Traceback' not in outcome.err
+    assert outcome.error == 'config-class-count' and 'Traceback' not in outcome.err
     assert 'model.roi_head.mask_head.num_classes = 3' in outcome.err
 
 
@@ -342,7 +329,7 @@ def test_a_bad_path_is_told_at_once(spoilt):
     start = time.perf_counter()
     outcome = spawn(TOOLS / 'train_pretrained.py', '--check-weights', '--weights', 'none.pth')
     took = time.perf_counter() - start
-    assert outcome.code == 2 and outcome.err.startswith('error: There is no weights file none.pth')
+    assert (outcome.code, outcome.error) == (2, 'weights-missing') and 'none.pth' in outcome.err
     assert took < 3, f'{took:.1f} s: the imports of torch and mmdet must come later'
 
 
@@ -464,12 +451,14 @@ def test_publish_names_the_file_by_its_hash(spoilt):
     [file] = spoilt.glob('pretrain/mine-*.pth')
     assert f'Written: pretrain/{file.name}' in outcome.out
     outcome = train_tool('tiny.py', '--check-weights', '--weights', file)
-    assert outcome.code == 0 and 'as its name says' in outcome.out
+    assert outcome.code == 0 and file.name in outcome.out
+    assert drive('publish_weights', 'epoch_3.pth', 'pretrain/mine').error == 'weights-target-exists'
+    assert drive('publish_weights', 'epoch_3.pth', 'pretrain/mine', '--overwrite').code == 0
 
 
 def test_publish_of_an_empty_folder(spoilt):
     outcome = drive('publish_weights', spoilt / 'data', 'pretrain/mine')
-    assert outcome.code == 2 and 'no checkpoint in' in outcome.err
+    assert (outcome.code, outcome.error) == (2, 'checkpoint-none')
 
 
 def test_platform_is_told_in_one_message(monkeypatch):
