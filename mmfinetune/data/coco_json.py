@@ -85,13 +85,11 @@ class Coco:
             '`python tools/check_dataset.py {path}` lists all that is wrong with a file; --fix writes a repaired copy'
         )
         if any(fault.code == 'coco-no-file' for fault in self.faults):
-            raise UserError(
-                'coco-missing',
-                'There is no annotation file {path}',
-                hint='correct the path, or make the file with `python tools/prepare_data.py SRC OUT` or '
-                'tools/prepare_voc.py',
-                path=self.path,
+            text = 'There is no annotation file {path}'
+            hint = (
+                'correct the path, or make the file with `python tools/prepare_data.py SRC OUT` or tools/prepare_voc.py'
             )
+            raise UserError('coco-missing', text, hint=hint, path=self.path)
         faults = [f for f in self.faults if utf8 or f.code != 'coco-encoding' or not self.images]
         if faults:
             raise UserError('coco-file', '{path} is not a usable COCO annotation file:', faults, hint, path=self.path)
@@ -125,13 +123,8 @@ class Coco:
         unique += [('annotations', 'id')] * own_ids + [('images', 'file_name')] * unique_files
         for section, key in unique:
             for value in _repeated([entry[key] for entry in self.data[section]]):
-                problems.add(
-                    'coco-repeated',
-                    '{section} with the same {key}: {places}',
-                    shown_value(value),
-                    section=section,
-                    key=key,
-                )
+                text = '{section} with the same {key}: {places}'
+                problems.add('coco-repeated', text, shown_value(value), section=section, key=key)
         for image in self.images:
             if reason := name_problem(image['file_name']):
                 problems.add('coco-file-name', 'images without a usable file_name: {places}', f'{reason}')
@@ -152,12 +145,8 @@ class Coco:
             for annotation in self.annotations:
                 value = annotation[key]
                 if _is_container(value) or (links and value not in known):
-                    problems.add(
-                        'coco-link',
-                        '{count:,} annotations whose {key} is not in the file: {places}',
-                        shown_value(value),
-                        key=key,
-                    )
+                    text = '{count:,} annotations whose {key} is not in the file: {places}'
+                    problems.add('coco-link', text, shown_value(value), key=key)
         return problems
 
 
@@ -232,7 +221,10 @@ def _parse(path: Path, compact: bool) -> Coco:
         if not isinstance(entries, list):
             faults.append(
                 Message(
-                    'coco-section-type', '{section} is {kind}, not a list', section=section, kind=json_kind(entries)
+                    'coco-section-type',
+                    '{section} is of type {kind}, not a list',
+                    section=section,
+                    kind=type(entries).__name__,
                 )
             )
             continue
@@ -241,10 +233,10 @@ def _parse(path: Path, compact: bool) -> Coco:
             faults.append(
                 Message(
                     'coco-entry-type',
-                    '{section}: {count:,} entries are not objects, the first is {kind} at position {position}',
+                    '{section}: {count:,} entries are not objects, the first is of type {kind} at position {position}',
                     section=section,
                     count=len(wrong),
-                    kind=json_kind(entries[wrong[0]]),
+                    kind=type(entries[wrong[0]]).__name__,
                     position=wrong[0],
                 )
             )
@@ -282,7 +274,7 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
         top = json.loads(text, object_hook=_compact if compact else None)
         if isinstance(top, dict):
             return top
-        faults[:] = [Message('coco-top-level', 'its top is {kind}, not a JSON object', kind=json_kind(top))]
+        faults[:] = [Message('coco-top-level', 'its top is of type {kind}, not a JSON object', kind=type(top).__name__)]
     except UnicodeDecodeError as error:
         faults[:] = [_encoding_fault(f'byte {error.start} is not {encoding}')]
     except RecursionError:
@@ -320,22 +312,6 @@ def _repeated(values: list) -> list:
 
 def _is_container(value: object) -> bool:
     return isinstance(value, (list, dict))
-
-
-_JSON_KINDS = {
-    dict: 'an object',
-    list: 'a list',
-    str: 'a string',
-    bool: 'a truth value',
-    int: 'a number',
-    float: 'a number',
-    type(None): 'null',
-    array: 'a polygon',
-}
-
-
-def json_kind(value: object) -> str:
-    return _JSON_KINDS.get(type(value), type(value).__name__)
 
 
 def shown_value(value: object) -> str:

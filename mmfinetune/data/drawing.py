@@ -171,7 +171,7 @@ def contact_sheet(
     Args:
         pictures: (H, W, 3) RGB uint8, of any sizes; at least one.
         columns: Pictures in a row.
-        width: Of a picture; one that would be higher than 1.5 times this is made smaller.
+        width: Width of a picture; one that would be higher than 1.5 times this is made smaller.
         titles: One above each picture, or none at all.
     """
     if titles and len(titles) != len(pictures):

@@ -88,21 +88,13 @@ def find_source(given: Path) -> Path:
         return folder / WHOLE
     found = sorted(folder.glob('*.json'))
     if not found:
-        raise UserError(
-            'layout-no-source',
-            'There is no annotation file in {folder}',
-            hint='pass the file itself, or make one with `python tools/prepare_data.py SRC OUT`',
-            folder=folder,
-        )
+        text = 'There is no annotation file in {folder}'
+        hint = 'pass the file itself, or make one with `python tools/prepare_data.py SRC OUT`'
+        raise UserError('layout-no-source', text, hint=hint, folder=folder)
     if len(found) > 1:
-        raise UserError(
-            'layout-several-sources',
-            '{folder} has no {whole}, but several other files:',
-            found,
-            'it seems to be split already; to split one of these, pass that file and --out',
-            folder=folder,
-            whole=WHOLE,
-        )
+        text = '{folder} has no {whole}, but several other files:'
+        hint = 'it seems to be split already; to split one of these, pass that file and --out'
+        raise UserError('layout-several-sources', text, found, hint, folder=folder, whole=WHOLE)
     return found[0]
 
 
@@ -142,12 +134,10 @@ def _annotation_files(folder: Path) -> list[Path]:
         # What the others were split from shares every image with them.
         found = [f for f in found if f.name != WHOLE]
     if not found:
+        text = '{folder}: there are no annotation files in it, such as {example}'
+        hint = 'pass the JSON files, or make them with tools/prepare_data.py'
         raise UserError(
-            'layout-no-files',
-            '{folder}: there are no annotation files in it, such as {example}',
-            hint='pass the JSON files, or make them with tools/prepare_data.py',
-            folder=folder,
-            example=Prepared(folder).annotation('<split>'),
+            'layout-no-files', text, hint=hint, folder=folder, example=Prepared(folder).annotation('<split>')
         )
     return found
 

@@ -66,7 +66,7 @@ def best_of(counts: np.ndarray, objects: np.ndarray, ratios: np.ndarray, seed: i
         counts: See `stratify`.
         objects: Objects of each label in each group, (groups, labels).
         ratios: Share of each split.
-        seed: Of the first; the others take the numbers after it.
+        seed: Seed of the first try; later tries use the following seeds.
 
     Returns:
         Index of the split of each group, (groups,).

@@ -86,19 +86,12 @@ def read_truth(path: Path, masks: bool = True) -> Truth:
         elif isinstance(shape, dict):
             image = truth.images[annotation['image_id']]
             if list(shape.get('size', ())) != [image['height'], image['width']]:
-                problems.add(
-                    'truth-mask-size',
-                    '{count:,} whose mask is not of the size (height, width) of its image: {places}',
-                    where,
-                )
+                text = '{count:,} whose mask is not of the size (height, width) of its image: {places}'
+                problems.add('truth-mask-size', text, where)
     if problems:
-        raise UserError(
-            'truth-masks',
-            '{path}: annotations that cannot be evaluated:',
-            problems.lines(),
-            'fix the annotation file, or evaluate boxes alone: --boxes FILE',
-            path=path,
-        )
+        text = '{path}: annotations that cannot be evaluated:'
+        hint = 'fix the annotation file, or evaluate boxes alone: --boxes FILE'
+        raise UserError('truth-masks', text, problems.lines(), hint, path=path)
     return truth
 
 
@@ -242,15 +235,9 @@ def image_folder(truth: Truth, root: Path | None) -> Path | None:
     folder = root or guess_image_root(truth.path, names)
     missing = [folder / name for name in names if not (folder / name).is_file()]
     if root is not None and missing:
-        raise UserError(
-            'truth-images',
-            '{root} lacks {missing:,} of {count:,} images:',
-            missing,
-            'pass the folder that the file names are relative to, or leave the pictures out: --no-pictures',
-            root=root,
-            missing=len(missing),
-            count=len(names),
-        )
+        text = '{root} lacks {missing:,} of {count:,} images:'
+        hint = 'pass the folder that the file names are relative to, or leave the pictures out: --no-pictures'
+        raise UserError('truth-images', text, missing, hint, root=root, missing=len(missing), count=len(names))
     return None if missing else folder
 
 

@@ -87,13 +87,9 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
             out.rmdir()
         part.rename(out)
     except OSError as error:
-        raise UserError(
-            'fix-unwritable',
-            '{out}: cannot be written: {reason}',
-            hint='choose a folder you may write to',
-            out=out,
-            reason=reason_of(error),
-        ) from error
+        text = '{out}: cannot be written: {reason}'
+        hint = 'choose a folder you may write to'
+        raise UserError('fix-unwritable', text, hint=hint, out=out, reason=reason_of(error)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     done = {name: out / path.relative_to(part) for name, path in paths.items()}
@@ -111,12 +107,9 @@ def _repair_all(
         if report.good or len(changes) == known:
             break
     if not report.good:
-        raise UserError(
-            'fix-incomplete',
-            'These errors cannot be repaired without a guess; nothing was written:',
-            [f.message() for f in report.of('error')],
-            'fix them by hand',
-        )
+        text = 'These errors cannot be repaired without a guess; nothing was written:'
+        hint = 'fix them by hand'
+        raise UserError('fix-incomplete', text, [f.message() for f in report.of('error')], hint)
     return paths
 
 
@@ -247,13 +240,9 @@ class _Repair:
         used = set(self.table.category_rows.tolist())
         extra = [e['name'] for row, e in enumerate(entries) if e and e['name'] not in order and row in used]
         if extra and not self.from_config:
-            raise UserError(
-                'fix-classes',
-                '{path} has objects of classes that the first file does not have; nothing was written',
-                extra,
-                'correct the names, add the classes to the first file, or pass --config to keep its classes only',
-                path=self.table.path,
-            )
+            text = '{path} has objects of classes that the first file does not have; nothing was written'
+            hint = 'correct the names, add the classes to the first file, or pass --config to keep its classes only'
+            raise UserError('fix-classes', text, extra, hint, path=self.table.path)
         if order != list(kept):
             self._note('categories put into the expected order')
         self._renumber('category', kept.values())
