@@ -122,7 +122,6 @@ class InPlace(Target):
         """Nothing: the folder may be in the source and hold other files."""
 
     def annotation_file(self, split: str) -> Path:
-        """See `Target`."""
         return self.out / file_name(split)
 
     def commit(self, report: dict[str, Any]) -> None:  # noqa: ARG002

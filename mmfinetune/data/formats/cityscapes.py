@@ -37,13 +37,11 @@ class CityscapesReader(Reader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         found = (root / 'leftImg8bit').is_dir() and (root / 'gtFine').is_dir()
         return 'leftImg8bit/ next to gtFine/' if found else None
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> CityscapesReader:  # noqa: ARG003
-        """See `Reader.open`."""
         missing = [f'{name}/' for name in ('leftImg8bit', 'gtFine') if not (root / name).is_dir()]
         images = _per_split(root / 'leftImg8bit', _IMAGE_END)
         if not images:
@@ -65,7 +63,6 @@ class CityscapesReader(Reader):
         return reader
 
     def items(self) -> list[Item]:
-        """See `Reader.items`."""
         return [
             Item(path.name.removesuffix(_IMAGE_END), path, _label_of(self.root, path), split)
             for split, paths in self._images.items()
@@ -73,7 +70,6 @@ class CityscapesReader(Reader):
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Reader.read`."""
         record = self.start(item)
         try:
             values = _read_values(item.label)

@@ -102,7 +102,6 @@ class CocoReader(Reader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         if root.is_file():
             return 'a COCO JSON file' if is_coco(root) else None
         # Tools write their COCO JSON into these data sets; the true labels are the PNGs.
@@ -176,7 +175,6 @@ class CocoReader(Reader):
         return items
 
     def read(self, item: Item) -> Record:
-        """See `Reader.read`."""
         number, place = item.label
         file = self._files[number]
         image = file.coco.images[place]
@@ -255,7 +253,6 @@ class Coco2017Reader(CocoReader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         found = [split for split in official_files(root) if (root / f'{split}2017').is_dir()]
         return ' and '.join(f'annotations/instances_{split}2017.json next to {split}2017/' for split in found) or None
 

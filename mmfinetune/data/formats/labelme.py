@@ -76,7 +76,6 @@ class LabelmeReader(Reader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         paths = find_files(root, {'.json'})
         sample = paths[:: max(1, len(paths) // _SAMPLES)][:_SAMPLES]
         ours = [path for path in sample if _is_labelme(path)]
@@ -119,11 +118,9 @@ class LabelmeReader(Reader):
         return cls(root, classes, listed and listed[0], items, notes)
 
     def items(self) -> list[Item]:
-        """See `Reader.items`."""
         return self._items
 
     def read(self, item: Item) -> Record:
-        """See `Reader.read`."""
         record = self.start(item)
         name = shown(item.label, self.root)
         try:

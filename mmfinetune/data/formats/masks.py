@@ -57,7 +57,6 @@ class _MaskReader(Reader):
             self.notes.append(Message('masks-background', text, count=without, images=len(layout.images)))
 
     def items(self) -> list[Item]:
-        """See `Reader.items`."""
         layout = self._layout
         return [
             Item(
@@ -70,7 +69,6 @@ class _MaskReader(Reader):
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Reader.read`."""
         record = self.start(item)
         masks, class_mask = item.label
         if not masks and not self._background:
@@ -111,7 +109,6 @@ class MaskPngReader(_MaskReader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         layout = numbered_layout(root)
         if not layout.fits() or _binary(layout.sample())[0]:
             return None
@@ -251,7 +248,6 @@ class BinaryMasksReader(_MaskReader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         layout = classed_layout(root)
         if not layout.fits() or not _binary(layout.sample())[1]:
             return None

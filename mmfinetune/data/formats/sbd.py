@@ -34,7 +34,6 @@ class SbdReader(Reader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         folder = _sbd_folder(root)
         found = folder and next((folder / 'inst').glob('*.mat'), None)
         return f'{folder} has inst/*.mat and img/' if found else None
@@ -76,7 +75,6 @@ class SbdReader(Reader):
         return cls(folder, lists, notes)
 
     def items(self) -> list[Item]:
-        """See `Reader.items`."""
         return [
             Item(image_id, self.root / f'img/{image_id}.jpg', self.root / f'inst/{image_id}.mat', split)
             for split, ids in self._lists.items()
@@ -84,7 +82,6 @@ class SbdReader(Reader):
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Reader.read`."""
         record = self.start(item)
         name = shown(item.label, self.root)
         try:

@@ -47,7 +47,6 @@ class VocReader(Reader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         devkit, wanted = find_devkit(root), _FOLDERS[:3]
         found = all((devkit / name).is_dir() for name in wanted)
         return f'{devkit} has ' + ', '.join(f'{name}/' for name in wanted) if found else None
@@ -64,7 +63,6 @@ class VocReader(Reader):
         return cls(devkit, lists, problems, bool(options.get('trust_masks')))
 
     def items(self) -> list[Item]:
-        """See `Reader.items`."""
         return [
             Item(image_id, self.root / f'JPEGImages/{image_id}.jpg', None, split)
             for split, ids in self._lists.items()

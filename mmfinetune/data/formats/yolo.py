@@ -46,7 +46,6 @@ class YoloReader(Reader):
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
-        """See `Reader.detect`."""
         for path in _yaml_files(root):
             with contextlib.suppress(UserError):
                 data = _load_yaml(path)
@@ -111,7 +110,6 @@ class YoloReader(Reader):
             self.problems.append(Message('yolo-no-image', text, place=shown(path, self.root)))
 
     def items(self) -> list[Item]:
-        """See `Reader.items`."""
         return [
             Item(shown(image, self.root), image, _label_path(image, self.root), split)
             for split, images in self._splits.items()
@@ -119,7 +117,6 @@ class YoloReader(Reader):
         ]
 
     def read(self, item: Item) -> Record:
-        """See `Reader.read`."""
         record = self.start(item)
         if record.problems or not item.label.is_file():
             return record
