@@ -36,10 +36,6 @@ class AtomicBackend(LocalBackend):
             )
         atomic_write_bytes(path, obj)
 
-    def put_text(self, obj: str, filepath: str | Path, encoding: str = 'utf-8') -> None:
-        """Write a text the same way."""
-        self.put(obj.encode(encoding), filepath)
-
 
 register_backend(BACKEND, AtomicBackend, force=True)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import errno
-import logging
 import signal
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -20,9 +19,10 @@ from mmengine.runner.utils import calc_dynamic_intervals
 from torch.utils.data import DataLoader
 
 from mmfinetune.engine import compat
+from mmfinetune.engine.hooks import warn
 from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.engine.training_dataset import TrainingDataset, read_faults, seed_step
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 
 if TYPE_CHECKING:
     from mmengine.runner import Runner
@@ -174,9 +174,11 @@ class ExactTrainLoop(BaseLoop):
     def _warn_about_faults(self) -> None:
         faults = read_faults(self.data.faults)
         if faults:
-            print_log(
-                f'{len(faults)} training images cannot be read and are replaced by others '
-                f'({self.data.faults.name}): {faults[0]["problem"]}',
-                logger='current',
-                level=logging.WARNING,
+            message = Message(
+                'train-images-replaced',
+                '{count} training images cannot be read and are replaced by others ({file}): {first}',
+                count=len(faults),
+                file=self.data.faults.name,
+                first=faults[0]['problem'],
             )
+            warn(message)

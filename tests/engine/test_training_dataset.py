@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tests.builders.errors import refused
 class Draws:
     """A data set whose samples are what the three generators draw."""
 
-    metainfo = {'classes': ('a',)}
+    metainfo: ClassVar = {'classes': ('a',)}
 
     def __init__(self, bad: tuple[int, ...] = ()) -> None:
         self.bad = bad
