@@ -206,7 +206,9 @@ def names(folder: Path) -> list[str]:
 def differences(one: object, other: object, at: str = '') -> list[str]:
     """Where two checkpoints differ; paths, durations and what is kept aside."""
     leaf = at.rpartition('/')[2]
-    if leaf in ('cfg', 'time', 'experiment_name', 'data_time', 'eta', 'kept') or leaf.endswith(('/time', 'eta_hours')):
+    if leaf in ('cfg', 'time', 'experiment_name', 'mmengine_version', 'data_time', 'eta', 'kept') or leaf.endswith(
+        ('/time', 'eta_hours')
+    ):
         return []
     if isinstance(one, dict) and isinstance(other, dict):
         found = [f'{at}/{key} in one only' for key in one.keys() ^ other.keys()]
