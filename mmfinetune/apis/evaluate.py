@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from mmfinetune.apis import run_data, run_weights, testing
 from mmfinetune.apis.inference import as_array, model_files
 from mmfinetune.config import load, paths, views
+from mmfinetune.config.resolve import set_detection
 from mmfinetune.data import coco_json
 from mmfinetune.evaluation import detections, render, report, run_results
 from mmfinetune.evaluation.stats import KINDS, SCORE_THR
@@ -227,19 +228,12 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
     from mmengine.runner.amp import autocast
     from tqdm import tqdm
 
-    cfg.test_evaluator = []  # the rows are evaluated later
-    cfg.test_cfg = dict(type='TestLoop', fp16=(cfg.get('test_cfg') or {}).get('fp16', False))
-    # Those of the training would write into its folder, or change the model (EMA).
-    cfg.custom_hooks = []
-    cfg.default_hooks = dict(logger=None, checkpoint=None)
-    cfg.visualizer = dict(type='Visualizer', vis_backends=[], name='evaluation')
-    cfg.log_level = 'WARNING'
     rows: dict[str, list[dict]] = {kind: [] for kind in kinds}
     with (
         tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder,
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints what it loads
     ):
-        cfg.work_dir = folder
+        set_detection(cfg, folder)
         runner = testing.test_runner(cfg, run_weights.checkpoint_of(cfg, weights))
         runner.load_or_resume()
         model, loop = runner.model.eval(), runner.test_loop

@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mmfinetune.config.resolve import set_test_only
+
 if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
 
     from mmfinetune.weights.check import WeightCheck
-
-_OF_TRAINING = (
-    'train_dataloader',
-    'train_cfg',
-    'optim_wrapper',
-    'param_scheduler',
-    'val_dataloader',
-    'val_cfg',
-    'val_evaluator',
-    'auto_scale_lr',
-)
 
 
 def test_runner(cfg: Config, weights: WeightCheck) -> Runner:
@@ -35,9 +26,7 @@ def test_runner(cfg: Config, weights: WeightCheck) -> Runner:
     from mmfinetune.engine.runner import FineTuningRunner
 
     weights.require_good()
-    cfg.resume, cfg.load_from = False, None
-    for key in _OF_TRAINING:
-        cfg.pop(key, None)
+    set_test_only(cfg)
     runner = FineTuningRunner.from_cfg(cfg)
     runner.start = weights
     return runner

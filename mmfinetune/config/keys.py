@@ -146,7 +146,7 @@ def check_keys(cfg: Config) -> list[Message]:
         near = difflib.get_close_matches(key, TOP_LEVEL, 1, 0.85)
         if key not in TOP_LEVEL + HELPERS and near:
             problems.append(_near(key, near[0]))
-    for place, node in _dicts(cfg.to_dict()):
+    for place, node in dicts(cfg.to_dict()):
         if is_judged(node, place):
             accepted, closed = accepted_keys(node, place)
             found = (unknown_key_problem(f'{place}.{key}', place, accepted, closed) for key in node)
@@ -195,17 +195,17 @@ def _at(node: Any, parts: Sequence[str], place: str = '') -> Iterator[tuple[str,
             yield from _at(child, parts[1:], f'{place}{key}.')
 
 
-def _dicts(node: Any, place: str = '') -> Iterator[tuple[str, Mapping]]:
-    """All dicts of a config with their dotted place, but for those with free-form keys."""
+def dicts(node: Any, place: str = '') -> Iterator[tuple[str, Mapping]]:
+    """All dicts of a config with their dotted place, except those with free-form keys."""
     if isinstance(node, Mapping):
         if place:
             yield place, node
         for key, value in node.items():
             if key not in FREE_FORM:
-                yield from _dicts(value, f'{place}.{key}' if place else key)
+                yield from dicts(value, f'{place}.{key}' if place else key)
     elif isinstance(node, (list, tuple)):
         for i, value in enumerate(node):
-            yield from _dicts(value, f'{place}.{i}')
+            yield from dicts(value, f'{place}.{i}')
 
 
 def accepted_keys(node: Mapping, place: str) -> tuple[set[str], bool]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from mmfinetune.config import views
+from mmfinetune.config.keys import dicts
 from mmfinetune.config.views import annotation_file, class_names, dataset_configs, innermost
 from mmfinetune.data.formats import voc_devkit
 from mmfinetune.utils.errors import Message, UserError
@@ -49,8 +50,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
     for split, dataset in datasets.items():
         dataset['data_root'] = str(root)
         _point_evaluators(cfg, split, root / dataset['ann_file'])
-    if 'demo_data' in cfg:
-        cfg.pop('demo_data')
+    cfg.pop('demo_data', None)
 
 
 def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
@@ -79,20 +79,11 @@ def check_heads(cfg: Config) -> None:
     if not classes:
         return
     problems = []
-
-    def visit(node: Any, place: str) -> None:
-        if isinstance(node, dict):
-            count = node.get('num_classes')
-            # An RPN distinguishes objects from background only.
-            if count is not None and 'rpn' not in place and count != len(classes):
-                problems.append(Message('head-classes', '{key} = {count}', key=f'{place}.num_classes', count=count))
-            for key, value in node.items():
-                visit(value, f'{place}.{key}')
-        elif isinstance(node, (list, tuple)):
-            for i, value in enumerate(node):
-                visit(value, f'{place}.{i}')
-
-    visit(cfg.model, 'model')
+    for place, node in dicts(cfg.model, 'model'):
+        count = node.get('num_classes')
+        # An RPN distinguishes objects from background only.
+        if count is not None and 'rpn' not in place and count != len(classes):
+            problems.append(Message('head-classes', '{key} = {count}', key=f'{place}.num_classes', count=count))
     if problems:
         raise UserError(
             'config-class-count',

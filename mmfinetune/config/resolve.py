@@ -1,6 +1,7 @@
 """From the command line to the settings of a run: the only writer of a config before the Runner.
 
-The command line wins over the config, and the config over its bases.
+The command line wins over the config, and the config over its bases. One value follows later, as it is a fact of
+files: `apis.train` notes in ``weights.checkpoint`` which of several places the weights were found in.
 """
 
 from __future__ import annotations
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 LOG_DIR = 'tensorboard_logs'
 BOARD = 'TensorBoardBackend'
+_OF_TRAINING = (
+    'train_dataloader',
+    'train_cfg',
+    'optim_wrapper',
+    'param_scheduler',
+    'val_dataloader',
+    'val_cfg',
+    'val_evaluator',
+    'auto_scale_lr',
+)
 AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
 
 
@@ -201,3 +212,27 @@ def set_saving(cfg: Config, every: int | None) -> None:
             type=hook.get('type'),
         )
     hook.every_n_iters = every
+
+
+def set_test_only(cfg: Config) -> None:
+    """Leave training and validation out, for a Runner that only tests."""
+    cfg.resume, cfg.load_from = False, None
+    for key in _OF_TRAINING:
+        cfg.pop(key, None)
+
+
+def set_detection(cfg: Config, work_dir: str) -> None:
+    """Let a test touch nothing of the run that trained the model: logs, curves, pictures.
+
+    Args:
+        cfg: Changed in place.
+        work_dir: Where the Runner logs.
+    """
+    cfg.test_evaluator = []  # the rows are evaluated later
+    cfg.test_cfg = dict(type='TestLoop', fp16=(cfg.get('test_cfg') or {}).get('fp16', False))
+    # The hooks of training would write into its folder, or change the model (EMA).
+    cfg.custom_hooks = []
+    cfg.default_hooks = dict(logger=None, checkpoint=None)
+    cfg.visualizer = dict(type='Visualizer', vis_backends=[], name='evaluation')
+    cfg.log_level = 'WARNING'
+    cfg.work_dir = work_dir

@@ -12,7 +12,6 @@ from PIL import Image
 from mmfinetune.apis import evaluate, run_weights
 from mmfinetune.apis.evaluate import Options
 from mmfinetune.config import load, paths
-from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
 from tests.builders.results import FOUND, THINGS, data_set, rows_of, write
 from tests.builders.runs import CONFIGS, REPO, FinishedRun, drive, files_in, forget_runs, train_tool
@@ -379,5 +378,5 @@ def test_train_split_in_wrappers(loaded: Callable):
 def test_split_that_is_not_there(loaded: Callable, dataset):
     cfg = copy.deepcopy(loaded('mask_rcnn_voc_pretrained.py'))
     cfg.val_dataloader = None if dataset is None else dict(cfg.val_dataloader, dataset=dataset)
-    with pytest.raises(UserError, match='test, train'):
+    with refused('config-no-split', split='val', others='test, train'):
         paths.select_split(cfg, 'val')
