@@ -1,6 +1,5 @@
 """Check a COCO-format data set: annotation files, masks, image files, one split against another."""
 
-import sys
 from pathlib import Path
 
 from mmfinetune.apis.cli import add, make_parser, old_option, run
@@ -62,4 +61,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run(main))
+    run(main)

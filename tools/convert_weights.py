@@ -1,6 +1,5 @@
 """Bring weights of torchvision, Detectron2 or safetensors under MMDetection's names, or back."""
 
-import sys
 from pathlib import Path
 
 from mmfinetune.apis.cli import add, make_parser, run
@@ -42,4 +41,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run(main))
+    run(main)

@@ -1,6 +1,5 @@
 """Strip a checkpoint to its weights and name it by its SHA-256, as the model zoos do."""
 
-import sys
 from pathlib import Path
 
 from mmfinetune.apis.cli import add, make_parser, run
@@ -25,4 +24,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run(main))
+    run(main)

@@ -1,9 +1,8 @@
 """Split a COCO file into train, val and test: each class in its share, series kept together."""
 
-import sys
 from pathlib import Path
 
-from mmfinetune.apis.cli import make_parser, run
+from mmfinetune.apis.cli import add, make_parser, run
 from mmfinetune.data.split import split_file
 
 EXAMPLES = r"""
@@ -38,10 +37,8 @@ def main() -> int:
         help='searched for in the file names; images with the same first group '
         '(or, without groups, the same match) stay in one split',
     )
-    parser.add_argument(
-        '--out', type=Path, metavar='DIR', help='folder for instances_<split>.json (default: that of the source)'
-    )
-    parser.add_argument('--overwrite', action='store_true', help='replace the files of an earlier split, all of them')
+    add(parser, '--out', metavar='DIR', more='instances_<split>.json (default: the folder of the source)')
+    add(parser, '--overwrite')
     args = parser.parse_args()
 
     report = split_file(args.source, args.ratios, args.seed, args.group_by, args.out, args.overwrite)
@@ -51,4 +48,4 @@ def main() -> int:
 
 
 if __name__ == '__main__':
-    sys.exit(run(main))
+    run(main)

@@ -389,11 +389,12 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
-def test_run_tells_the_message_problems_and_cure(capsys):
+def test_run_tells_code_message_problems_and_hint(capsys):
+    error = UserError('test-broken', 'It broke at {where}', ['here', 'there'], 'glue it', where='x')
     with pytest.raises(SystemExit) as stop:
-        cli.run(lambda: _raise(UserError('It broke', ['here', 'there'], 'glue it')))
+        cli.run(lambda: _raise(error))
     assert stop.value.code == 2
-    assert capsys.readouterr().err == 'error: It broke\n  - here\n  - there\nHow to mend it: glue it\n'
+    assert capsys.readouterr().err == 'error[test-broken]: It broke at x\n  - here\n  - there\nHint: glue it\n'
 
 
 def test_run_on_ctrl_c(capsys):
@@ -402,9 +403,11 @@ def test_run_on_ctrl_c(capsys):
     assert stop.value.code == 130 and capsys.readouterr().err == 'interrupted\n'
 
 
-def test_run_leaves_faults_of_the_program_their_traceback():
-    with pytest.raises(ZeroDivisionError):
+def test_run_leaves_crashes_their_traceback(capsys):
+    with pytest.raises(SystemExit) as stop:
         cli.run(lambda: 1 // 0)
+    assert stop.value.code == cli.EXIT_CRASH == 70
+    assert 'ZeroDivisionError' in capsys.readouterr().err
 
 
 def test_output_into_a_closed_pipe(spoilt):
@@ -431,13 +434,14 @@ def test_flatten_prints_writes_and_refuses_to_overwrite(spoilt):
     assert drive('flatten_config', 'tiny.py', '-o', 'flat.py').code == 0
     assert drive('flatten_config', 'tiny.py', '--check', 'flat.py').code == 0
     text = (spoilt / 'flat.py').read_text()
-    outcome = drive('flatten_config', 'tiny.py', '-o', 'flat.py')
-    assert outcome.code == 2 and 'flat.py is there already' in outcome.err
+    outcome = drive('flatten_config', 'tiny.py', '--out', 'flat.py')
+    assert outcome.error == 'config-exists' and 'flat.py' in outcome.err
     assert (spoilt / 'flat.py').read_text() == text
+    assert drive('flatten_config', 'tiny.py', '--out', 'flat.py', '--overwrite').code == 0
 
 
 def test_flatten_check_names_what_differs(spoilt):
-    drive('flatten_config', 'tiny.py', '-o', 'flat.py')
+    drive('flatten_config', 'tiny.py', '--out', 'flat.py')
     file = spoilt / 'flat.py'
     file.write_text(file.read_text() + 'train_cfg = dict(max_epochs=77)\n')
     outcome = drive('flatten_config', 'tiny.py', '--check', 'flat.py')
