@@ -54,7 +54,7 @@ class Checkpoints:
         self.folder, self.pattern, self.keep, self.writes = folder, pattern, keep, writes
 
     def prune(self, kept: Sequence[int], number: int) -> tuple[list[int], list[str]]:
-        """Choose what stays beside a new checkpoint: the numbers kept with it, the files that it replaces."""
+        """Choose what a new checkpoint replaces: the numbers kept with it, and the files to remove."""
         if self.keep <= 0:
             return [], []
         numbers = [*(n for n in kept if n != number), number]
@@ -97,10 +97,10 @@ class Checkpoints:
             atomic_write_text(work_dir / POINTER, str(self.folder / name))
 
     def require_room(self, saves: int, full: int, extra: int = 0) -> None:
-        """Check that a whole run fits the disk.
+        """Check that all files of a run fit the disk.
 
         Args:
-            saves: How many checkpoints it makes in all, beside those within an epoch.
+            saves: How many checkpoints it makes, not counting those within an epoch.
             full: Bytes of one.
             extra: Bytes of everything else: those within an epoch, the best weights.
 
@@ -114,7 +114,7 @@ class Checkpoints:
         if self.writes and room < need:
             raise UserError(
                 'checkpoint-no-room-for-run',
-                '{folder} has too little room: up to {files} checkpoints of {size:,.0f} MiB and what lies beside them '
+                '{folder} has too little room: up to {files} checkpoints of {size:,.0f} MiB and the other files '
                 'take {need:,.0f} MiB at a time, and {room:,.0f} MiB are available',
                 hint='make room, pass another --work-dir, or keep fewer: --cfg-options '
                 'default_hooks.checkpoint.max_keep_ckpts=1',

@@ -1,6 +1,6 @@
 """What a run needs to know to continue as if it had never stopped: one record under one key.
 
-The record lies in MMEngine's message hub, which each checkpoint holds. Beside it a checkpoint has
+The record is in MMEngine's message hub, which each checkpoint holds. A checkpoint also has
 ``checkpoint[KEY]['gradients']``: those that wait in an unfinished accumulation, by parameter.
 """
 
@@ -44,9 +44,7 @@ class RunState:
     outdated: list[str] = field(default_factory=list)
     batch_setup: dict[str, int] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """The record as a checkpoint holds it."""
-        return dataclasses.asdict(self)
+    to_dict = dataclasses.asdict
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> RunState:

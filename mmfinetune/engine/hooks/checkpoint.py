@@ -1,4 +1,4 @@
-"""When a run is saved, and what its checkpoints hold beside MMEngine's."""
+"""When a run is saved, and what its checkpoints hold in addition to MMEngine's state."""
 
 from __future__ import annotations
 
@@ -38,9 +38,8 @@ class SafeCheckpointHook(Hook):
     killed in between validates it when resumed. Gradients that wait in an unfinished accumulation
     are saved too.
 
-    Arguments have the names and meanings of MMEngine's ``CheckpointHook``, but for
-
     Args:
+        interval, by_epoch, …, save_begin: As of MMEngine's ``CheckpointHook``.
         every_n_iters: Save within the epoch too, each so many steps: ``iter_<n>.pth``, of which
             only the newest is kept, until the epoch's own checkpoint. 0 does not.
 
@@ -286,9 +285,8 @@ def _waiting_gradients(runner: Runner) -> dict[str, torch.Tensor]:
     if runner.optim_wrapper.should_update():
         return {}
     found = {name: p.grad.detach().clone() for name, p in bare_model(runner).named_parameters() if p.grad is not None}
-    if get_world_size() > 1:
-        for gradient in found.values():
-            all_reduce(gradient, 'mean')
+    for gradient in found.values():
+        all_reduce(gradient, 'mean')  # does nothing in a single process
     return {name: gradient.cpu() for name, gradient in found.items()}
 
 

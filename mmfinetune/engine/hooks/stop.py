@@ -13,7 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from mmengine.dist import all_reduce, barrier, get_world_size
+from mmengine.dist import all_reduce, barrier
 from mmengine.hooks import Hook
 
 from mmfinetune.engine.hooks.checkpoint import SafeCheckpointHook, checkpoint_hook
@@ -77,10 +77,9 @@ class _Stop(Hook):
 
     def _asked(self) -> int:
         """The signal that any of the processes got; 0 for none, and outside of training."""
-        if get_world_size() == 1 or not self._before:
-            return self._signal if self._before else 0
-        number = torch.tensor(self._signal)
-        all_reduce(number, 'max')
+        number = torch.tensor(self._signal if self._before else 0)
+        if self._before:
+            all_reduce(number, 'max')  # does nothing in a single process
         return int(number)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
