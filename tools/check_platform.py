@@ -5,7 +5,7 @@ import sys
 
 
 def main():
-    found = 'Python %d.%d on %s %s' % (sys.version_info[0], sys.version_info[1], platform.system(), platform.machine())
+    found = 'Python {}.{} on {} {}'.format(*sys.version_info[:2], platform.system(), platform.machine())
     problems = []
     if not (3, 10) <= sys.version_info[:2] <= (3, 12):
         problems.append('Python 3.10, 3.11 or 3.12 (name one with: make PYTHON=python3.11 test)')
@@ -15,9 +15,9 @@ def main():
         problems.append('an x86-64 processor')
     if problems:
         sys.stderr.write(
-            'error: this is %s. The pinned set-up needs %s.\n'  # noqa: UP031
+            'error: this is {}. The pinned set-up needs {}.\n'
             'Elsewhere install torch, then `pip install -r requirements.txt` without '
-            'its pins; that is not tested.\n' % (found, ', '.join(problems))
+            'its pins; that is not tested.\n'.format(found, ', '.join(problems))
         )
         return 2
     return 0

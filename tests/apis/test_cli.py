@@ -8,6 +8,7 @@ import runpy
 import pytest
 
 from mmfinetune.apis import cli
+from mmfinetune.utils.text import table as text_table
 from tests.builders.runs import TOOLS
 
 NO_OPTIONS = ('check_platform',)  # it must run on any Python 3
@@ -68,6 +69,18 @@ def test_old_names_lead_to_options_that_exist(parsers, tool):
     parser = parsers[tool]
     assert set(parser.old_options.values()) <= set(options(parser))
     assert not set(parser.old_options) & set(options(parser))
+
+
+def test_docs_hold_both_tables(parsers):
+    """A difference shows the text that belongs there."""
+    rows = [('option', 'meaning', 'tools')]
+    for name, settings in cli.SHARED.items():
+        where = ', '.join(f'`{tool}`' for tool in ALL if name in options(parsers[tool]))
+        rows.append((f'`{name}`', settings['help'].replace('%(default)s', str(settings.get('default'))), where))
+    codes = [('exit code', 'meaning'), *cli.EXIT_CODES.items()]
+    text = (TOOLS.parent / 'docs/tools.md').read_text()
+    for table in (rows, codes):
+        assert text_table(table, left=3, markdown=True) in text
 
 
 @pytest.mark.parametrize('tool', ALL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 from pathlib import Path
 
@@ -289,3 +290,29 @@ def test_bf16_trains_on_the_cpu_too(batch):
 def test_a_misspelt_line_is_refused(line):
     with refused('config-wrong-settings'):
         load(line)
+
+
+# The only writer
+
+
+def writes(path: Path) -> list[str]:
+    """Places in a ``cfg`` that a file assigns to."""
+    targets = []
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Assign):
+            targets += [t for target in node.targets for t in getattr(target, 'elts', [target])]
+        elif isinstance(node, (ast.AugAssign, ast.Delete)):
+            targets += node.targets if isinstance(node, ast.Delete) else [node.target]
+    texts = [ast.unparse(target) for target in targets]
+    return [text for text in texts if text.startswith(('cfg.', 'cfg[', 'self.cfg.', 'runner.cfg.'))]
+
+
+def test_nothing_else_writes_into_a_config():
+    found = {
+        path.relative_to(ROOT / 'mmfinetune').as_posix(): writes(path)
+        for folder in ('apis', 'engine', 'evaluation', 'weights', 'data', 'models')
+        for path in (ROOT / 'mmfinetune' / folder).rglob('*.py')
+    }
+    # A fact of the disk: which of several places the weights were found in.
+    assert {path: places for path, places in found.items() if places} == {'apis/train.py': ['cfg.weights.checkpoint']}
+    assert len(writes(ROOT / 'mmfinetune/config/resolve.py')) > 10
