@@ -197,13 +197,14 @@ def test_any_number_of_processes_measures_the_same(processes):
     assert found[2] == found[1] and found[3] == found[1]
 
 
-def test_a_bad_number_of_one_stops_all_and_its_images_are_named(processes):
+def test_a_loss_of_one_that_is_not_finite_stops_all_and_its_images_are_named(processes):
     first, second = processes(2, 'poison.py', '--train', '--work-dir', 'poison')
     assert (first.code, second.code) == (2, 2)
     # Both say the same, so that it does not matter whose message is shown.
-    assert 'error: Step 2 (epoch 1): the loss is not a number' in first.err
-    assert first.err.partition('error: ')[2] == second.err.partition('error: ')[2]
+    assert first.error == second.error == 'nonfinite-step'
+    assert first.err.partition('error[')[2] == second.err.partition('error[')[2]
     note = json.loads(Path('poison/bad_batch.json').read_text())
+    assert (note['step'], note['epoch']) == (2, 1)
     assert [loss['rank'] for loss in note['bad_losses']] == [1] and len(note['images']) == 2
     assert not Path('poison/epoch_1.pth').exists()
 
@@ -220,7 +221,8 @@ def test_all_skip_a_bad_step_of_one(processes):
         'train_cfg.max_epochs=1',
     )
     assert [o.code for o in outcomes] == [0, 0], outcomes[0].err + outcomes[1].err
-    assert 'Step 2 (epoch 1) is skipped' in outcomes[0].out
+    note = json.loads(Path('skip/bad_batch.json').read_text())
+    assert (note['step'], note['epoch']) == (2, 1)
     state = read('skip/epoch_1.pth')['state_dict']
     assert all(torch.isfinite(value).all() for value in state.values())
 
