@@ -34,4 +34,4 @@ def warn(message: Message) -> None:
 def loss_of(outputs: Mapping[str, Any] | None) -> float | None:
     """The loss among the outputs of a training step, if there is one."""
     loss = (outputs or {}).get('loss')
-    return None if loss is None else float(torch.as_tensor(loss).detach())
+    return None if loss is None else torch.as_tensor(loss).item()

@@ -87,7 +87,7 @@ class NonFiniteHook(Hook):
         self._images += images
         loss = loss_of(outputs)
         if loss is not None and not math.isfinite(loss):
-            terms = {name: float(value) for name, value in outputs.items() if 'loss' in name and name != 'loss'}
+            terms = {k: torch.as_tensor(v).item() for k, v in outputs.items() if 'loss' in k and k != 'loss'}
             bad = [f'{name} = {value}' for name, value in terms.items() if not math.isfinite(value)]
             losses = {name: repr(value) for name, value in terms.items()}
             note = {'rank': get_rank(), 'step': runner.iter + 1, 'bad': bad, 'losses': losses, 'images': images}

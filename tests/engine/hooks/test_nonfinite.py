@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import math
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from mmdet.structures import DetDataSample
 from mmengine.hooks import Hook
 from mmengine.logging import MessageHub
 from mmengine.model import BaseModel
-from mmengine.optim import OptimWrapper, OptimWrapperDict
+from mmengine.optim import AmpOptimWrapper, OptimWrapper, OptimWrapperDict
 from torch import nn
 
 from mmfinetune.engine.hooks import nonfinite
@@ -57,7 +59,7 @@ def batch_of(number: int, value: float | None = None, **extra) -> dict:
 class Run:
     """The part of a run that the hook sees."""
 
-    def __init__(self, folder: Path, accumulation: int = 1, wrapper: type = OptimWrapper, **options) -> None:
+    def __init__(self, folder: Path, accumulation: int = 1, wrapper: Callable = OptimWrapper, **options) -> None:
         torch.manual_seed(0)
         self.model = Toy().train()
         optimizer = torch.optim.SGD(
@@ -250,24 +252,17 @@ def test_with_accumulation_the_whole_update_is_skipped(tmp_path):
 # A gradient scaler
 
 
-class Scaling(OptimWrapper):
-    """AmpOptimWrapper's update, without autocast; that one refuses to work without a GPU."""
-
-    def __init__(self, *args, init_scale: float = 1024.0, **kwargs) -> None:
-        super().__init__(*args, **kwargs)
-        self.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
-
-    def backward(self, loss, **kwargs) -> None:
-        self.loss_scaler.scale(loss).backward(**kwargs)
-        self._inner_count += 1
-
-    def step(self, **kwargs) -> None:
-        self.loss_scaler.step(self.optimizer, **kwargs)
-        self.loss_scaler.update()
+def scaling(optimizer: torch.optim.Optimizer, init_scale: float = 1024.0, **options) -> AmpOptimWrapper:
+    """MMEngine's wrapper for mixed precision, which asks for a GPU, with a scaler for the CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr('mmengine.optim.optimizer.amp_optimizer_wrapper.is_cuda_available', lambda: True)
+        wrapper = AmpOptimWrapper(optimizer=optimizer, loss_scale={'enabled': False}, **options)
+    wrapper.loss_scaler = torch.amp.GradScaler('cpu', init_scale=init_scale)
+    return wrapper
 
 
 def test_a_scale_that_is_too_high_is_left_to_the_scaler(tmp_path):
-    run = Run(tmp_path, wrapper=Scaling)
+    run = Run(tmp_path, wrapper=scaling)
     for _ in range(3):
         before = run.state()
         for _ in range(19):
@@ -279,7 +274,7 @@ def test_a_scale_that_is_too_high_is_left_to_the_scaler(tmp_path):
 
 
 def test_fused_optimizer_survives_an_overflow(tmp_path):
-    run = Run(tmp_path, wrapper=Scaling)
+    run = Run(tmp_path, wrapper=scaling)
     run.optim_wrapper.optimizer = torch.optim.AdamW(run.model.parameters(), lr=0.1, fused=True)
     before = run.model.head.weight.detach().clone()
     run.step(batch_of(1, extra='root'))
@@ -289,7 +284,7 @@ def test_fused_optimizer_survives_an_overflow(tmp_path):
 
 
 def test_no_scale_helps(tmp_path):
-    run = Run(tmp_path, wrapper=Scaling, nan_policy='skip', max_skips=99)
+    run = Run(tmp_path, wrapper=scaling, nan_policy='skip', max_skips=99)
     for _ in range(19):
         run.step(batch_of(1, extra='root'))
     with refused('nonfinite-skips', what=Message(ANY_SCALE, '', times=20)):
@@ -297,17 +292,17 @@ def test_no_scale_helps(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_is_not_left_to_the_scaler(tmp_path):
-    run = Run(tmp_path, wrapper=Scaling)
+    run = Run(tmp_path, wrapper=scaling)
     with refused('nonfinite-step', what=loss('loss_a = nan, loss_b = nan')):
         run.step(batch_of(1, NAN))
-    run = Run(tmp_path, wrapper=Scaling, nan_policy='skip')
+    run = Run(tmp_path, wrapper=scaling, nan_policy='skip')
     before = run.state()
     run.step(batch_of(1, NAN))
     assert_same(run.state(), before)
 
 
 def test_the_norm_of_scaled_gradients_may_overflow(tmp_path):
-    run = Run(tmp_path, wrapper=lambda *args, **kwargs: Scaling(*args, init_scale=2.0**100, **kwargs))
+    run = Run(tmp_path, wrapper=partial(scaling, init_scale=2.0**100))
     before = run.model.head.weight.detach().clone()
     run.step(batch_of(1))
     assert not torch.equal(run.model.head.weight, before)
