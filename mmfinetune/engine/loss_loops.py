@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from mmdet.models.detectors import BaseDetector
 from mmdet.structures import DetDataSample
-from mmengine.dist import broadcast_object_list, collect_results, is_main_process
-from mmengine.evaluator import Evaluator
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.registry import LOOPS
 from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.runner.amp import autocast
@@ -68,12 +67,24 @@ def _features(model: BaseDetector, features: tuple[torch.Tensor, ...]) -> Iterat
         del model.extract_feat
 
 
+class _MeanLoss(BaseMetric):
+    """Mean over the images of all processes; the loop adds the losses of each image to ``results``."""
+
+    def process(self, data_batch: Any, data_samples: Sequence[dict]) -> None:
+        """Add nothing."""
+
+    def compute_metrics(self, results: list[dict[str, float]]) -> dict[str, float]:
+        """The means, summed in the order of the data set, so that the last digits agree too."""
+        return {key: float(np.mean([row[key] for row in results])) for key in results[0]}
+
+
 class _LossLoop:
     """What both loops do: predict, and take the loss from the same features.
 
     The loss is that of training (the model's ``loss``, with its assigners and samplers), in eval mode and without
     gradient, of each image by itself. Samplers are seeded by the image id, so that neither batch size nor the number of
-    processes nor the order changes what is drawn, and the random state of training stays as it is.
+    processes nor the order changes what is drawn, and the random state of training stays as it is. ``<stage>/loss`` and
+    ``<stage>/<term>`` are among the metrics.
 
     Args:
         loss: Whether to compute it.
@@ -84,33 +95,16 @@ class _LossLoop:
     stage: str
     # Of MMEngine's loop:
     runner: Runner
-    dataloader: Any
     evaluator: Evaluator
     fp16: bool
 
     def __init__(self, *args, loss: bool = True, **kwargs) -> None:
         super().__init__(*args, **kwargs)
         self.loss = loss
-        self._rows: list[dict[str, float]] = []
-
-    def run(self) -> dict[str, float]:
-        """Go through the data set.
-
-        Returns:
-            Metrics of the evaluator, ``<stage>/loss`` and ``<stage>/<term>`` averaged over images.
-        """
-        call, stage = self.runner.call_hook, self.stage
-        call(f'before_{stage}')
-        call(f'before_{stage}_epoch')
-        self.runner.model.eval()
-        self._rows.clear()
-        for idx, data_batch in enumerate(self.dataloader):
-            self.run_iter(idx, data_batch)
-        metrics = self.evaluator.evaluate(len(self.dataloader.dataset))
-        metrics.update(self._mean_losses())
-        call(f'after_{stage}_epoch', metrics=metrics)
-        call(f'after_{stage}')
-        return metrics
+        # Collected by messages, on whatever device; 'cpu' would leave a folder where the user works.
+        self._mean_loss = _MeanLoss(collect_device='gpu', prefix=self.stage)
+        if loss:
+            self.evaluator.metrics.append(self._mean_loss)
 
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
@@ -134,6 +128,7 @@ class _LossLoop:
                 )
             )
             self.loss = False
+            self.evaluator.metrics.remove(self._mean_loss)
         if not self.loss:
             return model(inputs, samples, mode='predict')
         features = model.extract_feat(inputs)
@@ -145,22 +140,8 @@ class _LossLoop:
                 _own_randomness(zlib.crc32(str(truth.img_id).encode()), inputs.device),
             ):
                 losses = model(inputs[i : i + 1], [truth], mode='loss')
-            self._rows.append({k: float(v) for k, v in model.parse_losses(losses)[1].items()})
+            self._mean_loss.results.append({k: float(v) for k, v in model.parse_losses(losses)[1].items()})
         return outputs
-
-    def _mean_losses(self) -> dict[str, float]:
-        """Over all images of all processes; every process gets the result."""
-        if not self.loss:
-            return {}
-        # Drops what the sampler repeats to give each process the same number, as metrics do. By
-        # messages, on whatever device; 'cpu' would leave a folder where the user works.
-        rows = collect_results(self._rows, len(self.dataloader.dataset), 'gpu')
-        means: list[dict[str, float]] = [{}]
-        if is_main_process():
-            # Summed in the order of the data set, so that the last digits agree too.
-            means = [{f'{self.stage}/{key}': float(np.mean([row[key] for row in rows])) for key in rows[0]}]
-        broadcast_object_list(means)
-        return means[0]
 
 
 @LOOPS.register_module()

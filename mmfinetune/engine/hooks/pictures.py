@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
 import mmcv
 import numpy as np
-import torch
 from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
@@ -49,34 +48,27 @@ def truth_and_prediction(
     return side_by_side(*panels, titles=titles)
 
 
-def batch_picture(
-    inputs: torch.Tensor,
-    samples: Sequence[DetDataSample],
-    names: Sequence[str],
-    mean: Sequence[float] | None,
-    std: Sequence[float] | None,
-    rgb: bool,
-) -> np.ndarray:
+def batch_picture(batch: Mapping[str, Any], names: Sequence[str], preprocessor: Mapping[str, Any]) -> np.ndarray:
     """The first images of a batch in a grid, with the objects that the model learns from.
 
     Args:
-        inputs: (N, 3, H, W) as the model gets them: normalised and padded.
-        samples: With ``gt_instances`` in the same coordinates.
+        batch: ``inputs``, (N, 3, H, W) as the model gets them, normalized and padded, and ``data_samples`` with
+            ``gt_instances`` in the same coordinates.
         names: Classes in label order.
-        mean: Mean of the normalisation by channel; None if there is none.
-        std: Its standard deviation.
-        rgb: Whether the channels are in this order; else they are BGR.
+        preprocessor: Config of the model's data preprocessor: ``mean`` and ``std`` by channel, ``bgr_to_rgb``.
 
     Returns:
         (H, W, 3) RGB uint8.
     """
+    mean, std = preprocessor.get('mean'), preprocessor.get('std')
     cells = []
-    for tensor, sample in zip(inputs[:_BATCH], samples, strict=False):
+    for tensor, sample in zip(batch['inputs'][:_BATCH], batch['data_samples'], strict=False):
         image = tensor.detach().float().cpu().numpy().transpose(1, 2, 0)
         if mean is not None and std is not None:
             image = image * np.asarray(std, np.float32) + np.asarray(mean, np.float32)
         image = image.round().clip(0, 255).astype(np.uint8)
-        cells.append(_drawn(image if rgb else image[..., ::-1], sample.gt_instances, names, _CELL))
+        image = image if preprocessor.get('bgr_to_rgb') else image[..., ::-1]
+        cells.append(_drawn(image, sample.gt_instances, names, _CELL))
     return contact_sheet(cells, width=_CELL)
 
 
@@ -93,12 +85,8 @@ def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str], lim
         image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
         parts['boxes'] = parts['boxes'] * factor
         if 'masks' in parts:
-            parts['masks'] = np.array(
-                [
-                    cv2.resize(mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) > 0
-                    for mask in parts['masks']
-                ]
-            ).reshape(-1, *size[::-1])
+            masks = [cv2.resize(m.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST) for m in parts['masks']]
+            parts['masks'] = np.array(masks, bool).reshape(-1, *size[::-1])
     return draw_instances(image, **parts, names=names)
 
 

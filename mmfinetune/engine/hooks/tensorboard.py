@@ -89,11 +89,9 @@ class TensorBoardHook(Hook):
     def _show_batch(self, runner: Runner, tensorboard: TensorBoardBackend) -> None:
         """Show the next batch as it leaves the preprocessor: a second time it might draw random numbers."""
         cfg = runner.cfg.model.get('data_preprocessor') or {}
-        colours = cfg.get('mean'), cfg.get('std'), bool(cfg.get('bgr_to_rgb'))
 
         def show(_module: nn.Module, _args: tuple, batch: dict) -> None:
-            picture = batch_picture(batch['inputs'], batch['data_samples'], class_names(runner), *colours)
-            tensorboard.add_image(curves.TRAIN_BATCH, picture, runner.iter)
+            tensorboard.add_image(curves.TRAIN_BATCH, batch_picture(batch, class_names(runner), cfg), runner.iter)
 
         model: Any = bare_model(runner)
         self._handle = model.data_preprocessor.register_forward_hook(show)

@@ -109,14 +109,7 @@ def test_batch_has_the_colours_of_the_images(settings, masks):
     inputs, samples = batch(2, masks)
     preprocessor = DetDataPreprocessor(pad_size_divisor=32, pad_mask=True, **settings)
     done = preprocessor({'inputs': inputs, 'data_samples': samples}, training=True)
-    picture = pictures.batch_picture(
-        done['inputs'],
-        done['data_samples'],
-        NAMES,
-        settings.get('mean'),
-        settings.get('std'),
-        bool(settings.get('bgr_to_rgb')),
-    )
+    picture = pictures.batch_picture(done, NAMES, settings)
     left, right = picture[:, : picture.shape[1] // 2], picture[:, picture.shape[1] // 2 :]
     for cell in (left, right):
         assert (np.abs(cell.astype(int) - RED).max(2) <= 2).mean() > 0.2
@@ -125,9 +118,8 @@ def test_batch_has_the_colours_of_the_images(settings, masks):
 
 def test_large_batches_are_cut():
     inputs, samples = batch(20)
-    made = pictures.batch_picture(
-        torch.stack([i[:, :, :50] for i in inputs]).float(), samples, NAMES, None, None, rgb=False
-    )
+    same_size = torch.stack([i[:, :, :50] for i in inputs]).float()
+    made = pictures.batch_picture({'inputs': same_size, 'data_samples': samples}, NAMES, {})
     assert made.shape[1] > made.shape[0]  # two rows of four
 
 
