@@ -6,13 +6,4 @@ from mmfinetune.models import ops
 ops.install()
 
 from mmfinetune.engine import loss_loops, metrics, optim, runner, train_loop, transforms, vis_backends  # noqa: E402, F401
-from mmfinetune.engine.hooks import (  # noqa: E402, F401
-    checkpoint,
-    divergence,
-    early_stop,
-    nonfinite,
-    pictures,
-    results,
-    stop,
-    tensorboard,
-)
+from mmfinetune.engine.hooks import checkpoint, divergence, early_stop, nonfinite, pictures, results, stop, tensorboard  # noqa: E402, F401

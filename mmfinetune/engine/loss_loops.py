@@ -1,4 +1,4 @@
-"""Validation and test loops that compute the loss beside the metrics."""
+"""Validation and test loops that compute the loss next to the metrics."""
 
 from __future__ import annotations
 

@@ -116,8 +116,8 @@ class TensorBoardBackend(TensorboardVisBackend):
 class MLflowBackend(MLflowVisBackend):
     """``MLflowVisBackend`` whose validation metrics arrive.
 
-    MLflow refuses a whole record for one name that it does not allow, as ``coco/segm_AR@1``, and
-    opens another run where a test after the training closes the finished one.
+    MLflow refuses a whole record for one name that it does not allow, such as ``coco/segm_AR@1``, and opens another run
+    where a test after the training closes the finished one.
     """
 
     def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs) -> None:

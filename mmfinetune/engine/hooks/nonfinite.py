@@ -36,7 +36,7 @@ class NonFiniteHook(Hook):
 
     Args:
         nan_policy: ``'stop'``; or ``'skip'``: weights, optimizer and BN statistics stay as they were before the
-            update, the learning rate goes on.
+            update, the learning rate schedule continues.
         max_skips: This many skipped updates in a row stop the run.
     """
 
