@@ -55,13 +55,8 @@ class Prepared:
         if missing:
             if self.annotation('all').is_file():
                 hint = 'split the data first: python tools/split_dataset.py {root}'
-            elif self.root.is_dir():
-                hint = (
-                    'make the folder with `python tools/prepare_data.py SRC OUT`, and split it with '
-                    '`python tools/split_dataset.py OUT`'
-                )
             else:
-                hint = 'make the folder with `python tools/prepare_data.py SRC OUT`'
+                hint = 'make it with `python tools/prepare_data.py SRC OUT`, then `python tools/split_dataset.py OUT`'
             raise UserError('layout-splits', '{root} does not hold split data. Missing:', missing, hint, root=self.root)
         return {split: file for split, file in files.items() if file.is_file()}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mmfinetune.data import layout, split, stratify
+from mmfinetune.data import split, stratify
 from tests.builders.errors import codes, refused
 
 ROOMY = np.array([0.7, 0.15, 0.15])
@@ -278,19 +278,6 @@ def test_the_source_is_never_overwritten(tmp_path):
         split.split_file(tmp_path, overwrite=True)
     report = split.split_file(path, out=tmp_path / 'new')
     assert report.files['val'] == tmp_path / 'new/instances_val.json'
-
-
-def test_which_file_of_a_folder_is_meant(tmp_path):
-    with refused('layout-no-source', folder=tmp_path):
-        layout.find_source(tmp_path)
-    one = save(tmp_path, coco(many(9)), 'labels.json')
-    assert layout.find_source(tmp_path) == one
-    save(tmp_path, coco(many(9)), 'more.json')
-    with refused('layout-several-sources') as caught:
-        layout.find_source(tmp_path)
-    assert len(caught.value.problems) == 2
-    assert layout.find_source(save(tmp_path, coco(many(9)))).name == 'instances_all.json'
-    assert layout.find_source(tmp_path).name == 'instances_all.json'
 
 
 def broken(**changes):

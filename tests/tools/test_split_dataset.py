@@ -67,4 +67,4 @@ def test_an_out_folder_that_is_a_file_is_named(tmp_path):
     (tmp_path / 'file').touch()
     done = drive('split_dataset', tmp_path, '--out', tmp_path / 'file')
     assert done.code == 2
-    assert 'cannot be written' in done.err
+    assert done.error == 'file-not-writable'
