@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.text import table
 from mmfinetune.weights import transfer
 from mmfinetune.weights.source import Source, numbers
 
@@ -98,12 +99,8 @@ class WeightCheck:
             f'origin: {source.origin}; style: {source.style or "unknown"}; normalisation: {source.normalisation}',
             *(f'note: {note}' for note in source.notes),
         ]
-        columns = ('tensors', 'parameters', *_COLUMNS, 'unexpected')
-        lines.append(f'{"module":32}' + ''.join(f'{c:>11}' for c in columns) + f'{"max |w|":>11}')
-        for row in self.rows():
-            lines.append(
-                f'{row["module"]:32}' + ''.join(f'{row[c]:>11,}' for c in columns) + f'{row["max_abs"]:>11.4g}'
-            )
+        rows = [{**row, 'max_abs': f'{row["max_abs"]:.4g}'} for row in self.rows()]
+        lines.append(table([rows[0], *(row.values() for row in rows)]))
         if plan.class_map is not None:
             lines += ['classes:', *(f'  {line}' for line in plan.class_map.lines())]
         for label, keys in (

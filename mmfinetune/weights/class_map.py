@@ -112,9 +112,8 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
     problems += [
         Message(
             'alias-source',
-            '{source!r}, the source of {alias!r}, is not a class of the weights{near}',
+            '{source!r} is not a class of the weights{near}',
             source=source,
-            alias=name,
             near=near(source, sources, '; ', 0.5),
         )
         for name, source in aliases.items()
@@ -124,8 +123,8 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
         raise UserError(
             'weights-aliases',
             'weights.aliases names unknown classes:',
-            problems=problems,
-            hint="write aliases={'class of the data': 'class of the weights'}",
+            problems,
+            hint='map classes of the data to classes of the weights',
         )
 
     def find(name: str) -> int | None:

@@ -12,9 +12,9 @@ from mmfinetune.utils.dist import rank0_first
 from mmfinetune.utils.download import download
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import hash_in_name, looks_like, sha256_of
+from mmfinetune.weights.read import REPLACE
 
 PRETRAIN_DIR = Path('pretrain')
-REPLACE = 'delete it and run again to download it again, or pass another file with --weights'
 
 
 @functools.cache
@@ -33,18 +33,10 @@ def verify_file(path: Path) -> str:
         UserError: Missing, a directory, empty, a text file, or of another hash than its name says.
     """
     if path.is_dir():
-        raise UserError(
-            'weights-directory',
-            '{path} is a directory, not a weights file',
-            hint='pass the .pth file in it with --weights',
-            path=path,
-        )
+        raise UserError('weights-directory', '{path} is a directory', hint='pass the .pth file in it', path=path)
     if not path.is_file():
         raise UserError(
-            'weights-missing',
-            'There is no weights file {path}',
-            hint='check the path, or drop --weights to use the file in the config',
-            path=path,
+            'weights-missing', 'There is no weights file {path}', hint='correct or omit --weights', path=path
         )
     status = path.stat()
     if status.st_size == 0:
@@ -59,10 +51,9 @@ def verify_file(path: Path) -> str:
     if expected and not digest.startswith(expected):
         raise UserError(
             'weights-damaged',
-            '{path} is damaged: its SHA-256 begins with {found}, but its name says {expected}',
+            '{path} is damaged: its SHA-256 does not begin with {expected}',
             hint=REPLACE,
             path=path,
-            found=digest[: len(expected)],
             expected=expected,
         )
     return digest

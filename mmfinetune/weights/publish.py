@@ -12,6 +12,7 @@ from mmfinetune.utils.files import atomic_write_bytes, hash_in_name
 from mmfinetune.weights import read
 from mmfinetune.weights.find import verify_file
 from mmfinetune.weights.origins.torchvision import to_torchvision
+from mmfinetune.weights.read import USE_OURS
 from mmfinetune.weights.source import BN_EPS, COCO_COUNT, RGB_MEAN, RGB_STD, Source, coco_classes
 from mmfinetune.weights.sources import open_source
 from mmfinetune.weights.work_dir import best_checkpoint
@@ -62,10 +63,7 @@ def _torch_file(content: dict) -> bytes:
 def _check_free(dst: Path, overwrite: bool) -> None:
     if dst.is_dir() or (dst.exists() and not overwrite):
         raise UserError(
-            'weights-target-exists',
-            '{path} already exists',
-            hint='pass --overwrite to replace a file, or choose another name',
-            path=dst,
+            'weights-target-exists', '{path} already exists', hint='choose another name, or pass --overwrite', path=dst
         )
 
 
@@ -73,17 +71,13 @@ def _check_target(dst: Path, overwrite: bool) -> None:
     _check_free(dst, overwrite)
     if dst.suffix not in ('.pth', '.pt'):
         raise UserError(
-            'weights-target-suffix',
-            '{path}: the result is a torch file, so its name must end in .pth',
-            hint='write {instead}',
-            path=dst,
-            instead=dst.with_suffix('.pth'),
+            'weights-target-suffix', '{path} is written as a torch file', hint='end its name in .pth', path=dst
         )
     if hash_in_name(dst):
         raise UserError(
             'weights-target-hash',
-            '{path}: a name that ends in a hash says what is in the file, and this file will have another hash',
-            hint='choose a name without it',
+            '{path} ends in a hash, and the file will have another',
+            hint='omit the hash',
             path=dst,
         )
 
@@ -148,12 +142,7 @@ def convert_file(
 
 def _require_torchvision(source: Source) -> None:
     if source.origin == 'backbone':
-        raise UserError(
-            'torchvision-backbone',
-            '{path} is a backbone alone, not a Mask R-CNN',
-            hint=read.USE_MASK_RCNN,
-            path=source.path,
-        )
+        raise UserError('torchvision-backbone', '{path} holds a backbone only', hint=USE_OURS, path=source.path)
     if source.style == 'caffe' or source.rgb is False:
         raise UserError(
             'torchvision-style',
@@ -184,12 +173,9 @@ def _note_differences(source: Source) -> None:
                 std=source.std,
             )
     eps = float(source.extra.get('bn_eps', BN_EPS))
-    if eps == BN_EPS:
-        source.note('torchvision-eps', 'in torchvision BN must run with eps {eps:g}', eps=eps)
-    else:
+    if eps != BN_EPS:
         source.note(
-            'torchvision-other-eps',
-            'in torchvision BN must run with eps {eps:g}: '
-            'torchvision.models.detection._utils.overwrite_eps(model, {eps:g})',
+            'torchvision-eps',
+            'set eps of BN by torchvision.models.detection._utils.overwrite_eps(model, {eps:g})',
             eps=eps,
         )

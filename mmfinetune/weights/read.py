@@ -20,11 +20,9 @@ if TYPE_CHECKING:
 
 # The number at the start of files by torch before 1.6, which were bare pickles too.
 _TORCH_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
-_REPLACE = 'delete it and download it again, or pass another file with --weights'
+REPLACE = 'delete it and run again to download it again, or pass another file with --weights'
 _TRUST = 'get the weights from a source that you trust; a file of tensors needs no code'
-USE_MASK_RCNN = (
-    'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
-)
+USE_OURS = 'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
 
 
 def load(path: Path) -> dict:
@@ -66,19 +64,15 @@ def read_checkpoint(path: Path) -> dict:
 
 def _runs_code(path: Path, culprit: str) -> UserError:
     return UserError(
-        'weights-code',
-        '{path} is refused: it is a pickle that would run {culprit}',
-        hint=_TRUST,
-        path=path,
-        culprit=culprit,
+        'weights-code', '{path} is refused: its pickle would run {culprit}', hint=_TRUST, path=path, culprit=culprit
     )
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     return UserError(
         'weights-unreadable',
-        '{path} cannot be read, it is truncated or not a weights file: {reason}',
-        hint=_REPLACE,
+        '{path} is truncated or not a weights file: {reason}',
+        hint=REPLACE,
         path=path,
         reason=first_line(error),
     )
@@ -88,8 +82,8 @@ def _require_dict(loaded: object, path: Path) -> dict:
     if not isinstance(loaded, dict):
         raise UserError(
             'weights-not-a-dict',
-            '{path} holds a {type}, not weights',
-            hint=_REPLACE,
+            '{path} holds no weights but a {type}',
+            hint=REPLACE,
             path=path,
             type=type(loaded).__name__,
         )
@@ -263,12 +257,12 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
 
     inner = loaded.get('state_dict', loaded.get('model', loaded))
     if isinstance(inner, Mapping) and not inner:
-        raise UserError('weights-no-tensors', '{path} holds an empty state dict', hint=USE_MASK_RCNN, path=path)
+        raise UserError('weights-no-tensors', '{path} holds an empty state dict', hint=USE_OURS, path=path)
     if inner is loaded and ('param_groups' in loaded or 'optimizer' in loaded):
         raise UserError(
             'weights-optimizer',
-            '{path} holds the state of an optimizer, but no weights',
-            hint='pass the checkpoint of the model, with a state_dict in it',
+            '{path} holds the state of an optimizer only',
+            hint='pass a file with a state_dict',
             path=path,
         )
     tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)} if isinstance(inner, Mapping) else {}
@@ -300,11 +294,7 @@ def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message])
     odd = [k for k, v in tensors.items() if v.layout != torch.strided or v.is_quantized or v.is_complex()]
     if odd:
         raise UserError(
-            'weights-not-dense',
-            '{path} holds sparse, quantized or complex tensors:',
-            problems=odd,
-            hint=USE_MASK_RCNN,
-            path=path,
+            'weights-not-dense', '{path} holds tensors that are not dense numbers:', odd, hint=USE_OURS, path=path
         )
     for dtype, change in ((torch.float16, 'widened'), (torch.bfloat16, 'widened'), (torch.float64, 'rounded')):
         count = sum(v.dtype == dtype for v in tensors.values())
@@ -313,7 +303,7 @@ def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message])
             notes.append(
                 Message(
                     'weights-precision',
-                    '{count} {dtype} tensors were {change} to float32',
+                    '{count} {dtype} tensors {change} to fp32',
                     count=count,
                     dtype=name,
                     change=change,
@@ -327,11 +317,7 @@ def check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     bad = {key: int((~tensor.isfinite()).sum()) for key, tensor in tensors.items()}
     problems = [
         Message(
-            'weights-tensor-not-finite',
-            '{key}: {count} of {total} numbers',
-            key=key,
-            count=count,
-            total=tensors[key].numel(),
+            'tensor-not-finite', '{key}: {count} of {total} numbers', key=key, count=count, total=tensors[key].numel()
         )
         for key, count in bad.items()
         if count

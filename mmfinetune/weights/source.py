@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import hash_in_name
-from mmfinetune.weights.read import USE_MASK_RCNN
+from mmfinetune.weights.read import USE_OURS
 
 if TYPE_CHECKING:
     import torch
@@ -163,9 +163,9 @@ def rename_all(source: Source, table: Mapping[str, str]) -> dict[str, torch.Tens
     if problems:
         raise UserError(
             'weights-not-plain',
-            '{path} has names of {origin}, but is not a plain Mask R-CNN R50-FPN:',
-            problems=problems,
-            hint=USE_MASK_RCNN,
+            '{path} is not a plain Mask R-CNN R50-FPN of {origin}:',
+            problems,
+            hint=USE_OURS,
             path=source.path,
             origin=source.origin,
         )

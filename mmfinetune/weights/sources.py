@@ -13,6 +13,7 @@ from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.weights import read
 from mmfinetune.weights.find import verify_file
 from mmfinetune.weights.origins import backbone, detectron2, mmdet, torchvision
+from mmfinetune.weights.read import USE_OURS
 from mmfinetune.weights.source import COCO_COUNT, FC_CLS, Origin, Source, coco_classes
 
 # The first whose names fit is taken. A new origin is a file in origins/ and an entry here.
@@ -84,9 +85,8 @@ def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool =
     if bn_eps is not None and origin is not torchvision.ORIGIN:
         raise UserError(
             'weights-eps-origin',
-            'bn_eps is for weights of torchvision, but {path} is of origin {origin}',
+            'bn_eps is for weights of torchvision, not of {origin}',
             hint='omit it',
-            path=path,
             origin=origin.name,
         )
     source = Source(path, origin.name, tensors, sha256, notes=notes)
@@ -109,11 +109,7 @@ def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
 
     def refused(model: str) -> UserError:
         return UserError(
-            'weights-other-model',
-            '{path} is not a Mask R-CNN R50-FPN but {model}',
-            hint=read.USE_MASK_RCNN,
-            path=path,
-            model=model,
+            'weights-other-model', '{path} is not a Mask R-CNN R50-FPN: {model}', hint=USE_OURS, path=path, model=model
         )
 
     for pattern, model in _OTHER_MODELS:
@@ -125,7 +121,7 @@ def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
         raise UserError(
             'weights-no-mask-rcnn',
             '{path} is not a Mask R-CNN: its keys begin with {keys}',
-            hint=read.USE_MASK_RCNN,
+            hint=USE_OURS,
             path=path,
             keys=', '.join(list(keys)[:5]),
         )

@@ -76,11 +76,7 @@ def plan_transfer(
     for module in stds:
         if not any(_is_under(key, module) for key in target):
             plan.problems.append(
-                Message(
-                    'weights-reinit-unknown',
-                    'weights.reinit names {module}, which the model does not have',
-                    module=module,
-                )
+                Message('weights-reinit-unknown', 'weights.reinit names {module}: no such module', module=module)
             )
     for key, tensor in target.items():
         drawn = _innermost(key, stds)
@@ -128,7 +124,7 @@ def _fate_of(
 def _shape_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor) -> Message:
     return Message(
         'weights-shape',
-        '{key}: the model has {model}, the file {file}',
+        '{key}: {model} in the model, {file} in the file',
         key=key,
         model=tuple(ours.shape),
         file=tuple(theirs.shape),
@@ -209,9 +205,9 @@ def _stds(reinit: Mapping) -> dict[str, float]:
     if wrong:
         raise UserError(
             'weights-reinit-std',
-            'weights.reinit needs a std, a number of at least 0, for these modules:',
-            problems=wrong,
-            hint="give each dict(std=…), e.g. 'roi_head.bbox_head.fc_cls': dict(std=0.01)",
+            'weights.reinit needs a std for these modules:',
+            wrong,
+            hint='give each dict(std=a number of at least 0)',
         )
     return {module: float(value['std']) for module, value in reinit.items()}
 
@@ -222,9 +218,8 @@ def _class_map(source: Source, weights_cfg: Mapping, classes: Sequence[str]) -> 
         raise UserError(
             'weights-head-init',
             'weights.head_init is {head_init!r}',
-            hint='set it to one of: {choices}',
+            hint="use 'reinit' or 'remap'",
             head_init=head_init,
-            choices=', '.join(HEAD_INITS),
         )
     if head_init != 'remap':
         return None

@@ -37,7 +37,7 @@ def best_checkpoint(work_dir: Path) -> Path:
         raise UserError(
             'checkpoint-none',
             'There is no checkpoint in {work_dir}',
-            hint='train first (a run saves its first checkpoint after an epoch), or name a checkpoint elsewhere',
+            hint='train first, or name a checkpoint elsewhere',
             work_dir=work_dir,
         )
     return checkpoint
@@ -73,7 +73,7 @@ def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None
     if work_dir.is_file():
         raise UserError(
             'run-file',
-            '{path} is a file, not the work dir of a run',
+            '{path} is not a work dir but a file',
             hint='pass its folder, {folder}',
             path=work_dir,
             folder=work_dir.parent,

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.weights.read import USE_MASK_RCNN
+from mmfinetune.weights.read import USE_OURS
 from mmfinetune.weights.source import (
     BN_EPS,
     COCO_COUNT,
@@ -82,7 +82,7 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
             'weights-heads-disagree',
             '{path}: its heads do not agree on {count} category slots:',
             problems=wrong,
-            hint=USE_MASK_RCNN,
+            hint=USE_OURS,
             path=source.path,
             count=count,
         )
