@@ -42,7 +42,10 @@ def set_data_root(cfg: Config, root: Path) -> None:
             raise UserError(
                 'data-root-empty',
                 '{path} holds no data for this config. Searched:',
-                problems=[*(Message('data-searched', '{path}', path=file) for file in files), error.message],
+                problems=[
+                    *(Message('data-searched', '{path}: no such file', path=file) for file in files),
+                    error.message,
+                ],
                 hint='pass the folder that holds VOCdevkit/, or download VOC 2012 with '
                 '`python tools/prepare_voc.py --download`',
                 path=root,

@@ -12,7 +12,7 @@ from mmfinetune.data.statistics import Statistics
 from mmfinetune.utils.errors import Message, UserError
 
 # Where the bounds of the schedule come from: what the VOC run does (29,280 steps), a length under
-# which re-initialised heads do not settle, and the 12 epochs of the model zoo's 1x schedule.
+# which re-initialized heads do not settle, and the 12 epochs of the model zoo's 1x schedule.
 MIN_STEPS, MAX_STEPS, LONG_EPOCHS = 1500, 30_000, 12
 MAX_VALIDATIONS = 40
 # Features trained on COCO want some context; a smaller side saves little time.

@@ -100,7 +100,7 @@ class WeightCheck:
             *(f'note: {note}' for note in source.notes),
         ]
         rows = [{**row, 'max_abs': f'{row["max_abs"]:.4g}'} for row in self.rows()]
-        lines.append(table([rows[0], *(row.values() for row in rows)]))
+        lines.append(table([list(rows[0]), *(list(row.values()) for row in rows)]))
         if plan.class_map is not None:
             lines += ['classes:', *(f'  {line}' for line in plan.class_map.lines())]
         for label, keys in (

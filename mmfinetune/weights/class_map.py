@@ -120,12 +120,8 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
         if source is not None and _plain(source) not in by_name
     ]
     if problems:
-        raise UserError(
-            'weights-aliases',
-            'weights.aliases names unknown classes:',
-            problems,
-            hint='map classes of the data to classes of the weights',
-        )
+        text = 'weights.aliases names unknown classes:'
+        raise UserError('weights-aliases', text, problems, hint='map classes of the data to classes of the weights')
 
     def find(name: str) -> int | None:
         if name in aliases:

@@ -49,13 +49,8 @@ def verify_file(path: Path) -> str:
     digest = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
     expected = hash_in_name(path)
     if expected and not digest.startswith(expected):
-        raise UserError(
-            'weights-damaged',
-            '{path} is damaged: its SHA-256 does not begin with {expected}',
-            hint=REPLACE,
-            path=path,
-            expected=expected,
-        )
+        text = '{path} is damaged: its SHA-256 does not begin with {expected}'
+        raise UserError('weights-damaged', text, hint=REPLACE, path=path, expected=expected)
     return digest
 
 
@@ -107,7 +102,10 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         raise UserError(
             'weights-nowhere',
             'There is no weights file {path}. Searched:',
-            problems=[*(Message('weights-searched', '{path}', path=path) for path in candidates), *damaged],
+            problems=[
+                *(Message('weights-searched', '{path}: no such file', path=path) for path in candidates),
+                *damaged,
+            ],
             hint='put the file there, or pass another one with --weights',
             path=wanted,
         )

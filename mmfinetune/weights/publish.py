@@ -74,12 +74,8 @@ def _check_target(dst: Path, overwrite: bool) -> None:
             'weights-target-suffix', '{path} is written as a torch file', hint='end its name in .pth', path=dst
         )
     if hash_in_name(dst):
-        raise UserError(
-            'weights-target-hash',
-            '{path} ends in a hash, and the file will have another',
-            hint='omit the hash',
-            path=dst,
-        )
+        text = '{path} ends in a hash, and the file will have another'
+        raise UserError('weights-target-hash', text, hint='omit the hash', path=dst)
 
 
 def save(source: Source, dst: Path, overwrite: bool = False) -> Path:

@@ -69,24 +69,14 @@ def _runs_code(path: Path, culprit: str) -> UserError:
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    return UserError(
-        'weights-unreadable',
-        '{path} is truncated or not a weights file: {reason}',
-        hint=REPLACE,
-        path=path,
-        reason=first_line(error),
-    )
+    text = '{path} is truncated or not a weights file: {reason}'
+    return UserError('weights-unreadable', text, hint=REPLACE, path=path, reason=first_line(error))
 
 
 def _require_dict(loaded: object, path: Path) -> dict:
     if not isinstance(loaded, dict):
-        raise UserError(
-            'weights-not-a-dict',
-            '{path} holds no weights but a {type}',
-            hint=REPLACE,
-            path=path,
-            type=type(loaded).__name__,
-        )
+        text = '{path} holds no weights but a {type}'
+        raise UserError('weights-not-a-dict', text, hint=REPLACE, path=path, type=type(loaded).__name__)
     return loaded
 
 
@@ -259,12 +249,8 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
     if isinstance(inner, Mapping) and not inner:
         raise UserError('weights-no-tensors', '{path} holds an empty state dict', hint=USE_OURS, path=path)
     if inner is loaded and ('param_groups' in loaded or 'optimizer' in loaded):
-        raise UserError(
-            'weights-optimizer',
-            '{path} holds the state of an optimizer only',
-            hint='pass a file with a state_dict',
-            path=path,
-        )
+        text = '{path} holds the state of an optimizer only'
+        raise UserError('weights-optimizer', text, hint='pass a file with a state_dict', path=path)
     tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)} if isinstance(inner, Mapping) else {}
     if not tensors:
         raise UserError(

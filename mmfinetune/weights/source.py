@@ -161,12 +161,6 @@ def rename_all(source: Source, table: Mapping[str, str]) -> dict[str, torch.Tens
     problems = [Message('weights-unknown-key', '{key}: no such tensor in a Mask R-CNN', key=key) for key in left]
     problems += [Message('weights-head-missing', '{key} is missing', key=key) for key in heads if key not in tensors]
     if problems:
-        raise UserError(
-            'weights-not-plain',
-            '{path} is not a plain Mask R-CNN R50-FPN of {origin}:',
-            problems,
-            hint=USE_OURS,
-            path=source.path,
-            origin=source.origin,
-        )
+        text = '{path} is not a plain Mask R-CNN R50-FPN of {origin}:'
+        raise UserError('weights-not-plain', text, problems, hint=USE_OURS, path=source.path, origin=source.origin)
     return tensors

@@ -83,12 +83,8 @@ def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool =
         notes.insert(0, error.message)
     read.check_finite(tensors, path)
     if bn_eps is not None and origin is not torchvision.ORIGIN:
-        raise UserError(
-            'weights-eps-origin',
-            'bn_eps is for weights of torchvision, not of {origin}',
-            hint='omit it',
-            origin=origin.name,
-        )
+        text = 'bn_eps is for weights of torchvision, not of {origin}'
+        raise UserError('weights-eps-origin', text, hint='omit it', origin=origin.name)
     source = Source(path, origin.name, tensors, sha256, notes=notes)
     origin.convert(source, loaded, bn_eps)
     meta = loaded.get('meta')
@@ -118,13 +114,8 @@ def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
             raise refused(f'{model} (it has {key})')
     origin = next((family for family in FAMILIES if family.fits(keys)), None)
     if origin is None:
-        raise UserError(
-            'weights-no-mask-rcnn',
-            '{path} is not a Mask R-CNN: its keys begin with {keys}',
-            hint=USE_OURS,
-            path=path,
-            keys=', '.join(list(keys)[:5]),
-        )
+        text = '{path} is not a Mask R-CNN: its keys begin with {keys}'
+        raise UserError('weights-no-mask-rcnn', text, hint=USE_OURS, path=path, keys=', '.join(list(keys)[:5]))
     if origin.neck is not None:
         if not any(key.startswith(origin.neck) for key in keys):
             raise refused(f'a model without an FPN (no {origin.neck}*)')
@@ -147,12 +138,8 @@ def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
             names = tuple(map(str, value))
             break
     if names and len(names) != count:
-        source.note(
-            'weights-names-unused',
-            'the file names {named} classes, but its head has {rows}: the names are not used',
-            named=len(names),
-            rows=count,
-        )
+        text = 'the file names {named} classes, but its head has {rows}: the names are not used'
+        source.note('weights-names-unused', text, named=len(names), rows=count)
         names = None
     if names is None and count == COCO_COUNT:
         names = coco_classes()
@@ -173,9 +160,12 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
         setattr(source, name, tuple(value) if value is not None else None)
     classes = (meta.get('dataset_meta') or {}).get('classes')
     source.classes = tuple(classes) if classes else None
-    # Older files have the texts alone.
-    source.notes = [
-        Message('weights-note', note) if isinstance(note, str) else Message(*note) for note in meta.get('notes', ())
-    ]
+    source.notes.clear()
+    for note in meta.get('notes', ()):
+        if isinstance(note, str):  # a file of an earlier release
+            source.note('weights-note', 'noted in the file: {note}', note=note)
+        else:
+            code, text = note
+            source.notes.append(Message(code, text))
     extra = loaded.get('extra')
     source.extra = dict(extra) if isinstance(extra, Mapping) else {}

@@ -122,13 +122,8 @@ def _fate_of(
 
 
 def _shape_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor) -> Message:
-    return Message(
-        'weights-shape',
-        '{key}: {model} in the model, {file} in the file',
-        key=key,
-        model=tuple(ours.shape),
-        file=tuple(theirs.shape),
-    )
+    text = '{key}: {model} in the model, {file} in the file'
+    return Message('weights-shape', text, key=key, model=tuple(ours.shape), file=tuple(theirs.shape))
 
 
 def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None, class_map: ClassMap) -> Message | None:
@@ -203,24 +198,16 @@ def _stds(reinit: Mapping) -> dict[str, float]:
         if not isinstance(value, Mapping) or set(value) != {'std'} or not is_std(value['std'])
     ]
     if wrong:
-        raise UserError(
-            'weights-reinit-std',
-            'weights.reinit needs a std for these modules:',
-            wrong,
-            hint='give each dict(std=a number of at least 0)',
-        )
+        text = 'weights.reinit needs a std for these modules:'
+        raise UserError('weights-reinit-std', text, wrong, hint='give each dict(std=a number of at least 0)')
     return {module: float(value['std']) for module, value in reinit.items()}
 
 
 def _class_map(source: Source, weights_cfg: Mapping, classes: Sequence[str]) -> ClassMap | None:
     head_init = weights_cfg.get('head_init') or 'reinit'
     if head_init not in HEAD_INITS:
-        raise UserError(
-            'weights-head-init',
-            'weights.head_init is {head_init!r}',
-            hint="use 'reinit' or 'remap'",
-            head_init=head_init,
-        )
+        text = 'weights.head_init is {head_init!r}'
+        raise UserError('weights-head-init', text, hint="use 'reinit' or 'remap'", head_init=head_init)
     if head_init != 'remap':
         return None
     if not source.classes or not classes:

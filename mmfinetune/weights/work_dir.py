@@ -34,12 +34,8 @@ def best_checkpoint(work_dir: Path) -> Path:
     best = max(work_dir.glob('best_*.pth'), key=lambda p: p.stat().st_mtime, default=None)
     checkpoint = best or last_checkpoint(work_dir)
     if checkpoint is None:
-        raise UserError(
-            'checkpoint-none',
-            'There is no checkpoint in {work_dir}',
-            hint='train first, or name a checkpoint elsewhere',
-            work_dir=work_dir,
-        )
+        text = 'There is no checkpoint in {work_dir}'
+        raise UserError('checkpoint-none', text, hint='train first, or name a checkpoint elsewhere', work_dir=work_dir)
     return checkpoint
 
 
@@ -71,13 +67,8 @@ def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None
         UserError: No such folder, no run in it, or no such file; runs near by are named.
     """
     if work_dir.is_file():
-        raise UserError(
-            'run-file',
-            '{path} is not a work dir but a file',
-            hint='pass its folder, {folder}',
-            path=work_dir,
-            folder=work_dir.parent,
-        )
+        text = '{path} is not a work dir but a file'
+        raise UserError('run-file', text, hint='pass its folder, {folder}', path=work_dir, folder=work_dir.parent)
     config = config or _dumped_config(work_dir)
     if not work_dir.is_dir() or config is None:
         near = _runs_near(work_dir)

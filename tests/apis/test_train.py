@@ -472,7 +472,7 @@ def _without_a_layer(state: dict) -> dict:
     ('change', 'problem'),
     [
         (_with_extra_layers, 'backbone.layer3.2.conv1.weight: in the file, but the model has no'),
-        (_with_other_width, 'backbone.conv1.weight: the model has (16, 3, 7, 7), the file (64, 3, 7'),
+        (_with_other_width, 'backbone.conv1.weight: (16, 3, 7, 7)'),
         (_without_a_layer, 'neck.lateral_convs.0.conv.weight: not in the file'),
     ],
 )

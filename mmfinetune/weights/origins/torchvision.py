@@ -78,14 +78,8 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
         if len(tensors[key]) != rows * count
     ]
     if wrong or count < 2:
-        raise UserError(
-            'weights-heads-disagree',
-            '{path}: its heads do not agree on {count} category slots:',
-            problems=wrong,
-            hint=USE_OURS,
-            path=source.path,
-            count=count,
-        )
+        text = '{path}: its heads do not agree on {count} category slots:'
+        raise UserError('weights-heads-disagree', text, problems=wrong, hint=USE_OURS, path=source.path, count=count)
     slots = torch.tensor(_COCO_SLOTS if count == _COCO_COUNT else range(1, count))
     source.extra = {'slots': slots}
     for key, name, rows in _row_tensors():
@@ -103,12 +97,8 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
 
 
 def _note_changes(source: Source, slots: int, classes: int) -> None:
-    source.note(
-        'weights-slots-to-classes',
-        '{slots} category slots became {classes} classes, the background moved from the first to the last row',
-        slots=slots,
-        classes=classes,
-    )
+    text = '{slots} category slots became {classes} classes, the background moved from the first to the last row'
+    source.note('weights-slots-to-classes', text, slots=slots, classes=classes)
     source.note(
         'weights-same-normalisation',
         'torchvision normalises RGB on 0..1 and MMDetection on 0..255 by the same statistics, so conv1 is unchanged',
