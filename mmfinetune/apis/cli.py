@@ -57,8 +57,8 @@ def share(text: str) -> float:
 class names(argparse.Action):
     """One or more words. One word with commas, the form of earlier releases, is split."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, nargs='+', **kwargs)
+    def __init__(self, option_strings: Sequence[str], dest: str, **kwargs: Any) -> None:
+        super().__init__(option_strings, dest, nargs='+', **kwargs)
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if len(values) == 1 and ',' in values[0]:

@@ -53,10 +53,10 @@ def run(options: Options) -> int:
         print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
         return launch.launch(gpus, sys.argv)
 
-    def planned(**changes: object) -> RunPlan:
-        return resolve(dataclasses.replace(options, **changes), lambda cfg: max(gpus, launch.join_group(cfg)))
+    def planned(options: Options) -> RunPlan:
+        return resolve(options, lambda cfg: max(gpus, launch.join_group(cfg)))
 
-    plan, start = planned(), None
+    plan, start = planned(options), None
     if options.check_weights:
         start = _check_weights(plan.cfg, options.json)
         if not (options.trains or options.tests):
@@ -64,7 +64,8 @@ def run(options: Options) -> int:
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
     if options.batch_size == AUTO:
-        plan = planned(batch_size=rank0_first(lambda: batch_size.find(plan.cfg)))
+        size = rank0_first(lambda: batch_size.find(plan.cfg))
+        plan = planned(dataclasses.replace(options, batch_size=size))
     say(summary(plan, splits))
     if options.dry_run:
         say('Dry run: nothing was trained.')
@@ -83,37 +84,26 @@ def check_early(options: Options) -> None:
     Raises:
         UserError: Options that contradict each other or name what is not there.
     """
-    if options.resume not in (False, True, AUTO) and not Path(options.resume).is_file():
-        raise UserError(
-            'resume-missing',
+    resumes = options.resume is not False
+    if isinstance(options.resume, str) and options.resume != AUTO and not Path(options.resume).is_file():
+        text, hint = (
             'There is no checkpoint {path} to resume from',
-            hint='pass --resume alone to continue from the last one of the work dir',
-            path=str(options.resume),
+            'pass --resume alone for the last one of the work dir',
         )
+        raise UserError('resume-missing', text, hint=hint, path=options.resume)
     if options.gpus and launch.is_worker() and not launch.was_launched():
-        raise UserError(
-            'gpus-already-started',
-            '--gpus is for a run that starts its own processes, and torchrun or srun has started this one',
-            hint='drop --gpus: their number says it',
-        )
-    if options.resume and options.lr is not None:
-        raise UserError(
-            'resume-with-lr',
-            '--lr would have no effect: --resume continues with the learning rate of the checkpoint',
-            hint='drop --lr, or start again from the weights',
-        )
-    if options.resume and options.batch_size == AUTO:
-        raise UserError(
-            'resume-with-auto-batch',
-            '--batch-size auto and --resume exclude each other: a run continues with the batch size that it began with',
-            hint='drop --batch-size',
-        )
+        text = '--gpus is for a run that starts its own processes, and torchrun or srun has started this one'
+        raise UserError('gpus-already-started', text, hint='drop --gpus: their number says it')
+    if resumes and options.lr is not None:
+        text = '--lr would have no effect: --resume continues with the learning rate of the checkpoint'
+        raise UserError('resume-with-lr', text, hint='drop --lr, or start again from the weights')
+    if resumes and options.batch_size == AUTO:
+        text = '--batch-size auto and --resume exclude each other: a run continues with its first batch size'
+        raise UserError('resume-with-auto-batch', text, hint='drop --batch-size')
     if options.checkpoint and (options.trains or not options.tests):
-        raise UserError(
-            'checkpoint-without-test',
-            '--checkpoint names the file to test, and a training tests its own best',
-            hint='add --test, or name what to start from with --weights',
-        )
+        text = '--checkpoint names the file to test, and a training tests its own best'
+        hint = 'add --test, or name what to start from with --weights'
+        raise UserError('checkpoint-without-test', text, hint=hint)
     for file in (options.weights, options.checkpoint):
         if file and not find.is_url(file):
             find.verify_file(Path(file))

@@ -1,5 +1,6 @@
 """Settings that are unknown, found by the signatures of what a config names, or out of bounds."""
 
+# ruff: noqa: SIM905 - the tables below are words, and a literal would take a line for each
 from __future__ import annotations
 
 import difflib
@@ -16,45 +17,14 @@ if TYPE_CHECKING:
 
 # What the Runner and the tools read at the top of a config. Any other name there is a helper
 # variable (`data_root`, `train_pipeline`), and suspicious only if it is almost one of these.
-TOP_LEVEL = (
-    'activation_checkpointing',
-    'auto_scale_lr',
-    'cfg',
-    'compile',
-    'custom_hooks',
-    'custom_imports',
-    'data_preprocessor',
-    'default_hooks',
-    'default_scope',
-    'demo_data',
-    'efficient_conv_bn_eval',
-    'env_cfg',
-    'experiment_name',
-    'launcher',
-    'load_from',
-    'log_level',
-    'log_processor',
-    'model',
-    'model_wrapper_cfg',
-    'optim_wrapper',
-    'param_scheduler',
-    'randomness',
-    'resume',
-    'runner_type',
-    'test_cfg',
-    'test_dataloader',
-    'test_evaluator',
-    'train_cfg',
-    'train_dataloader',
-    'tta_model',
-    'tta_pipeline',
-    'val_cfg',
-    'val_dataloader',
-    'val_evaluator',
-    'visualizer',
-    'weights',
-    'work_dir',
-    'sync_buffers',
+TOP_LEVEL = tuple(
+    """
+    activation_checkpointing auto_scale_lr cfg compile custom_hooks custom_imports data_preprocessor
+    default_hooks default_scope demo_data efficient_conv_bn_eval env_cfg experiment_name launcher load_from
+    log_level log_processor model model_wrapper_cfg optim_wrapper param_scheduler randomness resume runner_type
+    test_cfg test_dataloader test_evaluator train_cfg train_dataloader tta_model tta_pipeline val_cfg
+    val_dataloader val_evaluator visualizer weights work_dir sync_buffers
+    """.split()
 )
 # Helper variables that the bases define, near enough to the names above to be taken for typos.
 HELPERS = ('train_pipeline', 'test_pipeline', 'val_pipeline', 'vis_backends')
@@ -81,45 +51,19 @@ _PLAIN_DICTS = {
     'weights': {'checkpoint', 'url', 'fallbacks', 'reinit', 'into', 'ignore', 'head_init', 'aliases'},
 }
 # Searched for a type in this order; MMEngine's registries are asked by these where they do not have it.
-_REGISTRIES = (
-    'RUNNERS',
-    'RUNNER_CONSTRUCTORS',
-    'LOOPS',
-    'HOOKS',
-    'DATASETS',
-    'DATA_SAMPLERS',
-    'TRANSFORMS',
-    'MODELS',
-    'MODEL_WRAPPERS',
-    'WEIGHT_INITIALIZERS',
-    'OPTIMIZERS',
-    'OPTIM_WRAPPERS',
-    'OPTIM_WRAPPER_CONSTRUCTORS',
-    'PARAM_SCHEDULERS',
-    'METRICS',
-    'EVALUATOR',
-    'TASK_UTILS',
-    'VISUALIZERS',
-    'VISBACKENDS',
-    'LOG_PROCESSORS',
+_REGISTRIES = tuple(
+    """
+    RUNNERS RUNNER_CONSTRUCTORS LOOPS HOOKS DATASETS DATA_SAMPLERS TRANSFORMS MODELS MODEL_WRAPPERS
+    WEIGHT_INITIALIZERS OPTIMIZERS OPTIM_WRAPPERS OPTIM_WRAPPER_CONSTRUCTORS PARAM_SCHEDULERS METRICS EVALUATOR
+    TASK_UTILS VISUALIZERS VISBACKENDS LOG_PROCESSORS
+    """.split()
 )
 NEEDED = ('model', 'train_dataloader', 'optim_wrapper', 'train_cfg', 'work_dir')
-DICTS = (
-    'model',
-    'train_dataloader',
-    'val_dataloader',
-    'test_dataloader',
-    'optim_wrapper',
-    'train_cfg',
-    'val_cfg',
-    'test_cfg',
-    'auto_scale_lr',
-    'default_hooks',
-    'env_cfg',
-    'log_processor',
-    'randomness',
-    'visualizer',
-    'weights',
+DICTS = tuple(
+    """
+    model train_dataloader val_dataloader test_dataloader optim_wrapper train_cfg val_cfg test_cfg auto_scale_lr
+    default_hooks env_cfg log_processor randomness visualizer weights
+    """.split()
 )
 # Numbers that a run would crash on, or be ruined by: whether whole, and the lowest.
 _NUMBERS = {
@@ -156,31 +100,27 @@ def check_keys(cfg: Config) -> list[Message]:
 
 def check_values(cfg: Config) -> list[Message]:
     """Find settings of a kind or size that would crash a run."""
-    problems = [
-        Message('config-not-a-dict', '{key} = {value!r} is not a dict', key=key, value=cfg[key])
-        for key in DICTS
-        if not isinstance(cfg.get(key, {}), Mapping) and not (cfg[key] is None and key not in NEEDED)
-    ]
+    problems = []
+    for key in DICTS:
+        if not isinstance(cfg.get(key, {}), Mapping) and (key in NEEDED or cfg[key] is not None):
+            problems.append(Message('config-not-a-dict', '{key} = {value!r} is not a dict', key=key, value=cfg[key]))
     for key, (whole, lowest) in _NUMBERS.items():
         *parents, last = key.split('.')
+        kinds = (int,) if whole else (int, float)
         for place, node in _at(cfg, parents):
             value = node.get(last)
-            if value is None:
+            # True is an int of Python.
+            if value is None or (
+                isinstance(value, kinds) and not isinstance(value, bool) and lowest <= value < math.inf
+            ):
                 continue
-            is_number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
-            if not is_number or not lowest <= value < math.inf:
+            facts = dict(key=f'{place}{last}', value=value, lowest=lowest)
+            if whole:
+                text = '{key} = {value!r} is not a whole number of at least {lowest}'
+                problems.append(Message('config-not-whole', text, **facts))
+            else:
                 text = '{key} = {value!r} is not a finite number of at least {lowest}'
-                if whole:
-                    text = '{key} = {value!r} is not a whole number of at least {lowest}'
-                problems.append(
-                    Message(
-                        'config-not-whole' if whole else 'config-not-a-number',
-                        text,
-                        key=f'{place}{last}',
-                        value=value,
-                        lowest=lowest,
-                    )
-                )
+                problems.append(Message('config-not-a-number', text, **facts))
     return problems
 
 

@@ -173,38 +173,19 @@ def compose(
     if resizes:
         anchors = base_cfg.model['rpn_head']['anchor_generator']
         scale = sizing.plan_scale(statistics, next(iter(resizes.values())), anchors['scales'], anchors['strides'])
-    notes = [
-        f'{len(statistics.classes):,} classes, {images:,} training images, {len(statistics.objects):,} objects',
-        scale.why if scale else 'Input size: that of the base, which has no Resize to a box.',
-        schedule.why,
-    ]
-    about_empty = []
-    if empty:
-        fate = 'left out, being more than those with.'
-        if negatives:
-            fate = 'trained on as well, to learn what is not an object.'
-        about_empty = [f'{empty:,} training images without annotations: {fate}']
+    counts = f'{len(statistics.classes):,} classes, {images:,} training images, {len(statistics.objects):,} objects'
+    size = scale.why if scale else 'Input size: that of the base, which has no Resize to a box.'
+    about_empty = _about_empty(empty, negatives)
     parts = [
-        _head(notes[0], schedule, places, bool(base_cfg.get('demo_data'))),
-        [
-            f'classes = {tuple(statistics.classes)!r}',
-            f'dataset = dict(data_root=data_root, data_prefix=dict(img={places.prefix!r}), '
-            'metainfo=dict(classes=classes))',
-            _model(base_cfg, statistics, scale),
-        ],
-        [
-            *_comments([scale.why] if scale else []),
-            *(f'_base_.{place}.scale = {scale.size}' for place in resizes if scale),
-            *_flips(base_cfg, flip),
-        ],
-        [
-            *_comments(about_empty),
-            *_loaders('test' in places.splits, batch_size, negatives, statistics.sizes.min() < _MIN_SIZE),
-        ],
-        [*_comments([schedule.why]), *_length(base_cfg, schedule)],
+        _head(counts, schedule, places, bool(base_cfg.get('demo_data'))),
+        [*_data(statistics, places), _model(base_cfg, statistics, scale)],
+        [*_comments(size), *_scales(resizes, scale), *_flips(base_cfg, flip)],
+        [*_comments(about_empty), *_loaders(places, batch_size, negatives, statistics.sizes.min() < _MIN_SIZE)],
+        [*_comments(schedule.why), *_length(base_cfg, schedule)],
     ]
-    text = '\n\n'.join('\n'.join(part) for part in parts if part)
-    return _formatted(text), notes + about_empty + _warnings(statistics)
+    text = '\n\n'.join('\n'.join(part) for part in parts)
+    notes = [counts, size, schedule.why, *([about_empty] if about_empty else [])]
+    return _formatted(text), notes + _warnings(statistics)
 
 
 def _formatted(text: str) -> str:
@@ -215,9 +196,17 @@ def _formatted(text: str) -> str:
     return FormatCode(text, style_config=style)[0]
 
 
-def _comments(texts: Sequence[str]) -> Iterator[str]:
-    for text in texts:
-        yield from textwrap.wrap(text, WIDTH, initial_indent='# ', subsequent_indent='#   ')
+def _comments(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, initial_indent='# ', subsequent_indent='#   ')
+
+
+def _about_empty(empty: int, negatives: bool) -> str:
+    if not empty:
+        return ''
+    fate = 'left out, being more than those with.'
+    if negatives:
+        fate = 'trained on as well, to learn what is not an object.'
+    return f'{empty:,} training images without annotations: {fate}'
 
 
 def _head(counts: str, schedule: sizing.Schedule, places: Places, demo: bool) -> list[str]:
@@ -231,6 +220,15 @@ def _head(counts: str, schedule: sizing.Schedule, places: Places, demo: bool) ->
         f'data_root = {places.root!r}',
         *(['demo_data = None  # the base would draw its own'] if demo else []),
     ]
+
+
+def _data(statistics: Statistics, places: Places) -> list[str]:
+    where = f'data_root=data_root, data_prefix=dict(img={places.prefix!r})'
+    return [f'classes = {tuple(statistics.classes)!r}', f'dataset = dict({where}, metainfo=dict(classes=classes))']
+
+
+def _scales(resizes: Mapping[str, tuple[int, int]], scale: sizing.Scale | None) -> list[str]:
+    return [f'_base_.{place}.scale = {scale.size}' for place in resizes] if scale else []
 
 
 def _model(base_cfg: Config, statistics: Statistics, scale: sizing.Scale | None) -> str:
@@ -263,18 +261,20 @@ def _flips(base_cfg: Config, directions: Sequence[str]) -> list[str]:
     return [f'{place}.update(prob={shares}, direction={list(directions)})']
 
 
-def _loaders(test: bool, batch_size: int | None, negatives: bool, tiny: bool) -> list[str]:
+def _loaders(places: Places, batch_size: int | None, negatives: bool, tiny: bool) -> list[str]:
     batch = f'batch_size={batch_size}, ' if batch_size else ''
     filters = [*(['filter_empty_gt=False'] if negatives else []), *(['min_size=1'] if tiny else [])]
     kept = f'filter_cfg=dict({", ".join(filters)}), ' if filters else ''
     lines = []
-    for split in ('train', 'val', *(['test'] if test else [])):
+    for split in (s for s in ('train', 'val', 'test') if s in places.splits):
         first, more = (batch, kept) if split == 'train' else ('', '')
         file = f'annotations/{file_name(split)}'
         lines.append(f'{split}_dataloader = dict({first}dataset=dict(ann_file={file!r}, {more}**dataset))')
         if split != 'train':
             lines.append(f'{split}_evaluator = dict(ann_file=data_root + {file!r})')
-    return lines if test else [*lines, 'test_dataloader, test_evaluator = val_dataloader, val_evaluator']
+    if 'test' in places.splits:
+        return lines
+    return [*lines, 'test_dataloader, test_evaluator = val_dataloader, val_evaluator']
 
 
 def _length(base_cfg: Config, schedule: sizing.Schedule) -> list[str]:

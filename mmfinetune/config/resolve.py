@@ -211,7 +211,7 @@ def set_saving(cfg: Config, every: int | None) -> None:
             hint='inherit configs/_base_/runtime.py, or drop --save-every',
             type=hook.get('type'),
         )
-    hook.every_n_iters = every
+    hook['every_n_iters'] = every
 
 
 def set_test_only(cfg: Config) -> None:

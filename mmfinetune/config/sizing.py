@@ -55,7 +55,7 @@ class Schedule:
 
 
 def plan_scale(
-    statistics: Statistics, base_size: tuple[int, int], anchors: Sequence[float], strides: Sequence[int]
+    statistics: Statistics, base_size: tuple[int, int], anchors: Sequence[int], strides: Sequence[int]
 ) -> Scale:
     """Choose the size of the network's input.
 
