@@ -10,7 +10,6 @@ from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -51,14 +50,6 @@ class Coco:
     def classes(self) -> tuple[str, ...]:
         """Category names in the file's order, which is that of the labels."""
         return tuple(c['name'] for c in self.categories)
-
-    @cached_property
-    def by_image(self) -> dict[Any, list[dict]]:
-        """Annotations by the id of their image, in the file's order."""
-        found: dict[Any, list[dict]] = {image['id']: [] for image in self.images}
-        for annotation in self.annotations:
-            found.setdefault(annotation['image_id'], []).append(annotation)
-        return found
 
     def require(
         self,
