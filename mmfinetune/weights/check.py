@@ -93,12 +93,7 @@ class WeightCheck:
     def text(self) -> str:
         """The report for people."""
         source, plan = self.source, self.plan
-        lines = [
-            f'{source.path}: {source.path.stat().st_size / 1e6:.1f} MB, {len(source.tensors)} tensors, '
-            f'{source.hash_verdict}',
-            f'origin: {source.origin}; style: {source.style or "unknown"}; normalisation: {source.normalisation}',
-            *(f'note: {note}' for note in source.notes),
-        ]
+        lines = source.lines()
         rows = [{**row, 'max_abs': f'{row["max_abs"]:.4g}'} for row in self.rows()]
         lines.append(table([list(rows[0]), *(list(row.values()) for row in rows)]))
         if plan.class_map is not None:

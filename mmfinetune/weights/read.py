@@ -70,7 +70,8 @@ def _runs_code(path: Path, culprit: str) -> UserError:
 
 def _unreadable(path: Path, error: Exception) -> UserError:
     text = '{path} is truncated or not a weights file: {reason}'
-    return UserError('weights-unreadable', text, hint=REPLACE, path=path, reason=first_line(error))
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+    return UserError('weights-unreadable', text, hint=REPLACE, path=path, reason=reason)
 
 
 def _require_dict(loaded: object, path: Path) -> dict:
@@ -95,11 +96,6 @@ def _safe_globals() -> list:
         return getattr(owner, name)
 
     return [*(g for g in get_torch_safe_globals() if g is not getattr), (statistic, 'builtins.getattr')]
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an error's text, or its type if it has none."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _load_safetensors(path: Path) -> dict:

@@ -96,7 +96,7 @@ class Source:
             names = f'{len(self.classes)}: {", ".join(self.classes[:3])}{more}'
         count = sum(t.numel() for t in self.tensors.values())
         return [
-            f'source:        {self.path}',
+            f'file:          {self.path}: {self.hash_verdict}',
             f'origin:        {self.origin}',
             f'tensors:       {len(self.tensors)} ({count:,} numbers)',
             f'classes:       {names}',
