@@ -207,7 +207,7 @@ def test_test_of_a_checkpoint_with_other_classes(in_finished_run):
     assert_refused(
         train_tool('tiny.py', '--test', '--checkpoint', in_finished_run.weights),
         'weights-do-not-fit',
-        'roi_head.bbox_head.fc_cls.weight: the model has (21, 256), the file (81, 256)',
+        'roi_head.bbox_head.fc_cls.weight: (21, 256) in the model, (81, 256) in the file',
     )
 
 
@@ -298,7 +298,7 @@ def test_resume_from_a_bad_file(in_finished_run, tmp_path, kind, by_path):
         parts = ('resume-no-run', file, *RUN_PARTS)
     else:
         torch.save({**read(whole), 'state_dict': random_state_dict()}, file)
-        parts = ('weights-do-not-fit', file, 'fc_cls.weight: the model has (21, 256), the file (81, 256)')
+        parts = ('weights-do-not-fit', file, 'fc_cls.weight: (21, 256) in the model, (81, 256) in the file')
     (tmp_path / 'last_checkpoint').write_text(str(file))
     before = files_in(tmp_path)
     resume = ['--resume', file] if by_path else ['--resume']
