@@ -39,7 +39,7 @@ def main() -> int:
         metavar='N',
         help="most objects of an image (default: the config's max_per_img)",
     )
-    add(chosen, '--classes', default=[])
+    add(chosen, '--classes', default=())
     chosen.add_argument('--every', type=positive_int, default=1, metavar='N', help='only every N-th frame of a video')
     made = parser.add_argument_group('what to write')
     add(made, '--out', metavar='DIR', more='(default: predictions in the work dir, or here without --run)')

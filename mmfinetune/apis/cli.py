@@ -74,7 +74,7 @@ SHARED: dict[str, dict[str, Any]] = {
     '--config': dict(type=Path, metavar='CONFIG', help='config file'),
     '--cfg-options': dict(
         nargs='+',
-        default=[],
+        default=(),
         metavar='KEY=VALUE',
         help='override settings of the config, e.g. train_cfg.max_epochs=12; an unknown key is an error',
     ),

@@ -40,7 +40,7 @@ _BUILDER_KEYS = {
     'init_cfg',
 }
 _LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init_fn', 'num_batch_per_epoch'}
-# mmcv's layer builders take keys of their own beside those of the layer.
+# mmcv's layer builders take keys of their own in addition to those of the layer.
 _LAYER_CFGS = ('norm_cfg', 'act_cfg', 'conv_cfg', 'upsample_cfg', 'dcn')
 # Dicts without a type, and all the keys that the Runner or the toolkit reads of them.
 _PLAIN_DICTS = {

@@ -109,7 +109,7 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
     """Let everything that is counted in steps see as many images as at the base batch size.
 
     A step of ``world_size`` processes is ``world_size × batch_size / base_batch_size`` steps of the
-    config. Accumulation does not count: schedulers go on with every step, updating or not.
+    config. Accumulation does not count: schedulers step with every step, updating or not.
 
     Args:
         cfg: Resolved config; changed in place.

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import runpy
 
 import pytest
 
-from mmfinetune.apis import cli
+from mmfinetune.apis import cli, predict, train
 from mmfinetune.utils.text import table as text_table
 from tests.builders.runs import TOOLS
 
@@ -88,6 +89,16 @@ def test_help_states_the_exit_codes(parsers, tool):
     text = parsers[tool].format_help()
     for code, meaning in cli.EXIT_CODES.items():
         assert f'  {code:<9} {meaning}' in text
+
+
+@pytest.mark.parametrize(
+    ('tool', 'options', 'given'),
+    [('train_pretrained', train.Options, ['a.py']), ('predict', predict.Options, ['a.jpg'])],
+)
+def test_defaults_of_parser_and_options_agree(parsers, tool, options, given):
+    args = vars(parsers[tool].parse_args(given))
+    needed = [f.name for f in dataclasses.fields(options) if f.default is f.default_factory is dataclasses.MISSING]
+    assert options(**args) == options(**{name: args[name] for name in needed})
 
 
 def parser_with_old_name() -> cli.Parser:
