@@ -1,19 +1,25 @@
 # `make demo` and `make test` each do everything on a fresh machine; a second call installs nothing.
-SHELL := /bin/bash
+SHELL := /bin/bash -o pipefail
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-scratch demo-compare test test-slow lint lock clean-venv
+.PHONY: help demo demo-scratch demo-compare test test-fast test-slow lint format typecheck coverage messages lock clean-venv
 
 help:
 	@echo 'make demo          install if needed, then check, train, test and draw on synthetic data'
 	@echo 'make demo-scratch  the same schedule from random weights, to compare with'
 	@echo 'make demo-compare  remapped heads, re-initialised heads and random weights side by side'
-	@echo 'make test          install if needed, then lint and the fast tests'
+	@echo 'make test          install if needed, then lint, types and the fast tests'
+	@echo 'make test-fast     the tests that failed last time first; stops at the first failure'
 	@echo 'make test-slow     the tests that take minutes'
-	@echo 'make lock          work out requirements.lock anew (needs uv)'
+	@echo 'make coverage      the fast tests, and which lines they reach'
+	@echo 'make lint          ruff: rules and format, nothing is changed'
+	@echo 'make format        ruff: fix what can be fixed, then format'
+	@echo 'make typecheck     mypy'
+	@echo 'make messages      write tests/messages.txt again after a change of wording'
+	@echo 'make lock          resolve requirements.lock again (needs uv)'
 
 $(STAMP): requirements.lock requirements.txt pyproject.toml
 	@$(PYTHON) tools/check_platform.py
@@ -40,9 +46,28 @@ demo-compare: $(STAMP)
 	$(PY) tools/compare_runs.py work_dirs/demo_remap work_dirs/demo work_dirs/demo_scratch \
 	  --names remap reinit scratch --out work_dirs/demo_comparison
 
-test: $(STAMP)
+lint: $(STAMP)
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+
+format: $(STAMP)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+typecheck: $(STAMP)
+	$(PY) -m mypy
+
+test: lint typecheck
 	$(PY) -m pytest
+
+test-fast: $(STAMP)
+	$(PY) -m pytest -x --failed-first
+
+coverage: $(STAMP)
+	$(PY) -m pytest --cov=mmfinetune --cov-report=term:skip-covered
+
+messages: $(STAMP)
+	MMFINETUNE_UPDATE=1 $(PY) -m pytest -q tests/test_messages.py
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
@@ -51,8 +76,8 @@ lock:
 	grep -v '^[-.]' requirements.txt | uv pip compile --universal --fork-strategy fewest \
 	  --python-version 3.10 --override packaging/overrides.txt --extra dev --no-annotate \
 	  --no-header -c - pyproject.toml \
-	  | sed -E "s/( and)? ?platform_machine == 'x86_64' and sys_platform == 'linux'//; s/ *; *$$//" \
-	  | grep -v ">= '3.1[34]'" > requirements.lock
+	  | sed -E "s/ ; python_full_version < '3.13'.*$$//" > requirements.lock.new
+	mv requirements.lock.new requirements.lock
 
 clean-venv:
 	rm -rf $(VENV)
