@@ -97,9 +97,11 @@ def data_set(images: int = 4) -> dict:
                     bbox=box,
                     area=area,
                     iscrowd=crowd,
+                    attributes=dict(occluded=0.5),
                 )
             )
     return dict(
+        info=dict(version=1.0),
         images=[dict(id=i, file_name=f'part{i % 2}_{i}.png', width=SIDE, height=SIDE) for i in range(1, images + 1)],
         annotations=entries,
         categories=[dict(id=1, name='bolt'), dict(id=2, name='nut')],

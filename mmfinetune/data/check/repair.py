@@ -131,7 +131,16 @@ def _write(
         if first:
             _rename(data, table.root.resolve(), folders)
         paths[name] = Prepared(out).annotation(name.replace('/', '_'))
-        contents[paths[name]] = json_bytes(data)
+        try:
+            contents[paths[name]] = json_bytes(data)
+        except ValueError as error:  # in keys that no check reads, and that a copy must keep
+            raise UserError(
+                'fix-not-json',
+                '{path}: a value in it cannot be written as JSON ({reason}); nothing was written',
+                hint='look for NaN, Infinity and half of a surrogate pair in the keys that are not part of COCO',
+                path=table.path,
+                reason=error,
+            ) from None
     atomic_write_all(contents)
     return paths
 
@@ -216,6 +225,8 @@ class _Repair:
         table, number = self.table, None
         if annotation is not None:
             number = table.annotations[annotation].get('id', f'position {annotation}')
+            if not isinstance(number, (int, str)):
+                number = coco_json.shown_value(number)  # NaN and infinity are not JSON
             if table.image_rows[annotation] >= 0:
                 image = int(table.image_rows[annotation])
         name = None if image is None else table.files[image]
