@@ -7,12 +7,17 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from mmfinetune.config import load as config_load
 from tests.builders.runs import FinishedRun, copy_site, finish_run, make_site
 
 ROOT = Path(__file__).parents[1]
+# The same examples each time, so that a change is what makes a test fail. HYPOTHESIS_PROFILE=search looks for new ones.
+hypothesis.settings.register_profile('steady', derandomize=True, deadline=None)
+hypothesis.settings.register_profile('search', deadline=None, max_examples=2000)
+hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'steady'))
 
 
 @pytest.fixture(scope='session', autouse=True)

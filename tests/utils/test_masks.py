@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import array_shapes, arrays
 from pycocotools import mask as mask_api
 
+from mmfinetune.utils.errors import Problem
 from mmfinetune.utils.masks import check_polygon, check_rle, mask_to_rle, masks_to_rles, run_lengths, to_rle
 from tests.builders.errors import faulty
 
@@ -120,3 +122,44 @@ def test_polygons_that_are_fine(points):
 def test_polygon_problems(points, code):
     with faulty(f'shape-polygon-{code}'):
         check_polygon(points, H, W)
+
+
+MASKS = arrays(bool, array_shapes(min_dims=2, max_dims=2, max_side=12))
+
+
+@given(MASKS)
+def test_a_mask_comes_back_from_its_rle(mask):
+    rle = mask_to_rle(mask)
+    assert check_rle(rle, *mask.shape) == rle
+    assert (mask_api.decode(rle) == mask).all()
+    total, of_object = run_lengths([rle['counts'].encode()])
+    assert (total[0], of_object[0]) == (mask.size, mask.sum())
+
+
+@given(arrays(np.uint8, array_shapes(min_dims=2, max_dims=2, max_side=12), elements=st.integers(0, 3)))
+def test_all_values_at_once_are_the_masks_one_by_one(indices):
+    assert masks_to_rles(indices, range(4)) == [mask_to_rle(indices == value) for value in range(4)]
+
+
+@given(
+    st.one_of(
+        st.text(st.characters(min_codepoint=32, max_codepoint=127), max_size=30),
+        st.lists(st.one_of(st.integers(-3, 1 << 34), st.floats(), st.booleans()), max_size=6),
+        st.none(),
+    ),
+    st.integers(0, 9),
+    st.integers(0, 9),
+)
+def test_any_counts_are_a_valid_mask_or_a_problem(counts, height, width):
+    try:
+        rle = check_rle({'size': [height, width], 'counts': counts}, height, width)
+    except Problem:
+        return
+    assert mask_api.decode(rle).shape == (height, width)
+
+
+@given(MASKS, st.lists(st.binary(min_size=1, max_size=12), max_size=4))
+def test_a_damaged_code_does_not_spoil_its_neighbours(mask, others):
+    good = mask_to_rle(mask)['counts'].encode()
+    totals, objects = run_lengths([*others, good])
+    assert (totals[-1], objects[-1]) == (mask.size, mask.sum())
