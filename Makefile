@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-scratch demo-compare test test-fast test-slow lint format typecheck coverage messages lock clean-venv
+.PHONY: help demo demo-scratch demo-compare test test-fast test-slow lint format typecheck coverage lock clean-venv
 
 help:
 	@echo 'make demo          install if needed, then check, train, test and draw on synthetic data'
@@ -18,7 +18,6 @@ help:
 	@echo 'make lint          ruff: rules and format, nothing is changed'
 	@echo 'make format        ruff: fix what can be fixed, then format'
 	@echo 'make typecheck     mypy'
-	@echo 'make messages      write tests/messages.txt again after a change of wording'
 	@echo 'make lock          resolve requirements.lock again (needs uv)'
 
 $(STAMP): requirements.lock requirements.txt pyproject.toml
@@ -65,9 +64,6 @@ test-fast: $(STAMP)
 
 coverage: $(STAMP)
 	$(PY) -m pytest --cov=mmfinetune --cov-report=term:skip-covered
-
-messages: $(STAMP)
-	MMFINETUNE_UPDATE=1 $(PY) -m pytest -q tests/test_messages.py
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow

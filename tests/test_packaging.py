@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def test_a_wheel_holds_every_package(tmp_path):
+def test_a_wheel_holds_every_package_and_what_it_reads(tmp_path):
     # A copy, since setuptools writes its build folders next to the sources.
     for name in 'pyproject.toml', 'README.md':
         shutil.copy(ROOT / name, tmp_path)
@@ -24,4 +24,8 @@ def test_a_wheel_holds_every_package(tmp_path):
     )
     (wheel,) = (tmp_path / 'dist').glob('*.whl')
     held = {name for name in zipfile.ZipFile(wheel).namelist() if '.dist-info/' not in name}
-    assert held == {p.relative_to(ROOT).as_posix() for p in (ROOT / 'mmfinetune').rglob('*.py')}
+    assert held == {
+        p.relative_to(ROOT).as_posix()
+        for suffix in ('py', 'yaml', 'html')
+        for p in (ROOT / 'mmfinetune').rglob(f'*.{suffix}')
+    }

@@ -136,7 +136,7 @@ def write(found: report.Report, out: Path, inputs: Inputs, pictures: bool = True
 def _check(options: Options) -> None:
     """Check all that needs no heavy import."""
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
-        raise UserError('eval-processes', 'The evaluation runs in one process', hint='start it without torchrun')
+        raise UserError('eval-processes')
     if options.saved:
         model = {
             'WORK_DIR': options.run,
@@ -146,21 +146,13 @@ def _check(options: Options) -> None:
         }
         both = [name for name, value in model.items() if value]
         if both:
-            text = 'Saved predictions are evaluated without a model, but these options name one: {options}'
-            hint = 'leave them out, or leave out --predictions and --boxes'
-            raise UserError('eval-model-and-saved', text, hint=hint, options=', '.join(both))
+            raise UserError('eval-model-and-saved', options=', '.join(both))
         if not options.ann:
-            raise UserError(
-                'eval-no-truth', '--predictions needs the ground truth', hint='pass the annotation file with --ann'
-            )
+            raise UserError('eval-no-truth')
     elif options.ann:
-        text = '--ann is for --predictions only'
-        hint = 'to evaluate a model on other data, pass their folder with --data-root'
-        raise UserError('eval-truth-of-model', text, hint=hint)
+        raise UserError('eval-truth-of-model')
     elif not (options.run or (options.config and options.checkpoint)):
-        text = 'There is nothing to evaluate'
-        hint = 'pass the work dir of a run, or --config and --checkpoint, or --predictions and --ann'
-        raise UserError('eval-nothing', text, hint=hint)
+        raise UserError('eval-nothing')
 
 
 def _read(options: Options) -> Inputs:

@@ -104,8 +104,7 @@ class Predictor:
         _set_limits(cfg.model, score_thr, max_per_image)
         model = MODELS.build(cfg.model)
         if proposals and not hasattr(model, 'rpn_head'):
-            text = '{model} has no RPN, so there are no proposals to show'
-            raise UserError('model-no-rpn', text, hint='leave out --proposals', model=cfg.model.type)
+            raise UserError('model-no-rpn', model=cfg.model.type)
         weights.apply(model)
         self.model = revert_sync_batchnorm(model).to(self.device).eval()
         loader, steps = _pipeline(cfg)
@@ -126,7 +125,7 @@ class Predictor:
             # Decoders and file backends raise whatever they like; some name the file at the end.
             why = error.facts.get('why', '') if isinstance(error, UserError) else str(error)
             reason = why.removesuffix(f': {path}') or type(error).__name__
-            raise Problem('predict-image-unreadable', '{reason}', reason=reason) from None
+            raise Problem('predict-image-unreadable', reason=reason) from None
         return np.ascontiguousarray(image[..., ::-1]).astype(np.uint8, copy=False)
 
     def prepare(self, image: np.ndarray) -> dict:
@@ -136,15 +135,13 @@ class Predictor:
             Problem: It has another form, or one that the pipeline cannot deal with.
         """
         if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or not image.size:
-            text = 'not an RGB uint8 image: {shape} {dtype}'
-            raise Problem('predict-not-rgb', text, shape=image.shape, dtype=image.dtype)
+            raise Problem('predict-not-rgb', shape=image.shape, dtype=image.dtype)
         try:
             return self._steps({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0})
         except Exception as error:
             # An image of one row, say, has none left when its long side is made smaller.
             raise Problem(
                 'predict-pipeline',
-                'the test pipeline fails on {width} x {height} pixels: {reason}',
                 width=image.shape[1],
                 height=image.shape[0],
                 reason=str(error).strip() or type(error).__name__,
@@ -216,9 +213,7 @@ def model_files(run: Path | None, config: Path | None, checkpoint: Path | None) 
     if run is not None:
         return work_dir.find_run(run, config, checkpoint)
     if config is None or checkpoint is None:
-        raise UserError(
-            'model-not-named', 'No model is named', hint='pass --run WORK_DIR, or --config and --checkpoint'
-        )
+        raise UserError('model-not-named')
     return work_dir.RunFiles(checkpoint.parent, config, checkpoint)
 
 
@@ -235,8 +230,7 @@ def choose_device(name: str) -> str:
         return 'cuda' if count else 'cpu'
     there = ['cpu', *(['cuda'] if count else []), *(f'cuda:{i}' for i in range(count))]
     if name not in there:
-        text = 'There is no device {device} for PyTorch here'
-        raise UserError('device-missing', text, hint='use one of: {known}', device=name, known=', '.join(there))
+        raise UserError('device-missing', device=name, known=', '.join(there))
     return name
 
 
@@ -249,11 +243,8 @@ def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None, path: Pat
         problems = []
         for i, (a, b, k) in enumerate(zip(ours, theirs, same, strict=False)):
             if k != i:
-                text = 'label {label}: config {config}, weights {weights}'
-                problems.append(Message('predict-label', text, label=i, config=a, weights=b))
-        text = '{path} was trained on other classes than those of the config:'
-        hint = 'pass the config that it was trained with'
-        raise UserError('predict-other-classes', text, problems, hint=hint, path=path)
+                problems.append(Message('predict-label', label=i, config=a, weights=b))
+        raise UserError('predict-other-classes', problems=problems, path=path)
     return tuple(ours)
 
 
@@ -262,10 +253,9 @@ def _labels_of(wanted: Sequence[str], classes: Sequence[str]) -> list[int] | Non
     for name in wanted:
         if name not in classes:
             suggestion = near(name, classes, ': ', 0.5)
-            problems.append(Message('predict-class', '{name}{suggestion}', name=name, suggestion=suggestion))
+            problems.append(Message('predict-class', name=name, suggestion=suggestion))
     if problems:
-        text = 'The model does not know these classes:'
-        raise UserError('predict-classes', text, problems, hint='its classes are {known}', known=', '.join(classes))
+        raise UserError('predict-classes', problems=problems, known=', '.join(classes))
     return sorted({classes.index(name) for name in wanted}) if wanted else None
 
 
@@ -273,8 +263,7 @@ def _test_dataset(cfg: Config) -> Any:
     """The config of the test data set without its wrappers."""
     dataset = views.innermost((cfg.get('test_dataloader') or cfg.get('val_dataloader') or {}).get('dataset'))
     if dataset is None or not dataset.get('pipeline'):
-        text = 'The config has no test pipeline: test_dataloader is missing'
-        raise UserError('predict-no-pipeline', text, hint='pass the config of a run')
+        raise UserError('predict-no-pipeline')
     return dataset
 
 
@@ -311,9 +300,7 @@ def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
     names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2] for step in steps]
     reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
     if len(reading) != 1 or steps[reading[0]].get('color_type', 'color').split('_')[0] != 'color':
-        text = 'The test pipeline does not read colour images in one step; its steps are {steps}'
-        hint = "let it begin with dict(type='LoadImage')"
-        raise UserError('predict-pipeline-start', text, hint=hint, steps=', '.join(names))
+        raise UserError('predict-pipeline-start', steps=', '.join(names))
     loader = steps[reading[0]]
     steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))
     return loader, [

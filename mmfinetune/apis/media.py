@@ -80,17 +80,17 @@ def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Inp
         path, anchor = Path(text), Path(text)
         if path.is_dir():
             files = find_files(path, _SUFFIXES)
-            problem = Message('predict-empty-folder', '{name}: no image or video in this folder', name=text)
+            problem = Message('predict-empty-folder', name=text)
         elif path.is_file():
             files, anchor = [path], path.parent
-            problem = Message('predict-own-output', '{name}: is in the output folder', name=text)
+            problem = Message('predict-own-output', name=text)
         elif glob.has_magic(text):
             # The folder above the first wildcard; the stand-in ends a bare folder.
             anchor = Path(glob.escape(text).partition('[')[0] + '_').parent
             files = _matching(anchor, path)
-            problem = Message('predict-no-match', '{name}: no image or video has such a name', name=text)
+            problem = Message('predict-no-match', name=text)
         else:
-            problems.append(Message('predict-no-file', '{name}: no such file or folder', name=text))
+            problems.append(Message('predict-no-file', name=text))
             continue
         chosen = [p for p in files if not os.path.realpath(p).startswith(own)]
         if not chosen:
@@ -99,13 +99,7 @@ def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Inp
             found.setdefault(_absolute(p), p)
         anchors.append(_absolute(anchor))
     if problems:
-        raise UserError(
-            'predict-inputs',
-            'There is nothing to predict on:',
-            problems,
-            hint='pass images, videos, folders, or patterns in quotes; results in the output folder are left out, '
-            'so choose another with --out',
-        )
+        raise UserError('predict-inputs', problems=problems)
     root = os.path.commonpath(anchors)
     # Names that are not UTF-8 could not be written as JSON.
     names = [os.fsencode(os.path.relpath(place, root)).decode(errors='replace').replace(os.sep, '/') for place in found]
@@ -179,7 +173,7 @@ class Video:
         os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():
-            raise Problem('video-unreadable', 'not a readable video')
+            raise Problem('video-unreadable')
         fps = self._capture.get(cv2.CAP_PROP_FPS)
         self.fps = fps if 0 < fps <= 1000 else 25.0
         self.frames = max(0, int(self._capture.get(cv2.CAP_PROP_FRAME_COUNT)))
@@ -205,10 +199,9 @@ class Video:
         finally:
             self._capture.release()
         if not number:
-            raise Problem('video-no-frames', 'no frame in it can be read')
+            raise Problem('video-no-frames')
         if number < _ENOUGH * self.frames:
-            text = 'only {read} of {promised} frames can be read'
-            raise Problem('video-frames-missing', text, read=number, promised=self.frames)
+            raise Problem('video-frames-missing', read=number, promised=self.frames)
 
 
 class VideoWriter:
@@ -239,9 +232,7 @@ class VideoWriter:
                 str(self._part), cv2.VideoWriter.fourcc(*'mp4v'), self.fps, frame.shape[1::-1]
             )
             if not self._writer.isOpened():
-                text = '{path}: cannot be written as a video'
-                hint = 'choose a folder that you may write to, or pass --no-pictures'
-                raise UserError('video-not-writable', text, hint=hint, path=self.path)
+                raise UserError('video-not-writable', path=self.path)
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))
 
     def close(self, keep: bool = True) -> None:

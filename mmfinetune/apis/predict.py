@@ -58,8 +58,7 @@ def run(options: Options) -> int:
         UserError: No input, an unusable model, or nowhere to write to.
     """
     if not (options.pictures or options.coco_json or options.contact_sheet):
-        text = 'There is nothing to write: neither pictures nor COCO JSON'
-        raise UserError('predict-nothing-to-write', text, hint='leave out --no-pictures or --no-coco-json')
+        raise UserError('predict-nothing-to-write')
     files = model_files(options.run, options.config, options.checkpoint)
     find.verify_file(files.checkpoint)
     out = options.out or (options.run or Path()) / FOLDER
@@ -90,8 +89,7 @@ def run(options: Options) -> int:
     }
     results.finish(about if options.coco_json else None)
     if failed:
-        text = '{count} of {total} inputs could not be used:'
-        print(UserError('predict-failed', text, failed, count=len(failed), total=len(inputs)), file=sys.stderr)
+        print(UserError('predict-failed', problems=failed, count=len(failed), total=len(inputs)), file=sys.stderr)
     if options.json:
         found = {**results.counts(), 'failed': [str(problem) for problem in failed], 'out': str(out)}
         print(json.dumps(found, ensure_ascii=False))
@@ -109,9 +107,7 @@ def _earlier_results(out: Path, overwrite: bool) -> list[Path]:
     earlier = [out / name for name in (ROWS, DATASET, PICTURES) if (out / name).exists()]
     earlier += sorted(out.glob(f'{SHEET}*.jpg'))
     if earlier and not overwrite:
-        text = '{out} already holds predictions: {names}'
-        hint = 'pass --overwrite to replace them, or another folder with --out'
-        raise UserError('predict-exists', text, hint=hint, out=out, names=', '.join(path.name for path in earlier))
+        raise UserError('predict-exists', out=out, names=', '.join(path.name for path in earlier))
     require_writable(out)
     return earlier
 
@@ -168,6 +164,5 @@ def _length(inputs: Sequence[Input], every: int) -> int:
 
 def _failure(source: Input, reason: object, frame: int | None = None) -> Message:
     if frame is None:
-        return Message('predict-input', '{path}: {reason}', path=source.path, reason=str(reason))
-    text = '{path}, frame {frame}: {reason}'
-    return Message('predict-frame', text, path=source.path, frame=frame, reason=str(reason))
+        return Message('predict-input', path=source.path, reason=str(reason))
+    return Message('predict-frame', path=source.path, frame=frame, reason=str(reason))

@@ -68,11 +68,7 @@ def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
         voc2012 = voc_devkit.find_devkit(root)
     except UserError:
         raise UserError(
-            'data-missing',
-            'There are no data yet. Looked for:',
-            [*dict.fromkeys(map(str, paths)), Message('data-devkit', '{root} (a VOC 2012 devkit)', root=root)],
-            'download and convert VOC 2012 with `python tools/prepare_voc.py --download`, '
-            'or pass its folder with --data-root',
+            'data-missing', problems=[*dict.fromkeys(map(str, paths)), Message('data-devkit', root=root)]
         ) from None
     prepare(voc2012, paths[0].parent, 'voc', 'in-place')
 

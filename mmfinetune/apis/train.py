@@ -86,24 +86,15 @@ def check_early(options: Options) -> None:
     """
     resumes = options.resume is not False
     if isinstance(options.resume, str) and options.resume != AUTO and not Path(options.resume).is_file():
-        text, hint = (
-            'There is no checkpoint {path} to resume from',
-            'pass --resume alone for the last one of the work dir',
-        )
-        raise UserError('resume-missing', text, hint=hint, path=options.resume)
+        raise UserError('resume-missing', path=options.resume)
     if options.gpus and launch.is_worker() and not launch.was_launched():
-        text = '--gpus is for a run that starts its own processes, and torchrun or srun has started this one'
-        raise UserError('gpus-already-started', text, hint='drop --gpus: their number says it')
+        raise UserError('gpus-already-started')
     if resumes and options.lr is not None:
-        text = '--lr would have no effect: --resume continues with the learning rate of the checkpoint'
-        raise UserError('resume-with-lr', text, hint='drop --lr, or start again from the weights')
+        raise UserError('resume-with-lr')
     if resumes and options.batch_size == AUTO:
-        text = '--batch-size auto and --resume exclude each other: a run continues with its first batch size'
-        raise UserError('resume-with-auto-batch', text, hint='drop --batch-size')
+        raise UserError('resume-with-auto-batch')
     if options.checkpoint and (options.trains or not options.tests):
-        text = '--checkpoint names the file to test, and a training tests its own best'
-        hint = 'add --test, or name what to start from with --weights'
-        raise UserError('checkpoint-without-test', text, hint=hint)
+        raise UserError('checkpoint-without-test')
     for file in (options.weights, options.checkpoint):
         if file and not find.is_url(file):
             find.verify_file(Path(file))
@@ -205,31 +196,18 @@ def _explained(error: Exception, cfg: Config) -> Exception:
     helps = []
     if batch > 1:
         half = batch // 2
-        text = '--batch-size {half} --accumulate {steps}: the same recipe at {share:.0%} of the activations'
         steps = math.ceil(batch * accumulation / half)
-        helps.append(Message('memory-batch', text, half=half, steps=steps, share=half / batch))
+        helps.append(Message('memory-batch', half=half, steps=steps, share=half / batch))
     if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
-        helps.append(Message('memory-amp', '--amp bf16 (or fp16): activations of half the size'))
+        helps.append(Message('memory-amp'))
     steps = cfg.train_dataloader.dataset.get('pipeline', ())
     scale = next((step['scale'] for step in steps if step['type'] == 'Resize' and 'scale' in step), None)
     if scale:
         smaller = tuple(round(side * 0.7) for side in scale)
-        text = 'Resize to scale={smaller} instead of {scale} in the pipelines: half the pixels'
-        helps.append(Message('memory-scale', text, smaller=smaller, scale=tuple(scale)))
+        helps.append(Message('memory-scale', smaller=smaller, scale=tuple(scale)))
     if not cfg.model.get('backbone', {}).get('with_cp'):
-        text = (
-            '--cfg-options model.backbone.with_cp=True: the backbone recomputes its activations instead of keeping '
-            'them; slower, the same result'
-        )
-        helps.append(Message('memory-checkpointing', text))
-    return UserError(
-        'out-of-memory',
-        'Out of memory with {batch} images at a time ({why}). What helps:',
-        helps,
-        'try them from the top; `--batch-size auto` finds the largest that fits a GPU',
-        batch=batch,
-        why=str(error).strip().splitlines()[0],
-    )
+        helps.append(Message('memory-checkpointing'))
+    return UserError('out-of-memory', problems=helps, batch=batch, why=str(error).strip().splitlines()[0])
 
 
 def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
@@ -239,11 +217,7 @@ def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
         UserError: The weights should not be trained on.
     """
     if not cfg.get('weights'):
-        raise UserError(
-            'check-without-weights',
-            'This config starts from random weights: there is nothing to check',
-            hint='use a config with `weights`',
-        )
+        raise UserError('check-without-weights')
     start = run_weights.start_of(cfg)
     say(json.dumps(start.as_dict(), indent=1) if as_json else start.text())
     start.require_good()

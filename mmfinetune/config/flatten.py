@@ -76,12 +76,7 @@ def flatten(path: str | Path) -> str:
 def require_new(path: Path, overwrite: bool) -> None:
     """Refuse a file that exists, unless it may be replaced."""
     if path.exists() and not overwrite:
-        raise UserError(
-            'config-exists',
-            '{path} already exists',
-            hint='name another file, or replace it with --overwrite',
-            path=str(path),
-        )
+        raise UserError('config-exists', path=str(path))
 
 
 def write(path: Path, text: str, overwrite: bool = False) -> None:

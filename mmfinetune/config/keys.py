@@ -103,7 +103,7 @@ def check_values(cfg: Config) -> list[Message]:
     problems = []
     for key in DICTS:
         if not isinstance(cfg.get(key, {}), Mapping) and (key in NEEDED or cfg[key] is not None):
-            problems.append(Message('config-not-a-dict', '{key} = {value!r} is not a dict', key=key, value=cfg[key]))
+            problems.append(Message('config-not-a-dict', key=key, value=cfg[key]))
     for key, (whole, lowest) in _NUMBERS.items():
         *parents, last = key.split('.')
         kinds = (int,) if whole else (int, float)
@@ -116,11 +116,9 @@ def check_values(cfg: Config) -> list[Message]:
                 continue
             facts = dict(key=f'{place}{last}', value=value, lowest=lowest)
             if whole:
-                text = '{key} = {value!r} is not a whole number of at least {lowest}'
-                problems.append(Message('config-not-whole', text, **facts))
+                problems.append(Message('config-not-whole', **facts))
             else:
-                text = '{key} = {value!r} is not a finite number of at least {lowest}'
-                problems.append(Message('config-not-a-number', text, **facts))
+                problems.append(Message('config-not-a-number', **facts))
     return problems
 
 
@@ -181,7 +179,7 @@ def is_judged(node: Mapping, place: str) -> bool:
 
 
 def _near(key: str, near: str) -> Message:
-    return Message('config-key-near', '{key}: did you mean {near}?', key=key, near=near)
+    return Message('config-key-near', key=key, near=near)
 
 
 def unknown_key_problem(key: str, place: str, known: set[str], closed: bool) -> Message | None:
@@ -201,9 +199,7 @@ def unknown_key_problem(key: str, place: str, known: set[str], closed: bool) -> 
         return _near(key, near[0])
     if not closed:
         return None
-    return Message(
-        'config-key-unknown', '{key}: {place} has no {name}', key=key, place=place or 'the config', name=name
-    )
+    return Message('config-key-unknown', key=key, place=place or 'the config', name=name)
 
 
 def _find_class(kind: Any) -> Any:

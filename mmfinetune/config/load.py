@@ -48,13 +48,7 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     require_valid(cfg, path, problems)
     missing = [k for k in NEEDED if k not in cfg]
     if missing:
-        raise UserError(
-            'config-incomplete',
-            '{path} is missing required settings:',
-            missing,
-            'inherit from configs/mask_rcnn_voc_pretrained.py',
-            path=str(path),
-        )
+        raise UserError('config-incomplete', problems=missing, path=str(path))
     if os.environ.get('RANK', '0') == '0':
         for note in [*([old] if old else []), *dropped]:
             print(f'note: {path}: {note}', file=sys.stderr, flush=True)
@@ -69,13 +63,7 @@ def require_valid(cfg: Config, path: str | Path, problems: Sequence[Message] = (
     """
     problems = [*problems, *check_values(cfg), *check_keys(cfg)]
     if problems:
-        raise UserError(
-            'config-wrong-settings',
-            '{path}: unknown or impossible settings:',
-            problems,
-            'fix the spelling or the value; `python tools/flatten_config.py CONFIG` prints all settings',
-            path=str(path),
-        )
+        raise UserError('config-wrong-settings', problems=problems, path=str(path))
 
 
 def _read(path: Path) -> Config:
@@ -84,28 +72,17 @@ def _read(path: Path) -> Config:
         near = difflib.get_close_matches(path.name, [p.name for p in folder.glob('*.py')], 3, 0.5)
         raise UserError(
             'config-missing',
-            'There is no config {path}',
             hint='did you mean {near}?' if near else 'the configs that come with the toolkit are in configs/',
             path=str(path),
             near=' or '.join(str(folder / n) for n in near),
         )
     if path.suffix != '.py':
-        raise UserError(
-            'config-not-python',
-            '{path} is not a config: its name does not end in .py',
-            hint='pass a Python config such as configs/mask_rcnn_voc_pretrained.py',
-            path=str(path),
-        )
+        raise UserError('config-not-python', path=str(path))
     try:
         compile(path.read_text(encoding='utf-8'), str(path), 'exec')
     except (SyntaxError, ValueError) as error:
         raise UserError(
-            'config-syntax',
-            '{path}, line {line}: {why}',
-            hint='fix the Python syntax there',
-            path=str(path),
-            line=getattr(error, 'lineno', None) or '?',
-            why=str(error),
+            'config-syntax', path=str(path), line=getattr(error, 'lineno', None) or '?', why=str(error)
         ) from None
     from mmengine.config import Config
     from mmengine.utils import import_modules_from_strings
@@ -117,23 +94,9 @@ def _read(path: Path) -> Config:
                 import_modules_from_strings(**cfg['custom_imports'])
     except Exception as error:
         # A config is code; whatever it raises is the user's to see, with the place.
-        raise UserError(
-            'config-unreadable',
-            '{path} cannot be read: {kind}: {why}',
-            hint='fix the config, or the _base_ it names',
-            path=str(path),
-            kind=type(error).__name__,
-            why=str(error),
-        ) from None
+        raise UserError('config-unreadable', path=str(path), kind=type(error).__name__, why=str(error)) from None
     if REGISTER not in sys.modules:
-        raise UserError(
-            'config-no-register',
-            "{path} does not import the toolkit's parts",
-            hint="add custom_imports = dict(imports=['{module}'], allow_failed_imports=False), as in "
-            'configs/_base_/runtime.py',
-            path=str(path),
-            module=REGISTER,
-        )
+        raise UserError('config-no-register', path=str(path), module=REGISTER)
     return cfg
 
 

@@ -51,12 +51,7 @@ def scaled_lr(lr: float, base_batch_size: int, world_size: int, batch_size: int,
 def _base_of(auto: Mapping) -> int:
     base = auto.get('base_batch_size')
     if not isinstance(base, int) or base <= 0:
-        raise UserError(
-            'lr-base-batch-size',
-            'auto_scale_lr.base_batch_size must be a positive number of images, not {base!r}',
-            hint='set it to the batch size that the lr is for',
-            base=base,
-        )
+        raise UserError('lr-base-batch-size', base=base)
     return base
 
 

@@ -111,26 +111,12 @@ def write(
 def _checked_out(name: str, out: Path | None, base: Path, overwrite: bool) -> Path:
     """The file to write, after what can be said without looking at the data."""
     if not re.fullmatch(r'\w[\w-]*', name):
-        raise UserError(
-            'new-config-name',
-            '--name {name!r}: a name has letters, digits, _ and - only',
-            hint='e.g. --name {near}',
-            name=name,
-            near=re.sub(r'\W+', '_', name).strip('_') or 'tiles',
-        )
+        raise UserError('new-config-name', name=name, near=re.sub(r'\W+', '_', name).strip('_') or 'tiles')
     out = out or Path('configs') / f'{name}.py'
     if out.suffix != '.py':
-        raise UserError(
-            'new-config-suffix',
-            '--out {path}: the name of a config ends in .py',
-            hint='e.g. --out {near}',
-            path=str(out),
-            near=str(out.with_suffix('.py')),
-        )
+        raise UserError('new-config-suffix', path=str(out), near=str(out.with_suffix('.py')))
     if out.exists() and base.exists() and out.samefile(base):
-        raise UserError(
-            'new-config-own-base', '{path} would inherit from itself', hint='use another --name or --out', path=str(out)
-        )
+        raise UserError('new-config-own-base', path=str(out))
     flatten.require_new(out, overwrite)
     return out
 
@@ -253,9 +239,7 @@ def _flips(base_cfg: Config, directions: Sequence[str]) -> list[str]:
     steps = base_cfg.train_dataloader['dataset']['pipeline']
     places = [i for i, step in enumerate(steps) if step.get('type') == 'RandomFlip']
     if not places:
-        raise UserError(
-            'new-config-no-flip', '--flip: the training pipeline of the base has no RandomFlip', hint=_SUITABLE
-        )
+        raise UserError('new-config-no-flip')
     shares = [round(1 / (len(directions) + 1), 3)] * len(directions)
     place = f'_base_.train_dataloader.dataset.pipeline[{places[0]}]'
     return [f'{place}.update(prob={shares}, direction={list(directions)})']
@@ -333,7 +317,7 @@ def _check_base(base_cfg: Config) -> None:
 
     lacking = [dotted for dotted in needed if not has(dotted)]
     if lacking:
-        raise UserError('new-config-base', 'The base lacks settings that are fitted to the data:', lacking, _SUITABLE)
+        raise UserError('new-config-base', problems=lacking)
 
 
 def _warnings(statistics: Statistics) -> list[str]:

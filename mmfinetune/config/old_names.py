@@ -50,8 +50,7 @@ def rename_keys(pairs: Mapping[str, Any]) -> dict[str, Any]:
 def translate(cfg: Config) -> Message | None:
     """Rewrite the old names of a config in place; a note on them, if there are any."""
     found = _rename_types(cfg) + _move_settings(cfg) + _move_hooks(cfg)
-    text = 'the config has names of an earlier release, which will be removed in the next: {names}'
-    return Message('config-old-names', text, names=', '.join(dict.fromkeys(found))) if found else None
+    return Message('config-old-names', names=', '.join(dict.fromkeys(found))) if found else None
 
 
 def drop_removed(cfg: Config) -> None:

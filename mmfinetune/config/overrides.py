@@ -23,25 +23,14 @@ def parse(pairs: Sequence[str]) -> dict[str, Any]:
     """
     wrong = [p for p in pairs if not p.partition('=')[0] or '=' not in p]
     if wrong:
-        raise UserError(
-            'override-not-a-pair',
-            '--cfg-options takes KEY=VALUE, not:',
-            wrong,
-            'e.g. --cfg-options train_cfg.max_epochs=12',
-        )
+        raise UserError('override-not-a-pair', problems=wrong)
     found = {}
     for pair in pairs:
         key, _, text = pair.partition('=')
         try:
             found[key] = parse_value(text)
         except (ValueError, SyntaxError, RecursionError, MemoryError) as error:
-            raise UserError(
-                'override-unreadable',
-                '--cfg-options {pair}: the value cannot be read ({why})',
-                hint='balance the brackets, and quote the whole for the shell: --cfg-options "a.b=[1,2]"',
-                pair=pair,
-                why=str(error) or type(error).__name__,
-            ) from None
+            raise UserError('override-unreadable', pair=pair, why=str(error) or type(error).__name__) from None
     return found
 
 
@@ -136,7 +125,7 @@ def merge(cfg: Config, overrides: Mapping[str, Any]) -> tuple[list[str], list[Me
     for dotted, value in overrides.items():
         parent, there, problem = _find(cfg, dotted)
         if problem is None and _holds_dicts(there) and not _may_replace_dict(dotted, there, value):
-            problem = Message('override-needs-dict', '{key}: {value!r} cannot replace a dict', key=dotted, value=value)
+            problem = Message('override-needs-dict', key=dotted, value=value)
         if problem is not None:
             problems.append(problem)
         elif isinstance(parent, list) and not (isinstance(value, Mapping) and isinstance(there, Mapping)):
@@ -159,12 +148,10 @@ def _find(cfg: Config, dotted: str) -> tuple[Any, Any, Message | None]:
         facts = {'key': dotted, 'place': place}
         if isinstance(node, list):
             if not part.isdecimal() or int(part) >= len(node):
-                text = '{key}: {place} is a list of {length}; its positions count from 0'
-                return None, None, Message('override-position', text, length=len(node), **facts)
+                return None, None, Message('override-position', length=len(node), **facts)
             node = node[int(part)]
         elif depth and not isinstance(node, Mapping):
-            text = '{key}: {place} is {value!r} and has no parts'
-            return None, None, Message('override-no-parts', text, value=node, **facts)
+            return None, None, Message('override-no-parts', value=node, **facts)
         elif part in node:
             node = node[part]
         elif depth and (parts[depth - 1] in FREE_FORM or not node or 'type' in node or is_judged(node, place)):

@@ -32,7 +32,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
         UserError: The folder has neither.
     """
     if not root.is_dir():
-        raise UserError('data-root-missing', 'There is no data folder {path}', hint='correct --data-root', path=root)
+        raise UserError('data-root-missing', path=root)
     datasets = dataset_configs(cfg)
     if not all((root / d['ann_file']).is_file() for d in datasets.values()):
         try:
@@ -41,13 +41,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
             files = dict.fromkeys(root / d['ann_file'] for d in datasets.values())
             raise UserError(
                 'data-root-empty',
-                '{path} holds no data for this config. Searched:',
-                problems=[
-                    *(Message('data-searched', '{path}: no such file', path=file) for file in files),
-                    error.message,
-                ],
-                hint='pass the folder that holds VOCdevkit/, or download VOC 2012 with '
-                '`python tools/prepare_voc.py --download`',
+                problems=[*(Message('data-searched', path=file) for file in files), error.message],
                 path=root,
             ) from None
     for split, dataset in datasets.items():
@@ -86,15 +80,9 @@ def check_heads(cfg: Config) -> None:
         count = node.get('num_classes')
         # An RPN distinguishes objects from background only.
         if count is not None and 'rpn' not in place and count != len(classes):
-            problems.append(Message('head-classes', '{key} = {count}', key=f'{place}.num_classes', count=count))
+            problems.append(Message('head-classes', key=f'{place}.num_classes', count=count))
     if problems:
-        raise UserError(
-            'config-class-count',
-            'The data has {classes} classes, but the model has other numbers:',
-            problems=problems,
-            hint="set these to {classes}, or metainfo.classes to the model's classes",
-            classes=len(classes),
-        )
+        raise UserError('config-class-count', problems=problems, classes=len(classes))
 
 
 def select_split(cfg: Config, split: str) -> None:
@@ -111,20 +99,12 @@ def select_split(cfg: Config, split: str) -> None:
     chosen = innermost((loaders[split] or {}).get('dataset'))
     if chosen is None or 'ann_file' not in chosen:
         raise UserError(
-            'config-no-split',
-            'The config has no {split} split that is one annotation file',
-            hint='choose another with --split: {others}',
-            split=split,
-            others=', '.join(s for s in SPLITS if s != split and loaders[s]),
+            'config-no-split', split=split, others=', '.join(s for s in SPLITS if s != split and loaders[s])
         )
     if split == 'train':
         loader = copy.deepcopy(loaders['test'] or loaders['val'])
         if loader is None:
-            raise UserError(
-                'config-no-test-pipeline',
-                'The config has neither test_dataloader nor val_dataloader',
-                hint='add test_dataloader: the training split is tested with its pipeline',
-            )
+            raise UserError('config-no-test-pipeline')
         dataset = innermost(loader.dataset)
         for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'):
             dataset.pop(key, None)

@@ -162,12 +162,7 @@ def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
     if not (weights or head_init):
         return
     if not cfg.get('weights'):
-        raise UserError(
-            'config-without-weights',
-            'The config starts from random weights: it has no `weights`, so it can take neither --weights nor '
-            '--head-init',
-            hint='use a config with `weights`, e.g. configs/mask_rcnn_voc_pretrained.py',
-        )
+        raise UserError('config-without-weights')
     if head_init:
         cfg.weights.head_init = head_init
     if weights:
@@ -190,9 +185,9 @@ def set_batch(cfg: Config, batch_size: int | str | None, accumulate: int | None,
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError('amp-no-gpu', '--amp needs a CUDA GPU, and PyTorch sees none here', hint='drop --amp')
+        raise UserError('amp-no-gpu')
     if amp == 'bf16' and not torch.cuda.is_bf16_supported():
-        raise UserError('amp-no-bfloat16', 'This GPU does not support bfloat16', hint='use --amp fp16')
+        raise UserError('amp-no-bfloat16')
     # bfloat16 has the range of float32: nothing underflows that a scale could save, and a scaler
     # would silently leave out each step whose gradient is NaN.
     scale = 'dynamic' if amp == 'fp16' else dict(enabled=False)
@@ -205,12 +200,7 @@ def set_saving(cfg: Config, every: int | None) -> None:
         return
     hook = (cfg.get('default_hooks') or {}).get('checkpoint') or {}
     if hook.get('type') != 'SafeCheckpointHook':
-        raise UserError(
-            'save-every-other-hook',
-            '--save-every needs default_hooks.checkpoint of type SafeCheckpointHook, not {type}',
-            hint='inherit configs/_base_/runtime.py, or drop --save-every',
-            type=hook.get('type'),
-        )
+        raise UserError('save-every-other-hook', type=hook.get('type'))
     hook['every_n_iters'] = every
 
 

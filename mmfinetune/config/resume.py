@@ -96,13 +96,7 @@ def _newest(work_dir: Path, may_lack: bool) -> _Run | None:
         return None
     if len(damaged) == 1:
         raise damaged[0]
-    raise UserError(
-        'resume-nothing',
-        'There is nothing to resume in {work_dir}',
-        problems=[e.message for e in damaged],
-        hint='drop --resume, or pass the checkpoint: --resume PATH',
-        work_dir=work_dir,
-    )
+    raise UserError('resume-nothing', problems=[e.message for e in damaged], work_dir=work_dir)
 
 
 def _read_run(path: Path) -> _Run:
@@ -112,21 +106,12 @@ def _read_run(path: Path) -> _Run:
     missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
     if missing:
         raise UserError(
-            'resume-no-run',
-            '{path} does not hold a run to resume; missing:',
-            problems=[Message('resume-missing-key', '{key}', key=key) for key in missing],
-            hint='pass a checkpoint of a run (epoch_*.pth), or start from it: --weights',
-            path=path,
+            'resume-no-run', problems=[Message('resume-missing-key', key=key) for key in missing], path=path
         )
     meta = loaded['meta']
     if 'config' in meta:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.
-        raise UserError(
-            'resume-holds-code',
-            '{path} is refused: it holds a config, which is code',
-            hint='resume from a checkpoint of your own run',
-            path=path,
-        )
+        raise UserError('resume-holds-code', path=path)
     state = loaded['message_hub'].get('runtime_info', {}).get(KEY, {})
     check_version(state, path)
     # Before version 1 it stood in `meta`.
@@ -138,14 +123,7 @@ def check_version(state: Mapping[str, Any], path: str | Path) -> None:
     """Refuse the state of a run that a newer version of the toolkit wrote."""
     version = state.get('version', VERSION)
     if version > VERSION:
-        raise UserError(
-            'resume-newer-version',
-            '{path} was written by a newer version of the toolkit (run state {version}; this one knows {known})',
-            hint='update the toolkit, or start from its weights: --weights {path}',
-            path=path,
-            version=version,
-            known=VERSION,
-        )
+        raise UserError('resume-newer-version', path=path, version=version, known=VERSION)
 
 
 def _check_batch_setup(found: _Run, now: BatchSetup) -> None:
@@ -158,9 +136,6 @@ def _check_batch_setup(found: _Run, now: BatchSetup) -> None:
         same = f'--batch-size {before.images // now.processes}'
     raise UserError(
         'resume-other-batch',
-        '{path} comes from a run of {before}, and this one has {now}: the steps of an epoch and the learning rate '
-        'would not be those of the checkpoint',
-        hint='{options} has the same steps; --weights {path} without --resume starts again from its weights',
         path=found.path,
         before=str(before),
         now=str(now),

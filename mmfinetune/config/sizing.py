@@ -177,13 +177,8 @@ def _schedulers(base: Sequence[dict], steps: int, epochs: int, base_epochs: int)
                 continue
         else:
             unit = 'epoch' if by_epoch else 'step'
-            unknown.append(Message('sizing-scheduler', '{type} by {unit}', type=kind, unit=unit))
+            unknown.append(Message('sizing-scheduler', type=kind, unit=unit))
         result.append(scheduler)
     if unknown:
-        raise UserError(
-            'sizing-schedulers',
-            'The length of these schedulers of the base cannot be worked out:',
-            unknown,
-            'use a base with LinearLR by step and MultiStepLR by epoch, such as configs/mask_rcnn_voc_pretrained.py',
-        )
+        raise UserError('sizing-schedulers', problems=unknown)
     return result

@@ -72,25 +72,16 @@ class Coco:
         Raises:
             UserError: All problems of the first kind found: no file, faults of the file, entries.
         """
-        hint = (
-            '`python tools/check_dataset.py {path}` lists all that is wrong with a file; --fix writes a repaired copy'
-        )
         if any(fault.code == 'coco-no-file' for fault in self.faults):
-            text = 'There is no annotation file {path}'
-            hint = (
-                'correct the path, or make the file with `python tools/prepare_data.py SRC OUT` or tools/prepare_voc.py'
-            )
-            raise UserError('coco-missing', text, hint=hint, path=self.path)
+            raise UserError('coco-missing', path=self.path)
         faults = [f for f in self.faults if utf8 or f.code != 'coco-encoding' or not self.images]
         if faults:
-            raise UserError('coco-file', '{path} is not a usable COCO annotation file:', faults, hint, path=self.path)
+            raise UserError('coco-file', problems=faults, path=self.path)
         problems = self._missing_keys(('id', 'file_name', *images), ('image_id', 'category_id', *annotations))
         if not problems:
             problems = self._contradictions('id' in annotations, links, unique_files)
         if problems:
-            raise UserError(
-                'coco-entries', '{path} has entries that cannot be used:', problems.lines(), hint, path=self.path
-            )
+            raise UserError('coco-entries', problems=problems.lines(), path=self.path)
         return self
 
     def _missing_keys(self, images: Sequence[str], annotations: Sequence[str]) -> Problems:
@@ -101,7 +92,6 @@ class Coco:
                 if not needed <= entry.keys():
                     problems.add(
                         'coco-keys-missing',
-                        '{count:,} {section} without {keys}: {places}',
                         f'number {number}',
                         section=section,
                         keys=', '.join(k for k in keys if k not in entry),
@@ -114,30 +104,23 @@ class Coco:
         unique += [('annotations', 'id')] * own_ids + [('images', 'file_name')] * unique_files
         for section, key in unique:
             for value in _repeated([entry[key] for entry in self.data[section]]):
-                text = '{section} with the same {key}: {places}'
-                problems.add('coco-repeated', text, shown_value(value), section=section, key=key)
+                problems.add('coco-repeated', shown_value(value), section=section, key=key)
         for image in self.images:
             if reason := name_problem(image['file_name']):
-                problems.add('coco-file-name', 'images without a usable file_name: {places}', f'{reason}')
+                problems.add('coco-file-name', f'{reason}')
         for category in self.categories:
             if not isinstance(category['name'], str) or not is_text(category['name']):
-                problems.add('coco-name', 'categories whose name is not text: {places}', shown_value(category['name']))
+                problems.add('coco-name', shown_value(category['name']))
         if own_ids:
             for annotation in self.annotations:
                 if annotation['id'] == 0:
-                    problems.add(
-                        'coco-id-zero',
-                        'annotations with id 0, which COCO evaluation takes for "no match"; '
-                        'number them from 1 (image: {places})',
-                        shown_value(annotation['image_id']),
-                    )
+                    problems.add('coco-id-zero', shown_value(annotation['image_id']))
         for key, section in (('image_id', 'images'), ('category_id', 'categories')):
             known = {entry['id'] for entry in self.data[section] if not _is_container(entry['id'])}
             for annotation in self.annotations:
                 value = annotation[key]
                 if _is_container(value) or (links and value not in known):
-                    text = '{count:,} annotations whose {key} is not in the file: {places}'
-                    problems.add('coco-link', text, shown_value(value), key=key)
+                    problems.add('coco-link', shown_value(value), key=key)
         return problems
 
 
@@ -145,20 +128,20 @@ class Problems:
     """Gathers what is wrong with many entries, the places of one kind in one line."""
 
     def __init__(self) -> None:
-        self._found: dict[tuple, tuple[str, dict[str, Any], Counter[str]]] = {}
+        self._found: dict[tuple, tuple[dict[str, Any], Counter[str]]] = {}
 
     def __bool__(self) -> bool:
         return bool(self._found)
 
-    def add(self, code: str, text: str, place: str, /, **facts: Any) -> None:
-        """Add a place of a problem; the text may show ``{count}`` and ``{places}`` besides the facts."""
-        self._found.setdefault((code, *facts.values()), (text, facts, Counter()))[2][place] += 1
+    def add(self, code: str, place: str, /, **facts: Any) -> None:
+        """Add a place of a problem; its wording may show ``{count}`` and ``{places}`` besides the facts."""
+        self._found.setdefault((code, *facts.values()), (facts, Counter()))[1][place] += 1
 
     def lines(self) -> list[Message]:
         lines = []
-        for (code, *_), (text, facts, places) in self._found.items():
+        for (code, *_), (facts, places) in self._found.items():
             shown = ', '.join(list(places)[:_SHOWN]) + (', …' if len(places) > _SHOWN else '')
-            lines.append(Message(code, text, count=places.total(), places=shown, **facts))
+            lines.append(Message(code, count=places.total(), places=shown, **facts))
         return lines
 
 
@@ -206,25 +189,17 @@ def _parse(path: Path, compact: bool) -> Coco:
         return Coco(path, data, tuple(faults))
     for section in SECTIONS:
         if section not in top:
-            faults.append(Message('coco-section-missing', 'it has no list {section}', section=section))
+            faults.append(Message('coco-section-missing', section=section))
             continue
         entries = top[section]
         if not isinstance(entries, list):
-            faults.append(
-                Message(
-                    'coco-section-type',
-                    '{section} is of type {kind}, not a list',
-                    section=section,
-                    kind=type(entries).__name__,
-                )
-            )
+            faults.append(Message('coco-section-type', section=section, kind=type(entries).__name__))
             continue
         wrong = [i for i, kind in enumerate(map(type, entries)) if kind is not dict]
         if wrong:
             faults.append(
                 Message(
                     'coco-entry-type',
-                    '{section}: {count:,} entries are not objects, the first is of type {kind} at position {position}',
                     section=section,
                     count=len(wrong),
                     kind=type(entries[wrong[0]]).__name__,
@@ -235,9 +210,9 @@ def _parse(path: Path, compact: bool) -> Coco:
                 entries[i] = {}
         data[section] = entries
         if not entries and section == 'images':
-            faults.append(Message('coco-no-images', 'it lists no images'))
+            faults.append(Message('coco-no-images'))
         if not entries and section == 'categories':
-            faults.append(Message('coco-no-categories', 'it lists no categories'))
+            faults.append(Message('coco-no-categories'))
     return Coco(path, {**top, **data}, tuple(faults))
 
 
@@ -246,11 +221,11 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        faults.append(Message('coco-no-file', 'it does not exist'))
+        faults.append(Message('coco-no-file'))
         return None
     except (OSError, ValueError) as error:
         reason = getattr(error, 'strerror', None) or str(error)
-        faults.append(Message('coco-file-unreadable', 'it cannot be read: {reason}', reason=reason))
+        faults.append(Message('coco-file-unreadable', reason=reason))
         return None
     encoding = json.detect_encoding(content)
     if encoding != 'utf-8':
@@ -265,14 +240,14 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
         top = json.loads(text, object_hook=_compact if compact else None)
         if isinstance(top, dict):
             return top
-        faults[:] = [Message('coco-top-level', 'its top is of type {kind}, not a JSON object', kind=type(top).__name__)]
+        faults[:] = [Message('coco-top-level', kind=type(top).__name__)]
     except UnicodeDecodeError as error:
         faults[:] = [_encoding_fault(f'byte {error.start} is not {encoding}')]
     except RecursionError:
-        faults[:] = [Message('coco-nesting', 'it is nested too deeply')]
+        faults[:] = [Message('coco-nesting')]
     except ValueError as error:
         # Also for integers of more digits than Python converts.
-        faults[:] = [Message('coco-not-json', 'it is not JSON: {reason}', reason=str(error))]
+        faults[:] = [Message('coco-not-json', reason=str(error))]
     finally:
         if collecting:
             gc.enable()
@@ -280,7 +255,7 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
 
 
 def _encoding_fault(found: str) -> Message:
-    return Message('coco-encoding', 'it is not plain UTF-8: {found}', found=found)
+    return Message('coco-encoding', found=found)
 
 
 def _compact(entry: dict) -> dict:

@@ -57,7 +57,7 @@ class Prepared:
                 hint = 'split the data first: python tools/split_dataset.py {root}'
             else:
                 hint = 'make it with `python tools/prepare_data.py SRC OUT`, then `python tools/split_dataset.py OUT`'
-            raise UserError('layout-splits', '{root} does not hold split data. Missing:', missing, hint, root=self.root)
+            raise UserError('layout-splits', problems=missing, hint=hint, root=self.root)
         return {split: file for split, file in files.items() if file.is_file()}
 
     def image_prefix(self, names: Sequence[str]) -> str:
@@ -83,13 +83,9 @@ def find_source(given: Path) -> Path:
         return folder / WHOLE
     found = sorted(folder.glob('*.json'))
     if not found:
-        text = 'There is no annotation file in {folder}'
-        hint = 'pass the file itself, or make one with `python tools/prepare_data.py SRC OUT`'
-        raise UserError('layout-no-source', text, hint=hint, folder=folder)
+        raise UserError('layout-no-source', folder=folder)
     if len(found) > 1:
-        text = '{folder} has no {whole}, but several other files:'
-        hint = 'it seems to be split already; to split one of these, pass that file and --out'
-        raise UserError('layout-several-sources', text, found, hint, folder=folder, whole=WHOLE)
+        raise UserError('layout-several-sources', problems=found, folder=folder, whole=WHOLE)
     return found[0]
 
 
@@ -107,7 +103,7 @@ def find_splits(targets: Sequence[Path], images: Path | None = None) -> dict[str
         UserError: A folder without annotation files, or no folder of images.
     """
     if images is not None and not images.is_dir():
-        raise UserError('layout-no-images', 'There is no folder {images}', hint='correct --image-root', images=images)
+        raise UserError('layout-no-images', images=images)
     files: list[Path] = []
     for target in targets:
         files += _annotation_files(target) if target.is_dir() else [target]
@@ -129,11 +125,7 @@ def _annotation_files(folder: Path) -> list[Path]:
         # What the others were split from shares every image with them.
         found = [f for f in found if f.name != WHOLE]
     if not found:
-        text = '{folder}: there are no annotation files in it, such as {example}'
-        hint = 'pass the JSON files, or make them with tools/prepare_data.py'
-        raise UserError(
-            'layout-no-files', text, hint=hint, folder=folder, example=Prepared(folder).annotation('<split>')
-        )
+        raise UserError('layout-no-files', folder=folder, example=Prepared(folder).annotation('<split>'))
     return found
 
 

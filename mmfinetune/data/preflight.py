@@ -46,16 +46,7 @@ def read_split(path: Path, image_root: Path | None = None, classes: Sequence[str
         images=('width', 'height'), annotations=('id',), links=False, utf8=True
     )
     if classes is not None and tuple(classes) != coco.classes:
-        raise UserError(
-            'coco-classes',
-            '{path}: its categories are not the classes of the config, in their order:\n'
-            '  config: {config}\n'
-            '  file:   {file}',
-            hint='set metainfo.classes to the names in the order of the file, and num_classes to their number',
-            path=path,
-            config=', '.join(classes),
-            file=', '.join(coco.classes),
-        )
+        raise UserError('coco-classes', path=path, config=', '.join(classes), file=', '.join(coco.classes))
     if image_root is not None:
         _check_headers(coco, image_root)
     with_objects = {a['image_id'] for a in coco.annotations if not a.get('iscrowd')}
@@ -75,22 +66,7 @@ def _check_headers(coco: coco_json.Coco, image_root: Path) -> None:
         # Some files have the size before the EXIF rotation; mmcv takes what it reads.
         if found not in (size, size[::-1]):
             problems.append(
-                Message(
-                    'image-size',
-                    '{path}: is {found}, the annotation file says {listed}',
-                    path=path,
-                    found='{}x{}'.format(*found),
-                    listed='{}x{}'.format(*size),
-                )
+                Message('image-size', path=path, found='{}x{}'.format(*found), listed='{}x{}'.format(*size))
             )
     if problems:
-        raise UserError(
-            'coco-images',
-            '{path}: {bad:,} of {count:,} images cannot be used:',
-            problems,
-            'restore these images, correct data_root, or leave them out '
-            '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
-            path=coco.path,
-            bad=len(problems),
-            count=len(coco.images),
-        )
+        raise UserError('coco-images', problems=problems, path=coco.path, bad=len(problems), count=len(coco.images))

@@ -162,7 +162,7 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
         UserError: The data set cannot be read or has no images, or the classes do not fit.
     """
     if not src.exists():
-        raise UserError('prepare-source-missing', '{path}: does not exist', hint='correct the path', path=src)
+        raise UserError('prepare-source-missing', path=src)
     reason = 'as named'
     try:
         if name == 'auto':
@@ -170,13 +170,10 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
         reader = reader_for(name).open(src, options)
         items = reader.items()
     except OSError as error:
-        hint = 'make all of the data set readable'
         facts: dict[str, Any] = dict(path=error.filename or src, reason=reason_of(error))
-        raise UserError('prepare-source-error', '{path}: {reason}', hint=hint, **facts) from error
+        raise UserError('prepare-source-error', **facts) from error
     if not items:
-        text = '{path}: no images (read as {format}: {layout})'
-        hint = 'correct the path, or name another format with --format'
-        raise UserError('prepare-no-images', text, hint=hint, path=src, format=name, layout=FORMATS[name].layout)
+        raise UserError('prepare-no-images', path=src, format=name, layout=FORMATS[name].layout)
     summary = Summary(name, reason, _chosen_classes(reader, options.get('classes')))
     summary.problems, summary.notes = list(reader.problems), list(reader.notes)
     return reader, summary, items
@@ -191,9 +188,8 @@ def _without_duplicates(reader: Reader, items: Sequence[Item], summary: Summary)
         if other is item:
             continue
         splits = dict.fromkeys((other.split or NO_SPLIT, split))
-        text = '{place}: its image is listed twice, in {splits} (also by {other})'
         facts: dict[str, Any] = dict(place=item.key, splits=' and in '.join(splits), other=other.key)
-        summary.problems.append(Message('prepare-image-twice', text, **facts))
+        summary.problems.append(Message('prepare-image-twice', **facts))
         summary.left_out[item.key] = split
     return list(first.values())
 
@@ -208,19 +204,17 @@ def _chosen_classes(reader: Reader, wanted: Sequence[str] | None) -> list[str]:
     problems = []
     for name, count in Counter(names).items():
         if count > 1:
-            problems.append(Message('class-repeated', "'{name}' is given {count} times", name=name, count=count))
+            problems.append(Message('class-repeated', name=name, count=count))
         if printable(name) != name:
-            problems.append(Message('class-encoding', '{name!r} is not UTF-8', name=name))
+            problems.append(Message('class-encoding', name=name))
         if name not in reader.classes:
             found = near(name, reader.classes, '; ')
-            problems.append(Message('class-unknown', "there is no class '{name}'{near}", name=name, near=found))
+            problems.append(Message('class-unknown', name=name, near=found))
     if problems:
-        text, hint = '{path}: the classes do not fit the data:', 'choose from: {known}'
         facts: dict[str, Any] = dict(path=reader.root, known=', '.join(reader.classes))
-        raise UserError('prepare-classes', text, problems, hint=hint, **facts)
+        raise UserError('prepare-classes', problems=problems, **facts)
     if not names:
-        hint = 'name the classes with --classes'
-        raise UserError('prepare-no-classes', '{path}: no class is known', hint=hint, path=reader.root)
+        raise UserError('prepare-no-classes', path=reader.root)
     return names
 
 
@@ -237,24 +231,18 @@ def _converter(reader: Reader, classes: list[str], items: Sequence[Item], in_pla
 
 def _require_good(summary: Summary, reader: Reader, src: Path, images: int, skip_bad: bool) -> None:
     if summary.problems and not skip_bad:
-        text = '{path}: {found}, {left_out} of {images} images unusable; nothing was written'
-        hint = '{advice}; or run again with --skip-bad, which leaves these out and continues with the others'
         found = plural(len(summary.problems), 'problem')
         facts: dict[str, Any] = dict(
             path=src, found=found, left_out=len(summary.left_out), images=images, advice=reader.hint
         )
-        raise _LongList('prepare-problems', text, summary.problems, hint=hint, **facts)
-    text = '{split}: all images are unusable'
-    empty = [Message('prepare-split-empty', text, split=name) for name, s in summary.splits.items() if not s.images]
+        raise _LongList('prepare-problems', problems=summary.problems, **facts)
+    empty = [Message('prepare-split-empty', split=name) for name, s in summary.splits.items() if not s.images]
     if empty:
-        text, lines = '{path}: nothing is left to write', empty + summary.problems
-        raise _LongList('prepare-nothing-left', text, lines, hint='{advice}', path=src, advice=reader.hint)
+        _text, lines = '{path}: nothing is left to write', empty + summary.problems
+        raise _LongList('prepare-nothing-left', problems=lines, path=src, advice=reader.hint)
     if not any(split.objects for split in summary.splits.values()):
-        text = '{count} objects dropped: {reason}'
-        lines = [Message('prepare-dropped', text, count=n, reason=r) for r, n in sorted(summary.dropped.items())]
-        hint = 'correct the path to the labels, --format or --classes'
-        text = '{path}: {images} images, but no object of any class'
-        raise UserError('prepare-no-objects', text, lines, hint=hint, path=src, images=images)
+        lines = [Message('prepare-dropped', count=n, reason=r) for r, n in sorted(summary.dropped.items())]
+        raise UserError('prepare-no-objects', problems=lines, path=src, images=images)
 
 
 def _header(reader: Reader, split: str, src: Path, ids: list[int], summary: Summary, in_place: bool) -> dict[str, Any]:

@@ -126,9 +126,7 @@ def shares(ratios: Sequence[float]) -> np.ndarray:
         or not all(math.isfinite(r) and r >= 0 for r in ratios)
         or not (ratios[0] and ratios[1])
     ):
-        text = '--ratios {ratios}: pass 2 or 3 numbers, above 0 for train and val, 0 or more for test'
-        hint = 'e.g. --ratios 70 15 15, or --ratios 80 20 for train and val only'
-        raise UserError('split-ratios', text, hint=hint, ratios=' '.join(f'{r:g}' for r in ratios))
+        raise UserError('split-ratios', ratios=' '.join(f'{r:g}' for r in ratios))
     values = np.array([r for r in ratios if r > 0], float)
     return values / values.sum()
 
@@ -152,9 +150,7 @@ def series_of(names: Sequence[str], pattern: str | None) -> tuple[list[tuple[str
     try:
         regex = re.compile(pattern)
     except re.error as error:
-        text = '--group-by {pattern!r} is not a regular expression: {reason}'
-        hint = "e.g. --group-by '^(\\w+)_\\d+' for names as part7_003.jpg"
-        raise UserError('split-pattern', text, hint=hint, pattern=pattern, reason=str(error)) from None
+        raise UserError('split-pattern', pattern=pattern, reason=str(error)) from None
     keys: list[tuple[str, str]] = []
     for name in names:
         match = regex.search(name)
@@ -162,9 +158,7 @@ def series_of(names: Sequence[str], pattern: str | None) -> tuple[list[tuple[str
         keys.append((series, '') if series else ('', name))
     alone = sum(not series for series, _ in keys)
     if alone == len(names):
-        text = '--group-by {pattern!r} matches none of the {count:,} file names, such as'
-        hint = 'correct the expression, or leave it out'
-        raise UserError('split-pattern-matches-nothing', text, names[:3], hint, pattern=pattern, count=len(names))
+        raise UserError('split-pattern-matches-nothing', problems=names[:3], pattern=pattern, count=len(names))
     sentence = f'{len({series for series, _ in keys if series}):,} series by {pattern!r}'
     if alone:
         sentence += f', {alone:,} images match nothing and stand alone'
@@ -198,7 +192,7 @@ def split_file(
     """
     wanted = shares(ratios)
     if seed < 0:
-        raise UserError('split-seed', '--seed {seed}: must be 0 or more', seed=seed)
+        raise UserError('split-seed', seed=seed)
     path = find_source(source)
     targets = {split: (out or path.parent) / file_name(split) for split in SPLITS}
     earlier = _earlier(path, targets.values(), overwrite)
@@ -238,13 +232,9 @@ def _earlier(source: Path, targets: Iterable[Path], overwrite: bool) -> list[Pat
     """
     earlier = [target for target in targets if target.exists()]
     if any(target.resolve() == source.resolve() for target in earlier):
-        text = '{path} is the source, and a file of the split would replace it'
-        hint = 'rename it to {whole}, or pass another folder with --out'
-        raise UserError('split-source', text, hint=hint, path=source, whole=WHOLE)
+        raise UserError('split-source', path=source, whole=WHOLE)
     if earlier and not overwrite:
-        text = 'There are files of an earlier split:'
-        hint = 'replace all of them with --overwrite, or pass another folder with --out'
-        raise UserError('split-exists', text, earlier, hint)
+        raise UserError('split-exists', problems=earlier)
     return earlier
 
 
@@ -252,12 +242,8 @@ def _check_enough(path: Path, images: int, groups: int, splits: int, grouped: bo
     if groups >= splits:
         return
     if grouped:
-        text = '{path}: {images:,} images in {groups} series cannot fill {splits} splits'
-        hint = 'a series is never split: group less, or take fewer splits'
-        raise UserError('split-few-series', text, hint=hint, path=path, images=images, groups=groups, splits=splits)
-    text = '{path}: {images:,} images cannot fill {splits} splits'
-    hint = 'take fewer splits, or add images'
-    raise UserError('split-few-images', text, hint=hint, path=path, images=images, splits=splits)
+        raise UserError('split-few-series', path=path, images=images, groups=groups, splits=splits)
+    raise UserError('split-few-images', path=path, images=images, splits=splits)
 
 
 def _write(coco: coco_json.Coco, files: dict[str, Path], split_of: dict[Any, int]) -> None:
@@ -268,9 +254,7 @@ def _write(coco: coco_json.Coco, files: dict[str, Path], split_of: dict[Any, int
             annotations = [a for a in coco.annotations if split_of[a['image_id']] == split]
             contents[target] = json_bytes({**coco.data, 'images': images, 'annotations': annotations})
     except ValueError as error:
-        text = '{path}: a number in it is NaN or infinite ({reason})'
-        hint = '`python tools/check_dataset.py {path}` says where'
-        raise UserError('split-number', text, hint=hint, path=coco.path, reason=str(error)) from None
+        raise UserError('split-number', path=coco.path, reason=str(error)) from None
     atomic_write_all(contents)
 
 

@@ -56,9 +56,7 @@ def gather(files: dict[str, Path]) -> Statistics:
     counts = {split: Counter(a['image_id'] for a in _objects(coco)) for split, coco in splits.items()}
     objects = _objects(train)
     if not objects:
-        text = '{path}: no image has an object: there is nothing to learn'
-        hint = 'annotate objects, or pass the right folder'
-        raise UserError('statistics-empty', text, hint=hint, path=train.path)
+        raise UserError('statistics-empty', path=train.path)
     sizes = _numbers(train, [(i['width'], i['height']) for i in train.images], 2, 'width and height of an image')
     boxes = _numbers(train, [a['bbox'] for a in objects], 4, 'bbox of an object')
     if sizes.min() <= 0:
@@ -92,9 +90,7 @@ def _objects(coco: coco_json.Coco) -> list[dict]:
 def _check_names(coco: coco_json.Coco) -> None:
     awkward = [repr(name) for name in coco.classes if '{{' in name]
     if awkward:
-        text = '{path}: MMEngine takes {mark} in a config for a placeholder, and so in these class names:'
-        hint = 'rename the categories in all annotation files'
-        raise UserError('statistics-names', text, awkward, hint, path=coco.path, mark='{{')
+        raise UserError('statistics-names', problems=awkward, path=coco.path, mark='{{')
 
 
 def _numbers(coco: coco_json.Coco, values: list, columns: int, what: str) -> np.ndarray:
@@ -108,10 +104,4 @@ def _numbers(coco: coco_json.Coco, values: list, columns: int, what: str) -> np.
 
 
 def _unusable(coco: coco_json.Coco, what: str) -> UserError:
-    return UserError(
-        'statistics-sizes',
-        '{path}: the {what} is not a positive size',
-        hint='`python tools/check_dataset.py {path}` lists all that is wrong with it',
-        path=coco.path,
-        what=what,
-    )
+    return UserError('statistics-sizes', path=coco.path, what=what)

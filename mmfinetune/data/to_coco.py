@@ -100,16 +100,14 @@ class Converter:
                 self._add_record(record, result)
         # Files are damaged in ways no reader foresees; one must not end the work on the others.
         except Exception as error:
-            text = '{place}: cannot be read ({type}: {reason})'
             facts = dict(place=item.key, type=type(error).__name__, reason=error)
-            result.problems.append(Message('prepare-image-unreadable', text, **facts))
+            result.problems.append(Message('prepare-image-unreadable', **facts))
         return result
 
     def _add_record(self, record: Record, result: Result) -> None:
         name = relative_name(result.item.image, self.base)
         if printable(name) != name:
-            text = '{place}: the name of the image is not UTF-8; rename it'
-            result.problems.append(Message('prepare-image-name', text, place=result.item.key))
+            result.problems.append(Message('prepare-image-name', place=result.item.key))
             return
         result.image_id = record.image_id
         size = {'width': record.width, 'height': record.height}
@@ -124,7 +122,7 @@ class Converter:
     def _add_instance(self, record: Record, instance: Instance, result: Result) -> None:
         if instance.category not in self.labels:
             if instance.category not in self.reader.classes:
-                raise Problem('prepare-class-unknown', "unknown class '{name}'", name=instance.category)
+                raise Problem('prepare-class-unknown', name=instance.category)
             result.dropped['of a class that --classes does not name'] += 1
             return
         shape, height, width = instance.segmentation, record.height, record.width
@@ -139,10 +137,9 @@ class Converter:
                 result.dropped['without area (fewer than 3 points)'] += 1
                 return
             if len(full) < len(shape):
-                text = '{place}: {left_out} of its {count} polygons left out: fewer than 3 points'
                 place = f'{result.item.key}: {instance.place}' if instance.place else result.item.key
                 facts = dict(place=place, left_out=len(shape) - len(full), count=len(shape))
-                result.notes.append(Message('prepare-polygons-short', text, **facts))
+                result.notes.append(Message('prepare-polygons-short', **facts))
             shape, rle = full, to_rle(full, height, width)
         area = int(mask_api.area(rle))
         if not area:
@@ -179,7 +176,6 @@ def _members(members: dict[str, Any], extra: dict[str, Any], result: Result) -> 
             return text[1:-1]
     except ValueError:
         pass
-    text = '{place}: further keys left out, since JSON cannot hold a value: {keys}'
     keys = ', '.join(sorted(extra))
-    result.notes.append(Message('prepare-keys-left-out', text, place=result.item.key, keys=keys))
+    result.notes.append(Message('prepare-keys-left-out', place=result.item.key, keys=keys))
     return dump(members)[1:-1]

@@ -43,24 +43,18 @@ class Target:
 
     def _check(self, out: Path, source: Path, overwrite: bool) -> None:
         if out == source or source in out.parents:
-            text = '{out}: is inside the source {source}, which is never changed'
-            raise UserError('target-inside', text, hint=_APART, out=self.out, source=source)
+            raise UserError('target-inside', out=self.out, source=source)
         if out in source.parents:
-            raise UserError(
-                'target-around', '{out}: holds the source {source}', hint=_APART, out=self.out, source=source
-            )
+            raise UserError('target-around', out=self.out, source=source)
         if out.exists() and not out.is_dir():
-            raise UserError('target-file', '{out}: is a file', hint='choose a folder', out=self.out)
+            raise UserError('target-file', out=self.out)
         # A run that was killed leaves nothing but its hidden folder.
         present = sorted({p.name for p in out.iterdir()} - {_PARTIAL}) if out.is_dir() else []
         names = ', '.join(present[:5]) + (', …' if len(present) > 5 else '')
         if present and not overwrite:
-            hint = 'choose another folder, or replace it with --overwrite'
-            raise UserError('target-not-empty', '{out}: not empty ({names})', hint=hint, out=self.out, names=names)
+            raise UserError('target-not-empty', out=self.out, names=names)
         if present and not (out / REPORT).is_file():
-            text = '{out}: holds files, but no {report}; only what this tool made is overwritten'
-            hint = 'choose another folder, or empty it by hand'
-            raise UserError('target-foreign', text, hint=hint, out=self.out, report=REPORT)
+            raise UserError('target-foreign', out=self.out, report=REPORT)
 
     def annotation_file(self, split: str) -> Path:
         """The annotation file of a split, once committed."""
@@ -220,9 +214,8 @@ def place_images(
         try:
             target.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError as error:
-            text = '{path}: cannot make a symbolic link here ({reason})'
             facts: dict[str, Any] = dict(path=target, reason=reason_of(error))
-            raise UserError('target-symlink', text, hint='use --place copy', **facts) from error
+            raise UserError('target-symlink', **facts) from error
         return {'referred to': len(names)}
 
     def place(name: str) -> str:
@@ -240,10 +233,8 @@ def place_images(
                 counts[how] = counts.get(how, 0) + 1
         except OSError as error:
             pool.shutdown(wait=True, cancel_futures=True)
-            text = '{path}: the image cannot be placed by {placing} ({reason})'
             facts = dict(path=error.filename or target, placing=placing, reason=reason_of(error))
-            hint = 'make room on the disk, or use --place reference'
-            raise UserError('target-image', text, hint=hint, **facts) from error
+            raise UserError('target-image', **facts) from error
     return counts
 
 

@@ -44,9 +44,7 @@ def find(cfg: Config) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError(
-            'batch-size-no-gpu', '--batch-size auto needs a CUDA GPU, and PyTorch sees none here', hint='pass a number'
-        )
+        raise UserError('batch-size-no-gpu')
     samples = worst_samples(cfg)
     # What other programs hold is not available.
     free, _ = torch.cuda.mem_get_info()
@@ -64,11 +62,7 @@ def find(cfg: Config) -> int:
 
     size = largest(fits)
     if not size:
-        raise UserError(
-            'batch-size-none-fits',
-            'Not even one image at a time fits this GPU',
-            hint='use a smaller scale in the pipelines, --amp, or --cfg-options model.backbone.with_cp=True',
-        )
+        raise UserError('batch-size-none-fits')
     print(f'--batch-size auto: {size} images per GPU', flush=True)
     return size
 

@@ -25,15 +25,7 @@ class AtomicBackend(LocalBackend):
         path = Path(filepath)
         free = shutil.disk_usage(path.parent).free
         if free < len(obj):
-            raise UserError(
-                'checkpoint-no-room',
-                '{path} cannot be saved: it takes {size:,.0f} MiB, and the disk has {free:,.0f} MiB left. '
-                'Earlier checkpoints are complete.',
-                hint='make room (default_hooks.checkpoint.max_keep_ckpts=1 keeps fewer), then continue with --resume',
-                path=path,
-                size=len(obj) / _MIB,
-                free=free / _MIB,
-            )
+            raise UserError('checkpoint-no-room', path=path, size=len(obj) / _MIB, free=free / _MIB)
         atomic_write_bytes(path, obj)
 
 
@@ -69,13 +61,7 @@ class Checkpoints:
         try:
             write()
         except OSError as error:
-            raise UserError(
-                'checkpoint-not-saved',
-                '{path} cannot be saved: {reason}. Earlier checkpoints are complete.',
-                hint='make room, then continue with --resume',
-                path=self.folder / name,
-                reason=str(error),
-            ) from error
+            raise UserError('checkpoint-not-saved', path=self.folder / name, reason=str(error)) from error
         self.remove(old for old in replaces if old != name)
 
     def remove(self, names: Iterable[str]) -> None:
@@ -114,10 +100,6 @@ class Checkpoints:
         if self.writes and room < need:
             raise UserError(
                 'checkpoint-no-room-for-run',
-                '{folder} has too little room: up to {files} checkpoints of {size:,.0f} MiB and the other files '
-                'take {need:,.0f} MiB at a time, and {room:,.0f} MiB are available',
-                hint='make room, pass another --work-dir, or keep fewer: --cfg-options '
-                'default_hooks.checkpoint.max_keep_ckpts=1',
                 folder=self.folder,
                 files=files,
                 size=full / _MIB,

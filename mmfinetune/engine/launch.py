@@ -59,13 +59,7 @@ class Node:
             return Node()
         found = re.fullmatch(r'(\d+)/(\d+)@(\S+):(\d+)', text)
         if not found or not int(found[1]) < int(found[2]) or not 0 < int(found[4]) < 2**16:
-            raise UserError(
-                'run-node',
-                '{name}={value}: expected rank/count@host:port, the rank from 0 to count - 1, the port below 65536',
-                hint='start with tools/dist_train.sh, which sets it',
-                name=NODE,
-                value=text,
-            )
+            raise UserError('run-node', name=NODE, value=text)
         return Node(int(found[1]), int(found[2]), found[3], int(found[4]))
 
 
@@ -100,13 +94,7 @@ def adopt_slurm() -> None:
             ).stdout.split()
             env['MASTER_ADDR'] = shown[0]
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
-            raise UserError(
-                'run-slurm-first-node',
-                'Cannot determine the first node of {nodes!r}: {reason}',
-                hint='export MASTER_ADDR with its host name before srun',
-                nodes=nodes,
-                reason=str(error),
-            ) from None
+            raise UserError('run-slurm-first-node', nodes=nodes, reason=str(error)) from None
     # The same for all tasks, and another one for each job on a shared node.
     env.setdefault('MASTER_PORT', str(20000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
     # With --gpus-per-task each task sees its own GPU alone.
@@ -125,7 +113,7 @@ def processes(gpus: str | None) -> int:
     """
     machines = Node.of_environment().count
     if gpus is not None and gpus != 'all' and not (gpus.isdigit() and int(gpus) > 0):
-        raise UserError('run-gpus', '--gpus {gpus}: pass a number of at least 1, or all', gpus=gpus)
+        raise UserError('run-gpus', gpus=gpus)
     if gpus == '1':
         return machines
     import torch
@@ -135,13 +123,7 @@ def processes(gpus: str | None) -> int:
     if gpus in (None, 'all'):
         return machines * max(1, visible)
     if visible and int(gpus) > visible:
-        raise UserError(
-            'run-too-few-gpus',
-            '--gpus {gpus}: PyTorch sees {visible}',
-            hint='ask for fewer, or check CUDA_VISIBLE_DEVICES',
-            gpus=int(gpus),
-            visible=plural(visible, 'GPU'),
-        )
+        raise UserError('run-too-few-gpus', gpus=int(gpus), visible=plural(visible, 'GPU'))
     return machines * int(gpus)
 
 
@@ -174,13 +156,7 @@ def _begin_group(settings: dict[str, Any]) -> None:
         return
     local, visible = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
     if 0 < visible <= local:
-        raise UserError(
-            'run-process-without-gpu',
-            'Process {local} of this machine has no GPU: PyTorch sees {visible}, and they are counted from 0',
-            hint='start as many processes as GPUs',
-            local=local,
-            visible=visible,
-        )
+        raise UserError('run-process-without-gpu', local=local, visible=visible)
     try:
         if torch.cuda.is_available():
             init_dist('pytorch', **settings)
@@ -271,23 +247,8 @@ def _quiet_launcher(count: int) -> Iterator[None]:
 def _no_meeting(error: Exception, host: str, port: int | str) -> UserError:
     """The error where the processes of a run did not find each other."""
     if compat.is_port_taken(error):
-        return UserError(
-            'run-port-taken',
-            'The port of {host}:{port} is in use by another program',
-            hint='pass another one, the same on all machines: PORT=29501 with '
-            'tools/dist_train.sh, --master-port with torchrun, MASTER_PORT with srun',
-            host=host,
-            port=port,
-        )
-    return UserError(
-        'run-no-meeting',
-        'The processes of the run do not meet at {host}:{port}: {reason}',
-        hint='check that this is the address of machine 0, that its port can be '
-        'reached from here, and that all machines were started',
-        host=host,
-        port=port,
-        reason=str(error).strip().splitlines()[0],
-    )
+        return UserError('run-port-taken', host=host, port=port)
+    return UserError('run-no-meeting', host=host, port=port, reason=str(error).strip().splitlines()[0])
 
 
 def _blame(failure: Any, started: float) -> tuple[int, float]:
@@ -319,27 +280,11 @@ def _show(failures: dict[int, Any], alone: bool = True) -> int:
     error = None
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
-        error = UserError(
-            'run-process-killed',
-            'Process {rank} of the run was killed by {signal}; the others were stopped',
-            hint='continue with --resume (SIGKILL: the kernel kills processes when memory runs out)',
-            rank=rank,
-            signal=name,
-        )
+        error = UserError('run-process-killed', rank=rank, signal=name)
     elif not found:
-        error = UserError(
-            'run-process-ended',
-            'Process {rank} of the run ended with exit code {exit}; its output is above',
-            rank=rank,
-            exit=failure.exitcode,
-        )
+        error = UserError('run-process-ended', rank=rank, exit=failure.exitcode)
     elif not alone and compat.is_connection_lost(found[1]):
-        error = UserError(
-            'run-machine-lost',
-            'A process of another machine has gone ({reason})',
-            hint='its output says why; then continue with --resume',
-            reason=found[1].strip().splitlines()[-1],
-        )
+        error = UserError('run-machine-lost', reason=found[1].strip().splitlines()[-1])
     text = f'error[{error.code}]: {error}' if error else (found or ('', ''))[1]
     print(text, file=sys.stderr, flush=True)
     # 1 is a tool's answer, and a signal no exit code: both are crashes here.

@@ -122,11 +122,7 @@ class _LossLoop:
         inputs, samples = data['inputs'], data['data_samples']
         truths = [truth for sample in samples if (truth := resized_truth(sample))] if self.loss else []
         if self.loss and len(truths) < len(samples):
-            warn(
-                Message(
-                    'no-loss', 'No {stage}/loss: the pipeline of the data set loads no annotations', stage=self.stage
-                )
-            )
+            warn(Message('no-loss', stage=self.stage))
             self.loss = False
             self.evaluator.metrics.remove(self._mean_loss)
         if not self.loss:

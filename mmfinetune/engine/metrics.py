@@ -44,18 +44,13 @@ class InstanceCocoMetric(CocoMetric):
         super().__init__(*args, **kwargs)
         name, wrong, known = type(self).__name__, sorted(set(self.metrics) - {'bbox', 'segm'}), ', '.join(ENGINES)
         if engine not in ENGINES:
-            text = 'engine of {metric} is {engine!r}'
-            raise UserError(
-                'metric-engine', text, hint='choose one of {known}', metric=name, engine=engine, known=known
-            )
+            raise UserError('metric-engine', metric=name, engine=engine, known=known)
         if wrong:
-            text = 'metric of {metric} has {wrong}'
-            raise UserError('metric-kind', text, hint="use 'bbox', 'segm' or both", metric=name, wrong=', '.join(wrong))
+            raise UserError('metric-kind', metric=name, wrong=', '.join(wrong))
         truth = truth_of(self)
         if truth is None:
             # mmdet would convert what the data loader gives, and count and round it in its own way.
-            hint = "set ann_file to the data set's annotation file"
-            raise UserError('metric-without-truth', '{metric} has no ann_file', hint=hint, metric=name)
+            raise UserError('metric-without-truth', metric=name)
         self.truth = truth
         self.cat_ids: list[int] = []
         self.img_ids: list[int] = []

@@ -39,13 +39,7 @@ class LayeredOptimWrapperConstructor:
         for key, mult in self.custom_keys.items():
             unknown += [f'paramwise_cfg.custom_keys.{key}.{k}' for k in mult if k not in ('lr_mult', 'decay_mult')]
         if unknown:
-            raise UserError(
-                'optim-unknown-settings',
-                'LayeredOptimWrapperConstructor does not know these settings:',
-                problems=unknown,
-                hint='use custom_keys={prefix: dict(lr_mult=…, decay_mult=…)}, or drop '
-                "optim_wrapper.constructor for MMEngine's own constructor",
-            )
+            raise UserError('optim-unknown-settings', problems=unknown)
 
     def param_groups(self, model: nn.Module, lr: float, weight_decay: float | None) -> list[dict]:
         """The groups in the order of ``custom_keys``; each has ``name``, ``lr``, ``params``."""
@@ -65,11 +59,7 @@ class LayeredOptimWrapperConstructor:
         missing = [f'custom_keys.{k}' for k in self.custom_keys if k not in seen]
         if missing:
             raise UserError(
-                'optim-unknown-parts',
-                'optim_wrapper.paramwise_cfg names parts that the model does not have:',
-                problems=missing,
-                hint='the parts of this model are: {parts}',
-                parts=', '.join(n for n, _ in model.named_children()),
+                'optim-unknown-parts', problems=missing, parts=', '.join(n for n, _ in model.named_children())
             )
         return [g for g in groups.values() if g['params']]
 

@@ -38,24 +38,13 @@ def translate_system_errors() -> Iterator[None]:
     except OSError as error:
         if error.errno not in _DISK:
             raise
-        raise UserError(
-            'run-cannot-write',
-            'The run cannot write its files: {reason}. Its checkpoints are complete.',
-            hint='fix that, e.g. make room, then continue with --resume',
-            reason=str(error),
-        ) from error
+        raise UserError('run-cannot-write', reason=str(error)) from error
     except RuntimeError as error:
         if not compat.is_worker_killed(error):
             raise
         # Or PyTorch raises it again, wherever the program is, as each of the others leaves.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        raise UserError(
-            'run-worker-killed',
-            '{reason} The checkpoints of the run are complete.',
-            hint='continue with --resume. If the kernel killed it as memory ran out (see dmesg), use fewer: '
-            '--cfg-options train_dataloader.num_workers=1 val_dataloader.num_workers=1',
-            reason=str(error).strip(),
-        ) from error
+        raise UserError('run-worker-killed', reason=str(error).strip()) from error
 
 
 @LOOPS.register_module()
@@ -175,10 +164,6 @@ class ExactTrainLoop(BaseLoop):
         faults = read_faults(self.data.faults)
         if faults:
             message = Message(
-                'train-images-replaced',
-                '{count} training images cannot be read and are replaced by others ({file}): {first}',
-                count=len(faults),
-                file=self.data.faults.name,
-                first=faults[0]['problem'],
+                'train-images-replaced', count=len(faults), file=self.data.faults.name, first=faults[0]['problem']
             )
             warn(message)

@@ -125,13 +125,7 @@ class TrainingDataset(Dataset):
         problems = self._problems()
         if len(problems) > min(self.max_faults, len(self) - 1):
             raise UserError(
-                'train-faulty-images',
-                '{count} images of the training set cannot be read, and {allowed} may be replaced by others '
-                '(train_cfg.max_faulty_images):',
-                problems=sorted(problems),
-                hint='restore good copies or remove them from the annotation file, then --resume',
-                count=len(problems),
-                allowed=self.max_faults,
+                'train-faulty-images', problems=sorted(problems), count=len(problems), allowed=self.max_faults
             )
 
     def _problems(self) -> set[str]:

@@ -26,12 +26,7 @@ class LoadImage(LoadImageFromFile):
         except Exception as error:
             # OpenCV, Pillow and the file backends raise whatever they like here.
             raise UserError(
-                'image-unreadable-in-training',
-                'Cannot read the image {path}: {why}',
-                hint='replace it by a good copy, or remove the image from the annotation file '
-                '(`python tools/prepare_voc.py --skip-bad` does it for VOC)',
-                path=results.get('img_path'),
-                why=str(error) or type(error).__name__,
+                'image-unreadable-in-training', path=results.get('img_path'), why=str(error) or type(error).__name__
             ) from None
         return loaded
 

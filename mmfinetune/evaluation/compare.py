@@ -97,9 +97,7 @@ def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> li
     elif len(names) != len(folders):
         raise UserError(
             'compare-name-count',
-            '{folders} folders, but {names} names',
-            [f'{folder}: {name}' for folder, name in itertools.zip_longest(folders, names, fillvalue='-')],
-            hint='give one name per folder, in the same order, or none at all',
+            problems=[f'{folder}: {name}' for folder, name in itertools.zip_longest(folders, names, fillvalue='-')],
             folders=len(folders),
             names=len(names),
         )
@@ -120,13 +118,9 @@ def read_run(folder: Path, name: str) -> Run:
     logs = sorted(folder.glob(f'*/{SCALARS}'))
     zero_shot = folder / ZERO_SHOT
     if not folder.is_dir():
-        raise UserError(
-            'compare-no-folder', '{folder}: no such folder', hint='pass the work dir of a run', folder=folder
-        )
+        raise UserError('compare-no-folder', folder=folder)
     if not logs and not zero_shot.is_file():
-        text = '{folder}: no run in it'
-        hint = 'pass a work dir, which holds <timestamp>/{file}'
-        raise UserError('compare-no-run', text, _nearby(folder), hint=hint, folder=folder, file=SCALARS)
+        raise UserError('compare-no-run', problems=_nearby(folder), folder=folder, file=SCALARS)
     epochs: dict[int, dict[str, float]] = {}
     for log in logs:
         first, validated = _read_scalars(log)
@@ -151,21 +145,16 @@ def check_metrics(runs: Sequence[Run], metrics: Sequence[str]) -> None:
     """Raise a UserError that names similar metrics unless a run has each of these."""
     known = sorted({key for run in runs for values in run.epochs.values() for key in values})
     if not known:
-        text = 'No epoch of these runs has been validated yet:'
-        hint = 'wait for the end of the first epoch'
-        raise UserError('compare-not-validated', text, [str(run.folder) for run in runs], hint=hint)
+        raise UserError('compare-not-validated', problems=[str(run.folder) for run in runs])
     problems = []
     for metric in metrics:
         if metric not in known:
             # Without its prefix too, since that is what one leaves out.
             alike = ' or '.join(key for key in known if key.rpartition('/')[2] == metric)
             suggestion = f'; did you mean {alike}?' if alike else near(metric, known, '; ', most=5)
-            text = 'no run has {metric}{suggestion}'
-            problems.append(Message('compare-no-metric', text, metric=metric, suggestion=suggestion))
+            problems.append(Message('compare-no-metric', metric=metric, suggestion=suggestion))
     if problems:
-        text = 'Unknown metrics:'
-        hint = '--metric takes the names in the logs; these runs have {known}'
-        raise UserError('compare-metrics', text, problems, hint=hint, known=', '.join(known))
+        raise UserError('compare-metrics', problems=problems, known=', '.join(known))
 
 
 def metric_table(runs: Sequence[Run], metric: str) -> str:
@@ -246,9 +235,7 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
     try:
         lines = path.read_bytes().split(b'\n')
     except OSError as error:
-        text = '{path}: cannot be read: {reason}'
-        hint = 'check the permissions of the file'
-        raise UserError('compare-unreadable', text, hint=hint, path=path, reason=reason_of(error)) from error
+        raise UserError('compare-unreadable', path=path, reason=reason_of(error)) from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -260,9 +247,7 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
             # A killed run leaves half a line behind: the last one, without its end of line.
             if number == len(lines):
                 break
-            text = '{path}, line {line}: broken: {error}'
-            hint = 'remove the line'
-            raise UserError('compare-broken-line', text, hint=hint, path=path, line=number, error=error) from error
+            raise UserError('compare-broken-line', path=path, line=number, error=error) from error
         # A record of training steps counts them, that of a validation has the epoch as its step.
         # Step 0 is a validation outside of training, of weights that the log does not name.
         training = 'iter' in record
@@ -279,8 +264,7 @@ def _read_zero_shot(path: Path) -> dict[str, float]:
     try:
         return _numbers(json.loads(path.read_bytes())['metrics'])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        text = '{path}: broken: not JSON with "metrics" and a number for each name'
-        raise UserError('compare-zero-shot', text, hint='make the file again or remove it', path=path) from error
+        raise UserError('compare-zero-shot', path=path) from error
 
 
 def _numbers(record: dict) -> dict[str, float]:

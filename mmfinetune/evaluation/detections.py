@@ -82,16 +82,13 @@ def read_truth(path: Path, masks: bool = True) -> Truth:
     for annotation in annotations if masks else ():
         where, shape = f'id {annotation["id"]}', annotation.get('segmentation')
         if not shape:
-            problems.add('truth-no-mask', '{count:,} without a segmentation: {places}', where)
+            problems.add('truth-no-mask', where)
         elif isinstance(shape, dict):
             image = truth.images[annotation['image_id']]
             if list(shape.get('size', ())) != [image['height'], image['width']]:
-                text = '{count:,} whose mask is not of the size (height, width) of its image: {places}'
-                problems.add('truth-mask-size', text, where)
+                problems.add('truth-mask-size', where)
     if problems:
-        text = '{path}: annotations that cannot be evaluated:'
-        hint = 'fix the annotation file, or evaluate boxes alone: --boxes FILE'
-        raise UserError('truth-masks', text, problems.lines(), hint, path=path)
+        raise UserError('truth-masks', problems=problems.lines(), path=path)
     return truth
 
 
@@ -136,21 +133,15 @@ def read_rows(path: Path) -> list:
     try:
         rows = read_json(path)
     except ValueError as error:
-        text = 'The file of predictions {path} cannot be used: {reason}'
-        hint = 'pass a complete COCO result file'
-        raise UserError('rows-unreadable', text, hint=hint, path=path, reason=str(error)) from None
+        raise UserError('rows-unreadable', path=path, reason=str(error)) from None
     if not isinstance(rows, list):
         if isinstance(rows, dict) and 'annotations' in rows:
             hint = 'pass the list that was predicted, not a data set'
         else:
             hint = 'pass a file such as predictions.segm.json'
-        raise UserError(
-            'rows-no-list', '{path} holds no predictions: a COCO result file is a list', hint=hint, path=path
-        )
+        raise UserError('rows-no-list', hint=hint, path=path)
     if not rows:
-        text = '{path} is an empty list: nothing was predicted, so every AP is 0'
-        hint = 'check that the model ran on these images, and its score threshold'
-        raise UserError('rows-empty', text, hint=hint, path=path)
+        raise UserError('rows-empty', path=path)
     return rows
 
 
@@ -177,10 +168,8 @@ def checked_rows(path: Path, rows: Sequence[Any], truth: Truth, kind: str) -> li
     key = _KEYS[kind]
     if not holds(rows, kind):
         if kind == 'segm' and holds(rows, 'bbox'):
-            raise UserError('rows-boxes', '{path} holds boxes, not masks', hint='pass it with --boxes', path=path)
-        raise UserError(
-            'rows-other-kind', '{path} has no {key} in any row', hint='pass the file of predictions', path=path, key=key
-        )
+            raise UserError('rows-boxes', path=path)
+        raise UserError('rows-other-kind', path=path, key=key)
     _check_ids(path, rows, truth)
     problems = Problems()
     clean = []
@@ -191,13 +180,11 @@ def checked_rows(path: Path, rows: Sequence[Any], truth: Truth, kind: str) -> li
         if 'file_name' in row and Path(str(row['file_name'])).name != Path(image['file_name']).name:
             problems.add(
                 'row-other-image',
-                '{count:,} of another image than the id says, so of another split? {places}',
                 f'row {number} of {row["file_name"]}, image {row["image_id"]} is {image["file_name"]}',
             )
         if kind == 'segm' and value['size'] != [image['height'], image['width']]:
             problems.add(
                 'row-mask-size',
-                '{count:,} whose mask has another size (height, width) than its image: {places}',
                 f'row {number} {value["size"]} in image {row["image_id"]} of [{image["height"]}, {image["width"]}]',
             )
         clean.append(
@@ -206,15 +193,7 @@ def checked_rows(path: Path, rows: Sequence[Any], truth: Truth, kind: str) -> li
     if kind == 'segm' and not problems:
         _check_run_lengths(clean, problems)
     if problems:
-        raise UserError(
-            'rows-broken',
-            '{path}: predictions that cannot be evaluated with {truth}:',
-            problems.lines(),
-            'pass the annotation file of the split that was predicted with --ann, or fix the program that '
-            'wrote the predictions',
-            path=path,
-            truth=truth.path,
-        )
+        raise UserError('rows-broken', problems=problems.lines(), path=path, truth=truth.path)
     return clean
 
 
@@ -235,9 +214,7 @@ def image_folder(truth: Truth, root: Path | None) -> Path | None:
     folder = root or guess_image_root(truth.path, names)
     missing = [folder / name for name in names if not (folder / name).is_file()]
     if root is not None and missing:
-        text = '{root} lacks {missing:,} of {count:,} images:'
-        hint = 'pass the folder that the file names are relative to, or leave the pictures out: --no-pictures'
-        raise UserError('truth-images', text, missing, hint, root=root, missing=len(missing), count=len(names))
+        raise UserError('truth-images', problems=missing, root=root, missing=len(missing), count=len(names))
     return None if missing else folder
 
 
@@ -252,12 +229,8 @@ def _check_ids(path: Path, rows: Sequence[Any], truth: Truth) -> None:
         if unknown:
             raise UserError(
                 'rows-ids',
-                '{path}: {unknown:,} of {count:,} different values of {key} are not in {truth}:',
-                [
-                    Message('row-id', '{key} {id!r}: {count:,} predictions', key=key, id=i, count=n)
-                    for i, n in unknown.items()
-                ],
-                hint,
+                problems=[Message('row-id', key=key, id=i, count=n) for i, n in unknown.items()],
+                hint=hint,
                 path=path,
                 key=key,
                 unknown=len(unknown),
@@ -270,27 +243,25 @@ def _check_ids(path: Path, rows: Sequence[Any], truth: Truth) -> None:
 def _is_row(row: Any, key: str, where: str, problems: Problems) -> bool:
     """Whether a row can be evaluated; adds why not to the problems."""
     if not isinstance(row, dict):
-        problems.add('row-type', '{count:,} that are not JSON objects: {places}', where)
+        problems.add('row-type', where)
         return False
     missing = [k for k in ('image_id', 'category_id', 'score', key) if k not in row]
     if missing:
-        problems.add('row-keys', '{count:,} without {keys}: {places}', where, keys=', '.join(missing))
+        problems.add('row-keys', where, keys=', '.join(missing))
         return False
     value = row[key]
     if any(isinstance(row[k], bool) or not isinstance(row[k], (int, str)) for k in ('image_id', 'category_id')):
-        problems.add('row-id-type', '{count:,} whose image_id or category_id is not an id: {places}', where)
+        problems.add('row-id-type', where)
     elif not _numbers([row['score']], 1):
-        problems.add('row-score', '{count:,} whose score is not a finite number: {places}', where)
+        problems.add('row-score', where)
     elif key == 'bbox':
         if _numbers(value, 4) and min(value[2:]) >= 0:
             return True
-        problems.add('row-box', '{count:,} whose bbox is not left, top, width, height: {places}', where)
+        problems.add('row-box', where)
     else:
         if isinstance(value, dict) and isinstance(value.get('counts'), (str, list)) and _numbers(value.get('size'), 2):
             return True
-        problems.add(
-            'row-shape', '{count:,} whose segmentation is not {{"size": [height, width], "counts": …}}: {places}', where
-        )
+        problems.add('row-shape', where)
     return False
 
 
@@ -315,7 +286,7 @@ def _check_run_lengths(rows: list[dict], problems: Problems) -> None:
                 mask_api.area(row['segmentation'])
             except damaged as error:
                 reason = f'row {number} ({error})'
-                problems.add('row-mask', '{count:,} whose mask is damaged: {places}', reason)
+                problems.add('row-mask', reason)
         return
     for row in rows:
         shape = row['segmentation']

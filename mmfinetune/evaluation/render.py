@@ -192,9 +192,7 @@ def _read_image(path: Path) -> np.ndarray:
         with Image.open(path) as opened:
             image = np.array(ImageOps.exif_transpose(opened).convert('RGB'))
     except OSError as error:
-        text = '{path}: not a readable image: {error}'
-        hint = 'put back a good copy, or leave out the pictures with --no-pictures'
-        raise UserError('eval-image-unreadable', text, hint=hint, path=path, error=error) from None
+        raise UserError('eval-image-unreadable', path=path, error=error) from None
     factor = min(1.0, _SIDE / max(image.shape[:2]))
     size = [max(1, round(n * factor)) for n in image.shape[1::-1]]
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)

@@ -78,23 +78,18 @@ class Report:
             names = ', '.join(absent[:_MAX_ABSENT_SHOWN])
             if len(absent) > _MAX_ABSENT_SHOWN:
                 names += ', …'
-            text = '{count} of {total} classes have no objects here and count in no mean: {names}'
-            notes.append(
-                Message('eval-absent-classes', text, count=len(absent), total=len(self.truth.names), names=names)
-            )
+            notes.append(Message('eval-absent-classes', count=len(absent), total=len(self.truth.names), names=names))
         images = len(self.truth.images)
         empty = images - len({row['image_id'] for row in self.matches.rows})
         if 2 * empty > images and self.matches.rows:
-            text = 'There is no detection in {empty:,} of {images:,} images: is this the right split?'
-            notes.append(Message('eval-empty-images', text, empty=empty, images=images))
+            notes.append(Message('eval-empty-images', empty=empty, images=images))
         for kind, count in self.detections.items():
             if not count:
-                text = 'There is no {kind} detection at all: every AP is 0.'
-                notes.append(Message('eval-no-detections', text, kind=KINDS[kind]))
+                notes.append(Message('eval-no-detections', kind=KINDS[kind]))
         if 'bbox' not in self.scores:
-            notes.append(Message('eval-no-boxes', 'No boxes were given (--boxes): the numbers are those of masks.'))
+            notes.append(Message('eval-no-boxes'))
         if 'segm' not in self.scores:
-            notes.append(Message('eval-no-masks', 'No masks were given: the numbers are those of boxes.'))
+            notes.append(Message('eval-no-masks'))
         return notes
 
     def as_dict(self) -> dict[str, Any]:

@@ -64,19 +64,7 @@ def populate_ext_module(module: ModuleType) -> None:
 
 
 def _missing(name: str, *_: object, **__: object) -> NoReturn:
-    raise MissingOpError(
-        'op-missing',
-        "mmcv's op {op!r} is not available: this mmcv has no compiled ops, and without them "
-        'mmfinetune provides only nms, softnms, nms_match, roi_align (average) and roi_pool',
-        hint='use a config without this op, or install an mmcv compiled for torch {torch}: '
-        '`pip install -U onedl-mim && mim install onedl-mmcv` where there is a wheel for your Python, torch and CUDA, '
-        'else build it with a C++ compiler and without build isolation: `pip install --no-build-isolation '
-        '--no-cache-dir --force-reinstall --no-deps onedl-mmcv`. Its version 2.3.6 asks for C++17, which torch 2.14 '
-        'refuses: it needs an older torch, such as 2.8 '
-        '(https://onedl-mmcv.readthedocs.io/en/latest/get_started/build.html)',
-        op=name,
-        torch=torch.__version__,
-    )
+    raise MissingOpError('op-missing', op=name, torch=torch.__version__)
 
 
 def _wide(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -57,8 +57,7 @@ def download(
     """
     dst = Path(dst)
     if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
-        hint = 'use an http or https address'
-        raise UserError('download-address', '{url}: not an http or https address', hint=hint, url=url)
+        raise UserError('download-address', url=url)
     if dst.is_file() and not _mismatch(dst, sha256, md5, size):
         return dst
     part = dst.with_name(dst.name + '.part')
@@ -74,9 +73,8 @@ def download(
             found = looks_like(part)
             _forget(part)
             if found:
-                text = '{url}: not the expected file but {found}'
-                raise UserError('download-other', text, [bad], hint=_AGAIN, url=url, dst=dst, found=found)
-            raise UserError('download-mismatch', '{url}: not the expected file', [bad], hint=_AGAIN, url=url, dst=dst)
+                raise UserError('download-other', problems=[bad], hint=_AGAIN, url=url, dst=dst, found=found)
+            raise UserError('download-mismatch', problems=[bad], hint=_AGAIN, url=url, dst=dst)
         part.replace(dst)
         _forget(part)
     except OSError as error:
@@ -93,7 +91,7 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
     """
     archive, target, inside = Path(archive), Path(target), PurePosixPath(inner).parts
     if target.exists():
-        raise UserError('unpack-exists', '{path}: already exists', hint='move it away to unpack again', path=target)
+        raise UserError('unpack-exists', path=target)
     temporary = None
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -101,14 +99,7 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
             members = tar.getmembers()
             bad = [member.name for member in members if not _may_unpack(member, inside)]
             if bad or not members:
-                raise UserError(
-                    'unpack-members',
-                    '{archive}: must hold only files and folders of {inner}, but has',
-                    bad or ['nothing'],
-                    hint='download the archive again from its source',
-                    archive=archive,
-                    inner=inner,
-                )
+                raise UserError('unpack-members', problems=bad or ['nothing'], archive=archive, inner=inner)
             # A tenth more, since each small file ends in a disk block that it does not fill.
             _check_room(target.parent, int(1.1 * sum(member.size for member in members)))
             temporary = Path(tempfile.mkdtemp(prefix='.unpack_', dir=target.parent))
@@ -118,14 +109,7 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
                 tar.extract(member, temporary, set_attrs=False, **safe)
         temporary.joinpath(*inside).rename(target)
     except (tarfile.TarError, EOFError, OSError) as error:
-        raise UserError(
-            'unpack-failed',
-            '{archive}: cannot be unpacked as {target}: {reason}',
-            hint='remove the archive if it is damaged, and download it again',
-            archive=archive,
-            target=target,
-            reason=error,
-        ) from error
+        raise UserError('unpack-failed', archive=archive, target=target, reason=error) from error
     finally:
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
@@ -160,7 +144,6 @@ class _Fetch:
                 if failures > retries:
                     raise UserError(
                         'download-failed',
-                        '{url}: download failed: {reason} ({kept:,} bytes are kept in {part})',
                         hint='check the network and run again to resume, or ' + _BY_HAND,
                         url=self.url,
                         dst=self.dst,
@@ -200,10 +183,9 @@ class _Fetch:
         total = have + int(length) if length.isdigit() else None
         if self.size is not None and total not in (None, self.size):
             # Refused before the part is touched: a login page must not destroy it.
-            text = '{url}: expected {size:,} bytes, but the server offers {offered:,} ({type})'
             kind = response.headers.get_content_type()
             facts: dict[str, Any] = dict(url=self.url, dst=self.dst, size=self.size, offered=total, type=kind)
-            raise UserError('download-size', text, hint='try a mirror, or ' + _BY_HAND, **facts)
+            raise UserError('download-size', hint='try a mirror, or ' + _BY_HAND, **facts)
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
         self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
@@ -241,7 +223,6 @@ class _Fetch:
             raise _NetworkError(f'HTTP {error.code} {error.reason}')
         raise UserError(
             'download-http',
-            '{url}: HTTP {status} {reason}',
             hint='check the address, or ' + _BY_HAND,
             url=self.url,
             dst=self.dst,
@@ -268,25 +249,17 @@ class _Fetch:
 def _mismatch(path: Path, sha256: str | None, md5: str | None, size: int | None) -> Message | None:
     """What is wrong with a file's size or checksum."""
     if size is not None and _size(path) != size:
-        return Message('file-size', 'size: expected {size:,} bytes, got {found:,}', size=size, found=_size(path))
+        return Message('file-size', size=size, found=_size(path))
     for kind, expected in (('sha256', sha256), ('md5', md5)):
         if expected and not (found := digest(path, kind)).startswith(expected.lower()):
-            text = '{kind}: expected {digest}, got {found}'
-            return Message('file-digest', text, kind=kind, digest=expected.lower(), found=found)
+            return Message('file-digest', kind=kind, digest=expected.lower(), found=found)
     return None
 
 
 def _check_room(folder: Path, wanted: int) -> None:
     free = shutil.disk_usage(folder).free
     if wanted > free:
-        raise UserError(
-            'disk-full',
-            '{path}: {wanted:,.2f} GB needed, {free:,.2f} GB free',
-            hint='make room or choose another folder',
-            path=folder,
-            wanted=wanted / 1e9,
-            free=free / 1e9,
-        )
+        raise UserError('disk-full', path=folder, wanted=wanted / 1e9, free=free / 1e9)
 
 
 def _may_unpack(member: tarfile.TarInfo, inside: tuple[str, ...]) -> bool:

@@ -1,13 +1,23 @@
-"""The exception types that tools show as one message, and the messages themselves."""
+"""The exception types that tools show as one message, and the messages, whose wording is in ``messages.yaml``."""
 
 from __future__ import annotations
 
+import functools
 import re
 import signal
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+
+@functools.cache
+def wordings() -> dict[str, dict[str, str]]:
+    """Text and, where there is one, hint of each message by its code."""
+    import yaml
+
+    content = Path(__file__).with_name('messages.yaml').read_text(encoding='utf-8')
+    return yaml.load(content, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
 
 
 class Message:
@@ -17,14 +27,19 @@ class Message:
 
     Args:
         code: Names the kind of message, e.g. ``'checkpoint-missing'``.
-        text: The wording, with ``{name}`` for each fact that it shows.
+        text: The wording, with ``{name}`` for each fact that it shows; that of ``messages.yaml`` by default.
         **facts: What it is about: a path, a key, ids.
     """
 
-    def __init__(self, code: str, text: str, /, **facts: Any) -> None:
+    def __init__(self, code: str, text: str | None = None, /, **facts: Any) -> None:
         self.code = code
-        self.text = text
+        self.own_text = text
         self.facts = facts
+
+    @property
+    def text(self) -> str:
+        """The wording before the facts are put in."""
+        return wordings()[self.code]['text'] if self.own_text is None else self.own_text
 
     def __str__(self) -> str:
         return self.text.format(**self.facts) if self.facts else self.text
@@ -52,7 +67,7 @@ class Problem(ValueError):
         code, text, **facts: See `Message`.
     """
 
-    def __init__(self, code: str, text: str, /, **facts: Any) -> None:
+    def __init__(self, code: str, text: str | None = None, /, **facts: Any) -> None:
         self.message = Message(code, text, **facts)
         super().__init__(str(self.message))
 
@@ -65,7 +80,7 @@ class Problem(ValueError):
 
 
 def _rebuilt_problem(message: Message) -> Problem:
-    return Problem(message.code, message.text, **message.facts)
+    return Problem(message.code, message.own_text, **message.facts)
 
 
 # How PyTorch passes on an error of a process that loads data: the text of its traceback.
@@ -77,24 +92,23 @@ class UserError(Exception):
 
     Args:
         code: See `Message`.
-        text: What is wrong and where (file, key, line or id).
+        text: See `Message`.
         problems: All problems of that kind, one line each.
-        hint: How to fix it; may show the facts too.
+        hint: How to fix it, as the facts decide; that of ``messages.yaml`` by default.
         **facts: See `Message`.
     """
 
     max_shown = 50
 
     def __init__(
-        self, code: str, text: Any = '', /, problems: Iterable[Any] = (), hint: str = '', cure: str = '', **facts: Any
+        self, code: str, text: str | None = None, /, problems: Iterable[Any] = (), hint: str | None = None, **facts: Any
     ) -> None:
-        if not text and (of_worker := _OF_WORKER.match(code)):
-            code, text = of_worker[1], of_worker[2].strip()
-        if ' ' in code:  # UserError(text, problems, cure): removed once no call is left
-            code, text, problems, hint = 'uncoded', code, list(text), problems if isinstance(problems, str) else cure
-            self.message: Message = Message(code, text)
-        else:
-            self.message = Message(code, text, **facts)
+        if text is None and code not in wordings():
+            of_worker = _OF_WORKER.match(code)
+            code, text = (of_worker[1], of_worker[2].strip()) if of_worker else ('uncoded', code)
+        if hint is None:
+            hint = wordings()[code].get('hint', '') if text is None else ''
+        self.message = Message(code, text, **facts)
         self.problems = list(problems)
         self.hint = hint.format(**facts) if facts else hint
         lines = [str(self.message)]
@@ -127,7 +141,7 @@ class UserError(Exception):
 
 
 def _rebuilt(kind: type[UserError], message: Message, problems: list, hint: str) -> UserError:
-    error = kind(message.code, message.text, problems, **message.facts)
+    error = kind(message.code, message.own_text, problems, hint='', **message.facts)
     error.hint = hint
     if hint:
         error.args = (f'{error}\nHint: {hint}',)

@@ -55,9 +55,8 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        text, hint = '{path}: cannot be read: {why}', 'fix its permissions, or move it away'
         why = error.strerror or str(error)
-        raise UserError('event-file-unreadable', text, hint=hint, path=path, why=why) from error
+        raise UserError('event-file-unreadable', path=path, why=why) from error
 
 
 def read_records(data: bytes) -> Iterator[tuple[bytes, Event]]:

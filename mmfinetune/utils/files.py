@@ -51,13 +51,7 @@ def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
 
 def not_writable(path: Path | None, error: OSError) -> UserError:
     """The error to raise where a file or folder cannot be written."""
-    return UserError(
-        'file-not-writable',
-        '{path}: cannot be written: {reason}',
-        hint='choose a folder that you may write to, on a disk with room',
-        path=path,
-        reason=reason_of(error),
-    )
+    return UserError('file-not-writable', path=path, reason=reason_of(error))
 
 
 def require_writable(folder: str | Path) -> None:
@@ -201,14 +195,14 @@ def read_text(path: Path) -> str:
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise Problem('text-file-missing', 'missing') from None
+        raise Problem('text-file-missing') from None
     except OSError as error:
-        raise Problem('text-file-unreadable', 'unreadable ({reason})', reason=reason_of(error)) from None
+        raise Problem('text-file-unreadable', reason=reason_of(error)) from None
     try:
         # A mark in front (Windows editors write it) would become part of the first word.
         return data.decode('utf-16' if data[:2] in (b'\xff\xfe', b'\xfe\xff') else 'utf-8-sig')
     except UnicodeDecodeError as error:
-        raise Problem('text-file-encoding', 'not UTF-8 text (byte {byte})', byte=error.start) from None
+        raise Problem('text-file-encoding', byte=error.start) from None
 
 
 def read_json(path: Path) -> Any:
@@ -219,14 +213,14 @@ def read_json(path: Path) -> Any:
     """
     text = read_text(path)
     if not text.strip():
-        raise Problem('json-empty', 'empty file')
+        raise Problem('json-empty')
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         where = dict(reason=error.msg, line=error.lineno, column=error.colno)
-        raise Problem('json-syntax', 'not JSON ({reason}, line {line}, column {column})', **where) from None
+        raise Problem('json-syntax', **where) from None
     except RecursionError:
-        raise Problem('json-nesting', 'not usable JSON (nested too deeply)') from None
+        raise Problem('json-nesting') from None
 
 
 _HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$')

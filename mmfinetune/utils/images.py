@@ -54,13 +54,13 @@ def read_header(path: str | Path) -> Header:
     with _decoding(path):
         size = path.stat().st_size
         if not size:
-            raise Problem('image-file-empty', 'empty file (0 bytes)')
+            raise Problem('image-file-empty')
         with Image.open(path) as image:
             header = Header(image.size, image.format or '', orientation_of(image))
         with path.open('rb') as file:
             file.seek(-min(_TAIL, size), os.SEEK_END)
             if not has_end(header.format, file.read()):
-                raise Problem('image-file-truncated', 'truncated {format} (its end is missing)', format=header.format)
+                raise Problem('image-file-truncated', format=header.format)
     return header
 
 
@@ -73,8 +73,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     header = read_header(path)
     if header.orientation >= 5 and header.format not in _END_MARKS:
         # OpenCV 4.12 does not turn WebP and does not decode a turned TIFF at all.
-        text = 'a {format} turned by its EXIF orientation, which OpenCV does not follow; save it upright'
-        raise Problem('image-file-turned', text, format=header.format)
+        raise Problem('image-file-turned', format=header.format)
     return header.upright
 
 
@@ -91,7 +90,7 @@ def read_pixels(path: str | Path, colours: bool = False) -> tuple[np.ndarray, st
     path = Path(path)
     with _decoding(path):
         if not path.stat().st_size:
-            raise Problem('image-file-empty', 'empty file (0 bytes)')
+            raise Problem('image-file-empty')
         with Image.open(path) as opened:
             image: Image.Image = opened
             if colours and image.mode in ('P', 'PA'):
@@ -127,16 +126,16 @@ def _decoding(path: Path) -> Iterator[None]:
     except Problem:
         raise
     except FileNotFoundError:
-        raise Problem('image-file-missing', 'missing') from None
+        raise Problem('image-file-missing') from None
     except UnidentifiedImageError:
         if found := looks_like(path):
-            raise Problem('image-file-other', 'not an image but {found}', found=found) from None
-        raise Problem('image-file-unknown', 'not an image') from None
+            raise Problem('image-file-other', found=found) from None
+        raise Problem('image-file-unknown') from None
     except Image.DecompressionBombError:
-        raise Problem('image-file-huge', 'too many pixels; cut it into tiles') from None
+        raise Problem('image-file-huge') from None
     # Pillow's decoders raise many kinds (OSError, SyntaxError, struct.error, …) on damaged files.
     except Exception as error:
-        raise Problem('image-file-unreadable', 'unreadable ({reason})', reason=reason_of(error)) from None
+        raise Problem('image-file-unreadable', reason=reason_of(error)) from None
 
 
 def find_images(root: str | Path) -> list[Path]:

@@ -88,21 +88,20 @@ def check_polygon(points: Any, height: int, width: int) -> None:
         Problem: What is wrong.
     """
     if not isinstance(points, (list, tuple)):
-        raise Problem('shape-polygon-type', 'a polygon is {type}, not a list of numbers', type=type(points).__name__)
+        raise Problem('shape-polygon-type', type=type(points).__name__)
     for value in points:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise Problem('shape-polygon-number', 'a polygon holds {value}, not a number', value=_short(value))
+            raise Problem('shape-polygon-number', value=_short(value))
     if len(points) % 2:
-        raise Problem('shape-polygon-odd', 'a polygon has an odd number of coordinates ({count})', count=len(points))
+        raise Problem('shape-polygon-odd', count=len(points))
     # Rasterising costs the length of the outline, without limit.
     reach = max(width, height)
     far = next((value for value in points if not -reach <= value <= 2 * reach), None)
     if far is None:
         return
     if far in (math.inf, -math.inf) or far != far:
-        raise Problem('shape-polygon-nan', 'a polygon holds NaN or infinity')
-    text = 'a polygon reaches {value}, far outside the {width}x{height} image'
-    raise Problem('shape-polygon-far', text, value=_short(far), width=width, height=height)
+        raise Problem('shape-polygon-nan')
+    raise Problem('shape-polygon-far', value=_short(far), width=width, height=height)
 
 
 def check_rle(rle: Any, height: int, width: int) -> dict[str, Any]:
@@ -119,14 +118,13 @@ def check_rle(rle: Any, height: int, width: int) -> dict[str, Any]:
         Problem: What is wrong.
     """
     if not isinstance(rle, dict) or not {'size', 'counts'} <= rle.keys():
-        raise Problem('shape-rle-keys', "an RLE without 'size' and 'counts'")
+        raise Problem('shape-rle-keys')
     if rle['size'] != [height, width]:
-        text = 'an RLE of size {size} (height, width), not [{height}, {width}]'
-        raise Problem('shape-rle-size', text, size=_short(rle['size']), height=height, width=width)
+        raise Problem('shape-rle-size', size=_short(rle['size']), height=height, width=width)
     counts = compress(rle['counts'], [height, width])
     pixels = int(run_lengths([counts])[0][0])
     if pixels < 0:
-        raise Problem('shape-rle-damaged', 'an RLE whose counts are damaged')
+        raise Problem('shape-rle-damaged')
     _check_pixels(pixels, height, width)
     return {'size': [height, width], 'counts': counts.decode()}
 
@@ -143,22 +141,21 @@ def compress(counts: Any, size: list[int]) -> bytes:
     """
     if isinstance(counts, str) and counts:
         if not counts.isascii():
-            raise Problem('shape-rle-ascii', 'an RLE whose counts are not ASCII')
+            raise Problem('shape-rle-ascii')
         return counts.encode()
     if counts == '' or counts == []:
-        raise Problem('shape-rle-empty', 'an RLE whose counts are empty')
+        raise Problem('shape-rle-empty')
     if not isinstance(counts, list) or not all(type(run) is int for run in counts):
-        raise Problem('shape-rle-type', "an RLE whose 'counts' are neither a string nor a list of integers")
+        raise Problem('shape-rle-type')
     if not all(0 <= run <= _LONGEST_RUN for run in counts):
-        raise Problem('shape-rle-run', 'an RLE with a run that is negative or of 2^32 pixels or more')
+        raise Problem('shape-rle-run')
     _check_pixels(sum(counts), *size)
     return mask_api.frPyObjects({'size': size, 'counts': counts}, *size)['counts']
 
 
 def _check_pixels(pixels: int, height: int, width: int) -> None:
     if pixels != height * width:
-        text = 'an RLE of {pixels} pixels for {wanted} of the image'
-        raise Problem('shape-rle-pixels', text, pixels=pixels, wanted=height * width)
+        raise Problem('shape-rle-pixels', pixels=pixels, wanted=height * width)
 
 
 def run_lengths(strings: list[bytes]) -> tuple[np.ndarray, np.ndarray]:

@@ -74,8 +74,7 @@ def in_order(
                     yield from done
                     shown.update(len(done))
         except BrokenProcessPool as error:
-            text = 'a worker process was ended from outside (out of memory?)'
-            raise UserError('worker-killed', text, hint='run again with --workers 1') from error
+            raise UserError('worker-killed') from error
         finally:
             gc.unfreeze()
             pool.shutdown(wait=True, cancel_futures=True)

@@ -138,9 +138,7 @@ class WeightCheck:
         if self.problems:
             raise UserError(
                 'weights-do-not-fit',
-                '{path} does not fit the model (tensors that fit: {fitting}, problems: {count}):',
                 problems=self.problems,
-                hint=_FIT,
                 path=self.source.path,
                 fitting=len(self.plan.keys(transfer.LOADED)),
                 count=len(self.problems),
@@ -185,36 +183,16 @@ def _input_problems(model_cfg: Mapping, source: Source) -> list[Message]:
     problems = []
     style = (model_cfg.get('backbone') or {}).get('style', 'pytorch')
     if source.style and source.style != style:
-        problems.append(
-            Message(
-                'weights-style',
-                'the weights are {file}-style, model.backbone.style is {model}: the strides are in other layers; '
-                'set model.backbone.style={file}',
-                file=source.style,
-                model=style,
-            )
-        )
+        problems.append(Message('weights-style', file=source.style, model=style))
     ours = model_cfg.get('data_preprocessor') or {}
     if source.rgb is not None and bool(ours.get('bgr_to_rgb')) != source.rgb:
         problems.append(
             Message(
-                'weights-channels',
-                'the weights need {order} images, model.data_preprocessor.bgr_to_rgb is {model}; set it to {file}',
-                order='RGB' if source.rgb else 'BGR',
-                model=ours.get('bgr_to_rgb'),
-                file=source.rgb,
+                'weights-channels', order='RGB' if source.rgb else 'BGR', model=ours.get('bgr_to_rgb'), file=source.rgb
             )
         )
     for name, theirs in (('mean', source.mean), ('std', source.std)):
         pairs = zip(theirs or (), ours.get(name) or (), strict=False)
         if theirs is not None and not all(math.isclose(a, b, abs_tol=0.02) for a, b in pairs):
-            problems.append(
-                Message(
-                    'weights-statistics',
-                    'the weights need {name} {file}, model.data_preprocessor.{name} is {model}; set it to theirs',
-                    name=name,
-                    file=numbers(theirs),
-                    model=ours.get(name),
-                )
-            )
+            problems.append(Message('weights-statistics', name=name, file=numbers(theirs), model=ours.get(name)))
     return problems

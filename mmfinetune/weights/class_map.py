@@ -103,25 +103,17 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
     aliases = dict(aliases or {})
     by_name = {_plain(name): i for i, name in enumerate(sources)}
     problems = [
-        Message(
-            'alias-class', '{alias!r} is not a class of the data{near}', alias=name, near=near(name, targets, '; ', 0.5)
-        )
+        Message('alias-class', alias=name, near=near(name, targets, '; ', 0.5))
         for name in aliases
         if name not in targets
     ]
     problems += [
-        Message(
-            'alias-source',
-            '{source!r} is not a class of the weights{near}',
-            source=source,
-            near=near(source, sources, '; ', 0.5),
-        )
+        Message('alias-source', source=source, near=near(source, sources, '; ', 0.5))
         for name, source in aliases.items()
         if source is not None and _plain(source) not in by_name
     ]
     if problems:
-        text = 'weights.aliases names unknown classes:'
-        raise UserError('weights-aliases', text, problems, hint='map classes of the data to classes of the weights')
+        raise UserError('weights-aliases', problems=problems)
 
     def find(name: str) -> int | None:
         if name in aliases:

@@ -33,24 +33,19 @@ def verify_file(path: Path) -> str:
         UserError: Missing, a directory, empty, a text file, or of another hash than its name says.
     """
     if path.is_dir():
-        raise UserError('weights-directory', '{path} is a directory', hint='pass the .pth file in it', path=path)
+        raise UserError('weights-directory', path=path)
     if not path.is_file():
-        raise UserError(
-            'weights-missing', 'There is no weights file {path}', hint='correct or omit --weights', path=path
-        )
+        raise UserError('weights-missing', path=path)
     status = path.stat()
     if status.st_size == 0:
-        raise UserError('weights-empty', '{path} is empty', hint=REPLACE, path=path)
+        raise UserError('weights-empty', hint=REPLACE, path=path)
     kind = looks_like(path)
     if kind:
-        raise UserError(
-            'weights-text', '{path} is not a weights file: it looks like {kind}', hint=REPLACE, path=path, kind=kind
-        )
+        raise UserError('weights-text', hint=REPLACE, path=path, kind=kind)
     digest = _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
     expected = hash_in_name(path)
     if expected and not digest.startswith(expected):
-        text = '{path} is damaged: its SHA-256 does not begin with {expected}'
-        raise UserError('weights-damaged', text, hint=REPLACE, path=path, expected=expected)
+        raise UserError('weights-damaged', hint=REPLACE, path=path, expected=expected)
     return digest
 
 
@@ -101,12 +96,7 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
     if url is None:
         raise UserError(
             'weights-nowhere',
-            'There is no weights file {path}. Searched:',
-            problems=[
-                *(Message('weights-searched', '{path}: no such file', path=path) for path in candidates),
-                *damaged,
-            ],
-            hint='put the file there, or pass another one with --weights',
+            problems=[*(Message('weights-searched', path=path) for path in candidates), *damaged],
             path=wanted,
         )
     return download(url, target, sha256=hash_in_name(wanted))
@@ -138,12 +128,7 @@ def locate(weights_cfg: Mapping) -> Path:
                 print(f'Using {path} instead.')
             return path
         raise UserError(
-            'weights-no-source',
-            'No source has the weights:',
-            problems=reasons,
-            hint='check the network and run again, or download {url} by other means and save it as {path}',
-            url=weights_cfg.get('url'),
-            path=weights_cfg['checkpoint'],
+            'weights-no-source', problems=reasons, url=weights_cfg.get('url'), path=weights_cfg['checkpoint']
         )
 
     return rank0_first(search)

@@ -62,20 +62,15 @@ def _torch_file(content: dict) -> bytes:
 
 def _check_free(dst: Path, overwrite: bool) -> None:
     if dst.is_dir() or (dst.exists() and not overwrite):
-        raise UserError(
-            'weights-target-exists', '{path} already exists', hint='choose another name, or pass --overwrite', path=dst
-        )
+        raise UserError('weights-target-exists', path=dst)
 
 
 def _check_target(dst: Path, overwrite: bool) -> None:
     _check_free(dst, overwrite)
     if dst.suffix not in ('.pth', '.pt'):
-        raise UserError(
-            'weights-target-suffix', '{path} is written as a torch file', hint='end its name in .pth', path=dst
-        )
+        raise UserError('weights-target-suffix', path=dst)
     if hash_in_name(dst):
-        text = '{path} ends in a hash, and the file will have another'
-        raise UserError('weights-target-hash', text, hint='omit the hash', path=dst)
+        raise UserError('weights-target-hash', path=dst)
 
 
 def save(source: Source, dst: Path, overwrite: bool = False) -> Path:
@@ -138,40 +133,21 @@ def convert_file(
 
 def _require_torchvision(source: Source) -> None:
     if source.origin == 'backbone':
-        raise UserError('torchvision-backbone', '{path} holds a backbone only', hint=USE_OURS, path=source.path)
+        raise UserError('torchvision-backbone', hint=USE_OURS, path=source.path)
     if source.style == 'caffe' or source.rgb is False:
         raise UserError(
-            'torchvision-style',
-            '{path} cannot become a torchvision model: its style is {style} and its inputs are {order}; torchvision '
-            'has the stride in the 3x3 convolutions and RGB',
-            hint='use weights in pytorch style',
-            path=source.path,
-            style=source.style,
-            order='BGR' if source.rgb is False else 'RGB',
+            'torchvision-style', path=source.path, style=source.style, order='BGR' if source.rgb is False else 'RGB'
         )
 
 
 def _note_differences(source: Source) -> None:
     """What must be known to use the weights in torchvision."""
     if source.style is None or source.rgb is None:
-        source.note(
-            'torchvision-style-unknown',
-            'the file does not record style and channel order: torchvision needs pytorch style and RGB',
-        )
+        source.note('torchvision-style-unknown')
     if source.mean is not None and source.std is not None:
         pairs = zip(source.mean + source.std, RGB_MEAN + RGB_STD, strict=True)
         if not all(math.isclose(a, b, abs_tol=0.01) for a, b in pairs):
-            source.note(
-                'torchvision-statistics',
-                "the weights expect mean {mean}, std {std}: give torchvision's model these / 255 as image_mean and "
-                'image_std',
-                mean=source.mean,
-                std=source.std,
-            )
+            source.note('torchvision-statistics', mean=source.mean, std=source.std)
     eps = float(source.extra.get('bn_eps', BN_EPS))
     if eps != BN_EPS:
-        source.note(
-            'torchvision-eps',
-            'set eps of BN by torchvision.models.detection._utils.overwrite_eps(model, {eps:g})',
-            eps=eps,
-        )
+        source.note('torchvision-eps', eps=eps)

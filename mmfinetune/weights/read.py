@@ -63,21 +63,17 @@ def read_checkpoint(path: Path) -> dict:
 
 
 def _runs_code(path: Path, culprit: str) -> UserError:
-    return UserError(
-        'weights-code', '{path} is refused: its pickle would run {culprit}', hint=_TRUST, path=path, culprit=culprit
-    )
+    return UserError('weights-code', path=path, culprit=culprit)
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
-    text = '{path} is truncated or not a weights file: {reason}'
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-    return UserError('weights-unreadable', text, hint=REPLACE, path=path, reason=reason)
+    return UserError('weights-unreadable', path=path, reason=reason)
 
 
 def _require_dict(loaded: object, path: Path) -> dict:
     if not isinstance(loaded, dict):
-        text = '{path} holds no weights but a {type}'
-        raise UserError('weights-not-a-dict', text, hint=REPLACE, path=path, type=type(loaded).__name__)
+        raise UserError('weights-not-a-dict', path=path, type=type(loaded).__name__)
     return loaded
 
 
@@ -243,25 +239,16 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
 
     inner = loaded.get('state_dict', loaded.get('model', loaded))
     if isinstance(inner, Mapping) and not inner:
-        raise UserError('weights-no-tensors', '{path} holds an empty state dict', hint=USE_OURS, path=path)
+        raise UserError('weights-no-tensors', path=path)
     if inner is loaded and ('param_groups' in loaded or 'optimizer' in loaded):
-        text = '{path} holds the state of an optimizer only'
-        raise UserError('weights-optimizer', text, hint='pass a file with a state_dict', path=path)
+        raise UserError('weights-optimizer', path=path)
     tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)} if isinstance(inner, Mapping) else {}
     if not tensors:
-        raise UserError(
-            'weights-none-inside',
-            '{path} holds no weights; its keys are: {keys}',
-            hint='pass a file with a state_dict, e.g. one from the MMDetection zoo',
-            path=path,
-            keys=', '.join(map(str, list(loaded)[:8])) or 'none',
-        )
+        raise UserError('weights-none-inside', path=path, keys=', '.join(map(str, list(loaded)[:8])) or 'none')
     if all(k.startswith('module.') for k in tensors):
         tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
         if notes is not None:
-            notes.append(
-                Message('weights-prefix', "the prefix 'module.' of a parallel wrapper was removed from all names")
-            )
+            notes.append(Message('weights-prefix'))
     return tensors
 
 
@@ -275,22 +262,12 @@ def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message])
 
     odd = [k for k, v in tensors.items() if v.layout != torch.strided or v.is_quantized or v.is_complex()]
     if odd:
-        raise UserError(
-            'weights-not-dense', '{path} holds tensors that are not dense numbers:', odd, hint=USE_OURS, path=path
-        )
+        raise UserError('weights-not-dense', problems=odd, path=path)
     for dtype, change in ((torch.float16, 'widened'), (torch.bfloat16, 'widened'), (torch.float64, 'rounded')):
         count = sum(v.dtype == dtype for v in tensors.values())
         if count:
             name = str(dtype).removeprefix('torch.')
-            notes.append(
-                Message(
-                    'weights-precision',
-                    '{count} {dtype} tensors {change} to fp32',
-                    count=count,
-                    dtype=name,
-                    change=change,
-                )
-            )
+            notes.append(Message('weights-precision', count=count, dtype=name, change=change))
     return {k: v.detach().to(torch.float32) if v.is_floating_point() else v.detach() for k, v in tensors.items()}
 
 
@@ -298,17 +275,9 @@ def check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Raise a UserError that lists the tensors with NaN or infinite numbers, if there are any."""
     bad = {key: int((~tensor.isfinite()).sum()) for key, tensor in tensors.items()}
     problems = [
-        Message(
-            'tensor-not-finite', '{key}: {count} of {total} numbers', key=key, count=count, total=tensors[key].numel()
-        )
+        Message('tensor-not-finite', key=key, count=count, total=tensors[key].numel())
         for key, count in bad.items()
         if count
     ]
     if problems:
-        raise UserError(
-            'weights-not-finite',
-            '{path} holds NaN or infinite weights in these tensors:',
-            problems=problems,
-            hint='the run that made it diverged: use an earlier checkpoint of it, or other weights',
-            path=path,
-        )
+        raise UserError('weights-not-finite', problems=problems, path=path)

@@ -84,9 +84,9 @@ class Source:
         order = {True: 'RGB', False: 'BGR', None: 'channel order unknown'}[self.rgb]
         return f'{order}, mean {numbers(self.mean)}, std {numbers(self.std or ())}'
 
-    def note(self, code: str, text: str, **facts: object) -> None:
+    def note(self, code: str, **facts: object) -> None:
         """Add to the notes."""
-        self.notes.append(Message(code, text, **facts))
+        self.notes.append(Message(code, **facts))
 
     def lines(self) -> list[str]:
         """For people: what the weights are and what was done to them."""
@@ -158,9 +158,8 @@ def rename_all(source: Source, table: Mapping[str, str]) -> dict[str, torch.Tens
     """
     tensors, left = rename(source.tensors, table)
     heads = [prefix + end for prefix in ROWS for end in ('weight', 'bias')]
-    problems = [Message('weights-unknown-key', '{key}: no such tensor in a Mask R-CNN', key=key) for key in left]
-    problems += [Message('weights-head-missing', '{key} is missing', key=key) for key in heads if key not in tensors]
+    problems = [Message('weights-unknown-key', key=key) for key in left]
+    problems += [Message('weights-head-missing', key=key) for key in heads if key not in tensors]
     if problems:
-        text = '{path} is not a plain Mask R-CNN R50-FPN of {origin}:'
-        raise UserError('weights-not-plain', text, problems, hint=USE_OURS, path=source.path, origin=source.origin)
+        raise UserError('weights-not-plain', problems=problems, hint=USE_OURS, path=source.path, origin=source.origin)
     return tensors

@@ -68,9 +68,7 @@ def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool =
     path = Path(path)
     sha256 = verify_file(path)
     if bn_eps is not None and not 0 <= bn_eps < 1:
-        raise UserError(
-            'weights-eps', 'bn_eps is {eps}, not a small number of at least 0', hint='pass 0 or 1e-5', eps=bn_eps
-        )
+        raise UserError('weights-eps', eps=bn_eps)
     loaded = read.load(path)
     notes: list[Message] = []
     tensors = read.clean(read.state_dict_of(loaded, path, notes), path, notes)
@@ -83,8 +81,7 @@ def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool =
         notes.insert(0, error.message)
     read.check_finite(tensors, path)
     if bn_eps is not None and origin is not torchvision.ORIGIN:
-        text = 'bn_eps is for weights of torchvision, not of {origin}'
-        raise UserError('weights-eps-origin', text, hint='omit it', origin=origin.name)
+        raise UserError('weights-eps-origin', origin=origin.name)
     source = Source(path, origin.name, tensors, sha256, notes=notes)
     origin.convert(source, loaded, bn_eps)
     meta = loaded.get('meta')
@@ -104,9 +101,7 @@ def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
     """
 
     def refused(model: str) -> UserError:
-        return UserError(
-            'weights-other-model', '{path} is not a Mask R-CNN R50-FPN: {model}', hint=USE_OURS, path=path, model=model
-        )
+        return UserError('weights-other-model', hint=USE_OURS, path=path, model=model)
 
     for pattern, model in _OTHER_MODELS:
         key = next((k for k in keys if re.match(pattern, k)), None)
@@ -114,8 +109,7 @@ def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
             raise refused(f'{model} (it has {key})')
     origin = next((family for family in FAMILIES if family.fits(keys)), None)
     if origin is None:
-        text = '{path} is not a Mask R-CNN: its keys begin with {keys}'
-        raise UserError('weights-no-mask-rcnn', text, hint=USE_OURS, path=path, keys=', '.join(list(keys)[:5]))
+        raise UserError('weights-no-mask-rcnn', hint=USE_OURS, path=path, keys=', '.join(list(keys)[:5]))
     if origin.neck is not None:
         if not any(key.startswith(origin.neck) for key in keys):
             raise refused(f'a model without an FPN (no {origin.neck}*)')
@@ -138,15 +132,14 @@ def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
             names = tuple(map(str, value))
             break
     if names and len(names) != count:
-        text = 'the file names {named} classes, but its head has {rows}: the names are not used'
-        source.note('weights-names-unused', text, named=len(names), rows=count)
+        source.note('weights-names-unused', named=len(names), rows=count)
         names = None
     if names is None and count == COCO_COUNT:
         names = coco_classes()
         # Detectron2 keeps no names anywhere, and 91 slots with holes are COCO's for sure.
         slots = source.extra.get('slots')
         if source.origin != detectron2.ORIGIN.name and (slots is None or int(slots.max()) == count):
-            source.note('weights-coco-assumed', "80 classes without names are assumed to be COCO's")
+            source.note('weights-coco-assumed')
     source.classes = names
 
 
@@ -163,7 +156,7 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
     source.notes.clear()
     for note in meta.get('notes', ()):
         if isinstance(note, str):  # a file of an earlier release
-            source.note('weights-note', 'noted in the file: {note}', note=note)
+            source.note('weights-note', note=note)
         else:
             code, text = note
             source.notes.append(Message(code, text))

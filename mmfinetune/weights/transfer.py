@@ -75,9 +75,7 @@ def plan_transfer(
     plan = Plan(weights_cfg.get('into') or '', _class_map(source, weights_cfg, classes))
     for module in stds:
         if not any(_is_under(key, module) for key in target):
-            plan.problems.append(
-                Message('weights-reinit-unknown', 'weights.reinit names {module}: no such module', module=module)
-            )
+            plan.problems.append(Message('weights-reinit-unknown', module=module))
     for key, tensor in target.items():
         drawn = _innermost(key, stds)
         if drawn is not None and tensor.dim() >= 2 and tensor.is_floating_point():
@@ -97,9 +95,7 @@ def plan_transfer(
             plan.ignored.append(original)
         elif fate is None:
             plan.unexpected.append(original)
-            plan.problems.append(
-                Message('weights-key-unexpected', '{key}: in the file, but the model has no such tensor', key=original)
-            )
+            plan.problems.append(Message('weights-key-unexpected', key=original))
     return plan
 
 
@@ -118,23 +114,21 @@ def _fate_of(
     # PyTorch counts batches in BN only since 0.4.1, and frozen BN never uses the count.
     if not _is_under(key, plan.into) or key.endswith('num_batches_tracked'):
         return UNTOUCHED, None
-    return MISSING, Message('weights-key-missing', '{key}: not in the file', key=key)
+    return MISSING, Message('weights-key-missing', key=key)
 
 
 def _shape_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor) -> Message:
-    text = '{key}: {model} in the model, {file} in the file'
-    return Message('weights-shape', text, key=key, model=tuple(ours.shape), file=tuple(theirs.shape))
+    return Message('weights-shape', key=key, model=tuple(ours.shape), file=tuple(theirs.shape))
 
 
 def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None, class_map: ClassMap) -> Message | None:
     if theirs is None:
-        return Message('weights-rows-missing', '{key}: not in the file, so there are no rows to copy', key=key)
+        return Message('weights-rows-missing', key=key)
     if ours.shape[1:] != theirs.shape[1:]:
         return _shape_problem(key, ours, theirs)
     if class_map.rows(len(ours), len(theirs)) is None:
         return Message(
             'weights-rows',
-            '{key}: {model} rows for {classes} classes do not match {file} rows for {file_classes} classes',
             key=key,
             model=len(ours),
             classes=len(class_map.targets),
@@ -193,28 +187,21 @@ def _stds(reinit: Mapping) -> dict[str, float]:
         return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
 
     wrong = [
-        Message('weights-reinit-value', 'weights.reinit.{module} = {value}', module=module, value=value)
+        Message('weights-reinit-value', module=module, value=value)
         for module, value in reinit.items()
         if not isinstance(value, Mapping) or set(value) != {'std'} or not is_std(value['std'])
     ]
     if wrong:
-        text = 'weights.reinit needs a std for these modules:'
-        raise UserError('weights-reinit-std', text, wrong, hint='give each dict(std=a number of at least 0)')
+        raise UserError('weights-reinit-std', problems=wrong)
     return {module: float(value['std']) for module, value in reinit.items()}
 
 
 def _class_map(source: Source, weights_cfg: Mapping, classes: Sequence[str]) -> ClassMap | None:
     head_init = weights_cfg.get('head_init') or 'reinit'
     if head_init not in HEAD_INITS:
-        text = 'weights.head_init is {head_init!r}'
-        raise UserError('weights-head-init', text, hint="use 'reinit' or 'remap'", head_init=head_init)
+        raise UserError('weights-head-init', head_init=head_init)
     if head_init != 'remap':
         return None
     if not source.classes or not classes:
-        raise UserError(
-            'weights-remap-classes',
-            'The heads cannot be remapped: the classes of {owner} are unknown',
-            hint="set metainfo.classes of the data, or head_init='reinit'",
-            owner='the data' if source.classes else source.path,
-        )
+        raise UserError('weights-remap-classes', owner='the data' if source.classes else source.path)
     return match_classes(classes, source.classes, weights_cfg.get('aliases'))

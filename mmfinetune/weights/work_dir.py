@@ -34,8 +34,7 @@ def best_checkpoint(work_dir: Path) -> Path:
     best = max(work_dir.glob('best_*.pth'), key=lambda p: p.stat().st_mtime, default=None)
     checkpoint = best or last_checkpoint(work_dir)
     if checkpoint is None:
-        text = 'There is no checkpoint in {work_dir}'
-        raise UserError('checkpoint-none', text, hint='train first, or name a checkpoint elsewhere', work_dir=work_dir)
+        raise UserError('checkpoint-none', work_dir=work_dir)
     return checkpoint
 
 
@@ -67,28 +66,23 @@ def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None
         UserError: No such folder, no run in it, or no such file; runs near by are named.
     """
     if work_dir.is_file():
-        text = '{path} is not a work dir but a file'
-        raise UserError('run-file', text, hint='pass its folder, {folder}', path=work_dir, folder=work_dir.parent)
+        raise UserError('run-file', path=work_dir, folder=work_dir.parent)
     config = config or _dumped_config(work_dir)
     if not work_dir.is_dir() or config is None:
         near = _runs_near(work_dir)
         raise UserError(
             'run-missing',
-            '{path} is not the work dir of a run: {reason}',
-            hint='pass the work dir of a training, e.g. work_dirs/mask_rcnn_pretrained{near}',
             path=work_dir,
             reason='there is no config (*.py) in it' if work_dir.is_dir() else 'there is no such folder',
             near=f'; did you mean {" or ".join(map(str, near))}?' if near else '',
         )
     if not config.is_file():
-        raise UserError('run-config', 'There is no config {path}', hint='correct the path of the config', path=config)
+        raise UserError('run-config', path=config)
     if checkpoint is None:
         checkpoint = best_checkpoint(work_dir)
     elif not checkpoint.is_file():
         raise UserError(
             'run-checkpoint',
-            'There is no checkpoint {path}',
-            hint='correct the path; {work_dir} holds: {found}',
             path=checkpoint,
             work_dir=work_dir,
             found=', '.join(sorted(p.name for p in work_dir.glob('*.pth'))) or 'no checkpoint',

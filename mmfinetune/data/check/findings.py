@@ -145,10 +145,8 @@ class Report:
         errors = self.of('error')
         if errors:
             paths = list(dict.fromkeys(s.path for s in self.splits))
-            text = 'The data set has {count} kinds of errors ({paths}):'
-            hint = '`python tools/check_dataset.py {paths}` shows all of them, its --fix OUT writes a repaired copy'
             raise UserError(
-                'check-errors', text, [f.message() for f in errors], hint, count=len(errors), paths=' '.join(paths)
+                'check-errors', problems=[f.message() for f in errors], count=len(errors), paths=' '.join(paths)
             )
 
     def lines(self, limit: int = 10) -> list[str]:

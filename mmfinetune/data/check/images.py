@@ -75,7 +75,7 @@ def look_at(path: Path) -> ImageFacts:
     """Read and decode an image; never raises."""
     try:
         if path.is_dir():
-            return ImageFacts('image-unreadable', 'a folder')
+            return ImageFacts('image-unreadable')
         content = path.read_bytes()
     except FileNotFoundError:
         return ImageFacts('image-missing')
@@ -83,7 +83,7 @@ def look_at(path: Path) -> ImageFacts:
         # A loop of links, no right to read, a name too long.
         return ImageFacts('image-unreadable', reason_of(error))
     if not content:
-        return ImageFacts('image-unreadable', 'an empty file')
+        return ImageFacts('image-unreadable')
     facts = ImageFacts(digest=hashlib.blake2b(content, digest_size=16).digest())
     before = Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES
     Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = None, False
@@ -112,7 +112,7 @@ def look_at(path: Path) -> ImageFacts:
         Image.MAX_IMAGE_PIXELS, ImageFile.LOAD_TRUNCATED_IMAGES = before
     if not has_end(facts.format, content):
         # Pillow forgives a JPEG of which only the end mark is missing.
-        return ImageFacts('image-truncated', 'the end mark is missing')
+        return ImageFacts('image-truncated')
     return facts
 
 

@@ -73,11 +73,11 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
         UserError: `out` already exists, or there are errors that only a person can fix.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError('fix-exists', '{out} already exists', hint='pass a new folder to --fix', out=out)
+        raise UserError('fix-exists', out=out)
     report, tables = examine(splits, classes, options, keep=True)
     by_hand = [f.message() for f in report.findings if f.code in _BY_HAND]
     if by_hand:
-        raise UserError('fix-by-hand', 'These errors must be fixed by hand first; nothing was written:', by_hand)
+        raise UserError('fix-by-hand', problems=by_hand)
     part = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     changes: list[dict] = []
     try:
@@ -87,9 +87,7 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
             out.rmdir()
         part.rename(out)
     except OSError as error:
-        text = '{out}: cannot be written: {reason}'
-        hint = 'choose a folder you may write to'
-        raise UserError('fix-unwritable', text, hint=hint, out=out, reason=reason_of(error)) from error
+        raise UserError('fix-unwritable', out=out, reason=reason_of(error)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
     done = {name: out / path.relative_to(part) for name, path in paths.items()}
@@ -107,9 +105,7 @@ def _repair_all(
         if report.good or len(changes) == known:
             break
     if not report.good:
-        text = 'These errors cannot be repaired without a guess; nothing was written:'
-        hint = 'fix them by hand'
-        raise UserError('fix-incomplete', text, [f.message() for f in report.of('error')], hint)
+        raise UserError('fix-incomplete', problems=[f.message() for f in report.of('error')])
     return paths
 
 
@@ -134,13 +130,7 @@ def _write(
         try:
             contents[paths[name]] = json_bytes(data)
         except ValueError as error:  # in keys that no check reads, and that a copy must keep
-            raise UserError(
-                'fix-not-json',
-                '{path}: a value in it cannot be written as JSON ({reason}); nothing was written',
-                hint='look for NaN, Infinity and half of a surrogate pair in the keys that are not part of COCO',
-                path=table.path,
-                reason=error,
-            ) from None
+            raise UserError('fix-not-json', path=table.path, reason=error) from None
     atomic_write_all(contents)
     return paths
 
@@ -209,9 +199,7 @@ class _Repair:
             counts = Counter(change['change'] for change in self.changes[before:])
             raise UserError(
                 'fix-nothing-left',
-                '{path}: nothing is left after the repair; nothing was written',
-                [Message('fix-change', '{count:,} x {change}', change=c, count=n) for c, n in counts.items()],
-                'look at the findings without --fix first',
+                problems=[Message('fix-change', change=c, count=n) for c, n in counts.items()],
                 path=self.table.path,
             )
         return {
@@ -251,9 +239,7 @@ class _Repair:
         used = set(self.table.category_rows.tolist())
         extra = [e['name'] for row, e in enumerate(entries) if e and e['name'] not in order and row in used]
         if extra and not self.from_config:
-            text = '{path} has objects of classes that the first file does not have; nothing was written'
-            hint = 'correct the names, add the classes to the first file, or pass --config to keep its classes only'
-            raise UserError('fix-classes', text, extra, hint, path=self.table.path)
+            raise UserError('fix-classes', problems=extra, path=self.table.path)
         if order != list(kept):
             self._note('categories put into the expected order')
         self._renumber('category', kept.values())
@@ -271,13 +257,7 @@ class _Repair:
             key = repr(entries[row]['id'])
             if names[key] != entries[row]['name']:
                 raise UserError(
-                    'fix-category-id',
-                    '{path}: category id {id} is that of {first!r} and of {second!r}; nothing was written',
-                    hint='only you know which objects are which: correct the ids',
-                    path=self.table.path,
-                    id=key,
-                    first=names[key],
-                    second=entries[row]['name'],
+                    'fix-category-id', path=self.table.path, id=key, first=names[key], second=entries[row]['name']
                 )
 
     def _images(self, entries: list[dict]) -> dict[int, dict]:

@@ -71,21 +71,16 @@ def detect(root: Path) -> tuple[str, str]:
     if len(found) == 1:
         return next(iter(found.items()))
     if found:
-        lines = [Message('format-possible', '{format}: {reason}', format=f, reason=r) for f, r in found.items()]
-        hint = 'name the right one with --format'
-        raise UserError('format-ambiguous', '{path}: could be of several formats:', lines, hint=hint, path=root)
-    lines = [Message('format-layout', '{format}: {layout}', format=f, layout=row.layout) for f, row in FORMATS.items()]
+        lines = [Message('format-possible', format=f, reason=r) for f, r in found.items()]
+        raise UserError('format-ambiguous', problems=lines, path=root)
+    lines = [Message('format-layout', format=f, layout=row.layout) for f, row in FORMATS.items()]
     inner = []
     if root.is_dir():
         folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
         inner = [f'{folder} ({name})' for folder in folders[:20] for name in _reasons(folder)]
     if inner:
-        text = '{path}: not a data set of a known format, but folders in it are. Looked for:'
-        hint = 'name one of these folders instead: {inner}'
-        raise UserError('format-inside', text, lines, hint=hint, path=root, inner=', '.join(inner))
-    text = '{path}: not a data set of a known format. Looked for:'
-    hint = 'name the folder that holds the data set; with --format the error says in detail what is missing'
-    raise UserError('format-unknown', text, lines, hint=hint, path=root)
+        raise UserError('format-inside', problems=lines, path=root, inner=', '.join(inner))
+    raise UserError('format-unknown', problems=lines, path=root)
 
 
 def _reasons(root: Path) -> dict[str, str]:

@@ -50,16 +50,13 @@ class CityscapesReader(Reader):
         if not labels:
             missing.append(f'gtFine/{{train,val}}/CITY/*{_LABEL_END}')
         if missing:
-            raise UserError(
-                'cityscapes-incomplete', '{path}: Cityscapes is incomplete. Missing:', missing, hint=_HINT, path=root
-            )
+            raise UserError('cityscapes-incomplete', problems=missing, path=root)
         reader = cls(root, images)
         wanted = {_label_of(root, path) for paths in images.values() for path in paths}
         for split in images:
             for path in labels.get(split, ()):
                 if path not in wanted:
-                    text = '{place}: its image is missing'
-                    reader.problems.append(Message('cityscapes-no-image', text, place=shown(path, root)))
+                    reader.problems.append(Message('cityscapes-no-image', place=shown(path, root)))
         return reader
 
     def items(self) -> list[Item]:
@@ -84,8 +81,7 @@ class CityscapesReader(Reader):
         present = np.unique(values).tolist()
         unknown = [value for value in present if _label_id(value) > max(CLASSES)]
         if unknown:
-            text = 'the value {value} is not a label id of Cityscapes (0 to 33); a file of another kind?'
-            raise Problem('cityscapes-value', text, value=unknown[0])
+            raise Problem('cityscapes-value', value=unknown[0])
         numbers = [value for value in present if _label_id(value) in CLASSES]
         record.instances = [
             Instance(CLASSES[_label_id(value)], rle, iscrowd=value < _PER_LABEL, place=f'value {value}')
@@ -111,5 +107,5 @@ def _read_values(path: Path) -> np.ndarray:
     """The values of an instanceIds PNG, int32 (height, width); raises Problem."""
     pixels, mode, _ = read_pixels(path)
     if mode not in ('I', 'I;16', 'I;16B', 'L'):
-        raise Problem('cityscapes-mode', 'mode {mode} where 16-bit grey values belong', mode=mode)
+        raise Problem('cityscapes-mode', mode=mode)
     return pixels.astype(np.int32)

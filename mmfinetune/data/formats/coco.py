@@ -93,12 +93,10 @@ class CocoReader(Reader):
             ids.discard(None)
             repeated = len(file.coco.annotations) - len(ids)
             if repeated:
-                text = '{place}: {count} annotation ids are missing or duplicated; all are renumbered'
-                self.notes.append(Message('coco-ids-new', text, place=name, count=repeated))
+                self.notes.append(Message('coco-ids-new', place=name, count=repeated))
             missing = [category for category in self.classes if category not in file.names.values()]
             if missing:
-                text = '{place}: lacks the categories {names} of the others; added'
-                self.notes.append(Message('coco-categories-added', text, place=name, names=', '.join(missing)))
+                self.notes.append(Message('coco-categories-added', place=name, names=', '.join(missing)))
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
@@ -121,12 +119,7 @@ class CocoReader(Reader):
         files = [_read(path, split, bool(options.get('boxes_as_masks'))) for split, path in chosen.items()]
         problems = [line.at(shown(file.path, root)) for file in files for line in file.problems]
         if problems:
-            text = '{path}: annotation files that cannot be used:'
-            hint = (
-                'correct them, or export them again; where only masks are missing, '
-                '--boxes-as-masks makes them from the boxes'
-            )
-            raise UserError('coco-files', text, problems, hint=hint, path=root)
+            raise UserError('coco-files', problems=problems, path=root)
         reader = cls(root, files, options)
         for file in files:
             file.image_root = reader._image_root(file, options.get('image_root'))
@@ -147,10 +140,8 @@ class CocoReader(Reader):
         if self._trust_sizes:
             stems = (file.path.stem.removeprefix('instances_'), file.split)
             return named or next((folder for folder in folders if folder.name in stems), self.root)
-        text = '{path}: none of its images was found. Looked for {image} in'
         facts: dict[str, Any] = dict(path=shown(file.path, self.root), image=sample[0] if sample else None)
-        hint = 'name their folder with --image-root'
-        raise UserError('coco-images-missing', text, map(str, folders), hint=hint, **facts)
+        raise UserError('coco-images-missing', problems=map(str, folders), **facts)
 
     def items(self) -> list[Item]:
         """See `Reader.items`: by split, in natural order of the file names."""
@@ -161,8 +152,7 @@ class CocoReader(Reader):
                 name: Any = image.get('file_name')
                 where = f'{shown(file.path, self.root)}: image {file.ids[place]}'
                 if not is_usable(name):
-                    text = '{place}: file_name is {name}'
-                    self.problems.append(Message('coco-image-name', text, place=where, name=shown_value(name)))
+                    self.problems.append(Message('coco-image-name', place=where, name=shown_value(name)))
                     continue
                 path = file.image_root / name
                 if not self._trust_sizes and (found := find_image(file.image_root, name, self.root)[0]) != path:
@@ -170,8 +160,7 @@ class CocoReader(Reader):
                 own.append(Item(f'{where} ({name})', path, (number, place), file.split))
             items += sorted(own, key=lambda item: natural_key(item.image))
         if elsewhere:
-            text = '{count} images found by the end of their file_name (absolute, with .. or of another folder)'
-            self.notes.append(Message('coco-images-elsewhere', text, count=elsewhere))
+            self.notes.append(Message('coco-images-elsewhere', count=elsewhere))
         return items
 
     def read(self, item: Item) -> Record:
@@ -201,11 +190,10 @@ class CocoReader(Reader):
         if width is not None or height is not None:
             named = _positive(width), _positive(height)
             if 0 in named:
-                text = 'its size is {width} x {height}'
-                raise Problem('coco-size', text, width=shown_value(width), height=shown_value(height))
+                raise Problem('coco-size', width=shown_value(width), height=shown_value(height))
         if self._trust_sizes:
             if not named:
-                raise Problem('coco-no-size', 'it has no width and height')
+                raise Problem('coco-no-size')
             return named
         try:
             size = image_size(path)
@@ -214,24 +202,18 @@ class CocoReader(Reader):
         if named and named != size:
             facts = dict(image=shown(path, self.root), found=f'{size[0]}x{size[1]}', named=f'{named[0]}x{named[1]}')
             if named == size[::-1]:
-                text = (
-                    '{image}: is {found}, but the annotation file says {named} '
-                    '(turned by its EXIF orientation, after it was annotated?)'
-                )
-                raise Problem('coco-size-turned', text, **facts)
-            text = '{image}: is {found}, but the annotation file says {named}'
-            raise Problem('coco-other-size', text, **facts)
+                raise Problem('coco-size-turned', **facts)
+            raise Problem('coco-other-size', **facts)
         return size
 
     def _instance(self, annotation: dict[str, Any], names: dict[Any, str], place: str) -> Instance:
         """An annotation as an instance; raises Problem."""
         category = as_id(annotation.get('category_id'))
         if category not in names:
-            text = 'unknown category_id {category}'
-            raise Problem('coco-category-unknown', text, category=shown_value(annotation.get('category_id')))
+            raise Problem('coco-category-unknown', category=shown_value(annotation.get('category_id')))
         iscrowd = annotation.get('iscrowd') or 0
         if iscrowd not in (0, 1):
-            raise Problem('coco-iscrowd', 'iscrowd is {value}, not 0 or 1', value=shown_value(iscrowd))
+            raise Problem('coco-iscrowd', value=shown_value(iscrowd))
         shape = annotation.get('segmentation')
         if isinstance(shape, list) and shape and not isinstance(shape[0], list):
             shape = [shape]
@@ -239,11 +221,10 @@ class CocoReader(Reader):
             shape = [_flat(polygon) for polygon in shape]
         if not shape or (isinstance(shape, list) and not any(shape)):
             if not self._boxes:
-                raise Problem('coco-only-box', 'no segmentation, only a box')
+                raise Problem('coco-only-box')
             shape = [_rectangle(annotation.get('bbox'))]
         if not isinstance(shape, (list, dict)):
-            text = 'its segmentation {value} is neither polygons nor RLE'
-            raise Problem('coco-segmentation', text, value=shown_value(shape))
+            raise Problem('coco-segmentation', value=shown_value(shape))
         extra = {key: value for key, value in annotation.items() if key not in _CORE}
         return Instance(names[category], shape, bool(iscrowd), place, extra)
 
@@ -260,9 +241,7 @@ class Coco2017Reader(CocoReader):
     def _choose(cls, root: Path) -> tuple[Path, dict[str | None, Path]]:
         found = official_files(root)
         if not found:
-            text = '{path}: there is no annotations/instances_train2017.json or instances_val2017.json'
-            hint = 'name the folder that holds annotations/, train2017/ and val2017/'
-            raise UserError('coco2017-missing', text, hint=hint, path=root)
+            raise UserError('coco2017-missing', path=root)
         return root, found
 
 
@@ -287,26 +266,22 @@ def _read(path: Path, split: str | None, boxes: bool) -> _File:
     _read_categories(file)
     for image in coco.images:
         if (image_id := as_id(image.get('id'))) is None:
-            text = 'an image ({name}) has the id {value}'
             facts = dict(name=shown_value(image.get('file_name')), value=shown_value(image.get('id')))
-            file.problems.append(Message('coco-image-id', text, **facts))
+            file.problems.append(Message('coco-image-id', **facts))
         file.ids.append(image_id)
     for image_id, count in Counter(file.ids).items():
         if count > 1 and image_id is not None:
-            text = 'image id {value} is used {count} times'
-            file.problems.append(Message('coco-image-id-repeated', text, value=image_id, count=count))
+            file.problems.append(Message('coco-image-id-repeated', value=image_id, count=count))
     if not boxes and not any(annotation.get('segmentation') for annotation in coco.annotations):
-        text = 'none of its {count} annotations has a segmentation; masks cannot be learnt from boxes'
-        file.problems.append(Message('coco-no-masks', text, count=len(coco.annotations)))
+        file.problems.append(Message('coco-no-masks', count=len(coco.annotations)))
     by_id: dict[Any, list[dict]] = {image_id: [] for image_id in file.ids}
     for annotation in coco.annotations:
         owner = as_id(annotation.get('image_id'))
         if owner in by_id:
             by_id[owner].append(annotation)
         else:
-            text = 'annotation {value}: there is no image {image}'
             facts = dict(value=shown_value(annotation.get('id')), image=shown_value(annotation.get('image_id')))
-            file.strays.append(Message('coco-stray', text, **facts))
+            file.strays.append(Message('coco-stray', **facts))
     file.annotations = list(by_id.values())
     return file
 
@@ -315,16 +290,14 @@ def _read_categories(file: _File) -> None:
     for category in file.coco.categories:
         category_id, name = as_id(category.get('id')), category.get('name')
         if category_id is None or not isinstance(name, str) or not name.strip():
-            text = 'a category without id or name: {category}'
-            file.problems.append(Message('coco-category', text, category=shown_value(category)))
+            file.problems.append(Message('coco-category', category=shown_value(category)))
             continue
         name = name.strip()
         if category_id in file.names:
-            text = "category id {value} is '{name}' and '{other}'"
             facts = dict(value=category_id, name=file.names[category_id], other=name)
-            file.problems.append(Message('coco-category-id-repeated', text, **facts))
+            file.problems.append(Message('coco-category-id-repeated', **facts))
         elif name in file.names.values():
-            file.problems.append(Message('coco-category-repeated', "the category '{name}' is duplicated", name=name))
+            file.problems.append(Message('coco-category-repeated', name=name))
         file.names[category_id] = name
         if isinstance(category.get('supercategory'), str):
             file.groups[name] = category['supercategory']
@@ -358,9 +331,8 @@ def _rectangle(box: Any) -> list[float]:
     """A box x, y, width, height as a polygon; raises Problem."""
     numbers = isinstance(box, list) and all(type(value) in (int, float) and math.isfinite(value) for value in box)
     if not numbers or len(box) != 4:
-        raise Problem('coco-box', 'its bbox is {box}, not four numbers', box=shown_value(box))
+        raise Problem('coco-box', box=shown_value(box))
     x, y, width, height = box
     if width <= 0 or height <= 0:
-        text = 'its bbox is {width:g} x {height:g} pixels'
-        raise Problem('coco-box-empty', text, width=width, height=height)
+        raise Problem('coco-box-empty', width=width, height=height)
     return [x, y, x + width, y, x + width, y + height, x, y + height]

@@ -38,20 +38,17 @@ def choose_files(root: Path) -> tuple[Path, dict[str | None, Path]]:
         # A few may be damaged COCO files, which reading will show; many are something else.
         found = _json_files(root)
         if not 0 < len(found) <= _MAX_UNSURE:
-            text = '{path}: no COCO JSON with images, annotations and categories'
-            raise UserError('coco-none', text, hint='name the JSON file itself', path=root)
+            raise UserError('coco-none', path=root)
     splits: dict[str | None, list[Path]] = {}
     for path in found:
         splits.setdefault(_split_of(path), []).append(path)
     if max(map(len, splits.values())) > 1 or (None in splits and len(splits) > 1):
         lines = [
-            Message('coco-of-split', '{split}: {files}', split=split or 'no split', files=', '.join(names))
+            Message('coco-of-split', split=split or 'no split', files=', '.join(names))
             for split, paths in splits.items()
             if (names := [shown(path, root) for path in paths])
         ]
-        text = '{path}: several annotation files, and not one for each split:'
-        hint = 'name the one JSON file to read, or keep only files with train, val or test in their names'
-        raise UserError('coco-several', text, lines, hint=hint, path=root)
+        raise UserError('coco-several', problems=lines, path=root)
     return root, {split: splits[split][0] for split in _SPLITS if split in splits}
 
 

@@ -79,20 +79,18 @@ def find_class_list(root: Path) -> tuple[Path, list[str]] | None:
         # An empty line between would shift the number of every class after it.
         for number, line in enumerate(read_text(path).strip().splitlines(), 1):
             if not line.strip():
-                problems.append(Message('class-list-line-empty', 'line {line}: empty', line=number))
+                problems.append(Message('class-list-line-empty', line=number))
             elif line.strip() not in NO_CLASS:
                 names.append(line.strip())
     except Problem as problem:
         problems.append(problem.message)
     for name, count in Counter(names).items():
         if count > 1:
-            text = "'{name}' is listed {count} times"
-            problems.append(Message('class-list-repeated', text, name=name, count=count))
+            problems.append(Message('class-list-repeated', name=name, count=count))
     if not problems and not names:
-        problems.append(Message('class-list-empty', 'it names no class'))
+        problems.append(Message('class-list-empty'))
     if problems:
-        hint = 'one class name a line, in the order of the labels'
-        raise UserError('class-list', '{path}: not a list of classes', problems, hint=hint, path=path)
+        raise UserError('class-list', problems=problems, path=path)
     return path, names
 
 
@@ -106,13 +104,11 @@ def read_ids(path: Path) -> tuple[list[str], list[Message]]:
     bad = []
     for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         if len(line.split()) > 1 or '/' in line or '\\' in line:
-            bad.append(
-                Message('id-list-not-an-id', "line {line}: '{text}' is not one image id", line=number, text=line)
-            )
+            bad.append(Message('id-list-not-an-id', line=number, text=line))
         elif line and first.setdefault(line, number) != number:
-            bad.append(Message('id-list-twice', "line {line}: '{text}' is listed twice", line=number, text=line))
+            bad.append(Message('id-list-twice', line=number, text=line))
     if not first:
-        raise Problem('id-list-empty', 'no image id in it')
+        raise Problem('id-list-empty')
     return list(first), bad
 
 
@@ -169,9 +165,8 @@ def require_size(pixels: np.ndarray, record: Record, root: Path) -> None:
         return
     facts = dict(width=width, height=height, image=shown(record.image, root), size=f'{size[0]}x{size[1]}')
     if (height, width) == size:
-        text = '{width}x{height} pixels, but {image} has {size} (turned by its EXIF orientation?)'
-        raise Problem('mask-file-turned', text, **facts)
-    raise Problem('mask-file-size', '{width}x{height} pixels, but {image} has {size}', **facts)
+        raise Problem('mask-file-turned', **facts)
+    raise Problem('mask-file-size', **facts)
 
 
 def numbered_layout(root: Path) -> Layout:

@@ -92,29 +92,23 @@ class LabelmeReader(Reader):
         for path in tqdm(paths, desc='labels', unit='file', disable=None if options.get('progress') else True):
             head = _head(path)
             if head is None:
-                text = "{place}: not a LabelMe file (it has no 'shapes')"
-                notes.append(Message('labelme-other-file', text, place=shown(path, root)))
+                notes.append(Message('labelme-other-file', place=shown(path, root)))
             else:
                 heads[path] = head
         if not heads:
-            text = '{path}: none of the {count} *.json files here has the key shapes of LabelMe'
-            hint = 'name the folder that holds the JSON files'
-            raise UserError('labelme-no-files', text, hint=hint, path=root, count=len(paths))
+            raise UserError('labelme-no-files', path=root, count=len(paths))
         found = sorted(set().union(*(head.labels for head in heads.values())))
         listed = find_class_list(root)
         classes = listed[1] if listed else found
         if not classes:
-            text = '{path}: no labelled shape in its {count} LabelMe files'
             lines = [head.problem.at(shown(path, root)) for path, head in heads.items() if head.problem]
-            hint = 'fix these files, or annotate some images first'
-            raise UserError('labelme-no-shapes', text, lines, hint=hint, path=root, count=len(heads))
+            raise UserError('labelme-no-shapes', problems=lines, path=root, count=len(heads))
         images = find_images(root)
         items = _items(root, heads, images)
         left = set(images) - {item.image for item in items}
         if left:
             # LabelMe writes a file for an image without objects too, once somebody saves it.
-            text = '{count} of {images} images have no JSON file, so nobody has looked at them yet; left out'
-            notes.append(Message('labelme-unlabelled', text, count=len(left), images=len(images)))
+            notes.append(Message('labelme-unlabelled', count=len(left), images=len(images)))
         return cls(root, classes, listed and listed[0], items, notes)
 
     def items(self) -> list[Item]:
@@ -126,7 +120,7 @@ class LabelmeReader(Reader):
         try:
             data = read_json(item.label)
             if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
-                raise Problem('labelme-shapes', "no list 'shapes'")
+                raise Problem('labelme-shapes')
             if record.problems and not item.image.exists():
                 raise _missing_image(data)
         except Problem as problem:
@@ -149,15 +143,14 @@ class LabelmeReader(Reader):
                     continue
                 kind = _kind(shape)
                 if kind in _NO_AREA:
-                    text = '{place}: a {kind} has no area; left out'
-                    record.notes.append(Message('labelme-no-area', text, place=place, kind=kind))
+                    record.notes.append(Message('labelme-no-area', place=place, kind=kind))
                     continue
                 if self._class_list and label not in self.classes:
                     file = shown(self._class_list, self.root)
-                    raise Problem('labelme-label-unknown', 'its label is not in {file}', file=file)
+                    raise Problem('labelme-label-unknown', file=file)
                 group = shape.get('group_id')
                 if not isinstance(group, (int, str, type(None))):
-                    raise Problem('labelme-group', "its 'group_id' is not a number")
+                    raise Problem('labelme-group')
                 part = _part(shape, kind, record.width, record.height)
             except Problem as problem:
                 record.problems.append(problem.message.at(place))
@@ -257,11 +250,10 @@ def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]]) -> 
 def _missing_image(data: dict) -> Problem:
     facts = dict(image=data.get('imagePath') or None)
     if data.get('imageData'):
-        text = "its image '{image}' is missing; it is embedded in the JSON file only (imageData)"
-        return Problem('labelme-image-embedded', text, **facts)
+        return Problem('labelme-image-embedded', **facts)
     if facts['image']:
-        return Problem('labelme-image-missing', "its image '{image}' is missing", **facts)
-    return Problem('labelme-image-unknown', "no 'imagePath'")
+        return Problem('labelme-image-missing', **facts)
+    return Problem('labelme-image-unknown')
 
 
 def _check_size(record: Record, data: dict, name: str) -> None:
@@ -271,19 +263,17 @@ def _check_size(record: Record, data: dict, name: str) -> None:
         return
     facts = dict(place=name, image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
     if said == size[::-1]:
-        text = '{place}: made for an image of {said}, but {image} is {size} (turned by its EXIF orientation?)'
-        record.problems.append(Message('labelme-size-turned', text, **facts))
+        record.problems.append(Message('labelme-size-turned', **facts))
     else:
-        text = '{place}: made for an image of {said}, but {image} is {size}'
-        record.problems.append(Message('labelme-size', text, **facts))
+        record.problems.append(Message('labelme-size', **facts))
 
 
 def _label(shape: Any) -> str:
     if not isinstance(shape, dict):
-        raise Problem('labelme-shape-type', 'not an object with keys')
+        raise Problem('labelme-shape-type')
     label = shape.get('label')
     if not isinstance(label, str) or not label.strip():
-        raise Problem('labelme-no-label', "no 'label'")
+        raise Problem('labelme-no-label')
     return label.strip()
 
 
@@ -295,17 +285,17 @@ def _kind(shape: dict) -> str:
 def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict:
     """A polygon or an RLE; raises Problem."""
     if kind not in _POINTS:
-        raise Problem('labelme-shape-unknown', "unknown shape_type '{kind}'", kind=kind)
+        raise Problem('labelme-shape-unknown', kind=kind)
     points = shape.get('points')
     if not isinstance(points, list) or not all(
         isinstance(point, (list, tuple)) and len(point) == 2 for point in points
     ):
-        raise Problem('labelme-points', "'points' is not a list of [x, y]")
+        raise Problem('labelme-points')
     flat = [value for point in points for value in point]
     check_polygon(flat, height, width)
     allowed = _POINTS[kind]
     if len(points) not in allowed if allowed else len(points) < 3:
-        raise Problem('labelme-point-count', 'a {kind} of {count} points', kind=kind, count=len(points))
+        raise Problem('labelme-point-count', kind=kind, count=len(points))
     if kind == 'circle':
         return _disc(flat, width, height)
     if kind == 'mask':
@@ -331,23 +321,22 @@ def _mask(text: Any, corners: list[float], width: int, height: int) -> dict:
     `shapes_to_label`.
     """
     if not isinstance(text, str):
-        raise Problem('labelme-mask-missing', "a mask without 'mask' (a PNG in base64)")
+        raise Problem('labelme-mask-missing')
     try:
         with Image.open(io.BytesIO(base64.b64decode(text))) as image:
             patch = np.asarray(image)
     except binascii.Error as error:
-        raise Problem('labelme-mask-base64', "its 'mask' is not base64 ({reason})", reason=error) from None
+        raise Problem('labelme-mask-base64', reason=error) from None
     # Pillow's decoders raise many kinds; any of them means the one thing that is reported.
     except Exception as error:
-        raise Problem('labelme-mask-png', "its 'mask' is not a PNG ({reason})", reason=error) from None
+        raise Problem('labelme-mask-png', reason=error) from None
     patch = (patch[..., :3].any(axis=2) if patch.ndim == 3 else patch) != 0
     left, top, right, bottom = (round(value) for value in corners)
     if all(float(value).is_integer() for value in corners):
         rows, columns = bottom - top + 1, right - left + 1
         if rows < 1 or columns < 1 or patch.shape[0] < rows or patch.shape[1] < columns:
-            text = "its 'mask' has {width}x{height} pixels, its points make {columns}x{rows}"
             facts = dict(width=patch.shape[1], height=patch.shape[0], columns=columns, rows=rows)
-            raise Problem('labelme-mask-size', text, **facts)
+            raise Problem('labelme-mask-size', **facts)
         patch = patch[:rows, :columns]
     full = np.zeros((height, width), dtype=bool)
     y1, x1 = max(top, 0), max(left, 0)

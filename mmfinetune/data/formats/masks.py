@@ -44,17 +44,14 @@ class _MaskReader(Reader):
     def __init__(self, root: Path, layout: Layout, classes: list[str], options: dict[str, Any]) -> None:
         super().__init__(root, classes)
         self._layout, self._background = layout, bool(options.get('background'))
-        text = '{place}: a mask without an image'
-        self.problems = [Message('masks-no-image', text, place=shown(path, root)) for path in layout.orphans]
+        self.problems = [Message('masks-no-image', place=shown(path, root)) for path in layout.orphans]
         for mask, images in layout.images_of_masks().items():
             if len(images) > 1:
-                text = '{place}: a mask of several images: {images}'
                 facts = dict(place=shown(mask, root), images=', '.join(shown(image, root) for image in images))
-                self.problems.append(Message('masks-several-images', text, **facts))
+                self.problems.append(Message('masks-several-images', **facts))
         without = sum(image not in layout.masks for image in layout.images)
         if without and self._background:
-            text = '{count} of {images} images have no mask: they count as images without objects'
-            self.notes.append(Message('masks-background', text, count=without, images=len(layout.images)))
+            self.notes.append(Message('masks-background', count=without, images=len(layout.images)))
 
     def items(self) -> list[Item]:
         layout = self._layout
@@ -72,7 +69,7 @@ class _MaskReader(Reader):
         record = self.start(item)
         masks, class_mask = item.label
         if not masks and not self._background:
-            record.problems.append(Message('masks-no-mask', '{place}: no mask', place=item.key))
+            record.problems.append(Message('masks-no-mask', place=item.key))
         if not record.problems:
             self._read_masks(record, masks, class_mask)
         return record
@@ -84,10 +81,9 @@ class _MaskReader(Reader):
         names = ', '.join(shown(path, self.root) for _, path in masks)
         facts = dict(place=shown(record.image, self.root), masks=names)
         if label is None:
-            record.problems.append(Message('masks-several', '{place}: several masks: {masks}', **facts))
+            record.problems.append(Message('masks-several', **facts))
         else:
-            text = "{place}: several masks of '{label}': {masks}"
-            record.problems.append(Message('masks-several-of-class', text, label=label, **facts))
+            record.problems.append(Message('masks-several-of-class', label=label, **facts))
 
 
 class MaskPngReader(_MaskReader):
@@ -104,8 +100,7 @@ class MaskPngReader(_MaskReader):
         super().__init__(root, layout, classes, options)
         self._void = options.get('void')
         if self._void is None and any(map(_is_palette, layout.sample())):
-            text = 'value {void} of palette PNGs is treated as void, as in VOC; --void -1 makes it an object'
-            self.notes.append(Message('masks-void', text, void=VOID))
+            self.notes.append(Message('masks-void', void=VOID))
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
@@ -123,30 +118,22 @@ class MaskPngReader(_MaskReader):
         """
         layout = numbered_layout(root)
         if not layout.masks:
-            text = '{path}: no image with a mask: {images} in images/ (or {image_folders}), {masks} in masks/ (or {mask_folders})'
             facts: dict[str, Any] = dict(
                 images=len(layout.images),
                 masks=len(layout.orphans),
                 image_folders=', '.join(sorted(IMAGE_FOLDERS - {'images'})),
                 mask_folders=', '.join(sorted(MASK_FOLDERS - {'masks'})),
             )
-            hint = 'a mask has the name of its image, or the name followed by _mask'
-            raise UserError('masks-none', text, hint=hint, path=root, **facts)
+            raise UserError('masks-none', path=root, **facts)
         listed, wanted = find_class_list(root), list(options.get('classes') or ())
         classes = listed[1] if listed else wanted
         if not layout.classes and len(wanted) == 1:
             classes = wanted
         if not classes or (len(classes) > 1 and not layout.classes):
-            hint = (
-                'name one class for all with --classes NAME, or put PNGs of class numbers into '
-                'classes/ and their names into classes.txt, one a line, number 1 first'
-            )
             facts = dict(path=root, names=', '.join(classes))
             if classes:
-                raise UserError(
-                    'masks-classes', '{path}: no PNG says which of {names} an object is', hint=hint, **facts
-                )
-            raise UserError('masks-no-classes', '{path}: no class names', hint=hint, **facts)
+                raise UserError('masks-classes', **facts)
+            raise UserError('masks-no-classes', **facts)
         return cls(root, layout, classes, options)
 
     def _read_masks(self, record: Record, masks: _Masks, class_mask: Path | None) -> None:
@@ -155,7 +142,7 @@ class MaskPngReader(_MaskReader):
             return
         if self._layout.classes and class_mask is None and masks:
             place = shown(record.image, self.root)
-            record.problems.append(Message('masks-no-class-mask', '{place}: no class mask', place=place))
+            record.problems.append(Message('masks-no-class-mask', place=place))
             return
         for _, path in masks:
             name = shown(path, self.root)
@@ -163,11 +150,7 @@ class MaskPngReader(_MaskReader):
                 numbers = self._numbers(path, name, record)
                 values = np.unique(numbers[numbers != 0]).tolist()
                 if len(values) > _MOST_VALUES:
-                    text = (
-                        '{count} different values are not numbers of objects '
-                        '(a photograph, or a mask with smoothed edges?)'
-                    )
-                    raise Problem('masks-values', text, count=len(values))
+                    raise Problem('masks-values', count=len(values))
             except Problem as problem:
                 record.problems.append(problem.message.at(name))
                 continue
@@ -193,8 +176,7 @@ class MaskPngReader(_MaskReader):
             and not (numbers == VOID - 1).any()
             and ((numbers > 0) & (numbers < VOID)).any()
         ):
-            text = '{place}: value {void} treated as an object; if it is void, use --void {void}'
-            record.notes.append(Message('masks-maybe-void', text, place=name, void=VOID))
+            record.notes.append(Message('masks-maybe-void', place=name, void=VOID))
         return numbers if void is None else np.where(numbers == void, 0, numbers)
 
     def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None, record: Record) -> list[str]:
@@ -205,7 +187,7 @@ class MaskPngReader(_MaskReader):
         try:
             labels, mode = _load(class_mask)
             if mode in ('RGB', 'RGBA'):
-                raise Problem('masks-class-colours', 'colours where class numbers belong')
+                raise Problem('masks-class-colours')
             require_size(labels, record, self.root)
         except Problem as problem:
             record.problems.append(problem.message.at(name))
@@ -216,16 +198,14 @@ class MaskPngReader(_MaskReader):
             known = (found > 0) & (found <= len(self.classes))
             label = int(found[counts.argmax()])
             if not 1 <= label <= len(self.classes):
-                text = '{place}: object {number} has the class number {label}, but there are {count} classes'
                 facts = dict(place=name, number=value, label=label, count=len(self.classes))
-                record.problems.append(Message('masks-class-number', text, **facts))
+                record.problems.append(Message('masks-class-number', **facts))
                 label = 0
             elif known.sum() > 1:
-                text = "{place}: object {number} treated as '{label}', the class of {most} of its {pixels} pixels"
                 facts = dict(
                     number=value, label=self.classes[label - 1], most=int(counts.max()), pixels=int(counts.sum())
                 )
-                record.notes.append(Message('masks-class-mixed', text, place=name, **facts))
+                record.notes.append(Message('masks-class-mixed', place=name, **facts))
             names.append(self.classes[label - 1] if label else '')
         return names
 
@@ -265,27 +245,18 @@ class BinaryMasksReader(_MaskReader):
         """
         layout = classed_layout(root)
         if not layout.masks:
-            text = '{path}: no image with a mask ({images} images, {masks} masks without an image)'
-            hint = (
-                'put name.png next to name.jpg in a folder that has the name of the class, or '
-                'masks/CLASS/name.png next to images/name.jpg'
-            )
             facts: dict[str, Any] = dict(images=len(layout.images), masks=len(layout.orphans))
-            raise UserError('masks-binary-none', text, hint=hint, path=root, **facts)
+            raise UserError('masks-binary-none', path=root, **facts)
         found, listed = layout.class_names(), find_class_list(root)
         unknown = [name for name in found if listed and name not in listed[1]]
         if listed and unknown:
-            text = '{path}: it lacks classes that folders or names of masks have'
-            hint = 'add them, or rename the folders or files'
-            raise UserError('masks-unlisted', text, unknown, hint=hint, path=listed[0])
+            raise UserError('masks-unlisted', problems=unknown, path=listed[0])
         classes = listed[1] if listed else found
         unnamed = [shown(path, root) for masks in layout.masks.values() for name, path in masks if name is None]
         if unnamed:
             alone = list(options.get('classes') or classes)
             if len(alone) != 1 or (found and found != alone):
-                text = '{path}: neither folder nor name says the class of some masks'
-                hint = 'name one class for all with --classes NAME, or put the masks into masks/CLASS/'
-                raise UserError('masks-unnamed', text, unnamed, hint=hint, path=root)
+                raise UserError('masks-unnamed', problems=unnamed, path=root)
             classes = alone
             for masks in layout.masks.values():
                 masks[:] = [(alone[0], path) for _, path in masks]
@@ -306,8 +277,7 @@ class BinaryMasksReader(_MaskReader):
                 require_size(bright, record, self.root)
                 peak = int(bright.max())
                 if is_exact and 0 < peak < self._threshold:
-                    text = 'its brightest pixel is {peak}, so none reaches the threshold {threshold}; lower --threshold'
-                    raise Problem('masks-dark', text, peak=peak, threshold=self._threshold)
+                    raise Problem('masks-dark', peak=peak, threshold=self._threshold)
             except Problem as problem:
                 record.problems.append(problem.message.at(name))
                 continue
@@ -316,9 +286,8 @@ class BinaryMasksReader(_MaskReader):
             kept = (np.flatnonzero(areas >= self._min_area) + 1).tolist()
             if len(kept) < count:
                 small = areas[areas < self._min_area]
-                text = '{place}: {left_out} of {count} parts left out, smaller than {least} pixels (the largest has {largest})'
                 facts = dict(left_out=len(small), count=count, least=self._min_area, largest=int(small.max()))
-                record.notes.append(Message('masks-small', text, place=name, **facts))
+                record.notes.append(Message('masks-small', place=name, **facts))
             record.instances += [
                 Instance(label or '', rle, place=f'{name}, part {part}')
                 for part, rle in zip(kept, masks_to_rles(parts, kept), strict=True)
@@ -340,14 +309,14 @@ def _load(path: Path) -> tuple[np.ndarray, str]:
     """
     pixels, mode, is_exact = _decode(path)
     if not is_exact:
-        raise Problem('masks-inexact', 'a JPEG or WebP file, whose values are not exact; save masks as PNG')
+        raise Problem('masks-inexact')
     if mode == 'F':
-        raise Problem('masks-fractions', 'fractions where whole numbers belong')
+        raise Problem('masks-fractions')
     if mode in ('LA', 'PA'):
         return np.where(pixels[..., 1] > 0, pixels[..., 0], 0).astype(np.int32), mode[0]
     if pixels.ndim == 2:
         if pixels.dtype.kind in 'iu' and pixels.min() < 0:
-            raise Problem('masks-negative', 'negative values')
+            raise Problem('masks-negative')
         return pixels.astype(np.int32), mode
     channels = pixels.astype(np.int32)
     values = channels[..., 0]
@@ -374,7 +343,7 @@ def _decode(path: Path, colours: bool = False) -> tuple[np.ndarray, str, bool]:
     """Pixels, mode, and whether the format keeps values exactly; `colours` resolves palettes."""
     pixels, mode, file_format = read_pixels(path, colours)
     if mode not in _MODES:
-        raise Problem('masks-mode', 'mode {mode}, which no mask has; save it as PNG', mode=mode)
+        raise Problem('masks-mode', mode=mode)
     return pixels, mode, file_format not in ('JPEG', 'WEBP')
 
 

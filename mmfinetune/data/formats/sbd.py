@@ -47,14 +47,12 @@ class SbdReader(Reader):
         """
         folder = _sbd_folder(root)
         if not folder:
-            text = '{path}: SBD is not here. Looked for inst/ and img/ in'
-            hint = 'unpack {url} and name its folder'
-            raise UserError('sbd-missing', text, map(str, _sbd_places(root)), hint=hint, path=root, url=SBD_URL)
+            raise UserError('sbd-missing', problems=map(str, _sbd_places(root)), path=root, url=SBD_URL)
         wanted, devkit = options.get('sbd_split') or 'train_noval', options.get('voc')
         notes = []
         if wanted == 'train_noval' and not (folder / 'train_noval.txt').is_file() and devkit:
             wanted = 'trainval_noval'
-            notes.append(Message('sbd-other-list', 'no train_noval.txt; took train and val without VOC 2012 val'))
+            notes.append(Message('sbd-other-list'))
         if wanted == 'train_noval':
             hint = (
                 f'download {TRAIN_NOVAL_URL} into {folder}, name a VOC 2012 devkit with --voc, or use '
@@ -64,14 +62,12 @@ class SbdReader(Reader):
         lists = {split: _ids(folder / f'{split}.txt', f'unpack {SBD_URL} again') for split in ('train', 'val')}
         if wanted == 'trainval_noval':
             if not devkit:
-                text, hint = '--sbd-split trainval_noval needs the list of VOC 2012 val', 'name a devkit with --voc'
-                raise UserError('sbd-needs-voc', text, hint=hint)
+                raise UserError('sbd-needs-voc')
             val = find_devkit(devkit) / 'ImageSets/Segmentation/val.txt'
             held_out = set(_ids(val, f'unpack {VOC_URL} again'))
             both = set(lists['train'] + lists['val'])
             lists = {'train': sorted(both - held_out)}
-            text = '{count} images of VOC 2012 val left out'
-            notes.append(Message('sbd-val-left-out', text, count=len(both & held_out)))
+            notes.append(Message('sbd-val-left-out', count=len(both & held_out)))
         return cls(folder, lists, notes)
 
     def items(self) -> list[Item]:
@@ -95,19 +91,16 @@ class SbdReader(Reader):
         numbers = [number for number in np.unique(objects).tolist() if number not in (0, VOID)]
         for number in numbers:
             if number > len(labels):
-                text = '{place}: object {number} has no class; Categories has {count}'
                 facts = dict(place=name, number=number, count=len(labels))
-                record.problems.append(Message('sbd-no-class', text, **facts))
+                record.problems.append(Message('sbd-no-class', **facts))
         for number, label in enumerate(labels, start=1):
             if not 1 <= label <= len(VOC_CLASSES):
-                text = '{place}: object {number} has the class {label}, not one of 1 to 20'
-                record.problems.append(Message('sbd-class-number', text, place=name, number=number, label=label))
+                record.problems.append(Message('sbd-class-number', place=name, number=number, label=label))
         if record.problems:
             return record
         absent = len(labels) - len(numbers)
         if absent:
-            text = '{place}: {absent} of {count} objects have no pixel'
-            record.notes.append(Message('sbd-no-pixel', text, place=name, absent=absent, count=len(labels)))
+            record.notes.append(Message('sbd-no-pixel', place=name, absent=absent, count=len(labels)))
         record.instances = [
             Instance(VOC_CLASSES[labels[number - 1] - 1], rle, place=f'object {number}')
             for number, rle in zip(numbers, masks_to_rles(objects, numbers), strict=True)
@@ -134,8 +127,7 @@ def _ids(path: Path, advice: str) -> list[str]:
     except Problem as problem:
         bad = [problem.message]
     if bad:
-        text = '{path}: not a list of image ids'
-        raise UserError('sbd-list', text, bad, hint='{advice}', path=path, advice=advice)
+        raise UserError('sbd-list', problems=bad, path=path, advice=advice)
     return ids
 
 
@@ -148,7 +140,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     from scipy.io import loadmat
 
     if not path.is_file():
-        raise Problem('sbd-mat-missing', 'missing')
+        raise Problem('sbd-mat-missing')
     try:
         # Boundaries next to them are many sparse matrices that nothing here needs.
         found = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=['GTinst'])['GTinst']
@@ -156,7 +148,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     # scipy's reader raises many kinds on damaged files.
     except Exception as error:
         facts = dict(type=type(error).__name__, reason=reason_of(error))
-        raise Problem('sbd-mat-unreadable', 'unreadable ({type}: {reason})', **facts) from None
+        raise Problem('sbd-mat-unreadable', **facts) from None
     if objects.ndim != 2 or objects.dtype.kind not in 'ui' or labels.dtype.kind not in 'ui':
-        raise Problem('sbd-mat-type', 'GTinst.Segmentation is not an image of integers')
+        raise Problem('sbd-mat-type')
     return objects, [int(label) for label in labels]

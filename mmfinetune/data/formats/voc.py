@@ -82,10 +82,9 @@ class VocReader(Reader):
         for name, (height, width) in shapes.items():
             first = next(iter(shapes))
             if (height, width) != shapes[first]:
-                text = '{place}: {width}x{height} pixels, but {other} has {other_width}x{other_height}'
                 other_height, other_width = shapes[first]
                 sizes = dict(width=width, height=height, other_width=other_width, other_height=other_height)
-                record.problems.append(Message('voc-size', text, place=name, other=first, **sizes))
+                record.problems.append(Message('voc-size', place=name, other=first, **sizes))
         objects, classes = pixels[object_png], pixels[class_png]
         if objects is None or classes is None or objects.shape != classes.shape:
             return record
@@ -96,8 +95,7 @@ class VocReader(Reader):
         _check_xml(labels, listed, object_png, xml, disputes)
         absent = len(set(range(1, len(listed) + 1)) - labels.keys())
         if absent:
-            text = '{place}: {count} objects without a mask; not written'
-            record.notes.append(Message('voc-without-mask', text, place=xml, count=absent))
+            record.notes.append(Message('voc-without-mask', place=xml, count=absent))
         for (number, label), rle in zip(labels.items(), masks_to_rles(objects, labels), strict=True):
             # An object that the XML does not list, in an image whose masks are trusted.
             flags = listed[number - 1] if number <= len(listed) else {}
@@ -110,10 +108,7 @@ class VocReader(Reader):
         try:
             pixels, mode, _ = read_pixels(self.root / name)
             if name.endswith('.png') and mode not in ('P', 'L'):
-                text = (
-                    'colours (mode {mode}) where a palette PNG of indices (mode P) belongs; saved by another program?'
-                )
-                raise Problem('voc-mode', text, mode=mode)
+                raise Problem('voc-mode', mode=mode)
         except Problem as problem:
             problems.append(problem.message.at(name))
             return None
@@ -124,10 +119,10 @@ class VocReader(Reader):
         try:
             root = ElementTree.parse(self.root / name).getroot()
         except FileNotFoundError:
-            problems.append(Message('voc-xml-missing', '{place}: missing', place=name))
+            problems.append(Message('voc-xml-missing', place=name))
             return None
         except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
-            problems.append(Message('voc-xml-unreadable', '{place}: unreadable ({reason})', place=name, reason=error))
+            problems.append(Message('voc-xml-unreadable', place=name, reason=error))
             return None
         listed = []
         # Boxes and <size> are not read: the mask and the image say both more exactly.
@@ -136,8 +131,7 @@ class VocReader(Reader):
             for key in ('difficult', 'truncated'):
                 value = (entry.findtext(key) or '').strip() or '0'
                 if value not in ('0', '1'):
-                    text = "{place}: object {number}: <{key}> is '{value}', not 0 or 1"
-                    problems.append(Message('voc-xml-flag', text, place=name, number=number, key=key, value=value))
+                    problems.append(Message('voc-xml-flag', place=name, number=number, key=key, value=value))
                 values[key] = int(value == '1')
             listed.append(values)
         return listed
@@ -156,8 +150,7 @@ def _labels(
     # One image is made from the other in VOC, so background and void agree to the pixel.
     stray = int(joint[np.ix_((0, VOID), range(1, VOID))].sum())
     if stray:
-        text = '{place}: {count} pixels of a class where {other} has no object'
-        disputes.append(Message('voc-stray-pixels', text, place=class_png, other=object_png, count=stray))
+        disputes.append(Message('voc-stray-pixels', place=class_png, other=object_png, count=stray))
     labels = {}
     for number in np.flatnonzero(joint.sum(axis=1)).tolist():
         if number in (0, VOID):
@@ -165,15 +158,13 @@ def _labels(
         counts = joint[number]
         label = int(counts.argmax())
         if not 1 <= label <= len(VOC_CLASSES):
-            text = '{place}: object {number} has the value {value}, which is not a class'
-            problems.append(Message('voc-class-value', text, place=class_png, number=number, value=label))
+            problems.append(Message('voc-class-value', place=class_png, number=number, value=label))
             continue
         pixels = int(counts.sum())
         others = pixels - int(counts[label])
         if others:
-            text = "{place}: object {number} is '{name}', but {others} of its {pixels} pixels have another value"
             facts = dict(number=number, name=VOC_CLASSES[label - 1], others=others, pixels=pixels)
-            disputes.append(Message('voc-class-mixed', text, place=class_png, **facts))
+            disputes.append(Message('voc-class-mixed', place=class_png, **facts))
         labels[number] = label
     return labels
 
@@ -183,11 +174,9 @@ def _check_xml(labels: dict[int, int], listed: list[dict], object_png: str, xml:
     for number, label in labels.items():
         facts = dict(number=number, name=VOC_CLASSES[label - 1])
         if number > len(listed):
-            text = "{place}: object {number} ('{name}') is not in {xml}, which lists {count}"
-            disputes.append(Message('voc-xml-lacks', text, place=object_png, xml=xml, count=len(listed), **facts))
+            disputes.append(Message('voc-xml-lacks', place=object_png, xml=xml, count=len(listed), **facts))
         elif (given := listed[number - 1]['name']) != facts['name']:
-            text = "{place}: object {number} is '{given}', but '{name}' in SegmentationClass"
-            disputes.append(Message('voc-xml-class', text, place=xml, given=given, **facts))
+            disputes.append(Message('voc-xml-class', place=xml, given=given, **facts))
 
 
 def _read_lists(devkit: Path, splits: list[str] | tuple[str, ...]) -> tuple[dict[str, list[str]], list[Message]]:
@@ -196,8 +185,7 @@ def _read_lists(devkit: Path, splits: list[str] | tuple[str, ...]) -> tuple[dict
     Raises:
         UserError: The devkit is incomplete, or an image is in train and in val.
     """
-    text = '{place}/: missing'
-    fatal = [Message('voc-folder', text, place=name) for name in _FOLDERS if not (devkit / name).is_dir()]
+    fatal = [Message('voc-folder', place=name) for name in _FOLDERS if not (devkit / name).is_dir()]
     lists: dict[str, list[str]] = {}
     bad: list[Message] = []
     for split in splits if (devkit / _LISTS).is_dir() else ():
@@ -209,10 +197,7 @@ def _read_lists(devkit: Path, splits: list[str] | tuple[str, ...]) -> tuple[dict
             continue
         bad += [line.at(name) for line in lines]
     both = sorted(set(lists.get('train', ())) & set(lists.get('val', ())))
-    text = '{place}: {image} is in train and in val'
-    fatal += [Message('voc-train-in-val', text, place=_LISTS, image=image_id) for image_id in both]
+    fatal += [Message('voc-train-in-val', place=_LISTS, image=image_id) for image_id in both]
     if fatal:
-        text = '{path}: not a complete VOC 2012 devkit; nothing was written'
-        hint = 'move the folder away and run tools/prepare_voc.py --download, or unpack {url} again'
-        raise UserError('voc-devkit', text, fatal + bad, hint=hint, path=devkit, url=VOC_URL)
+        raise UserError('voc-devkit', problems=fatal + bad, path=devkit, url=VOC_URL)
     return lists, bad

@@ -27,12 +27,7 @@ def find_devkit(root: str | Path) -> Path:
     for folder in candidates:
         if any((folder / name).is_dir() for name in ('JPEGImages', 'SegmentationObject')):
             return folder
-    hint = (
-        'run tools/prepare_voc.py --download, or download {url} and unpack it in {path}, or name the folder that '
-        'holds VOCdevkit/VOC2012'
-    )
-    text = '{path}: no VOC 2012 devkit here; looked for JPEGImages in'
-    raise UserError('voc-missing', text, map(str, candidates), hint=hint, path=root, url=VOC_URL)
+    raise UserError('voc-missing', problems=map(str, candidates), path=root, url=VOC_URL)
 
 
 def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) -> Path:
@@ -48,7 +43,6 @@ def download_voc(root: str | Path, url: str = VOC_URL, progress: bool = True) ->
         return find_devkit(root)
     target, archive = Path(root, 'VOCdevkit', 'VOC2012'), Path(root, PurePosixPath(VOC_URL).name)
     if target.exists():
-        text = '{path}: already exists, but is not a devkit'
-        raise UserError('voc-folder-taken', text, hint='move it away', path=target)
+        raise UserError('voc-folder-taken', path=target)
     download(url, archive, md5=VOC_MD5, size=VOC_SIZE, progress=progress)
     return unpack_tar(archive, 'VOCdevkit/VOC2012', target, progress)

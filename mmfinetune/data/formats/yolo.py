@@ -70,7 +70,7 @@ class YoloReader(Reader):
             classes, splits = _names(data, path), _images_of_splits(data, path)
             # Ultralytics' own VOC.yaml is such a one.
             if 'test' in splits and set(splits['test']) == set(splits.get('val', ())):
-                notes.append(Message('yolo-test-is-val', 'test has the same images as val; left out'))
+                notes.append(Message('yolo-test-is-val'))
                 del splits['test']
         else:
             classes, splits = _listed_classes(root, options), {}
@@ -78,7 +78,7 @@ class YoloReader(Reader):
                 split = split_of(image.relative_to(root).parts[:-1])
                 splits.setdefault(split, []).append(image)
         if not any(splits.values()):
-            raise UserError('yolo-no-images', '{path}: no images', hint=_HINT, path=path or root)
+            raise UserError('yolo-no-images', path=path or root)
         reader = cls(root, classes, splits, bool(options.get('boxes_as_masks')), notes)
         reader._check_labels()
         return reader
@@ -89,14 +89,12 @@ class YoloReader(Reader):
         labels = {image: _label_path(image, self.root) for image in images}
         there = {label for label in labels.values() if label.is_file()}
         if not there:
-            text = '{path}: no label file for any of its {count} images; {image} should have {label}'
             first = shown(images[0], self.root), shown(labels[images[0]], self.root)
             facts: dict[str, Any] = dict(path=self.root, count=len(images), image=first[0], label=first[1])
-            raise UserError('yolo-no-labels', text, hint=_HINT, **facts)
+            raise UserError('yolo-no-labels', **facts)
         background = sum(label not in there for label in labels.values())
         if background:
-            text = '{count} of {images} images have no label file: they count as images without objects'
-            self.notes.append(Message('yolo-background', text, count=background, images=len(images)))
+            self.notes.append(Message('yolo-background', count=background, images=len(images)))
         # Only folders called labels: elsewhere a text file may be anything.
         folders = {label.parent for image, label in labels.items() if label.parent != image.parent}
         spare = {
@@ -105,9 +103,8 @@ class YoloReader(Reader):
         if spare:
             # An image may be there that no split names.
             spare -= {_label_path(image, self.root) for image in find_images(self.root)}
-        text = '{place}: a label file without an image'
         for path in sorted(spare, key=natural_key):
-            self.problems.append(Message('yolo-no-image', text, place=shown(path, self.root)))
+            self.problems.append(Message('yolo-no-image', place=shown(path, self.root)))
 
     def items(self) -> list[Item]:
         return [
@@ -133,8 +130,7 @@ class YoloReader(Reader):
                 continue
             place = f'{name}, line {number}'
             if (first := first_of.setdefault(words, number)) != number:
-                text = '{place}: repeats line {first}; left out'
-                record.notes.append(Message('yolo-line-repeated', text, place=place, first=first))
+                record.notes.append(Message('yolo-line-repeated', place=place, first=first))
                 continue
             try:
                 label, polygon, outside = self._object(words, record.width, record.height)
@@ -142,8 +138,7 @@ class YoloReader(Reader):
                 record.problems.append(problem.message.at(place))
                 continue
             if outside > 1:
-                text = '{place}: reaches {pixels:.1f} pixels out of the image; clipped'
-                record.notes.append(Message('yolo-outside', text, place=place, pixels=outside))
+                record.notes.append(Message('yolo-outside', place=place, pixels=outside))
             record.instances.append(Instance(label, [polygon], place=f'line {number}'))
         return record
 
@@ -153,27 +148,24 @@ class YoloReader(Reader):
             number, *values = (float(word) for word in words)
         except ValueError:
             word = next(word for word in words if not _is_number(word))
-            raise Problem('yolo-word', "'{word}' is not a number", word=word[:20]) from None
+            raise Problem('yolo-word', word=word[:20]) from None
         if not all(map(math.isfinite, (number, *values))):
-            raise Problem('yolo-nan', 'NaN or infinity')
+            raise Problem('yolo-nan')
         if number != int(number) or not 0 <= number < len(self.classes):
-            text = 'class {number}, but the classes are 0 to {last}'
-            raise Problem('yolo-class', text, number=words[0], last=len(self.classes) - 1)
+            raise Problem('yolo-class', number=words[0], last=len(self.classes) - 1)
         if len(values) == 4:
             if not self.boxes_as_masks:
-                raise Problem('yolo-box', '4 coordinates: a box, not a polygon')
+                raise Problem('yolo-box')
             values = _corners(*values)
         elif len(values) % 2:
-            text = '{count} coordinates, an odd number (a keypoint or a score at the end?)'
-            raise Problem('yolo-odd', text, count=len(values))
+            raise Problem('yolo-odd', count=len(values))
         elif len(values) < 6:
-            raise Problem('yolo-points', 'a polygon of {count} points', count=len(values) // 2)
+            raise Problem('yolo-points', count=len(values) // 2)
         wrong = [value for value in values if not -_SLACK <= value <= 1 + _SLACK]
         if wrong and max(wrong) > 2:
-            text = 'coordinate {value:g} is outside 0 to 1 (pixels instead of fractions?)'
-            raise Problem('yolo-pixels', text, value=wrong[0])
+            raise Problem('yolo-pixels', value=wrong[0])
         if wrong:
-            raise Problem('yolo-coordinate', 'coordinate {value:g} is outside 0 to 1', value=wrong[0])
+            raise Problem('yolo-coordinate', value=wrong[0])
         cut = [min(max(value, 0.0), 1.0) for value in values]
         sides = (width, height)
         outside = max(
@@ -236,8 +228,8 @@ def _only_yaml(root: Path) -> Path | None:
         if name in by_name:
             return by_name[name]
     if len(files) > 1:
-        text, names = '{path}: several YAML files could describe the data set', [path.name for path in files]
-        raise UserError('yolo-yamls', text, names, hint='call the right one data.yaml', path=root)
+        _text, names = '{path}: several YAML files could describe the data set', [path.name for path in files]
+        raise UserError('yolo-yamls', problems=names, path=root)
     return files[0] if files else None
 
 
@@ -247,13 +239,13 @@ def _load_yaml(path: Path) -> dict[str, Any]:
     try:
         data = yaml.safe_load(read_text(path))
     except Problem as problem:
-        raise UserError('yolo-unreadable', '{path}: cannot be read', [problem.message], hint=_HINT, path=path) from None
+        raise UserError('yolo-unreadable', problems=[problem.message], path=path) from None
     except yaml.YAMLError as error:
         mark = getattr(error, 'problem_mark', None)
         facts = dict(path=path, line=mark.line + 1 if mark else None, reason=getattr(error, 'problem', None) or error)
-        raise UserError('yolo-syntax', '{path}: not YAML ({reason}, line {line})', hint=_HINT, **facts) from None
+        raise UserError('yolo-syntax', **facts) from None
     if not isinstance(data, dict):
-        raise UserError('yolo-no-keys', '{path}: holds no keys', hint=_HINT, path=path)
+        raise UserError('yolo-no-keys', path=path)
     return data
 
 
@@ -270,27 +262,23 @@ def _names(data: dict[str, Any], path: Path) -> list[str]:
         except (TypeError, ValueError):
             names = {}
         if sorted(names) != wanted:
-            text = 'the keys of names are not 0 to {last}'
-            problems.append(Message('yolo-name-keys', text, last=len(wanted) - 1))
+            problems.append(Message('yolo-name-keys', last=len(wanted) - 1))
         names = [names[key] for key in sorted(names)]
     if not isinstance(names, list) or not names:
-        problems.append(Message('yolo-names', 'names is not a list of classes'))
+        problems.append(Message('yolo-names'))
         names = []
     for name in names:
         # YAML reads no, yes, on, off as truth values.
         if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == '':
-            text = 'names: {name!r} is not a name; put it in quotes'
-            problems.append(Message('yolo-name', text, name=name))
+            problems.append(Message('yolo-name', name=name))
     names = [str(name).strip() for name in names]
     for name, times in Counter(names).items():
         if times > 1:
-            problems.append(
-                Message('yolo-name-repeated', "names: '{name}' is given {times} times", name=name, times=times)
-            )
+            problems.append(Message('yolo-name-repeated', name=name, times=times))
     if count is not None and names and count != len(names):
-        problems.append(Message('yolo-count', 'nc is {nc}, but names has {names}', nc=count, names=len(names)))
+        problems.append(Message('yolo-count', nc=count, names=len(names)))
     if problems:
-        raise UserError('yolo-classes', '{path}: its class names cannot be used', problems, hint=_HINT, path=path)
+        raise UserError('yolo-classes', problems=problems, path=path)
     return names
 
 
@@ -300,9 +288,7 @@ def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
         return listed[1]
     if options.get('classes'):
         return list(options['classes'])
-    text = '{path}: no class names: there is neither a data.yaml nor classes.txt'
-    hint = 'name them in label order with --classes, or in classes.txt, one a line'
-    raise UserError('yolo-no-classes', text, hint=hint, path=root)
+    raise UserError('yolo-no-classes', path=root)
 
 
 def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list[Path]]:
@@ -322,19 +308,18 @@ def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list
         for entry in entries if isinstance(entries, list) else [entries]:
             place = _resolve(bases, entry) if isinstance(entry, str) else None
             if place is None:
-                problems.append(Message('yolo-entry-missing', '{key}: {entry} is missing', key=key, entry=entry))
+                problems.append(Message('yolo-entry-missing', key=key, entry=entry))
             elif place.is_dir():
                 found |= dict.fromkeys(find_images(place))
             else:
                 found |= dict.fromkeys(_listed_images(place, bases, problems))
         splits[split] = list(found)
         if not found and not problems:
-            problems.append(Message('yolo-entry-empty', '{key}: no images in {entries}', key=key, entries=entries))
+            problems.append(Message('yolo-entry-empty', key=key, entries=entries))
     if not splits:
-        problems.append(Message('yolo-no-splits', 'none of the keys train, val, test names images'))
+        problems.append(Message('yolo-no-splits'))
     if problems:
-        text, hint = '{path}: its images cannot be used', 'correct path, train, val and test in it; looked in {folders}'
-        raise UserError('yolo-images', text, problems, hint=hint, path=path, folders=', '.join(map(str, bases)))
+        raise UserError('yolo-images', problems=problems, path=path, folders=', '.join(map(str, bases)))
     return splits
 
 
@@ -379,8 +364,7 @@ def _listed_images(path: Path, bases: list[Path], problems: list[Message]) -> li
         places = [path.parent, *bases]
         image = next((place for tail in (name, *tails) if (place := _resolve(places, tail)) and place.is_file()), None)
         if image is None:
-            text = '{path}, line {line}: {name} is missing'
-            problems.append(Message('yolo-listed-missing', text, path=path, line=number, name=line))
+            problems.append(Message('yolo-listed-missing', path=path, line=number, name=line))
         else:
             images.append(image)
     return images

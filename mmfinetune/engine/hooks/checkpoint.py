@@ -69,11 +69,7 @@ class SafeCheckpointHook(Hook):
         every_n_iters: int = 0,
     ) -> None:
         if every_n_iters and not by_epoch:
-            raise UserError(
-                'checkpoint-every-n-iters',
-                'default_hooks.checkpoint.every_n_iters is for by_epoch=True',
-                hint='set interval instead, which counts steps where by_epoch is False',
-            )
+            raise UserError('checkpoint-every-n-iters')
         self.interval, self.by_epoch, self.save_begin, self.save_last = interval, by_epoch, save_begin, save_last
         self.every_n_iters, self.max_keep_ckpts, self.out_dir = every_n_iters, max_keep_ckpts, out_dir
         self.pattern = filename_tmpl or ('epoch_{}.pth' if by_epoch else WITHIN_EPOCH)
@@ -151,13 +147,7 @@ class SafeCheckpointHook(Hook):
             update_run_state(runner, best={next(iter(self.best_rules)): best['']})
         for metric, rule in self.best_rules.items():
             if metric not in metrics:
-                raise UserError(
-                    'checkpoint-no-metric',
-                    'The validation has no {metric}, which default_hooks.checkpoint.save_best names',
-                    problems=sorted(metrics),
-                    hint='pass one of these',
-                    metric=metric,
-                )
+                raise UserError('checkpoint-no-metric', problems=sorted(metrics), metric=metric)
             self._save_if_best(runner, metric, rule, metrics[metric])
 
     def _save_if_best(self, runner: Runner, metric: str, rule: str, score: float) -> None:
@@ -247,12 +237,7 @@ def _rules(metrics: str | Sequence[str], **arguments: Any) -> dict[str, Any]:
     try:
         hook = CheckpointHook(save_best=metrics if isinstance(metrics, str) else list(metrics), **arguments)
     except (AssertionError, KeyError, ValueError) as error:
-        raise UserError(
-            'checkpoint-rule',
-            'default_hooks.checkpoint: {reason}',
-            hint="rule is 'greater' or 'less', for all metrics of save_best or one for each",
-            reason=str(error.args[0]),
-        ) from None
+        raise UserError('checkpoint-rule', reason=str(error.args[0])) from None
     return dict(zip(hook.key_indicators, hook.rules, strict=True))
 
 

@@ -45,9 +45,5 @@ class DivergenceHook(Hook):
             self._warned = True
             facts = {'step': runner.iter + 1, 'loss': value, 'times': value / median, 'steps': len(self._recent)}
             facts['lr'] = max(group['lr'] for group in runner.optim_wrapper.optimizer.param_groups)
-            text = (
-                'Step {step}: the loss {loss:.4g} is {times:.0f} times the median of the last {steps} steps. '
-                'The run may diverge (lr {lr:g}). Likely causes: {causes}.'
-            )
-            warn(Message('diverging', text, causes=CAUSES, **facts))
+            warn(Message('run-diverging', causes=CAUSES, **facts))
         self._recent.append(value)

@@ -44,8 +44,7 @@ class NonFiniteHook(Hook):
 
     def __init__(self, nan_policy: str = 'stop', max_skips: int = 10) -> None:
         if nan_policy not in ('stop', 'skip'):
-            text = 'default_hooks.nonfinite.nan_policy is {policy!r}'
-            raise UserError('nonfinite-policy', text, hint="use 'stop' or 'skip'", policy=nan_policy)
+            raise UserError('nonfinite-policy', policy=nan_policy)
         self.nan_policy = nan_policy
         self.max_skips = max_skips
         self._skips = 0  # updates in a row that were not made
@@ -57,8 +56,7 @@ class NonFiniteHook(Hook):
     def before_train(self, runner) -> None:
         wrapper: OptimWrapper = runner.optim_wrapper
         if isinstance(wrapper, OptimWrapperDict):
-            text = 'default_hooks.nonfinite cannot guard several optimizers'
-            raise UserError('nonfinite-many-optimizers', text, hint='set default_hooks.nonfinite=None')
+            raise UserError('nonfinite-many-optimizers')
         # MMEngine builds it before any hook is called, and schedulers know it by then.
         wrapper.__class__ = guarded(type(wrapper))
 
@@ -121,34 +119,18 @@ class NonFiniteHook(Hook):
         if self.nan_policy == 'skip' and not scale_alone and self._skips < self.max_skips:
             for buffer, kept in self._buffers:
                 buffer.copy_(kept)
-            warn(Message('nonfinite-skipped', 'Step {step} (epoch {epoch}) is skipped: {what} (see {path})', **facts))
+            warn(Message('nonfinite-skipped', **facts))
             return
         problems = [str(image['img_path'] or image['img_id']) for image in suspects]
         facts['causes'] = CAUSES
         if self.nan_policy == 'skip':
-            raise UserError(
-                'nonfinite-skips',
-                'Step {step} (epoch {epoch}): {what} ({skips} skipped in a row). The weights are those before them. '
-                'The images of the step (also in {path}):',
-                problems=problems,
-                hint='likely causes: {causes}',
-                skips=self._skips,
-                **facts,
-            )
-        raise UserError(
-            'nonfinite-step',
-            'Step {step} (epoch {epoch}): {what}. The weights are those before the step. Its images (also in {path}):',
-            problems=problems,
-            hint='likely causes: {causes}. To skip such steps: --cfg-options default_hooks.nonfinite.nan_policy=skip',
-            **facts,
-        )
+            raise UserError('nonfinite-skips', problems=problems, skips=self._skips, **facts)
+        raise UserError('nonfinite-step', problems=problems, **facts)
 
     def _what(self, bad_losses: list[dict], groups: list[str], scale_alone: bool) -> Message:
         if bad_losses:
             terms = ', '.join(bad_losses[0]['bad']) or 'the sum of all terms'
-            return Message('nonfinite-loss', 'the loss is not finite: {terms}', terms=terms)
+            return Message('nonfinite-loss', terms=terms)
         if scale_alone:
-            text = 'the gradient is not finite, {times} times in a row and at any loss scale'
-            return Message('nonfinite-at-any-scale', text, times=self._skips)
-        text = 'the gradient is not finite, in {groups}'
-        return Message('nonfinite-gradient', text, groups=', '.join(groups) or 'its norm alone')
+            return Message('nonfinite-at-any-scale', times=self._skips)
+        return Message('nonfinite-gradient', groups=', '.join(groups) or 'its norm alone')

@@ -158,8 +158,7 @@ class RunFiles:
             except ValueError as error:
                 why = f'cannot be read ({error})'
         if is_main_process():
-            text = '{path} {why}: it is now {kept}, and a new one is started'
-            warn(Message('results-set-aside', text, path=path, why=why, kept=run_results.set_aside(path).name))
+            warn(Message('results-set-aside', path=path, why=why, kept=run_results.set_aside(path).name))
 
     def write(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
         """Write all files.
@@ -204,7 +203,7 @@ def _try_all(jobs: Mapping[str, Callable[[], object]]) -> None:
             if os.environ.get(STRICT):
                 raise
             why = error if isinstance(error, (UserError, OSError)) else traceback.format_exc()
-            warn(Message('results-not-written', 'Training continues without {what}: {why}', what=what, why=why))
+            warn(Message('results-not-written', what=what, why=why))
 
 
 def _trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[str, float]:

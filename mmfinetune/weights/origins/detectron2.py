@@ -47,7 +47,7 @@ _NO_WEIGHTS = re.compile(r'^pixel_(mean|std)$|\.anchor_generator\.')
 def _convert(source: Source, _loaded: Mapping, _bn_eps: float | None) -> None:
     given = {k: source.tensors.pop(k) for k in list(source.tensors) if _NO_WEIGHTS.search(k)}
     if given:
-        source.note('weights-left-out', 'left out, as they are not weights: {keys}', keys=', '.join(given))
+        source.note('weights-left-out', keys=', '.join(given))
     source.tensors = rename_all(source, _NAMES)
     source.style, source.rgb, source.mean, source.std = 'caffe', False, BGR_MEAN, ONES
     if 'pixel_mean' in given and 'pixel_std' in given:
@@ -58,10 +58,7 @@ def _convert(source: Source, _loaded: Mapping, _bn_eps: float | None) -> None:
             # Detectron2 has the torchvision backbone's stride and statistics together.
             source.style = 'pytorch'
     else:
-        source.note(
-            'weights-detectron2-zoo',
-            "style and normalisation are those of Detectron2's model zoo; the file does not record them",
-        )
+        source.note('weights-detectron2-zoo')
 
 
 ORIGIN = Origin('detectron2', (('backbone.bottom_up.', 'proposal_generator.'),), _convert, neck='backbone.fpn_')

@@ -25,7 +25,7 @@ def _convert(source: Source, loaded: Mapping, _bn_eps: float | None) -> None:
             source.rgb = bool(settings.get('to_rgb', settings.get('bgr_to_rgb', False)))
     if source.style is None and '_caffe_' in source.path.name:
         source.style = 'caffe'
-        source.note('weights-caffe-by-name', "style 'caffe' is known from the file name only")
+        source.note('weights-caffe-by-name')
 
 
 def _dicts(text: str) -> Iterator[dict]:

@@ -73,13 +73,12 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
     tensors = rename_all(source, NAMES)
     count = len(tensors[FC_CLS + 'weight'])
     wrong = [
-        Message('weights-slots', '{key}: {rows} rows', key=key, rows=len(tensors[key]))
+        Message('weights-slots', key=key, rows=len(tensors[key]))
         for key, _, rows in _row_tensors()
         if len(tensors[key]) != rows * count
     ]
     if wrong or count < 2:
-        text = '{path}: its heads do not agree on {count} category slots:'
-        raise UserError('weights-heads-disagree', text, problems=wrong, hint=USE_OURS, path=source.path, count=count)
+        raise UserError('weights-heads-disagree', problems=wrong, hint=USE_OURS, path=source.path, count=count)
     slots = torch.tensor(_COCO_SLOTS if count == _COCO_COUNT else range(1, count))
     source.extra = {'slots': slots}
     for key, name, rows in _row_tensors():
@@ -97,17 +96,9 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
 
 
 def _note_changes(source: Source, slots: int, classes: int) -> None:
-    text = '{slots} category slots became {classes} classes, the background moved from the first to the last row'
-    source.note('weights-slots-to-classes', text, slots=slots, classes=classes)
-    source.note(
-        'weights-same-normalisation',
-        'torchvision normalises RGB on 0..1 and MMDetection on 0..255 by the same statistics, so conv1 is unchanged',
-    )
-    source.note(
-        'weights-roi-align',
-        "torchvision's RoIAlign has sampling_ratio=2, aligned=False; MMDetection's default (0, True) shifts features "
-        'by half a pixel, which fine-tuning compensates for',
-    )
+    source.note('weights-slots-to-classes', slots=slots, classes=classes)
+    source.note('weights-same-normalisation')
+    source.note('weights-roi-align')
 
 
 def _fold_frozen(source: Source, slots: int, bn_eps: float | None) -> None:
@@ -117,12 +108,7 @@ def _fold_frozen(source: Source, slots: int, bn_eps: float | None) -> None:
     if bn_eps is not None:
         fold_all(source, bn_eps)
         return
-    source.note(
-        'weights-eps-assumed',
-        "BN is assumed to run with eps {eps:g}; if the model was fine-tuned from torchvision's COCO weights it was 0: "
-        'pass --bn-eps 0',
-        eps=BN_EPS,
-    )
+    source.note('weights-eps-assumed', eps=BN_EPS)
 
 
 def _slot_order(key: str, slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -180,15 +166,7 @@ def fold_all(source: Source, eps: float) -> None:
         source.extra |= {f'bn.{n}': source.tensors[n] for n in names}
         source.tensors |= zip(names, _fold(weight, var, eps), strict=True)
         small += int((source.tensors[names[0]] != weight).sum())
-    source.note(
-        'weights-eps-folded',
-        'BN of the source runs with eps {eps:g}, of MMDetection with {ours:g}: the difference went into the '
-        'variances of {layers} layers and into the weights of {channels} channels with very little variance',
-        eps=eps,
-        ours=BN_EPS,
-        layers=len(layers),
-        channels=small,
-    )
+    source.note('weights-eps-folded', eps=eps, ours=BN_EPS, layers=len(layers), channels=small)
 
 
 def to_torchvision(
@@ -216,27 +194,17 @@ def to_torchvision(
     if left or missing:
         raise UserError(
             'torchvision-other-model',
-            'These tensors do not fit a torchvision maskrcnn_resnet50_fpn:',
             problems=[
-                *(Message('torchvision-no-place', '{key}: torchvision has no such tensor', key=k) for k in left),
-                *(Message('torchvision-head-missing', '{key} is missing', key=k) for k in missing),
+                *(Message('torchvision-no-place', key=k) for k in left),
+                *(Message('torchvision-head-missing', key=k) for k in missing),
             ],
-            hint='only a Mask R-CNN with FPN, two shared FC layers and four mask convolutions can be converted',
         )
     slots, total = _target_slots(len(tensors[FC_CLS + 'weight']) - 1, extra.get('slots'), coco_slots)
     for key, name, rows in _row_tensors():
         ours = tensors[key]
         order, other = _slot_order(key, slots, total)
         if len(ours) != rows * len(order):
-            raise UserError(
-                'torchvision-rows',
-                '{key} has {rows} rows; {expected} are needed for {classes} classes',
-                hint='torchvision has no class-agnostic heads',
-                key=key,
-                rows=len(ours),
-                expected=rows * len(order),
-                classes=len(slots),
-            )
+            raise UserError('torchvision-rows', key=key, rows=len(ours), expected=rows * len(order), classes=len(slots))
         by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
         by_slot[order] = ours.unflatten(0, (-1, rows))
         if name in extra:
@@ -259,13 +227,7 @@ def _target_slots(count: int, slots: torch.Tensor | None, coco_slots: bool | Non
     else:
         coco = int(slots.max()) > count
     if len(slots) != count:
-        raise UserError(
-            'torchvision-slots',
-            'The model has {classes} classes, the slots are for {slots}',
-            hint='omit extra and coco_slots, which belong to another model',
-            classes=count,
-            slots=len(slots),
-        )
+        raise UserError('torchvision-slots', classes=count, slots=len(slots))
     return slots, _COCO_COUNT if coco else count + 1
 
 
