@@ -18,6 +18,7 @@ _PICTURES = 60  # on a page, each about 15 kB
 _SIDE = 300  # px of a picture
 _BOX_COLOUR = (255, 150, 0)
 _SURROUNDINGS, _LEAST_CROP = 1.0, 96  # px kept around an object: times its side, at least
+_PAGE = Path(__file__).with_name('report.html')
 
 
 def counts(report: Report) -> str:
@@ -54,7 +55,9 @@ def as_html(report: Report, title: str = 'Data set report') -> str:
     """One page that needs no other file; all text of the data is escaped."""
     from jinja2 import Environment
 
-    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(_PAGE)
+    template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
+        _PAGE.read_text(encoding='utf-8')
+    )
     left = _PICTURES
     shown = []
     for finding in report.findings:
@@ -168,100 +171,3 @@ def write_html(report: Report, path: Path) -> None:
         UserError: It cannot be written.
     """
     atomic_write_text(path, as_html(report))
-
-
-_PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
-<style>
-:root { --ink: #202124; --soft: #5f6368; --line: #dadce0; --error: #b3261e; --warning: #b06000;
-  --note: #1a5fb4; --bar: #7aa2d6; }
-* { box-sizing: border-box; }
-body { font: 15px/1.45 system-ui, "Segoe UI", Roboto, sans-serif; color: var(--ink);
-  max-width: 1180px; margin: 2rem auto; padding: 0 1.2rem; }
-h1 { font-size: 1.6rem; margin-bottom: .2rem; }
-h2 { font-size: 1.2rem; margin: 2.2rem 0 .6rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: .95rem; margin: .9rem 0 .35rem; }
-.soft, figcaption { color: var(--soft); }
-.path { overflow-wrap: anywhere; }
-table { border-collapse: collapse; width: 100%; margin-top: .8rem; }
-th, td { text-align: left; padding: .3rem .7rem .3rem 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; }
-.finding { border: 1px solid var(--line); border-left: 5px solid; border-radius: 4px;
-  padding: .7rem 1rem; margin: .8rem 0; overflow-wrap: anywhere; }
-.error { border-left-color: var(--error); } .warning { border-left-color: var(--warning); }
-.note { border-left-color: var(--note); }
-.tag { font-weight: 600; font-size: .8rem; text-transform: uppercase; margin-right: .5rem; }
-.error .tag { color: var(--error); } .warning .tag { color: var(--warning); }
-.note .tag { color: var(--note); }
-code { font-size: .85em; background: #f1f3f4; padding: .05rem .3rem; border-radius: 3px; }
-ul { margin: .4rem 0; padding-left: 1.2rem; }
-.pictures { display: flex; flex-wrap: wrap; gap: .8rem; margin-top: .6rem; }
-figure { margin: 0; width: 200px; }
-figure img { max-width: 200px; max-height: 200px; display: block; border: 1px solid var(--line); }
-figcaption { font-size: .78rem; overflow-wrap: anywhere; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(320px, 1fr));
-  gap: 0 2rem; align-items: start; }
-.bars { display: grid; grid-template-columns: minmax(4rem, max-content) 1fr max-content;
-  gap: 1px .5rem; font-size: .82rem; align-items: center; }
-.bars .label { max-width: 11rem; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
-.bars .bar { background: var(--bar); height: .75rem; min-width: 1px; border-radius: 0 2px 2px 0; }
-.bars .n { text-align: right; font-variant-numeric: tabular-nums; color: var(--soft); }
-</style>
-</head>
-<body>
-<h1>{{ title }}</h1>
-<p class="soft">{{ counts }}{{ '' if report.images_read else '; image files not read' }}</p>
-<table>
-<tr><th>split</th><th class="n">images</th><th class="n">objects</th><th class="n">crowd</th>
-<th class="n">classes</th><th>file</th></tr>
-{% for split in report.splits %}
-<tr><td>{{ split.name }}</td><td class="n">{{ '{:,}'.format(split.images) }}</td>
-<td class="n">{{ '{:,}'.format(split.annotations - split.crowd) }}</td>
-<td class="n">{{ '{:,}'.format(split.crowd) }}</td><td class="n">{{ split.per_class|length }}</td>
-<td class="path">{{ split.path }}<br><span class="soft">images in {{ split.image_root }}</span></td>
-</tr>
-{% endfor %}
-</table>
-<h2>Findings</h2>
-{% if not shown %}<p>Nothing to report.</p>{% endif %}
-{% for finding, pictures in shown %}
-<div class="finding {{ finding.severity }}">
-<span class="tag">{{ finding.severity }}</span>{{ finding.line(0) }}
-<div class="soft">Hint: {{ finding.kind.hint }}</div>
-{% if pictures %}
-<div class="pictures">
-{% for caption, source in pictures %}
-<figure><img src="{{ source }}" alt=""><figcaption>{{ caption }}</figcaption></figure>
-{% endfor %}
-</div>
-{% elif finding.examples %}
-<ul>{% for example in finding.examples %}<li>{{ example }}</li>{% endfor %}</ul>
-{% endif %}
-{% if finding.count > finding.examples|length and finding.examples %}
-<div class="soft">… and {{ '{:,}'.format(finding.count - finding.examples|length) }} more</div>
-{% endif %}
-</div>
-{% endfor %}
-{% for split, charts in splits %}
-<h2>{{ split.name }}</h2>
-<div class="charts">
-{% for name, bars in charts %}
-<div><h3>{{ name }}</h3>
-<div class="bars">
-{% for label, number, share in bars %}
-<span class="label" title="{{ label }}">{{ label }}</span>
-<div>{% if number %}<div class="bar" style="width: {{ share }}%"></div>{% endif %}</div>
-<span class="n">{{ '{:,}'.format(number) }}</span>
-{% endfor %}
-</div></div>
-{% endfor %}
-</div>
-{% endfor %}
-</body>
-</html>
-"""

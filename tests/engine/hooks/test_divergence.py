@@ -27,7 +27,10 @@ def feed(losses: list[float], monkeypatch) -> list[Message]:
 def test_divergence_is_told_once_with_its_causes(monkeypatch):
     (message,) = feed([1.0] * 60 + [None, 9.9, 11.0, 12.0] + [50.0] * 200, monkeypatch)
     facts = {name: message.facts[name] for name in ('step', 'loss', 'times', 'steps', 'lr')}
-    assert (message.code, facts) == ('run-diverging', {'step': 63, 'loss': 11.0, 'times': 11.0, 'steps': 61, 'lr': 0.02})
+    assert (message.code, facts) == (
+        'run-diverging',
+        {'step': 63, 'loss': 11.0, 'times': 11.0, 'steps': 61, 'lr': 0.02},
+    )
     assert 'learning rate' in str(message) and 'check_dataset.py' in str(message)
 
 
