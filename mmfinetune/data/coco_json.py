@@ -239,6 +239,7 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
         del content
         top = json.loads(text, object_hook=_compact if compact else None)
         if isinstance(top, dict):
+            faults += [Message('coco-section-repeated', section=section) for section in _repeated_sections(text)]
             return top
         faults[:] = [Message('coco-top-level', kind=type(top).__name__)]
     except UnicodeDecodeError as error:
@@ -252,6 +253,15 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
         if collecting:
             gc.enable()
     return None
+
+
+def _repeated_sections(text: str) -> list[str]:
+    """The sections that the top object has more than once: json keeps the last alone."""
+    # A second parse, which takes as long as the first, only where a name stands twice anywhere.
+    if all(text.count(f'"{section}"') < 2 for section in SECTIONS):
+        return []
+    keys = json.loads(text, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
+    return [section for section in SECTIONS if keys.count(section) > 1]
 
 
 def _encoding_fault(found: str) -> Message:

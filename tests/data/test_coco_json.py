@@ -30,6 +30,7 @@ ONE_CLASS = '"categories": [{"id": 1, "name": "a"}]'
         ('{"images": [{}], "annotations": []}', ['coco-section-missing']),
         ('{"images": 1, "annotations": 2, "categories": 3}', ['coco-section-type'] * 3),
         ('{"images": [{}, 5], "annotations": [], ' + ONE_CLASS + '}', ['coco-entry-type']),
+        ('{"images": [{}], "annotations": [], "annotations": [], ' + ONE_CLASS + '}', ['coco-section-repeated']),
         ('{"images": [], "annotations": [], "categories": []}', ['coco-no-images', 'coco-no-categories']),
         ('\ufeff{"images": [{}], "annotations": [], ' + ONE_CLASS + '}', ['coco-encoding']),
     ],
@@ -41,6 +42,13 @@ def test_broken_file(tmp_path, text, faults):
         coco_json.read(path).require(utf8=True)
     assert codes(caught.value.problems) == faults
     assert codes(coco_json.read(path).faults) == faults
+
+
+def test_the_name_of_a_section_elsewhere(data):
+    data.images.append({'id': 50, 'file_name': 'a.jpg', 'images': [], 'annotations': {'annotations': 1}})
+    data.categories.append({'id': 50, 'name': 'categories'})
+    data.write()
+    assert not coco_json.read(data.path).require().faults
 
 
 @pytest.mark.parametrize(
