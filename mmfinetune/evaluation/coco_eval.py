@@ -27,13 +27,11 @@ TIDE_ERRORS = {
 
 @dataclass(frozen=True)
 class Scores:
-    """What an engine says of the detections of one kind.
+    """What an engine says of the detections of one kind, ``'bbox'`` or ``'segm'``.
 
     Attributes:
-        iou_type: ``'bbox'`` or ``'segm'``.
         stats: COCO's 12 numbers in the order of `STATS`; -1 where there is no ground truth.
         precision: (IoU, recall, class, area, maxDets), -1 where there is no ground truth.
-        iou_thrs: IoU thresholds of the first axis.
         names: Names of the classes, in the order of the third axis.
     """
 
@@ -96,8 +94,6 @@ def evaluate(
         dataset: Content of a COCO annotation file; it is not changed.
         rows: COCO result rows, may be empty. Rows of masks must have no ``bbox``: COCO would take
             the areas of the boxes.
-        iou_type: ``'bbox'`` or ``'segm'``.
-        engine: One of `ENGINES`.
         cat_ids: Classes to evaluate; all in the order of the file by default.
         img_ids: Images to evaluate; all by default.
         iou_thrs: COCO's 0.5, 0.55, …, 0.95 by default.
@@ -105,11 +101,9 @@ def evaluate(
     names = {c['id']: c['name'] for c in dataset['categories']}
     cat_ids = list(names if cat_ids is None else cat_ids)
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        # hotcoco warns of other thresholds than COCO's.
-        warnings.simplefilter('ignore')
+        warnings.simplefilter('ignore')  # hotcoco warns of other thresholds than COCO's
         evaluator = _evaluator(engine, dataset, rows, iou_type)
-        # pycocotools sorts them anyway, hotcoco does not.
-        evaluator.params.catIds = sorted(cat_ids)
+        evaluator.params.catIds = sorted(cat_ids)  # pycocotools would do so, hotcoco does not
         if img_ids is not None:
             evaluator.params.imgIds = list(img_ids)
         if iou_thrs is not None:
@@ -136,9 +130,7 @@ def tide(dataset: Mapping[str, Any], rows: Sequence[dict], iou_type: str) -> Tid
     mean here, 0 there).
 
     Args:
-        dataset: As in `evaluate`.
-        rows: As in `evaluate`.
-        iou_type: ``'bbox'`` or ``'segm'``.
+        dataset, rows, iou_type: See `evaluate`.
     """
     with contextlib.redirect_stdout(io.StringIO()):
         evaluator = _evaluator('hotcoco', dataset, rows, iou_type)
@@ -164,9 +156,6 @@ def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[dict], io
     # Copies, since pycocotools writes into both.
     truth.dataset = {**dataset, 'annotations': [dict(a) for a in dataset['annotations']]}
     truth.createIndex()
-    if rows:
+    if rows:  # pycocotools' loadRes looks at the first row
         found = truth.loadRes([dict(row) for row in rows])
-    else:  # pycocotools' loadRes looks at the first row
-        found.dataset = {'images': dataset['images'], 'categories': dataset['categories'], 'annotations': []}
-        found.createIndex()
     return COCOeval(truth, found, iou_type)

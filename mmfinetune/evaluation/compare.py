@@ -19,7 +19,7 @@ from mmfinetune.evaluation.run_results import RESULTS
 from mmfinetune.evaluation.stats import PREFIX
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, reason_of
-from mmfinetune.utils.text import csv_text, duration, near, table
+from mmfinetune.utils.text import block, csv_text, duration, near
 
 METRIC = 'coco/segm_mAP'
 STEM = Path('work_dirs/comparison')
@@ -38,7 +38,6 @@ class Run:
 
     Args:
         name: Name of the run in the table and the legend.
-        folder: Its work dir.
         epochs: Metrics after each validated epoch; epoch 0 stands for the weights before training.
         seconds: Time spent in training steps; None if not known.
     """
@@ -63,7 +62,7 @@ def compare_runs(
     """Compare runs; write tables as ``.md`` and ``.csv`` and the curves as ``.png``.
 
     Args:
-        folders: Work dirs, one per run.
+        folders: Work dirs.
         names: Names of the runs, in the order of the folders; those of the folders by default.
         metrics: Metrics by the names in the logs; more is better, except of those with ``loss`` in
             their name.
@@ -114,11 +113,11 @@ def read_run(folder: Path, name: str) -> Run:
     Raises:
         UserError: There is no run, or a file is broken.
     """
+    if not folder.is_dir():
+        raise UserError('compare-no-folder', folder=folder)
     # MMEngine names the folders by date and time, so that their order is that of the parts.
     logs = sorted(folder.glob(f'*/{SCALARS}'))
     zero_shot = folder / ZERO_SHOT
-    if not folder.is_dir():
-        raise UserError('compare-no-folder', folder=folder)
     if not logs and not zero_shot.is_file():
         raise UserError('compare-no-run', problems=_nearby(folder), folder=folder, file=SCALARS)
     epochs: dict[int, dict[str, float]] = {}
@@ -127,7 +126,10 @@ def read_run(folder: Path, name: str) -> Run:
         epochs = {epoch: metrics for epoch, metrics in epochs.items() if epoch < first}
         epochs.update(validated)
     if zero_shot.is_file():
-        epochs[0] = _read_zero_shot(zero_shot)
+        try:
+            epochs[0] = _numbers(json.loads(zero_shot.read_bytes())['metrics'])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError('compare-zero-shot', path=zero_shot) from error
     try:
         history = History.from_csv((folder / RESULTS).read_bytes())
     except (OSError, ValueError):
@@ -168,7 +170,7 @@ def metric_table(runs: Sequence[Run], metric: str) -> str:
         curve = run.curve(metric)
         values = [f'{curve[epoch]:.3f}' if epoch in curve else '-' for epoch in columns]
         rows.append([run.name, *values, _best(run, metric)])
-    return table(rows, markdown=True) + '\n'
+    return block(rows)
 
 
 def overview(runs: Sequence[Run]) -> str:
@@ -176,9 +178,8 @@ def overview(runs: Sequence[Run]) -> str:
     rows = [['run', *(f'best {title_of(metric)} (epoch)' for metric in _MAIN), 'epochs', 'training time']]
     for run in runs:
         seconds = '-' if run.seconds is None else duration(run.seconds)
-        best = [_best(run, metric) for metric in _MAIN]
-        rows.append([run.name, *best, str(max(run.epochs, default=0)), seconds])
-    return table(rows, markdown=True) + '\n'
+        rows.append([run.name, *(_best(run, metric) for metric in _MAIN), str(max(run.epochs, default=0)), seconds])
+    return block(rows)
 
 
 def metric_csv(runs: Sequence[Run], metrics: Sequence[str]) -> str:
@@ -197,9 +198,7 @@ def picture(runs: Sequence[Run], metrics: Sequence[str]) -> bytes:
     A panel for each metric and, where it is an AP, for AP50 next to it; one for the validation
     loss if all runs have it.
     """
-    panels = []
-    for metric in metrics:
-        panels += [name for name in (metric, f'{metric}_50') if name == metric or any(run.curve(name) for run in runs)]
+    panels = [n for m in metrics for n in (m, f'{m}_50') if n == m or any(run.curve(n) for run in runs)]
     if all(run.curve(VAL_LOSS) for run in runs):
         panels.append(VAL_LOSS)
     panels = list(dict.fromkeys(panels))
@@ -260,21 +259,13 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
     return first, epochs
 
 
-def _read_zero_shot(path: Path) -> dict[str, float]:
-    try:
-        return _numbers(json.loads(path.read_bytes())['metrics'])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError('compare-zero-shot', path=path) from error
-
-
 def _numbers(record: dict) -> dict[str, float]:
     """The metrics of a record; NaN where there was no ground truth, for which COCO has -1."""
-    numbers = {
-        key: float(value)
+    return {
+        key: math.nan if value == -1 and key.startswith(PREFIX) else float(value)
         for key, value in record.items()
         if key not in _NOT_METRICS and isinstance(value, (int, float)) and not isinstance(value, bool)
     }
-    return {key: math.nan if value == -1 and key.startswith(PREFIX) else value for key, value in numbers.items()}
 
 
 def _columns(runs: Sequence[Run], metric: str) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from tqdm import tqdm
@@ -26,12 +26,11 @@ MAX_DETS = 100  # per image, as in COCO's AP
 NOTHING = 'background'
 
 
-@dataclass(frozen=True)
+@dataclass
 class ImageErrors:
     """What is wrong in one image; numbers are places in `Matches.rows` and `Matches.objects`.
 
     Attributes:
-        image_id: Id of the image.
         right: Number of objects found with the right class.
         missed: Objects without a detection.
         false: Detections without an object.
@@ -39,10 +38,10 @@ class ImageErrors:
     """
 
     image_id: int
-    right: int
-    missed: tuple[int, ...]
-    false: tuple[int, ...]
-    confused: tuple[tuple[int, int], ...]
+    right: int = 0
+    missed: list[int] = field(default_factory=list)
+    false: list[int] = field(default_factory=list)
+    confused: list[tuple[int, int]] = field(default_factory=list)
 
     @property
     def count(self) -> int:
@@ -52,8 +51,7 @@ class ImageErrors:
     @property
     def f1(self) -> float:
         """F1 of objects found with the right class; 1 where there is nothing and nothing is found."""
-        wrong = len(self.missed) + len(self.false) + 2 * len(self.confused)
-        total = 2 * self.right + wrong
+        total = 2 * self.right + self.count + len(self.confused)
         return 2 * self.right / total if total else 1.0
 
 
@@ -71,7 +69,6 @@ class Matches:
         rows: The detections, at most 100 per image, as COCO result rows.
         objects: Annotations without crowd regions.
         labels: Class number of each detection.
-        scores: Score of each detection.
         found: Number of the object that each detection takes; -1 for none.
         over: Number of the object that each detection covers best, taken or not; -1 for none.
         ignored: Whether a detection is not counted.
@@ -97,14 +94,18 @@ class Matches:
         """
         count = len(self.names)
         matrix = np.zeros((count + 1, count + 1), int)
-        used = (self.scores >= score_thr) & ~self.ignored
-        hit = used & (self.found >= 0)
+        hit, false = self._hits(score_thr)
         np.add.at(matrix, (self.object_labels[self.found[hit]], self.labels[hit]), 1)
-        np.add.at(matrix, (count, self.labels[used & ~hit]), 1)
+        np.add.at(matrix, (count, self.labels[false]), 1)
         missed = np.ones(len(self.objects), bool)
         missed[self.found[hit]] = False
         np.add.at(matrix, (self.object_labels[missed], count), 1)
         return matrix
+
+    def _hits(self, score_thr: float) -> tuple[np.ndarray, np.ndarray]:
+        """Which detections from a score on take an object, and which are false, both (N,) bool."""
+        used = (self.scores >= score_thr) & ~self.ignored
+        return used & (self.found >= 0), used & (self.found < 0)
 
     def f1(self, score_thr: float) -> float:
         """F1 of objects found with the right class, over all images and classes."""
@@ -138,27 +139,20 @@ class Matches:
 
         Worse is more objects missed, falsely found or confused with another class; then a lower F1.
         """
-        used = (self.scores >= score_thr) & ~self.ignored
-        hit = used & (self.found >= 0)
-        taker = np.full(len(self.objects), -1)
-        taker[self.found[hit]] = np.flatnonzero(hit)
-        right: Counter = Counter()
-        missed, false, confused = defaultdict(list), defaultdict(list), defaultdict(list)
+        hit, false = self._hits(score_thr)
+        taker = {int(self.found[i]): int(i) for i in np.flatnonzero(hit)}
+        images = {item['image_id']: ImageErrors(item['image_id']) for item in (*self.objects, *self.rows)}
         for i, thing in enumerate(self.objects):
-            image_id = thing['image_id']
-            if taker[i] < 0:
-                missed[image_id].append(i)
+            image = images[thing['image_id']]
+            if i not in taker:
+                image.missed.append(i)
             elif self.labels[taker[i]] == self.object_labels[i]:
-                right[image_id] += 1
+                image.right += 1
             else:
-                confused[image_id].append((i, int(taker[i])))
-        for i in np.flatnonzero(used & ~hit):
-            false[self.rows[i]['image_id']].append(int(i))
-        found = [
-            ImageErrors(i, right[i], tuple(missed[i]), tuple(false[i]), tuple(confused[i]))
-            for i in {**missed, **false, **confused}
-        ]
-        return sorted(found, key=lambda e: (-e.count, e.f1, e.image_id))
+                image.confused.append((i, taker[i]))
+        for i in np.flatnonzero(false):
+            images[self.rows[i]['image_id']].false.append(int(i))
+        return sorted((e for e in images.values() if e.count), key=lambda e: (-e.count, e.f1, e.image_id))
 
     def describe(self, errors: ImageErrors) -> str:
         """E.g. ``missed: 2 dog; false: cow on cat; confused: cat predicted as dog``."""
@@ -190,7 +184,6 @@ def match(truth: Truth, rows: Sequence[dict], kind: str, iou_thr: float = IOU_TH
     """Match detections to the objects of their images; see `Matches`.
 
     Args:
-        truth: Ground truth.
         rows: COCO result rows.
         kind: ``'segm'`` or ``'bbox'``: what the IoU is measured of.
         iou_thr: Least IoU, and least share of a detection in a crowd region.
@@ -213,13 +206,13 @@ def match(truth: Truth, rows: Sequence[dict], kind: str, iou_thr: float = IOU_TH
         # Crowd regions last, so that the column of an object is its place.
         things = sorted(in_image[image_id], key=lambda a: a['iscrowd'])
         crowd = np.array([a['iscrowd'] for a in things], bool)
-        same_class = np.array([[r['category_id'] == a['category_id'] for a in things] for r in best], bool)
+        same_class = np.equal.outer([r['category_id'] for r in best], [a['category_id'] for a in things])
         ious = np.array(mask_api.iou([r[key] for r in best], [shape_of(a) for a in things], crowd))
-        shape = len(best), len(things)
-        hits = ious.reshape(shape) >= iou_thr
-        ignorable = (hits & same_class.reshape(shape))[:, crowd].any(1)
+        ious = ious.reshape(same_class.shape)  # pycocotools gives an empty list where one of both is empty
+        hits = ious >= iou_thr
+        ignorable = (hits & same_class)[:, crowd].any(1)
         # -1 is no object.
-        taken, under = _taken(np.where(hits, ious.reshape(shape), -1)[:, ~crowd])
+        taken, under = _taken(np.where(hits, ious, -1)[:, ~crowd])
         found += [len(objects) + place if place >= 0 else -1 for place in taken]
         over += [len(objects) + place if place >= 0 else -1 for place in under]
         ignored += list(ignorable & (taken < 0))
@@ -244,11 +237,10 @@ def _taken(ious: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     Args:
         ious: (detections, objects), the best detection first; -1 where an IoU is too small.
     """
-    if not ious.size:
-        none = np.full(len(ious), -1)
-        return none, none
-    under = np.where(ious.max(1) < 0, -1, ious.argmax(1))
     taken = np.full(len(ious), -1)
+    if not ious.size:
+        return taken, taken
+    under = np.where(ious.max(1) < 0, -1, ious.argmax(1))
     for i, row in enumerate(ious):
         place = row.argmax()
         if row[place] >= 0:

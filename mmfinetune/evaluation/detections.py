@@ -24,12 +24,7 @@ _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
 
 @dataclass(frozen=True)
 class Truth:
-    """A COCO annotation file that can be evaluated against.
-
-    Attributes:
-        path: The file.
-        data: Its content; ``iscrowd`` is set in all annotations.
-    """
+    """A COCO annotation file that can be evaluated against; ``iscrowd`` is set in all annotations of its data."""
 
     path: Path
     data: dict[str, Any] = field(repr=False)
@@ -65,10 +60,9 @@ class Truth:
 
 
 def read_truth(path: Path, masks: bool = True) -> Truth:
-    """Read an annotation file.
+    """Read a COCO annotation file.
 
     Args:
-        path: COCO JSON.
         masks: Whether masks will be evaluated.
 
     Raises:
@@ -103,7 +97,6 @@ def result_rows(
     """COCO result rows of one image: ``image_id, category_id, score``, ``bbox`` and ``segmentation``.
 
     Args:
-        image_id: Id of the image.
         category_ids: Category id of each label.
         labels: (N,) class numbers.
         scores: (N,) float32.
@@ -115,7 +108,7 @@ def result_rows(
         for label, score in zip(labels, _shortest(scores), strict=True)
     ]
     if boxes is not None:
-        sizes = _shortest(np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1))
+        sizes = _shortest(np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]))
         for row, bbox in zip(rows, sizes, strict=True):
             row['bbox'] = bbox
     if masks is not None:
@@ -135,10 +128,9 @@ def read_rows(path: Path) -> list:
     except ValueError as error:
         raise UserError('rows-unreadable', path=path, reason=str(error)) from None
     if not isinstance(rows, list):
+        hint = 'pass a file such as predictions.segm.json'
         if isinstance(rows, dict) and 'annotations' in rows:
             hint = 'pass the list that was predicted, not a data set'
-        else:
-            hint = 'pass a file such as predictions.segm.json'
         raise UserError('rows-no-list', hint=hint, path=path)
     if not rows:
         raise UserError('rows-empty', path=path)
@@ -154,11 +146,9 @@ def checked_rows(path: Path, rows: Sequence[Any], truth: Truth, kind: str) -> li
     """The rows of a result file that can be evaluated.
 
     Args:
-        path: The file that they are from.
         rows: Dicts with ``image_id``, ``category_id``, ``score`` and ``segmentation`` (run
             lengths) or ``bbox`` (left, top, width, height in px). Where they have a ``file_name``
             it must be that of the image: ids alone do not tell one split from another.
-        truth: What they will be compared with.
         kind: ``'segm'`` or ``'bbox'``: what to take of each row. The other is left out, since
             COCO's areas would be those of the boxes where a mask has one.
 
@@ -174,21 +164,19 @@ def checked_rows(path: Path, rows: Sequence[Any], truth: Truth, kind: str) -> li
     problems = Problems()
     clean = []
     for number, row in enumerate(rows, 1):
-        if not _is_row(row, key, f'row {number}', problems):
+        where = f'row {number}'
+        if not _is_row(row, key, where, problems):
             continue
-        image, value = truth.images[row['image_id']], row[key]
+        image_id, value = row['image_id'], row[key]
+        image = truth.images[image_id]
+        size = [image['height'], image['width']]
         if 'file_name' in row and Path(str(row['file_name'])).name != Path(image['file_name']).name:
-            problems.add(
-                'row-other-image',
-                f'row {number} of {row["file_name"]}, image {row["image_id"]} is {image["file_name"]}',
-            )
-        if kind == 'segm' and value['size'] != [image['height'], image['width']]:
-            problems.add(
-                'row-mask-size',
-                f'row {number} {value["size"]} in image {row["image_id"]} of [{image["height"]}, {image["width"]}]',
-            )
+            where += f' of {row["file_name"]}, image {image_id} is {image["file_name"]}'
+            problems.add('row-other-image', where)
+        if kind == 'segm' and value['size'] != size:
+            problems.add('row-mask-size', f'row {number} {value["size"]} in image {image_id} of {size}')
         clean.append(
-            {'image_id': row['image_id'], 'category_id': row['category_id'], 'score': float(row['score']), key: value}
+            {'image_id': image_id, 'category_id': row['category_id'], 'score': float(row['score']), key: value}
         )
     if kind == 'segm' and not problems:
         _check_run_lengths(clean, problems)
@@ -201,7 +189,6 @@ def image_folder(truth: Truth, root: Path | None) -> Path | None:
     """The folder that the file names of the images are relative to.
 
     Args:
-        truth: The images.
         root: Given by the user; otherwise the folders around the annotation file are tried.
 
     Returns:
@@ -245,24 +232,22 @@ def _is_row(row: Any, key: str, where: str, problems: Problems) -> bool:
     if not isinstance(row, dict):
         problems.add('row-type', where)
         return False
-    missing = [k for k in ('image_id', 'category_id', 'score', key) if k not in row]
-    if missing:
+    if missing := [k for k in ('image_id', 'category_id', 'score', key) if k not in row]:
         problems.add('row-keys', where, keys=', '.join(missing))
         return False
     value = row[key]
     if any(isinstance(row[k], bool) or not isinstance(row[k], (int, str)) for k in ('image_id', 'category_id')):
-        problems.add('row-id-type', where)
+        wrong = 'row-id-type'
     elif not _numbers([row['score']], 1):
-        problems.add('row-score', where)
+        wrong = 'row-score'
     elif key == 'bbox':
-        if _numbers(value, 4) and min(value[2:]) >= 0:
-            return True
-        problems.add('row-box', where)
+        wrong = '' if _numbers(value, 4) and min(value[2:]) >= 0 else 'row-box'
     else:
-        if isinstance(value, dict) and isinstance(value.get('counts'), (str, list)) and _numbers(value.get('size'), 2):
-            return True
-        problems.add('row-shape', where)
-    return False
+        coded = isinstance(value, dict) and isinstance(value.get('counts'), (str, list))
+        wrong = '' if coded and _numbers(value.get('size'), 2) else 'row-shape'
+    if wrong:
+        problems.add(wrong, where)
+    return not wrong
 
 
 def _numbers(values: Any, count: int) -> bool:
@@ -285,14 +270,10 @@ def _check_run_lengths(rows: list[dict], problems: Problems) -> None:
             try:
                 mask_api.area(row['segmentation'])
             except damaged as error:
-                reason = f'row {number} ({error})'
-                problems.add('row-mask', reason)
+                problems.add('row-mask', f'row {number} ({error})')
         return
     for row in rows:
-        shape = row['segmentation']
-        if isinstance(shape['counts'], list):
-            rle = mask_api.frPyObjects(shape, *shape['size'])
-            row['segmentation'] = {'size': shape['size'], 'counts': rle['counts'].decode()}
+        row['segmentation'] = to_rle(row['segmentation'], *row['segmentation']['size'])
 
 
 def _shortest(values: np.ndarray) -> list:

@@ -16,11 +16,7 @@ _CELLS_WITH_NUMBERS = 30  # classes; with more the numbers would be too small to
 
 
 def tide_picture(tides: Mapping[str, Tide]) -> bytes:
-    """Bars of how much AP50 would rise without the errors of each kind, with their counts.
-
-    Args:
-        tides: TIDE's errors by ``'segm'`` and ``'bbox'``; one or both.
-    """
+    """Bars of how much AP50 would rise without the errors of each kind, with their counts; masks, boxes or both."""
     figure, (axes,) = plots.new_figure(8.5, 1.6 + 0.42 * len(TIDE_ERRORS) * (0.5 + len(tides) / 2))
     thick = 0.8 / len(tides)
     handles = []
@@ -29,9 +25,8 @@ def tide_picture(tides: Mapping[str, Tide]) -> bytes:
         places = np.arange(len(TIDE_ERRORS)) + (number - (len(tides) - 1) / 2) * thick
         handles.append(axes.barh(places, list(tide.d_ap.values()), 0.9 * thick, color=plots.COLOURS[number]))
         for place, error in zip(places, TIDE_ERRORS, strict=True):
-            value = tide.d_ap[error]
-            text = f'{value:.3f}   ({tide.counts[error]:,})'
-            axes.text(max(0, value) + 0.012 * widest, place, text, **plots.NOTE)
+            text = f'{tide.d_ap[error]:.3f}   ({tide.counts[error]:,})'
+            axes.text(max(0, tide.d_ap[error]) + 0.012 * widest, place, text, **plots.NOTE)
     labels = [f'{error}: {meaning}' for error, meaning in TIDE_ERRORS.items()]
     axes.set_yticks(range(len(labels)), labels, fontsize=9)
     axes.set(xlim=(0, 1.3 * widest), ylim=(len(labels) - 0.4, -0.6), xlabel='rise of AP50 if fixed (number of errors)')
@@ -48,7 +43,6 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
     Args:
         matrix: (K + 1, K + 1) counts, see `confusion.Matches.confusion`.
         names: K class names.
-        title: What was evaluated.
     """
     from matplotlib.colors import PowerNorm
 
@@ -66,8 +60,7 @@ def confusion_picture(matrix: np.ndarray, names: Sequence[str], title: str) -> b
     image = axes.imshow(shares, cmap='Blues', norm=PowerNorm(0.5, 0, 1))
     axes.set_xticks(range(0, count, step), names[::step], rotation=90, fontsize=size, parse_math=False)
     axes.set_yticks(range(0, count, step), names[::step], fontsize=size, parse_math=False)
-    axes.set_xlabel('predicted')
-    axes.set_ylabel('true')
+    axes.set(xlabel='predicted', ylabel='true')
     axes.set_title(title, fontsize=10)
     # Between the cells, and stronger before those of the background.
     if step == 1:

@@ -95,12 +95,6 @@ class History:
 
 
 def best_of(curve: Mapping[int, float], less: bool = False) -> tuple[int, float] | None:
-    """The first place of the best value of a curve, and the value; None without finite values.
-
-    Args:
-        curve: Values by place.
-        less: Whether less is better.
-    """
+    """The first place of the best value of a curve, and the value; None without finite values."""
     finite = {x: value for x, value in curve.items() if math.isfinite(value)}
-    sign = -1 if less else 1
-    return max(finite.items(), key=lambda item: sign * item[1]) if finite else None
+    return (min if less else max)(finite.items(), key=lambda item: item[1], default=None)

@@ -122,9 +122,7 @@ def lines(axes: Axes, curves: Sequence[Mapping[int, float]], title: str, xlabel:
     """Draw curves into a panel.
 
     Args:
-        axes: The panel.
         curves: Values by place on the x axis; values that are not finite leave a gap.
-        title: Title of the panel.
         xlabel: Label of the x axis, whose ticks are integers.
 
     Returns:
@@ -136,9 +134,8 @@ def lines(axes: Axes, curves: Sequence[Mapping[int, float]], title: str, xlabel:
     for number, curve in enumerate(curves):
         style: dict[str, Any] = {'color': COLOURS[number % len(COLOURS)], 'marker': MARKERS[number % len(MARKERS)]}
         # Markers of a long history would hide its line.
-        every = math.ceil(len(curve) / 20) or 1
-        values = list(curve.values())
-        handles += axes.plot(list(curve), values, linewidth=1.8, markersize=5.5, markevery=every, **style)
+        style |= {'markevery': math.ceil(len(curve) / 20) or 1, 'linewidth': 1.8, 'markersize': 5.5}
+        handles += axes.plot(list(curve), list(curve.values()), **style)
     axes.set_title(_writable(title), parse_math=False)
     axes.set_xlabel(xlabel)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
@@ -200,7 +197,6 @@ def class_bars(per_class: Mapping[str, Mapping[str, float]], title: str = '') ->
         per_class: ``segm_AP``, ``segm_AP50`` and the same for ``bbox`` by class, in the order of
             the labels; boxes are shown where there are no masks. A class without these had no
             ground truth.
-        title: What was evaluated.
     """
     boxes, masks = (any(f'{kind}_AP' in values for values in per_class.values()) for kind in ('bbox', 'segm'))
     kind = 'bbox' if boxes and not masks else 'segm'

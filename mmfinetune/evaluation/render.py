@@ -17,7 +17,7 @@ from mmfinetune.evaluation.confusion import ImageErrors
 from mmfinetune.evaluation.report import CLASS_APS, VOC_IOUS, Report
 from mmfinetune.evaluation.stats import KINDS, number, stat_rows
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.text import cell, csv_text, plural, table
+from mmfinetune.utils.text import block, cell, csv_text, plural
 
 WORST = 'worst'
 _PLURAL = {'segm': 'masks', 'bbox': 'boxes'}
@@ -63,19 +63,19 @@ def f1_line(report: Report) -> str:
 
 def text(report: Report) -> str:
     """The report for the screen; its tables are Markdown, which can be read as it is."""
-    parts = [
+    lines = [
         *(f'{name}: {value}' for name, value in report.source.items()),
         _counts(report),
         *map(str, report.notes()),
         '',
-        _table(stat_rows(report.metrics())),
+        block(stat_rows(report.metrics())),
         voc_line(report),
         '',
-        _table(class_rows(report)),
-        _table(tide_rows(report)),
+        block(class_rows(report)),
+        block(tide_rows(report)),
         f1_line(report),
     ]
-    return '\n'.join(parts)
+    return '\n'.join(lines)
 
 
 def markdown(report: Report) -> str:
@@ -88,10 +88,9 @@ def markdown(report: Report) -> str:
     lines = ['# Evaluation', '']
     lines += [f'- {name}: `{value}`' for name, value in report.source.items()]
     lines += [f'- {line}' for line in (_counts(report), *report.notes())]
-    lines += ['', _table(stat_rows(report.metrics())), f'{voc_line(report)}. `-`: no ground truth.', '']
-    lines += ['## Classes', '', _table(class_rows(report)), '## Errors', '', _table(tide_rows(report))]
-    lines += [f'- {name}: {meaning}' for name, meaning in coco_eval.TIDE_ERRORS.items()]
-    lines.append('')
+    lines += ['', block(stat_rows(report.metrics())), f'{voc_line(report)}. `-`: no ground truth.', '']
+    lines += ['## Classes', '', block(class_rows(report)), '## Errors', '', block(tide_rows(report))]
+    lines += [*(f'- {name}: {meaning}' for name, meaning in coco_eval.TIDE_ERRORS.items()), '']
     if report.pictures:
         lines += ['![TIDE errors](tide.png)', '']
     lines += ['## Confusion', '', f'{f1_line(report)}. {matrix_rule}', '']
@@ -143,7 +142,6 @@ def draw_worst(report: Report, root: Path) -> dict[str, bytes]:
     The names are noted in ``report.pictures``.
 
     Args:
-        report: The report.
         root: Folder that the file names of the images are relative to.
 
     Raises:
@@ -231,7 +229,3 @@ def _counts(report: Report) -> str:
         f'{len(report.truth.images):,} images, {sum(report.truth.counts.values()):,} objects, '
         f'{report.truth.crowds:,} crowd regions, {found}'
     )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    return table(rows, markdown=True) + '\n'

@@ -27,12 +27,8 @@ class Report:
     """The results of one evaluation.
 
     Attributes:
-        truth: Ground truth that the detections were compared with.
         source: What was evaluated, by name: checkpoint, config, split or files.
-        engine: Engine of the COCO numbers.
-        detections: Number of detections by kind.
-        scores: COCO's numbers by kind, ``'segm'`` first.
-        tides: TIDE's errors by kind.
+        detections, scores, tides: Number of detections, COCO's numbers and TIDE's errors by kind, ``'segm'`` first.
         matches: Matched detections of the first kind.
         score_thr: Least score for confusion matrix and pictures.
         worst: Images with errors, the worst first.
@@ -61,14 +57,11 @@ class Report:
 
     def per_class(self) -> dict[str, dict[str, float]]:
         """``<segm|bbox>_<AP|AP50|AP70>`` by class; absent where there is no ground truth."""
-        found: dict[str, dict[str, float]] = {name: {} for name in self.matches.names}
-        for name, numbers in found.items():
-            for kind, scores in self.scores.items():
-                for key, iou in CLASS_APS.items():
-                    value = scores.ap(name, iou)
-                    if value is not None:
-                        numbers[f'{kind}_{key}'] = value
-        return found
+        columns = [(f'{kind}_{key}', s, iou) for kind, s in self.scores.items() for key, iou in CLASS_APS.items()]
+        return {
+            name: {column: value for column, s, iou in columns if (value := s.ap(name, iou)) is not None}
+            for name in self.matches.names
+        }
 
     def notes(self) -> list[Message]:
         """What a reader of the numbers should know."""
@@ -83,9 +76,9 @@ class Report:
         empty = images - len({row['image_id'] for row in self.matches.rows})
         if 2 * empty > images and self.matches.rows:
             notes.append(Message('eval-empty-images', empty=empty, images=images))
-        for kind, count in self.detections.items():
-            if not count:
-                notes.append(Message('eval-no-detections', kind=KINDS[kind]))
+        notes += [
+            Message('eval-no-detections', kind=KINDS[kind]) for kind, count in self.detections.items() if not count
+        ]
         if 'bbox' not in self.scores:
             notes.append(Message('eval-no-boxes'))
         if 'segm' not in self.scores:
@@ -151,10 +144,8 @@ def analyse(
     """Evaluate detections and find out what is wrong with them.
 
     Args:
-        truth: Ground truth.
         rows: COCO result rows by kind, ``'segm'``, ``'bbox'`` or both.
         source: What the rows are, by name.
-        engine: One of `coco_eval.ENGINES`.
         score_thr: Least score for confusion matrix and worst images.
         worst: How many of the worst images to keep.
     """

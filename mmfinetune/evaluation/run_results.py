@@ -14,7 +14,7 @@ from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
 from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS, number, stat_rows
 from mmfinetune.utils.files import atomic_write_all, atomic_write_text
-from mmfinetune.utils.text import duration, table
+from mmfinetune.utils.text import block, duration
 
 RESULTS = 'results.csv'
 DETECTION, SEGMENTATION = 'det_results.txt', 'seg_results.txt'
@@ -46,11 +46,7 @@ def set_aside(path: Path) -> Path:
 
 
 def per_class_of(evaluator: Any, metrics: Mapping[str, float]) -> dict[str, dict[str, float]]:
-    """AP and AP50 of each class, as far as they are known.
-
-    Args:
-        evaluator: MMEngine's evaluator, whose metrics may have ``per_class``.
-        metrics: What it returned; ``coco/<kind>_AP/<class>`` is used where no metric has ``per_class``.
+    """AP and AP50 of each class: the ``per_class`` of a metric, or else ``coco/<kind>_AP/<class>`` of what it returned.
 
     Returns:
         ``bbox_AP``, ``bbox_AP50``, ``segm_AP``, ``segm_AP50`` by class, in the order of the labels
@@ -74,10 +70,6 @@ def result_lines(history: History, kind: str) -> str:
     learning rate with six. Epochs count from 1; where training is not counted in epochs, lines
     begin with ``iter:``.
 
-    Args:
-        history: Results of the run.
-        kind: ``'bbox'`` or ``'segm'``.
-
     Returns:
         The lines of those rows that have these numbers; empty if none has.
     """
@@ -97,8 +89,6 @@ def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: s
     For boxes and for masks, as far as `metrics` has them. -1 stands for no ground truth.
 
     Args:
-        metrics: ``coco/<bbox|segm>_<stat>``.
-        per_class: See `per_class_of`.
         source: What was evaluated, for the first line.
     """
     blocks = [f'{source}\n'] if source else []
@@ -107,12 +97,9 @@ def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: s
             continue
         lines = [f'IoU metric: {kind}', 'COCO results:']
         for name, (_, iou, area, detections) in STATS.items():
-            what = ('Average Precision', '(AP)') if name.startswith('mAP') else ('Average Recall', '(AR)')
-            lines.append(
-                f' {what[0]:<18} {what[1]} @[ IoU={iou:<9} | area={area:>6s} | '
-                f'maxDets={detections:>3d} ] = '
-                f'{metrics.get(f"{PREFIX}{kind}_{name}", -1):0.3f}'
-            )
+            what = 'Average Precision  (AP)' if name.startswith('mAP') else 'Average Recall     (AR)'
+            value = metrics.get(f'{PREFIX}{kind}_{name}', -1)
+            lines.append(f' {what} @[ IoU={iou:<9} | area={area:>6s} | maxDets={detections:>3d} ] = {value:0.3f}')
         wide = any(f'{kind}_AP50' in values for values in per_class.values())
         key, iou, total = (f'{kind}_AP50', '0.5', 'mAP_50') if wide else (f'{kind}_AP', '0.50:0.95', 'mAP')
         if any(key in values for values in per_class.values()):
@@ -128,8 +115,6 @@ class RunFacts:
     """What is known of a run besides its results.
 
     Attributes:
-        name: Name of the run.
-        command: The command that started it.
         total: Planned number of epochs (or iterations).
         unit: ``epoch`` or ``iter``.
         best: The metrics by which the best checkpoint is chosen, and whether less is better.
@@ -150,20 +135,14 @@ def summary_text(facts: RunFacts, history: History, done: int, state: str, per_c
     """A run as one Markdown page.
 
     Args:
-        facts: What is known besides the results.
-        history: Results so far.
         done: Epochs (or iterations) trained so far.
         state: State of the run, as a phrase.
         per_class: AP of each class at the last validation.
         work_dir: Folder of the run; existing files are linked.
     """
     unit = {'epoch': 'epoch', 'iter': 'iteration'}[facts.unit]
-    lines = [
-        f'# {facts.name}',
-        '',
-        f'**{state}: {unit} {done} of {facts.total}** ({time.strftime("%Y-%m-%d %H:%M:%S")})',
-        '',
-    ]
+    now = time.strftime('%Y-%m-%d %H:%M:%S')
+    lines = [f'# {facts.name}', '', f'**{state}: {unit} {done} of {facts.total}** ({now})', '']
     for metric, less in facts.best.items():
         if best := history.best(metric, less):
             file = f'best_{metric}_{facts.unit}_{best[0]}.pth'.replace('/', '_')
@@ -179,8 +158,8 @@ def summary_text(facts: RunFacts, history: History, done: int, state: str, per_c
         'Test': 'Not tested yet.\n',
         f'{unit.capitalize()}s': _history_table(history),
         'Classes': class_section(per_class, f'Validation after {unit} {last}.', (work_dir / CLASS_BARS).is_file()),
-        'Run': f'```bash\n{facts.command}\n```\n\n{_markdown(setup, left=2)}',
-        'Data': _markdown(data),
+        'Run': f'```bash\n{facts.command}\n```\n\n{block(setup, left=2)}',
+        'Data': block(data),
         'Files': _file_list(work_dir),
     }
     return body + ''.join(f'\n## {title}\n\n{text}' for title, text in sections.items() if text)
@@ -190,18 +169,13 @@ def class_section(per_class: PerClass, source: str, picture: bool) -> str:
     """The table of classes, and the picture of it; empty without classes."""
     if not per_class:
         return ''
-    keys = [
-        key
-        for key in ('segm_AP', 'segm_AP50', 'bbox_AP', 'bbox_AP50')
-        if any(key in values for values in per_class.values())
-    ]
-    rows = [['class', 'label', *(f'{KINDS[k]} {which}' for k, _, which in (key.partition('_') for key in keys))]]
-    rows += [
-        [name, str(label), *(number(values.get(key), 4) for key in keys)]
-        for label, (name, values) in enumerate(per_class.items())
-    ]
+    columns = {f'{kind}_{which}': f'{word} {which}' for kind, word in KINDS.items() for which in ('AP', 'AP50')}
+    keys = [key for key in columns if any(key in values for values in per_class.values())]
+    rows = [['class', 'label', *(columns[key] for key in keys)]]
+    for label, (name, values) in enumerate(per_class.items()):
+        rows.append([name, str(label), *(number(values.get(key), 4) for key in keys)])
     link = f'\n![AP and AP50 of each class]({CLASS_BARS})\n' if picture else ''
-    return f'{source}\n\n{_markdown(rows)}{link}'
+    return f'{source}\n\n{block(rows)}{link}'
 
 
 def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], per_class: PerClass) -> list[Path]:
@@ -210,8 +184,6 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
     Args:
         work_dir: Folder of the run; a summary is started if there is none.
         checkpoint: The tested checkpoint.
-        metrics: Metrics as the runner returned them.
-        per_class: See `per_class_of`.
 
     Returns:
         The files written.
@@ -227,7 +199,7 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
         text = f'# {work_dir.resolve().name}\n'
     rows = stat_rows(metrics, _BOXES_FIRST, 4)
     body = f'`{checkpoint.name}`' + (f', loss {metrics["test/loss"]:.4f}' if 'test/loss' in metrics else '') + '\n\n'
-    text = _with_section(text, 'Test', body + _markdown(rows))
+    text = _with_section(text, 'Test', body + block(rows))
     contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
     if per_class:
         text = _with_section(text, 'Classes', class_section(per_class, f'{source}.', True))
@@ -239,30 +211,17 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
 
 
 def _history_table(history: History) -> str:
-    titles = {
-        'train/loss': 'training loss',
-        'val/loss': 'validation loss',
-        **{
-            f'{PREFIX}{kind}_{stat}': plots.title_of(f'{PREFIX}{kind}_{stat}')
-            for kind in _BOXES_FIRST
-            for stat in ('mAP', 'mAP_50')
-        },
-        'lr': 'lr',
-        'train_seconds': 'training',
-        'val_seconds': 'validation',
-    }
+    metrics = [f'{PREFIX}{kind}_{stat}' for kind in _BOXES_FIRST for stat in ('mAP', 'mAP_50')]
+    titles = {'train/loss': 'training loss', 'val/loss': 'validation loss'}
+    titles |= {name: plots.title_of(name) for name in metrics}
+    titles |= {'lr': 'lr', 'train_seconds': 'training', 'val_seconds': 'validation'}
     forms: dict[str, Callable[..., str]] = {'lr': '{:g}'.format, 'train_seconds': duration, 'val_seconds': duration}
     there = [name for name in titles if name in history.columns()]
     rows = [[history.unit, *(titles[name] for name in there)]]
-    rows += [
-        [str(row[history.unit]), *(forms.get(name, _four_digits)(row[name]) if name in row else '-' for name in there)]
-        for row in history.rows
-    ]
-    return _markdown(rows, left=0)
-
-
-def _four_digits(value: float) -> str:
-    return number(value, 4)
+    for row in history.rows:
+        values = [forms.get(k, '{:.4f}'.format)(row[k]) if row.get(k, -1) != -1 else '-' for k in there]
+        rows.append([str(row[history.unit]), *values])
+    return block(rows, left=0)
 
 
 def _file_list(work_dir: Path) -> str:
@@ -275,7 +234,3 @@ def _with_section(text: str, title: str, body: str) -> str:
     bodies = {section.partition('\n')[0]: section for section in sections}
     bodies[title] = f'{title}\n\n{body}'
     return '\n## '.join(part if part.endswith('\n') else f'{part}\n' for part in (head, *bodies.values()))
-
-
-def _markdown(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    return f'{text}\n' if (text := table(rows, left, markdown=True)) else ''

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copyreg
 import functools
 import re
 import signal
@@ -26,15 +27,13 @@ class Message:
     Two messages are equal if code and facts are; the wording may change.
 
     Args:
-        code: Names the kind of message, e.g. ``'checkpoint-missing'``.
+        code: Names the kind of message.
         text: The wording, with ``{name}`` for each fact that it shows; that of ``messages.yaml`` by default.
         **facts: What it is about: a path, a key, ids.
     """
 
     def __init__(self, code: str, text: str | None = None, /, **facts: Any) -> None:
-        self.code = code
-        self.own_text = text
-        self.facts = facts
+        self.code, self.own_text, self.facts = code, text, facts
 
     @property
     def text(self) -> str:
@@ -61,11 +60,7 @@ class Message:
 
 
 class Problem(ValueError):
-    """What is wrong with a file or a value, raised where nobody knows yet what it means for the user.
-
-    Args:
-        code, text, **facts: See `Message`.
-    """
+    """What is wrong with a file or a value, raised where nobody knows yet what it means for the user; see `Message`."""
 
     def __init__(self, code: str, text: str | None = None, /, **facts: Any) -> None:
         self.message = Message(code, text, **facts)
@@ -73,14 +68,11 @@ class Problem(ValueError):
 
     def at(self, place: object) -> Problem:
         """The same problem with the place in front, see `Message.at`."""
-        return _rebuilt_problem(self.message.at(place))
+        message = self.message.at(place)
+        return Problem(message.code, message.own_text, **message.facts)
 
     def __reduce__(self) -> tuple:
-        return _rebuilt_problem, (self.message,)
-
-
-def _rebuilt_problem(message: Message) -> Problem:
-    return Problem(message.code, message.own_text, **message.facts)
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 # How PyTorch passes on an error of a process that loads data: the text of its traceback.
@@ -91,11 +83,9 @@ class UserError(Exception):
     """A problem that the user can fix; shown as one message, exit code 2, no traceback.
 
     Args:
-        code: See `Message`.
-        text: See `Message`.
+        code, text, **facts: See `Message`.
         problems: All problems of that kind, one line each.
         hint: How to fix it, as the facts decide; that of ``messages.yaml`` by default.
-        **facts: See `Message`.
     """
 
     max_shown = 50
@@ -109,7 +99,7 @@ class UserError(Exception):
         if hint is None:
             hint = wordings()[code].get('hint', '') if text is None else ''
         self.message = Message(code, text, **facts)
-        self.problems = list(problems)
+        self.code, self.facts, self.problems = code, facts, list(problems)
         self.hint = hint.format(**facts) if facts else hint
         lines = [str(self.message)]
         lines += [f'  - {p}' for p in self.problems[: self.max_shown]]
@@ -119,16 +109,6 @@ class UserError(Exception):
             lines.append(f'Hint: {self.hint}')
         super().__init__('\n'.join(lines))
 
-    @property
-    def code(self) -> str:
-        """Names the kind of error."""
-        return self.message.code
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """What it is about."""
-        return self.message.facts
-
     def __str__(self) -> str:
         text = super().__str__()
         data = sys.modules.get('torch.utils.data')
@@ -136,16 +116,8 @@ class UserError(Exception):
         return f'[{self.code}] {text}' if data is not None and data.get_worker_info() is not None else text
 
     def __reduce__(self) -> tuple:
-        # Exceptions are pickled with `args`, which hold the whole text alone.
-        return _rebuilt, (type(self), self.message, self.problems, self.hint)
-
-
-def _rebuilt(kind: type[UserError], message: Message, problems: list, hint: str) -> UserError:
-    error = kind(message.code, message.own_text, problems, hint='', **message.facts)
-    error.hint = hint
-    if hint:
-        error.args = (f'{error}\nHint: {hint}',)
-    return error
+        # By default exceptions are made again of `args`, which hold the whole text alone.
+        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
 
 
 class Stopped(Exception):
@@ -157,11 +129,8 @@ class Stopped(Exception):
     """
 
     def __init__(self, number: int, checkpoint: Path | None) -> None:
-        self.number = number
-        self.checkpoint = checkpoint
-        where = (
-            f'saved in {checkpoint}; continue with --resume'
-            if checkpoint
-            else 'before the first checkpoint: nothing is saved'
-        )
+        self.number, self.checkpoint = number, checkpoint
+        where = 'before the first checkpoint: nothing is saved'
+        if checkpoint:
+            where = f'saved in {checkpoint}; continue with --resume'
         super().__init__(f'Stopped by {signal.Signals(number).name}, {where}')

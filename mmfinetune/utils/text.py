@@ -35,6 +35,11 @@ def table(rows: Iterable[Sequence[Any]], left: int = 1, markdown: bool = False) 
     return '\n'.join(lines)
 
 
+def block(rows: Iterable[Sequence[Any]], left: int = 1) -> str:
+    """A Markdown `table` with its last newline."""
+    return f'{text}\n' if (text := table(rows, left, markdown=True)) else ''
+
+
 def cell(text: str) -> str:
     """Text of any kind on one line of Markdown or in a cell of a table; a second call changes nothing."""
     return re.sub(r'(?<!\\)([|<])', r'\\\1', ' '.join(text.split()))
@@ -51,8 +56,6 @@ def plural(count: int, noun: str, many: str = '') -> str:
     """A count with its noun: ``1 error``, ``1,234 errors``.
 
     Args:
-        count: How many.
-        noun: The singular.
         many: The plural, where it is not the singular and an s.
     """
     return f'{count:,} {noun if count == 1 else many or noun + "s"}'
@@ -62,8 +65,6 @@ def near(word: str, words: Iterable[str], before: str = '', cutoff: float = 0.6,
     """``did you mean x?`` for the words most like a mistyped one; empty if none is like it.
 
     Args:
-        word: What was given.
-        words: What is known.
         before: Put in front of a suggestion, e.g. ``'; '``.
         cutoff: Least likeness, from 0 to 1.
         most: The most words to suggest.
