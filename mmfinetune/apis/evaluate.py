@@ -63,7 +63,6 @@ class Inputs:
     """What is evaluated.
 
     Attributes:
-        truth: Ground truth.
         rows: COCO result rows by kind.
         images: Folder that the file names are relative to; None if it is not known.
         source: What the rows are, by name.
@@ -80,10 +79,7 @@ class Inputs:
 
 
 def run(options: Options) -> int:
-    """Evaluate, write the results and print them.
-
-    Returns:
-        Exit code.
+    """Evaluate, write the results and print them; return the exit code.
 
     Raises:
         UserError: Anything the user can fix; nothing is written then.
@@ -104,20 +100,16 @@ def run(options: Options) -> int:
 
 
 def write(found: report.Report, out: Path, inputs: Inputs, pictures: bool = True) -> None:
-    """Write all files of a report, or none; outdated pictures of an earlier report are removed.
-
-    Raises:
-        UserError: They cannot be written.
-    """
+    """Write all files of a report, or none (UserError); outdated pictures of an earlier report are removed."""
     contents: dict[str, bytes] = {}
     if pictures:
         contents |= render.charts(found)
         if inputs.images:
             contents |= render.draw_worst(found, inputs.images)
     if inputs.new:
-        names = {i: image['file_name'] for i, image in inputs.truth.images.items()}
+        images = inputs.truth.images
         for kind, rows in inputs.rows.items():
-            named = [{**row, 'file_name': names[row['image_id']]} for row in rows]
+            named = [{**row, 'file_name': images[row['image_id']]['file_name']} for row in rows]
             contents[f'predictions.{kind}.json'] = json_bytes(named)
     source = '; '.join(f'{name}: {value}' for name, value in inputs.source.items())
     contents |= {
@@ -138,15 +130,10 @@ def _check(options: Options) -> None:
     if int(os.environ.get('WORLD_SIZE', '1')) > 1:
         raise UserError('eval-processes')
     if options.saved:
-        model = {
-            'WORK_DIR': options.run,
-            '--config': options.config,
-            '--checkpoint': options.checkpoint,
-            '--cfg-options': options.cfg_options,
-        }
-        both = [name for name, value in model.items() if value]
-        if both:
-            raise UserError('eval-model-and-saved', options=', '.join(both))
+        names = ('WORK_DIR', '--config', '--checkpoint', '--cfg-options')
+        model = (options.run, options.config, options.checkpoint, options.cfg_options)
+        if both := ', '.join(name for name, value in zip(names, model, strict=True) if value):
+            raise UserError('eval-model-and-saved', options=both)
         if not options.ann:
             raise UserError('eval-no-truth')
     elif options.ann:
@@ -202,16 +189,11 @@ def _predict(options: Options) -> Inputs:
 
 
 def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Sequence[int]) -> dict[str, list[dict]]:
-    """Run a model on the test split of a config.
+    """COCO result rows by kind of what a checkpoint finds in the test split of a config.
 
     Args:
         cfg: Config; it is changed so that none of the run's logs, curves and pictures is touched.
-        weights: Checkpoint of the model.
-        kinds: ``'segm'``, ``'bbox'`` or both.
         category_ids: Category id of each label.
-
-    Returns:
-        COCO result rows by kind.
 
     Raises:
         UserError: The weights do not fit, or an image cannot be read.
@@ -239,13 +221,12 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
 def _add_rows(rows: dict[str, list[dict]], sample: DetDataSample, category_ids: Sequence[int]) -> None:
     found = sample.pred_instances
     labels, scores = as_array(found.labels), as_array(found.scores)
+    image = sample.img_id, category_ids, labels
     if 'bbox' in rows:
-        rows['bbox'] += detections.result_rows(
-            sample.img_id, category_ids, labels, scores, boxes=as_array(found.bboxes)
-        )
+        rows['bbox'] += detections.result_rows(*image, scores, boxes=as_array(found.bboxes))
     if 'segm' in rows:
         scores = as_array(found.get('mask_scores', found.scores))
-        rows['segm'] += detections.result_rows(sample.img_id, category_ids, labels, scores, masks=as_array(found.masks))
+        rows['segm'] += detections.result_rows(*image, scores, masks=as_array(found.masks))
 
 
 def _kinds(cfg: Config) -> list[str]:

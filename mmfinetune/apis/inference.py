@@ -56,7 +56,6 @@ class Predictor:
     same numbers as the Runner's test where no limit is given.
 
     Args:
-        config: A config, or its file.
         checkpoint: Weights of that architecture, in any of the forms that ``--weights`` takes.
         device: ``'cpu'``, ``'cuda'``, ``'cuda:1'``, or ``'auto'``: a GPU if there is one.
         score_thr: Lowest score; by default that of the config's ``test_cfg``.
@@ -92,8 +91,7 @@ class Predictor:
 
         cfg = load.load(config) if isinstance(config, (str, Path)) else config
         self.device = choose_device(device)
-        # A copy, since limits are set in it and mmdet's detectors write into it.
-        cfg = copy.deepcopy(cfg)
+        cfg = copy.deepcopy(cfg)  # limits are set in it, and mmdet's detectors write into it
         self.score_thr, self.max_per_image, self.proposals = score_thr, max_per_image, proposals
         paths.check_heads(cfg)
         # Before the model is built for good, for a message that tells all that does not fit.
@@ -111,10 +109,7 @@ class Predictor:
         self._loader, self._steps = TRANSFORMS.build(loader), Compose(steps)
 
     def read(self, path: Path) -> np.ndarray:
-        """An image as training reads it.
-
-        Returns:
-            (H, W, 3) RGB uint8.
+        """An image as training reads it, (H, W, 3) RGB uint8.
 
         Raises:
             Problem: The image cannot be read.
@@ -140,12 +135,8 @@ class Predictor:
             return self._steps({'img': np.ascontiguousarray(image[..., ::-1]), 'img_id': 0})
         except Exception as error:
             # An image of one row, say, has none left when its long side is made smaller.
-            raise Problem(
-                'predict-pipeline',
-                width=image.shape[1],
-                height=image.shape[0],
-                reason=str(error).strip() or type(error).__name__,
-            ) from None
+            reason, (height, width, _) = str(error).strip() or type(error).__name__, image.shape
+            raise Problem('predict-pipeline', width=width, height=height, reason=reason) from None
 
     def forward(self, prepared: Sequence[dict]) -> list[Prediction]:
         """Run the model on a batch of what :meth:`prepare` returns."""
@@ -218,11 +209,7 @@ def model_files(run: Path | None, config: Path | None, checkpoint: Path | None) 
 
 
 def choose_device(name: str) -> str:
-    """A device by its name; ``'auto'`` is a GPU if there is one.
-
-    Raises:
-        UserError: There is no such device.
-    """
+    """A device by its name, ``'auto'`` is a GPU if there is one; raise a UserError if there is no such device."""
     import torch
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -240,20 +227,15 @@ def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None, path: Pat
         return tuple(ours or theirs or ())
     same = class_map.match_classes(ours, theirs).indices
     if list(same) != list(range(len(ours))):
-        problems = []
-        for i, (a, b, k) in enumerate(zip(ours, theirs, same, strict=False)):
-            if k != i:
-                problems.append(Message('predict-label', label=i, config=a, weights=b))
+        pairs = enumerate(zip(ours, theirs, same, strict=False))
+        problems = [Message('predict-label', label=i, config=a, weights=b) for i, (a, b, k) in pairs if k != i]
         raise UserError('predict-other-classes', problems=problems, path=path)
     return tuple(ours)
 
 
 def _labels_of(wanted: Sequence[str], classes: Sequence[str]) -> list[int] | None:
-    problems = []
-    for name in wanted:
-        if name not in classes:
-            suggestion = near(name, classes, ': ', 0.5)
-            problems.append(Message('predict-class', name=name, suggestion=suggestion))
+    unknown = [name for name in wanted if name not in classes]
+    problems = [Message('predict-class', name=name, suggestion=near(name, classes, ': ', 0.5)) for name in unknown]
     if problems:
         raise UserError('predict-classes', problems=problems, known=', '.join(classes))
     return sorted({classes.index(name) for name in wanted}) if wanted else None
@@ -276,9 +258,8 @@ def _known_ids(cfg: Config, classes: Sequence[str]) -> tuple[list[int], dict[str
         known = coco_json.read(root / (dataset.get('ann_file') or ''), compact=True)
         ids = {c['name']: int(c['id']) for c in known.categories}
         folder = root / (dataset.get('data_prefix') or {}).get('img', '')
-        return [ids[name] for name in classes], {
-            os.path.realpath(folder / i['file_name']): int(i['id']) for i in known.images
-        }
+        image_ids = {os.path.realpath(folder / i['file_name']): int(i['id']) for i in known.images}
+        return [ids[name] for name in classes], image_ids
     return list(range(1, len(classes) + 1)), {}
 
 
@@ -303,9 +284,8 @@ def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
         raise UserError('predict-pipeline-start', steps=', '.join(names))
     loader = steps[reading[0]]
     steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))
-    return loader, [
-        step for step, name in zip(steps, names, strict=True) if not (name.startswith('Load') and 'Annotation' in name)
-    ]
+    truth = [name.startswith('Load') and 'Annotation' in name for name in names]
+    return loader, [step for step, is_truth in zip(steps, truth, strict=True) if not is_truth]
 
 
 def as_array(values: Any) -> np.ndarray:

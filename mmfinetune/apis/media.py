@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -77,7 +78,7 @@ def find_inputs(given: Sequence[str], results: Sequence[Path]) -> tuple[list[Inp
     problems: list[Message] = []
     own = tuple(os.path.realpath(folder) + os.sep for folder in results)
     for text in given:
-        path, anchor = Path(text), Path(text)
+        anchor = path = Path(text)
         if path.is_dir():
             files = find_files(path, _SUFFIXES)
             problem = Message('predict-empty-folder', name=text)
@@ -113,17 +114,9 @@ def _absolute(path: Path) -> str:
 
 def _matching(folder: Path, pattern: Path) -> list[Path]:
     """Files that match a pattern below a folder; hidden ones do not, as in a shell."""
-    found = folder.glob(str(pattern.relative_to(folder)))
-    return sorted(
-        (
-            p
-            for p in found
-            if p.suffix.lower() in _SUFFIXES
-            and p.is_file()
-            and not any(part.startswith('.') for part in p.relative_to(folder).parts)
-        ),
-        key=natural_key,
-    )
+    found = [p for p in folder.glob(str(pattern.relative_to(folder))) if p.suffix.lower() in _SUFFIXES and p.is_file()]
+    seen = (p for p in found if not any(part.startswith('.') for part in p.relative_to(folder).parts))
+    return sorted(seen, key=natural_key)
 
 
 def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
@@ -133,25 +126,17 @@ def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
         names: Relative paths with slashes.
         suffixes: Suffix of what is made of each.
     """
-    taken: set[str] = set()
-    chosen = []
+    chosen: dict[str, str] = {}
     for name, suffix in zip(names, suffixes, strict=True):
-        stem = str(PurePosixPath(name).with_suffix(''))
-        candidate, count = stem + suffix, 1
-        while candidate.casefold() in taken:
-            count += 1
-            candidate = f'{stem}_{count}{suffix}'
-        taken.add(candidate.casefold())
-        chosen.append(candidate)
-    return chosen
+        stem = PurePosixPath(name).with_suffix('')
+        candidates = (f'{stem}_{count}{suffix}' if count > 1 else f'{stem}{suffix}' for count in itertools.count(1))
+        free = next(c for c in candidates if c.casefold() not in chosen)
+        chosen[free.casefold()] = free
+    return list(chosen.values())
 
 
 def check_image(path: Path) -> None:
-    """Look for damage that decoders ignore, such as a missing end.
-
-    Raises:
-        Problem: The image is damaged.
-    """
+    """Look for damage that decoders ignore, such as a missing end; raise it as a `Problem`."""
     # Pillow may not know a format that OpenCV does.
     if path.suffix.lower() in IMAGE_SUFFIXES:
         image_size(path)
@@ -205,12 +190,7 @@ class Video:
 
 
 class VideoWriter:
-    """An MP4 file that appears when it is complete. The first frame sets the size.
-
-    Args:
-        path: The file to write.
-        fps: Frames per second.
-    """
+    """An MP4 file that appears when it is complete. The first frame sets the size."""
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self.fps = path, fps
@@ -218,19 +198,14 @@ class VideoWriter:
         self._writer: cv2.VideoWriter | None = None
 
     def write(self, frame: np.ndarray) -> None:
-        """Add an RGB frame.
-
-        Raises:
-            UserError: The file cannot be written.
-        """
+        """Add an RGB frame; raise a UserError if the file cannot be written."""
         # Colours are stored for blocks of 2 x 2 pixels.
         odd = [n % 2 for n in frame.shape[:2]]
         frame = np.pad(frame, ((0, odd[0]), (0, odd[1]), (0, 0)), mode='edge')
         if self._writer is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._writer = cv2.VideoWriter(
-                str(self._part), cv2.VideoWriter.fourcc(*'mp4v'), self.fps, frame.shape[1::-1]
-            )
+            codec = cv2.VideoWriter.fourcc(*'mp4v')
+            self._writer = cv2.VideoWriter(str(self._part), codec, self.fps, frame.shape[1::-1])
             if not self._writer.isOpened():
                 raise UserError('video-not-writable', path=self.path)
         self._writer.write(cv2.cvtColor(frame, cv2.COLOR_RGB2BGR))

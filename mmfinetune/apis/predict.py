@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shutil
@@ -9,7 +10,6 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -64,12 +64,15 @@ def run(options: Options) -> int:
     out = options.out or (options.run or Path()) / FOLDER
     earlier = _earlier_results(out, options.overwrite)
     inputs, root = media.find_inputs(options.inputs, [out])
-    limits: dict[str, Any] = {
-        'score_thr': options.score_thr,
-        'max_per_image': options.max_per_image,
-        'classes': options.classes,
-    }
-    predictor = Predictor(files.config, files.checkpoint, options.device, proposals=options.proposals, **limits)
+    predictor = Predictor(
+        files.config,
+        files.checkpoint,
+        options.device,
+        score_thr=options.score_thr,
+        max_per_image=options.max_per_image,
+        classes=options.classes,
+        proposals=options.proposals,
+    )
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     results = Results(predictor, out, inputs, options.score_thr, options.pictures, options.contact_sheet)
@@ -132,8 +135,8 @@ def _predictions(
             except torch.OutOfMemoryError:
                 reason = 'out of GPU memory (--device cpu, or a smaller --batch-size)'
                 failed += [_failure(shot.source, reason, shot.frame) for shot, _ in ready]
-                found = []
-            yield from ((shot, p) for (shot, _), p in zip(ready, found, strict=False))
+            else:
+                yield from ((shot, p) for (shot, _), p in zip(ready, found, strict=True))
             bar.update(len(batch))
 
 
@@ -155,10 +158,8 @@ def _length(inputs: Sequence[Input], every: int) -> int:
     """Number of images and frames to expect, as far as the files tell."""
     total = 0
     for source in inputs:
-        try:
+        with contextlib.suppress(ValueError):
             total += -(-media.Video(source.path).frames // every) if source.is_video else 1
-        except ValueError:
-            continue
     return total
 
 

@@ -32,9 +32,7 @@ class Results:
     """What is found, and the files made of it.
 
     Args:
-        predictor: The model.
         out: Folder of all files.
-        inputs: What is predicted on.
         score_thr: Lowest score, for titles.
         pictures: Whether to draw each image and video.
         contact_sheet: Whether to make a contact sheet; by default for several images with pictures.
@@ -46,8 +44,8 @@ class Results:
         out: Path,
         inputs: Sequence[Input],
         score_thr: float,
-        pictures: bool = True,
-        contact_sheet: bool | None = None,
+        pictures: bool,
+        contact_sheet: bool | None,
     ) -> None:
         self.predictor, self.out, self.score_thr, self.pictures = predictor, out, score_thr, pictures
         names = media.output_names([i.name for i in inputs], ['.mp4' if i.is_video else '.jpg' for i in inputs])
@@ -65,10 +63,9 @@ class Results:
 
     def add(self, shot: Shot, prediction: Prediction) -> None:
         """Take the prediction on an image or a frame; they come in the order of the inputs."""
-        height, width = shot.image.shape[:2]
-        name = shot.source.name
-        info: dict[str, Any] = {'id': self._ids.get(name, len(self._images) + 1), 'file_name': name}
-        info |= {'width': width, 'height': height}
+        (height, width, _), name = shot.image.shape, shot.source.name
+        number = self._ids.get(name, len(self._images) + 1)
+        info: dict[str, Any] = {'id': number, 'file_name': name, 'width': width, 'height': height}
         if shot.frame is not None:
             info['frame'] = shot.frame
         if self.pictures:
@@ -82,7 +79,7 @@ class Results:
             self._sheet.add(shot, prediction, self.predictor.classes)
         self._images.append(info)
         found, ids = prediction, self.predictor.category_ids
-        self._rows += result_rows(info['id'], ids, found.labels, found.scores, found.boxes, found.masks)
+        self._rows += result_rows(number, ids, found.labels, found.scores, found.boxes, found.masks)
 
     def _add_frame(self, shot: Shot, picture: np.ndarray) -> None:
         if self._video is None or self._video[0] != shot.source:
@@ -109,15 +106,12 @@ class Results:
             return
         place = {i['id']: {k: i[k] for k in ('file_name', 'frame') if k in i} for i in self._images}
         rows = [{**row, **place[row['image_id']]} for row in self._rows]
-        categories = [
-            {'id': i, 'name': name, 'supercategory': ''}
-            for i, name in zip(self.predictor.category_ids, self.predictor.classes, strict=True)
-        ]
+        classes = zip(self.predictor.category_ids, self.predictor.classes, strict=True)
         dataset = {
             'info': about,
             'licenses': [],
             'images': self._images,
-            'categories': categories,
+            'categories': [{'id': i, 'name': name, 'supercategory': ''} for i, name in classes],
             'annotations': [_annotation(number, row) for number, row in enumerate(self._rows, 1)],
         }
         atomic_write_all({self.out / ROWS: json_bytes(rows), self.out / DATASET: json_bytes(dataset)})
@@ -137,11 +131,8 @@ class Results:
         """What was found, and in the last line where it is."""
         found = self.counts()
         images, frames = plural(found['images'], 'image'), plural(found['frames'], 'frame')
-        if not found['frames']:
-            shown = every = images
-        elif not found['images']:
-            shown = every = frames
-        else:
+        shown = every = frames if found['frames'] else images
+        if found['images'] and found['frames']:
             shown, every = f'{images} and {frames}', f'{len(self._images):,} images and frames'
         lines = []
         if self._rows:
@@ -195,30 +186,19 @@ class Sheet:
 
 
 def draw(image: np.ndarray, prediction: Prediction, names: Sequence[str], score_thr: float = 0) -> np.ndarray:
-    """Instances on an image; its proposals, if there are any, on its left.
-
-    Args:
-        image: (H, W, 3) RGB uint8.
-        prediction: What was found on the image.
-        names: Class names.
-        score_thr: Lowest score, for the title.
-    """
+    """Instances on an RGB image; its proposals, if there are any, on its left; with the lowest score as a title."""
     picture = _instances(image, prediction, names)
     if prediction.proposals is None or prediction.objectness is None:
         return picture
     left = drawing.draw_proposals(image, prediction.proposals, prediction.objectness)
-    titles = [
-        f'best {plural(len(prediction.proposals), "proposal")}',
-        f'{plural(len(prediction), "object")}, score ≥ {score_thr:g}',
-    ]
+    best, found = plural(len(prediction.proposals), 'proposal'), plural(len(prediction), 'object')
+    titles = [f'best {best}', f'{found}, score ≥ {score_thr:g}']
     return drawing.with_colour_bar(drawing.side_by_side(left, picture, titles=titles), 'objectness')
 
 
 def _instances(image: np.ndarray, found: Prediction, names: Sequence[str]) -> np.ndarray:
-    labels, scores = found.labels.tolist(), found.scores.tolist()
-    return drawing.draw_instances(
-        image, boxes=found.boxes, masks=found.masks, labels=labels, scores=scores, names=names
-    )
+    what = {'labels': found.labels.tolist(), 'scores': found.scores.tolist(), 'names': names}
+    return drawing.draw_instances(image, boxes=found.boxes, masks=found.masks, **what)
 
 
 def write_jpeg(path: Path, picture: np.ndarray) -> None:
@@ -231,7 +211,6 @@ def _annotation(number: int, row: dict[str, Any]) -> dict[str, Any]:
     """A result row as an annotation of a COCO data set; the area is that of the mask, or of the box without one."""
     from pycocotools import mask as mask_api
 
-    if 'segmentation' in row:
-        return {**row, 'id': number, 'iscrowd': 0, 'area': int(mask_api.area(row['segmentation']))}
-    area = row['bbox'][2] * row['bbox'][3]
-    return {**row, 'id': number, 'iscrowd': 0, 'area': area, 'segmentation': []}
+    shape = row.get('segmentation', [])
+    area = int(mask_api.area(shape)) if shape else row['bbox'][2] * row['bbox'][3]
+    return {**row, 'id': number, 'iscrowd': 0, 'area': area, 'segmentation': shape}

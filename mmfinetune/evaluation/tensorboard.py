@@ -69,22 +69,13 @@ def tags_of(record: Mapping[str, float]) -> dict[str, float]:
         own, and COCO numbers of -1, which have no ground truth.
     """
     stage = 'train' if 'iter' in record else 'val'
-    grouped = any(name.startswith('lr/') for name in record)
-    tags = {}
-    for name, value in record.items():
-        if name == 'iter' or (name == 'lr' and grouped) or (name.startswith('coco/') and value == -1):
-            continue
-        tags[tag_of(name, stage)] = value
-    return tags
+    left_out = {'iter', 'lr'} if any(name.startswith('lr/') for name in record) else {'iter'}
+    left_out |= {name for name, value in record.items() if name.startswith('coco/') and value == -1}
+    return {tag_of(name, stage): value for name, value in record.items() if name not in left_out}
 
 
 def tag_of(name: str, stage: str = '') -> str:
-    """The tag under which a scalar is plotted.
-
-    Args:
-        name: MMEngine's name of it.
-        stage: ``'train'`` or ``'val'``, the kind of the record; '' for a single scalar.
-    """
+    """The tag of a scalar by MMEngine's name, in a record of the stage ``'train'`` or ``'val'``, or alone."""
     known = {**_COMMON, **_TIMES.get(stage or 'train', {})}
     if name in known:
         return known[name]
@@ -107,9 +98,6 @@ def hparams_of(cfg: Config, world_size: int, seed: int, weights: Mapping | None 
     """What distinguishes this run from others in the HParams tab.
 
     Args:
-        cfg: Config of the run.
-        world_size: Number of processes.
-        seed: Seed of the run.
         weights: Facts on the weights that it started from: ``file`` and ``sha256``.
     """
     wrapper = cfg.optim_wrapper
@@ -157,8 +145,7 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
 
     Args:
         folder: Folder of the event files; it need not exist.
-        step: Training steps of the checkpoint.
-        epoch: Step of its validation, by default in epochs.
+        epoch: Step of the validation of the checkpoint, by default in epochs.
 
     Returns:
         The last point that is left of each tag: its step and, of a scalar, its value.
@@ -172,7 +159,7 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
     def keep(event: Event) -> list[Summary.Value] | None:
         nonlocal over
         # What has an unknown axis goes by its place: events are in the order of time.
-        over = over or (event.step > step and any(_axis(v.tag) == 'step' for v in event.summary.value))
+        over = over or (event.step > step and any(_by_step(v.tag) for v in event.summary.value))
         values = [v for v in event.summary.value if _stays(v, event.step, step, epoch)]
         if over or (event.HasField('summary') and not values):
             return None
@@ -183,17 +170,16 @@ def rewind(folder: Path, step: int, epoch: int) -> dict[str, tuple[int, float]]:
     return last
 
 
+def _by_step(tag: str) -> bool:
+    return tag.startswith(_BY_STEP) and not tag.startswith(_BY_EPOCH)
+
+
 def _stays(value: Summary.Value, at: int, step: int, epoch: int) -> bool:
     """Whether a value written at a step is kept, by what it is."""
     if value.metadata.plugin_data.plugin_name in _AGAIN:
         return False
     if value.tag.removesuffix('/text_summary') in _AT_START:
         return at < step
-    return at <= {'step': step, 'epoch': epoch, None: at}[_axis(value.tag)]
-
-
-def _axis(tag: str) -> str | None:
-    """``'step'``, ``'epoch'``, or None for what is not known."""
-    if tag.startswith(_BY_EPOCH):
-        return 'epoch'
-    return 'step' if tag.startswith(_BY_STEP) else None
+    if value.tag.startswith(_BY_EPOCH):
+        return at <= epoch
+    return at <= step or not value.tag.startswith(_BY_STEP)

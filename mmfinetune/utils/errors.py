@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copyreg
 import functools
 import re
 import signal
@@ -72,7 +71,7 @@ class Problem(ValueError):
         return Problem(message.code, message.own_text, **message.facts)
 
     def __reduce__(self) -> tuple:
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return ValueError.__new__, (type(self), *self.args), self.__dict__
 
 
 # How PyTorch passes on an error of a process that loads data: the text of its traceback.
@@ -117,7 +116,7 @@ class UserError(Exception):
 
     def __reduce__(self) -> tuple:
         # By default exceptions are made again of `args`, which hold the whole text alone.
-        return copyreg.__newobj__, (type(self), *self.args), self.__dict__
+        return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
 class Stopped(Exception):
