@@ -15,7 +15,7 @@ from mmfinetune.data.records import Item, Reader
 from mmfinetune.data.to_coco import Converter, Result, absolute, relative_name
 from mmfinetune.data.writer import IMAGES, REPORT, InPlace, Placing, SplitWriter, Target, place_images
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.files import natural_key, reason_of
+from mmfinetune.utils.files import natural_key, reason_of, writing
 from mmfinetune.utils.text import near, plural, printable, table
 
 NO_SPLIT = 'all'  # name of the only annotation file of a data set without splits
@@ -150,7 +150,8 @@ def prepare(
                 writer.finish(_header(reader, name, src, converter.ids, summary, in_place))
             images = target.staging / IMAGES
             summary.placed = place_images(names, Path(converter.base), images, placing, workers, progress)
-            target.commit(_report(summary, src, converter, placing, options))
+            with writing(target.out):
+                target.commit(_report(summary, src, converter, placing, options))
             summary.files = {name: target.annotation_file(name) for name in writers}
     return summary
 

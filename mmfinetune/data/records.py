@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,7 @@ class Record:
     """One image and its objects.
 
     Attributes:
-        image: The image file in the data set.
-        width: In pixels, as training reads the image: EXIF orientation applied.
-        height: Likewise.
+        width: In pixels, as training reads the image: EXIF orientation applied. So is `height`.
         instances: Its objects; meaningless if there are problems.
         problems: Why the image cannot be used.
         notes: What was left out or fixed in a usable image.
@@ -55,6 +55,14 @@ class Record:
     image_id: int | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @contextlib.contextmanager
+    def collecting(self, place: str) -> Iterator[None]:
+        """Make a Problem raised in the block one of the image, with the place in front."""
+        try:
+            yield
+        except Problem as problem:
+            self.problems.append(problem.message.at(place))
+
 
 @dataclass
 class Item:
@@ -62,7 +70,6 @@ class Item:
 
     Attributes:
         key: Unique name of the item, shown in messages.
-        image: The image file.
         label: Whatever the reader needs to find the labels: a path, numbers, a list of paths.
         split: 'train', 'val', 'test' or None.
     """
@@ -78,7 +85,6 @@ class Reader:
 
     Attributes:
         hint: How to fix problems of this format.
-        root: Folder of the data set.
         classes: Names of all classes in label order.
         problems: What belongs to no single image but forbids the data set.
         notes: The same of what does not forbid it.
@@ -128,8 +134,6 @@ class Reader:
     def start(self, item: Item) -> Record:
         """A record with the image's size, or with the problem that its file has."""
         record = Record(item.image, 0, 0)
-        try:
+        with record.collecting(shown(item.image, self.root)):
             record.width, record.height = image_size(item.image)
-        except Problem as problem:
-            record.problems.append(problem.message.at(shown(item.image, self.root)))
         return record

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from mmfinetune.data.layout import Prepared, file_name
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import json_bytes, not_writable, reason_of, require_writable
+from mmfinetune.utils.files import json_bytes, reason_of, require_writable, writing
 
 ANNOTATIONS, IMAGES, REPORT = 'annotations', 'images', 'prepare_report.json'
 Placing = Literal['link', 'copy', 'reference', 'in-place']
 
 _PARTIAL, _REPLACED = '.partial', '.replaced'
 _COPY_CHUNK = 1 << 24  # bytes
-_APART = 'choose a folder next to it'
 
 
 class Target:
@@ -65,14 +66,12 @@ class Target:
         return SplitWriter(self.staging / ANNOTATIONS / self.annotation_file(split).name)
 
     def __enter__(self) -> Target:
-        try:
+        with writing(self.out):
             missing = [p for p in (self.out, *self.out.parents) if not p.exists()]
             self.made = missing[-1] if missing else None
             self.out.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.staging, ignore_errors=True)
             (self.staging / ANNOTATIONS).mkdir(parents=True)
-        except OSError as error:
-            raise not_writable(self.out, error) from error
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
@@ -80,12 +79,10 @@ class Target:
         if kind and self.made:
             # Only the folders that this call made, and only while they are empty.
             folder = self.out
-            while folder != self.made.parent:
-                try:
+            with contextlib.suppress(OSError):
+                while folder != self.made.parent:
                     folder.rmdir()
-                except OSError:
-                    break
-                folder = folder.parent
+                    folder = folder.parent
 
     def commit(self, report: dict[str, Any]) -> None:
         """Move all into place; the report, by which a complete folder is known, last."""
@@ -98,12 +95,12 @@ class Target:
                     (self.out / name).rename(replaced / name)
             for name in (IMAGES, ANNOTATIONS, REPORT):
                 (self.staging / name).rename(self.out / name)
-        except OSError as error:
+        except OSError:
             for old in replaced.iterdir():
                 if os.path.lexists(self.out / old.name):
                     (self.out / old.name).rename(self.staging / old.name)
                 old.rename(self.out / old.name)
-            raise not_writable(self.out, error) from error
+            raise
 
 
 class InPlace(Target):
@@ -120,28 +117,17 @@ class InPlace(Target):
 
     def commit(self, report: dict[str, Any]) -> None:  # noqa: ARG002
         """Move the annotation files into place; the report is not kept."""
-        try:
-            for path in (self.staging / ANNOTATIONS).iterdir():
-                path.replace(self.out / path.name)
-        except OSError as error:
-            raise not_writable(self.out, error) from error
+        for path in (self.staging / ANNOTATIONS).iterdir():
+            path.replace(self.out / path.name)
 
 
 class SplitWriter:
-    """An annotation file written while its images are read; holds nothing in memory.
-
-    Args:
-        path: The file.
-    """
+    """An annotation file written while its images are read; holds nothing in memory."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.images, self.annotations = path, 0, 0
-        try:
-            self._parts: tuple[IO[bytes], ...] = tuple(
-                path.with_suffix(suffix).open('w+b') for suffix in ('.images', '.annotations')
-            )
-        except OSError as error:
-            raise not_writable(path, error) from error
+        with writing(path):
+            self._parts = [path.with_suffix(suffix).open('w+b') for suffix in ('.images', '.annotations')]
 
     def add(self, image_id: int | None, image: str, annotations: Sequence[str]) -> None:
         """Write one image and its annotations; their ids are numbered from 1.
@@ -153,24 +139,18 @@ class SplitWriter:
         """
         self.images += 1
         image_id = self.images if image_id is None else image_id
-        try:
+        with writing(self.path):
             self._write(0, self.images, f'{{"id":{image_id},{image}}}')
             for annotation in annotations:
                 self.annotations += 1
                 self._write(1, self.annotations, f'{{"id":{self.annotations},"image_id":{image_id},{annotation}}}')
-        except OSError as error:
-            raise not_writable(self.path, error) from error
 
     def _write(self, part: int, number: int, text: str) -> None:
         self._parts[part].write((b',' if number > 1 else b'') + text.encode())
 
     def finish(self, header: dict[str, Any]) -> None:
-        """Put the file together.
-
-        Args:
-            header: Its other members: info, licenses, categories.
-        """
-        try:
+        """Put the file together; its other members (info, licenses, categories) are in `header`."""
+        with writing(self.path):
             with self.path.open('wb') as file:
                 file.write(json_bytes(header).rstrip()[:-1])
                 for name, part in zip(('images', 'annotations'), self._parts, strict=True):
@@ -184,8 +164,6 @@ class SplitWriter:
             for part in self._parts:
                 part.close()
                 Path(part.name).unlink()
-        except OSError as error:
-            raise not_writable(self.path, error) from error
 
 
 def place_images(
@@ -214,38 +192,32 @@ def place_images(
         try:
             target.symlink_to(folder.resolve(), target_is_directory=True)
         except OSError as error:
-            facts: dict[str, Any] = dict(path=target, reason=reason_of(error))
-            raise UserError('target-symlink', **facts) from error
+            raise UserError('target-symlink', path=target, reason=reason_of(error)) from error
         return {'referred to': len(names)}
 
     def place(name: str) -> str:
         # The file itself, also where the source has a symbolic link to it.
-        return _place(os.path.realpath(folder / name), target / name, placing)
+        source = os.path.realpath(folder / name)
+        if placing == 'link':
+            try:
+                os.link(source, target / name)
+                return 'linked'
+            except FileNotFoundError:
+                raise
+            except OSError:
+                pass  # another file system, or one without hard links
+        shutil.copyfile(source, target / name)
+        return 'copied'
 
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     with ThreadPoolExecutor(workers) as pool:
         try:
             for parent in sorted({(target / name).parent for name in names}):
                 parent.mkdir(parents=True, exist_ok=True)
-            for how in tqdm(
-                pool.map(place, names), total=len(names), desc='images', unit='img', disable=None if progress else True
-            ):
-                counts[how] = counts.get(how, 0) + 1
+            bar = dict(total=len(names), desc='images', unit='img', disable=None if progress else True)
+            counts.update(tqdm(pool.map(place, names), **bar))
         except OSError as error:
             pool.shutdown(wait=True, cancel_futures=True)
-            facts = dict(path=error.filename or target, placing=placing, reason=reason_of(error))
-            raise UserError('target-image', **facts) from error
-    return counts
-
-
-def _place(source: str, made: Path, placing: Placing) -> str:
-    if placing == 'link':
-        try:
-            os.link(source, made)
-            return 'linked'
-        except FileNotFoundError:
-            raise
-        except OSError:
-            pass  # another file system, or one without hard links
-    shutil.copyfile(source, made)
-    return 'copied'
+            path = error.filename or target
+            raise UserError('target-image', path=path, placing=placing, reason=reason_of(error)) from error
+    return dict(counts)

@@ -18,7 +18,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.files import CHUNK, digest, looks_like, not_writable
+from mmfinetune.utils.files import CHUNK, digest, looks_like, writing
 
 _BY_HAND = 'download {url} by other means and put it at {dst}'
 _AGAIN = 'run again, try a mirror, or ' + _BY_HAND
@@ -61,15 +61,14 @@ def download(
     if dst.is_file() and not _mismatch(dst, sha256, md5, size):
         return dst
     part = dst.with_name(dst.name + '.part')
-    try:
+    with writing(dst):
         dst.parent.mkdir(parents=True, exist_ok=True)
         if size is not None and part.is_file() and part.stat().st_size > size:
             part.unlink()
         checked = bool(sha256 or md5)
         if not checked or _size(part) != size:
             _Fetch(url, dst, part, size, checked, timeout, progress).run(retries, wait)
-        bad = _mismatch(part, sha256, md5, size)
-        if bad:
+        if bad := _mismatch(part, sha256, md5, size):
             found = looks_like(part)
             _forget(part)
             if found:
@@ -77,8 +76,6 @@ def download(
             raise UserError('download-mismatch', problems=[bad], hint=_AGAIN, url=url, dst=dst)
         part.replace(dst)
         _forget(part)
-    except OSError as error:
-        raise not_writable(dst, error) from error
     return dst
 
 
@@ -142,24 +139,19 @@ class _Fetch:
                 failures = 1 if have > most else failures + 1
                 most = max(most, have)
                 if failures > retries:
-                    raise UserError(
-                        'download-failed',
-                        hint='check the network and run again to resume, or ' + _BY_HAND,
-                        url=self.url,
-                        dst=self.dst,
-                        part=self.part,
-                        reason=error,
-                        kept=have,
-                    ) from error
+                    hint = 'check the network and run again to resume, or ' + _BY_HAND
+                    facts: dict[str, Any] = dict(url=self.url, dst=self.dst, part=self.part, reason=error, kept=have)
+                    raise UserError('download-failed', hint=hint, **facts) from error
                 time.sleep(wait * 2 ** (failures - 1))
 
     def _once(self) -> None:
         request = urllib.request.Request(self.url, headers={'User-Agent': 'mmfinetune', 'Accept-Encoding': 'identity'})
-        have = self._resumable()
+        tag = self._tag()
+        # Without a checksum only the server's tag can show that the rest belongs to this part.
+        have = _size(self.part) if self.checked or tag else 0
         if have:
             request.add_header('Range', f'bytes={have}-')
-            tag = self._tag()
-            if tag and not self.checked:
+            if not self.checked:
                 request.add_header('If-Range', tag)
         try:
             response = urllib.request.urlopen(request, timeout=self.timeout)
@@ -189,16 +181,10 @@ class _Fetch:
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
         self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
+        title: dict[str, Any] = dict(desc=self.dst.name, unit='B', unit_scale=True, disable=not self.progress)
         with (
             self.part.open('ab' if have else 'wb') as file,
-            tqdm(
-                total=total or self.size,
-                initial=have,
-                unit='B',
-                unit_scale=True,
-                desc=self.dst.name,
-                disable=not self.progress,
-            ) as bar,
+            tqdm(total=total or self.size, initial=have, **title) as bar,
         ):
             while True:
                 try:
@@ -221,21 +207,8 @@ class _Fetch:
             raise _NetworkError('the kept part does not fit the file on the server')
         if error.code in (408, 425, 429) or error.code >= 500:
             raise _NetworkError(f'HTTP {error.code} {error.reason}')
-        raise UserError(
-            'download-http',
-            hint='check the address, or ' + _BY_HAND,
-            url=self.url,
-            dst=self.dst,
-            status=error.code,
-            reason=error.reason,
-        ) from error
-
-    def _resumable(self) -> int:
-        """Bytes of the part file that may be kept."""
-        # Without a checksum only the server's tag can show that the rest belongs to this part.
-        if self.checked or self._tag():
-            return _size(self.part)
-        return 0
+        facts: dict[str, Any] = dict(url=self.url, dst=self.dst, status=error.code, reason=error.reason)
+        raise UserError('download-http', hint='check the address, or ' + _BY_HAND, **facts) from error
 
     def _tag(self) -> str:
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -27,31 +27,34 @@ def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
         UserError: A file cannot be written (rights, disk full); existing files stay as they were.
     """
     staged: list[tuple[Path, Path]] = []
-    path = None
     try:
         for path, data in contents.items():
-            target = Path(os.path.realpath(path))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            # In the target's folder, since a rename is atomic within one file system only; not
-            # by mkstemp, whose files only their owner may read.
-            temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
-            staged.append((temporary, target))
-            with temporary.open('wb') as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-        for temporary, path in staged:
-            temporary.replace(path)
-    except OSError as error:
-        raise not_writable(path, error) from error
+            with writing(path):
+                target = Path(os.path.realpath(path))
+                target.parent.mkdir(parents=True, exist_ok=True)
+                # In the target's folder, since a rename is atomic within one file system only; not
+                # by mkstemp, whose files only their owner may read.
+                temporary = target.with_name(f'.{target.name}.{os.getpid()}.tmp')
+                staged.append((temporary, target))
+                with temporary.open('wb') as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+        for temporary, target in staged:
+            with writing(target):
+                temporary.replace(target)
     finally:
         for temporary, _ in staged:
             temporary.unlink(missing_ok=True)
 
 
-def not_writable(path: Path | None, error: OSError) -> UserError:
-    """The error to raise where a file or folder cannot be written."""
-    return UserError('file-not-writable', path=path, reason=reason_of(error))
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError of the block into a UserError: the file or folder cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError('file-not-writable', path=path, reason=reason_of(error)) from error
 
 
 def require_writable(folder: str | Path) -> None:
@@ -64,12 +67,8 @@ def require_writable(folder: str | Path) -> None:
         UserError: It cannot be written.
     """
     folder = Path(folder).absolute()
-    try:
-        place = next(path for path in (folder, *folder.parents) if path.exists())
-        with tempfile.TemporaryFile(dir=place):
-            pass
-    except OSError as error:
-        raise not_writable(folder, error) from error
+    with writing(folder), tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
+        pass
 
 
 def reason_of(error: Exception) -> str:
@@ -105,12 +104,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def digest(path: Path, kind: str) -> str:
-    """A checksum of a file's content in hexadecimal digits.
-
-    Args:
-        path: The file.
-        kind: An algorithm of `hashlib`, e.g. 'md5'.
-    """
+    """A checksum of a file's content in hexadecimal digits; `kind` is an algorithm of `hashlib`, e.g. 'md5'."""
     digest = hashlib.new(kind, usedforsecurity=False)
     with path.open('rb') as file:
         while data := file.read(CHUNK):
@@ -123,10 +117,11 @@ def looks_like(file: Path | bytes) -> str:
 
     A web page (saved instead of the download) or a Git LFS pointer; empty if neither.
     """
+    start = b'' if isinstance(file, Path) else file[:512]
     if isinstance(file, Path):
         with contextlib.suppress(OSError), file.open('rb') as opened:
-            file = opened.read(512)
-    start = b'' if isinstance(file, Path) else file[:512].lstrip().lower()
+            start = opened.read(512)
+    start = start.lstrip().lower()
     if start.startswith((b'<!doctype html', b'<html')):
         return 'a web page (a login or an error page?)'
     if start.startswith(b'version https://git-lfs'):
@@ -156,8 +151,7 @@ def find_files(root: str | Path, suffixes: Iterable[str]) -> list[Path]:
         suffixes: In lower case with the dot; the case of the files' own does not matter.
     """
     suffixes = frozenset(suffixes)
-    found = [path for path in _walk(Path(root)) if path.suffix.lower() in suffixes]
-    return sorted(found, key=natural_key)
+    return sorted((path for path in _walk(Path(root)) if path.suffix.lower() in suffixes), key=natural_key)
 
 
 def _walk(root: Path) -> Iterator[Path]:
@@ -217,8 +211,7 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
-        where = dict(reason=error.msg, line=error.lineno, column=error.colno)
-        raise Problem('json-syntax', **where) from None
+        raise Problem('json-syntax', reason=error.msg, line=error.lineno, column=error.colno) from None
     except RecursionError:
         raise Problem('json-nesting') from None
 

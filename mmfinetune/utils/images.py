@@ -6,7 +6,6 @@ import contextlib
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -24,78 +23,40 @@ _TAIL = 2048  # bytes; some cameras and editors put a few after the end mark
 _END_MARKS = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
 
 
-@dataclass(frozen=True)
-class Header:
-    """What the first bytes of an image file say.
-
-    Attributes:
-        size: Width and height as stored.
-        format: Pillow's name of the format.
-        orientation: EXIF orientation, 1 to 8.
-    """
-
-    size: tuple[int, int]
-    format: str
-    orientation: int
-
-    @property
-    def upright(self) -> tuple[int, int]:
-        """Width and height with the EXIF orientation applied, as in training."""
-        return self.size[::-1] if self.orientation >= 5 else self.size
-
-
-def read_header(path: str | Path) -> Header:
-    """Read the first and the last bytes of an image file.
-
-    Raises:
-        Problem: The file is missing, empty, not an image or truncated.
-    """
-    path = Path(path)
-    with _decoding(path):
-        size = path.stat().st_size
-        if not size:
-            raise Problem('image-file-empty')
-        with Image.open(path) as image:
-            header = Header(image.size, image.format or '', orientation_of(image))
-        with path.open('rb') as file:
-            file.seek(-min(_TAIL, size), os.SEEK_END)
-            if not has_end(header.format, file.read()):
-                raise Problem('image-file-truncated', format=header.format)
-    return header
-
-
 def image_size(path: str | Path) -> tuple[int, int]:
     """Width and height of an image, upright: EXIF orientation applied, as in training.
 
+    Reads the first and the last bytes of the file.
+
     Raises:
-        Problem: See `read_header`; or OpenCV would not turn the image.
+        Problem: The file is missing, empty, not an image or truncated, or OpenCV would not turn it.
     """
-    header = read_header(path)
-    if header.orientation >= 5 and header.format not in _END_MARKS:
+    path = Path(path)
+    with _decoding(path):
+        with Image.open(path) as image:
+            size, found, is_turned = image.size, image.format or '', orientation_of(image) >= 5
+        with path.open('rb') as file:
+            file.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
+            if not has_end(found, file.read()):
+                raise Problem('image-file-truncated', format=found)
+    if is_turned and found not in _END_MARKS:
         # OpenCV 4.12 does not turn WebP and does not decode a turned TIFF at all.
-        raise Problem('image-file-turned', format=header.format)
-    return header.upright
+        raise Problem('image-file-turned', format=found)
+    return size[::-1] if is_turned else size
 
 
 def read_pixels(path: str | Path, colours: bool = False) -> tuple[np.ndarray, str, str]:
-    """The pixels of an image file as stored, Pillow's mode and Pillow's format.
-
-    Args:
-        path: The file.
-        colours: Whether to resolve palettes.
+    """The pixels of an image file as stored, Pillow's mode and Pillow's format; `colours` resolves palettes.
 
     Raises:
         Problem: The file is missing, empty, not an image or damaged.
     """
     path = Path(path)
-    with _decoding(path):
-        if not path.stat().st_size:
-            raise Problem('image-file-empty')
-        with Image.open(path) as opened:
-            image: Image.Image = opened
-            if colours and image.mode in ('P', 'PA'):
-                image = image.convert('RGBA' if image.mode == 'PA' else 'RGB')
-            return np.asarray(image), image.mode, opened.format or ''
+    with _decoding(path), Image.open(path) as opened:
+        image: Image.Image = opened
+        if colours and image.mode in ('P', 'PA'):
+            image = image.convert('RGBA' if image.mode == 'PA' else 'RGB')
+        return np.asarray(image), image.mode, opened.format or ''
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -122,6 +83,8 @@ def _decoding(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             # Pillow warns of large images; their header alone is harmless.
             warnings.simplefilter('ignore')
+            if not path.stat().st_size:
+                raise Problem('image-file-empty')
             yield
     except Problem:
         raise

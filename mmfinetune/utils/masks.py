@@ -15,14 +15,7 @@ _LONGEST_RUN = (1 << 32) - 1  # pycocotools keeps a run in 32 bits
 
 
 def mask_to_rle(mask: np.ndarray) -> dict[str, Any]:
-    """A mask as compressed COCO RLE.
-
-    Args:
-        mask: Boolean or 0/1 array (height, width).
-
-    Returns:
-        `{'size': [height, width], 'counts': str}`.
-    """
+    """A boolean or 0/1 mask (height, width) as COCO RLE `{'size': [height, width], 'counts': str}`."""
     return as_json(mask_api.encode(np.asfortranarray(mask, dtype=np.uint8)))
 
 
@@ -58,8 +51,8 @@ def to_rle(shape: list | dict[str, Any], height: int, width: int) -> dict[str, A
 
     Args:
         shape: Polygons of three points or more, or an RLE with counts of either kind.
-        height: Height of the image.
-        width: Width of the image.
+        height: Height of the image in pixels.
+        width: Its width.
     """
     if isinstance(shape, list):
         return as_json(mask_api.merge(mask_api.frPyObjects(shape, height, width)))

@@ -29,7 +29,7 @@ def _start(work: Callable[[Any], Any]) -> None:
 
 
 def _do(chunk: Sequence[Any]) -> list[Any]:
-    return [_work(item) for item in chunk]
+    return list(map(_work, chunk))
 
 
 def in_order(

@@ -15,37 +15,31 @@ class Format(NamedTuple):
     """A row of the table of formats.
 
     Attributes:
-        module: Module of the reader in this package.
-        reader: Class in the module.
+        reader: Module in this package and class of the reader.
         layout: What the reader looks for.
     """
 
-    module: str
     reader: str
     layout: str
 
 
 FORMATS = {
     'coco2017': Format(
-        'coco', 'Coco2017Reader', 'annotations/instances_{train,val}2017.json next to train2017/ and val2017/'
+        'coco.Coco2017Reader', 'annotations/instances_{train,val}2017.json next to train2017/ and val2017/'
     ),
     'coco': Format(
-        'coco',
-        'CocoReader',
+        'coco.CocoReader',
         'COCO JSON (images, annotations, categories) in the folder, in annotations/ or in '
         'train/, val/, test/; or one such file',
     ),
-    'voc': Format('voc', 'VocReader', 'a PASCAL VOC devkit: JPEGImages/, SegmentationObject/, SegmentationClass/'),
-    'sbd': Format('sbd', 'SbdReader', 'SBD: dataset/inst/*.mat and dataset/img/*.jpg'),
-    'cityscapes': Format(
-        'cityscapes', 'CityscapesReader', 'leftImg8bit/ next to gtFine/ with *_gtFine_instanceIds.png'
-    ),
-    'labelme': Format('labelme', 'LabelmeReader', "LabelMe JSON files with 'shapes'"),
-    'yolo': Format('yolo', 'YoloReader', 'data.yaml, or images/ and labels/*.txt with classes.txt'),
-    'mask-png': Format('masks', 'MaskPngReader', 'images/ and masks/ with one PNG of object numbers for each image'),
+    'voc': Format('voc.VocReader', 'a PASCAL VOC devkit: JPEGImages/, SegmentationObject/, SegmentationClass/'),
+    'sbd': Format('sbd.SbdReader', 'SBD: dataset/inst/*.mat and dataset/img/*.jpg'),
+    'cityscapes': Format('cityscapes.CityscapesReader', 'leftImg8bit/ next to gtFine/ with *_gtFine_instanceIds.png'),
+    'labelme': Format('labelme.LabelmeReader', "LabelMe JSON files with 'shapes'"),
+    'yolo': Format('yolo.YoloReader', 'data.yaml, or images/ and labels/*.txt with classes.txt'),
+    'mask-png': Format('masks.MaskPngReader', 'images/ and masks/ with one PNG of object numbers for each image'),
     'binary-masks': Format(
-        'masks',
-        'BinaryMasksReader',
+        'masks.BinaryMasksReader',
         'a black-and-white mask PNG for each image and class: CLASS/name.jpg and '
         '.png, masks/CLASS/name.png or name_CLASS.png',
     ),
@@ -55,8 +49,8 @@ _FILES = {'.json': 'coco', '.yaml': 'yolo', '.yml': 'yolo'}  # formats that one 
 
 def reader_for(name: str) -> type[Reader]:
     """The class that reads a format."""
-    found = FORMATS[name]
-    return getattr(importlib.import_module(f'{__name__}.{found.module}'), found.reader)
+    module, reader = FORMATS[name].reader.split('.')
+    return getattr(importlib.import_module(f'{__name__}.{module}'), reader)
 
 
 def detect(root: Path) -> tuple[str, str]:
@@ -74,11 +68,9 @@ def detect(root: Path) -> tuple[str, str]:
         lines = [Message('format-possible', format=f, reason=r) for f, r in found.items()]
         raise UserError('format-ambiguous', problems=lines, path=root)
     lines = [Message('format-layout', format=f, layout=row.layout) for f, row in FORMATS.items()]
-    inner = []
-    if root.is_dir():
-        folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith('.'))
-        inner = [f'{folder} ({name})' for folder in folders[:20] for name in _reasons(folder)]
-    if inner:
+    inside = root.iterdir() if root.is_dir() else ()
+    folders = sorted(p for p in inside if p.is_dir() and not p.name.startswith('.'))
+    if inner := [f'{folder} ({name})' for folder in folders[:20] for name in _reasons(folder)]:
         raise UserError('format-inside', problems=lines, path=root, inner=', '.join(inner))
     raise UserError('format-unknown', problems=lines, path=root)
 

@@ -21,7 +21,6 @@ CLASSES = {24: 'person', 25: 'rider', 26: 'car', 27: 'truck', 28: 'bus', 31: 'tr
 _GROUPS = {name: 'human' if label < 26 else 'vehicle' for label, name in CLASSES.items()}
 _PER_LABEL = 1000  # an object's value is its label id times this, plus its number
 _IMAGE_END, _LABEL_END = '_leftImg8bit.png', '_gtFine_instanceIds.png'
-_HINT = 'unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip next to each other'
 
 
 class CityscapesReader(Reader):
@@ -43,20 +42,19 @@ class CityscapesReader(Reader):
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> CityscapesReader:  # noqa: ARG003
         missing = [f'{name}/' for name in ('leftImg8bit', 'gtFine') if not (root / name).is_dir()]
-        images = _per_split(root / 'leftImg8bit', _IMAGE_END)
-        if not images:
-            missing.append(f'leftImg8bit/{{train,val}}/CITY/*{_IMAGE_END}')
-        labels = _per_split(root / 'gtFine', _LABEL_END)
-        if not labels:
-            missing.append(f'gtFine/{{train,val}}/CITY/*{_LABEL_END}')
+        found = []
+        for name, end in (('leftImg8bit', _IMAGE_END), ('gtFine', _LABEL_END)):
+            paths = {s: sorted((root / name / s).glob(f'*/*{end}'), key=natural_key) for s in ('train', 'val')}
+            found.append({split: listed for split, listed in paths.items() if listed})
+            if not found[-1]:
+                missing.append(f'{name}/{{train,val}}/CITY/*{end}')
         if missing:
             raise UserError('cityscapes-incomplete', problems=missing, path=root)
+        images, labels = found
         reader = cls(root, images)
         wanted = {_label_of(root, path) for paths in images.values() for path in paths}
-        for split in images:
-            for path in labels.get(split, ()):
-                if path not in wanted:
-                    reader.problems.append(Message('cityscapes-no-image', place=shown(path, root)))
+        spare = (path for split in images for path in labels.get(split, ()) if path not in wanted)
+        reader.problems = [Message('cityscapes-no-image', place=shown(path, root)) for path in spare]
         return reader
 
     def items(self) -> list[Item]:
@@ -68,13 +66,13 @@ class CityscapesReader(Reader):
 
     def read(self, item: Item) -> Record:
         record = self.start(item)
-        try:
-            values = _read_values(item.label)
+        with record.collecting(shown(item.label, self.root)):
+            values, mode, _ = read_pixels(item.label)
+            if mode not in ('I', 'I;16', 'I;16B', 'L'):
+                raise Problem('cityscapes-mode', mode=mode)
             if not record.problems:
                 require_size(values, record, self.root)
-                self._read_objects(values, record)
-        except Problem as problem:
-            record.problems.append(problem.message.at(shown(item.label, self.root)))
+                self._read_objects(values.astype(np.int32), record)
         return record
 
     def _read_objects(self, values: np.ndarray, record: Record) -> None:
@@ -89,11 +87,6 @@ class CityscapesReader(Reader):
         ]
 
 
-def _per_split(folder: Path, end: str) -> dict[str, list[Path]]:
-    found = {split: sorted((folder / split).glob(f'*/*{end}'), key=natural_key) for split in ('train', 'val')}
-    return {split: paths for split, paths in found.items() if paths}
-
-
 def _label_of(root: Path, image: Path) -> Path:
     split, city = image.parts[-3:-1]
     return root / 'gtFine' / split / city / (image.name.removesuffix(_IMAGE_END) + _LABEL_END)
@@ -101,11 +94,3 @@ def _label_of(root: Path, image: Path) -> Path:
 
 def _label_id(value: int) -> int:
     return value // _PER_LABEL if value >= _PER_LABEL else value
-
-
-def _read_values(path: Path) -> np.ndarray:
-    """The values of an instanceIds PNG, int32 (height, width); raises Problem."""
-    pixels, mode, _ = read_pixels(path)
-    if mode not in ('I', 'I;16', 'I;16B', 'L'):
-        raise Problem('cityscapes-mode', mode=mode)
-    return pixels.astype(np.int32)

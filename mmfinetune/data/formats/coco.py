@@ -37,9 +37,6 @@ class _File:
     """An annotation file.
 
     Attributes:
-        path: The file.
-        split: Its split.
-        coco: Its content.
         names: Category names by id, in the file's order.
         groups: Supercategories by name.
         ids: Image ids; integers where they can be read as such.
@@ -60,11 +57,6 @@ class _File:
     strays: list[Message] = field(default_factory=list)
     image_root: Path = Path()
 
-    @property
-    def keeps_ids(self) -> bool:
-        """Whether all image ids are integers that every tool can read."""
-        return all(isinstance(i, int) and 0 <= i < _MAX_ID for i in self.ids)
-
 
 class CocoReader(Reader):
     """COCO JSON files, one for each split, or a single one.
@@ -81,7 +73,7 @@ class CocoReader(Reader):
         self._files = files
         self._boxes = bool(options.get('boxes_as_masks'))
         self._trust_sizes = bool(options.get('trust_sizes'))
-        self._keeps_ids = [file.keeps_ids for file in files]
+        self._keeps_ids = [all(isinstance(i, int) and 0 <= i < _MAX_ID for i in file.ids) for file in files]
         self.category_ids = _common_ids(files)
         for file in files:
             name, data = shown(file.path, root), file.coco.data
@@ -89,13 +81,10 @@ class CocoReader(Reader):
             wanted = (('info', dict), ('licenses', list))
             self.headers[file.split] = {key: data[key] for key, kind in wanted if isinstance(data.get(key), kind)}
             self.problems += [stray.at(name) for stray in file.strays]
-            ids = {as_id(annotation.get('id')) for annotation in file.coco.annotations}
-            ids.discard(None)
-            repeated = len(file.coco.annotations) - len(ids)
-            if repeated:
+            ids = {as_id(annotation.get('id')) for annotation in file.coco.annotations} - {None}
+            if repeated := len(file.coco.annotations) - len(ids):
                 self.notes.append(Message('coco-ids-new', place=name, count=repeated))
-            missing = [category for category in self.classes if category not in file.names.values()]
-            if missing:
+            if missing := [category for category in self.classes if category not in file.names.values()]:
                 self.notes.append(Message('coco-categories-added', place=name, names=', '.join(missing)))
 
     @classmethod
@@ -106,8 +95,7 @@ class CocoReader(Reader):
         other = any((root / name).is_dir() for name in ('SegmentationObject', 'gtFine'))
         if other or Coco2017Reader.detect(root):
             return None
-        found = candidates(root)
-        if not found:
+        if not (found := candidates(root)):
             return None
         more = f' and {len(found) - 1} more' if len(found) > 1 else ''
         return f'{shown(found[0], root)}{more} with images, annotations and categories'
@@ -117,17 +105,14 @@ class CocoReader(Reader):
         """See `Reader.open`. Options: `boxes_as_masks`, `image_root`, `trust_sizes`."""
         root, chosen = cls._choose(root)
         files = [_read(path, split, bool(options.get('boxes_as_masks'))) for split, path in chosen.items()]
-        problems = [line.at(shown(file.path, root)) for file in files for line in file.problems]
-        if problems:
+        if problems := [line.at(shown(file.path, root)) for file in files for line in file.problems]:
             raise UserError('coco-files', problems=problems, path=root)
         reader = cls(root, files, options)
         for file in files:
             file.image_root = reader._image_root(file, options.get('image_root'))
         return reader
 
-    @classmethod
-    def _choose(cls, root: Path) -> tuple[Path, dict[str | None, Path]]:
-        return choose_files(root)
+    _choose = staticmethod(choose_files)
 
     def _image_root(self, file: _File, named: Path | None) -> Path:
         """The folder in which most of a sample of a file's images are."""
@@ -170,17 +155,12 @@ class CocoReader(Reader):
         record = Record(item.image, 0, 0, extra={k: v for k, v in image.items() if k not in _IMAGE_CORE})
         if self._keeps_ids[number]:
             record.image_id = file.ids[place]
-        try:
+        with record.collecting(item.key):
             record.width, record.height = self._size(item.image, image)
-        except Problem as problem:
-            record.problems.append(problem.message.at(item.key))
-            return record
-        for annotation in file.annotations[place]:
-            name = f'annotation {shown_value(annotation.get("id"))}'
-            try:
-                record.instances.append(self._instance(annotation, file.names, name))
-            except Problem as problem:
-                record.problems.append(problem.message.at(name).at(item.key))
+            for annotation in file.annotations[place]:
+                name = f'annotation {shown_value(annotation.get("id"))}'
+                with record.collecting(f'{item.key}: {name}'):
+                    record.instances.append(self._instance(annotation, file.names, name))
         return record
 
     def _size(self, path: Path, image: dict[str, Any]) -> tuple[int, int]:
@@ -200,10 +180,9 @@ class CocoReader(Reader):
         except Problem as problem:
             raise problem.at(shown(path, self.root)) from None
         if named and named != size:
-            facts = dict(image=shown(path, self.root), found=f'{size[0]}x{size[1]}', named=f'{named[0]}x{named[1]}')
-            if named == size[::-1]:
-                raise Problem('coco-size-turned', **facts)
-            raise Problem('coco-other-size', **facts)
+            code = 'coco-size-turned' if named == size[::-1] else 'coco-other-size'
+            sizes = dict(found=f'{size[0]}x{size[1]}', named=f'{named[0]}x{named[1]}')
+            raise Problem(code, image=shown(path, self.root), **sizes)
         return size
 
     def _instance(self, annotation: dict[str, Any], names: dict[Any, str], place: str) -> Instance:
@@ -237,23 +216,20 @@ class Coco2017Reader(CocoReader):
         found = [split for split in official_files(root) if (root / f'{split}2017').is_dir()]
         return ' and '.join(f'annotations/instances_{split}2017.json next to {split}2017/' for split in found) or None
 
-    @classmethod
-    def _choose(cls, root: Path) -> tuple[Path, dict[str | None, Path]]:
-        found = official_files(root)
-        if not found:
+    @staticmethod
+    def _choose(root: Path) -> tuple[Path, dict[str | None, Path]]:
+        if not (found := official_files(root)):
             raise UserError('coco2017-missing', path=root)
         return root, found
 
 
 def as_id(value: Any) -> int | str | None:
     """An id as an integer if it can be read as one, a string if it is one, else None."""
-    if isinstance(value, bool):
-        return None
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     if isinstance(value, str):
         return int(value) if value.isascii() and value.isdigit() else value or None
-    return value if isinstance(value, int) else None
+    return value if type(value) is int else None
 
 
 def _read(path: Path, split: str | None, boxes: bool) -> _File:
@@ -305,12 +281,9 @@ def _read_categories(file: _File) -> None:
 
 def _common_ids(files: Sequence[_File]) -> dict[str, int]:
     """Category ids by name, if all files give the same and they are integers."""
-    ids: dict[str, int] = {}
-    for file in files:
-        for category, name in file.names.items():
-            if not isinstance(category, int) or ids.setdefault(name, category) != category:
-                return {}
-    return ids
+    pairs = {(name, category) for file in files for category, name in file.names.items()}
+    ids = dict(pairs)
+    return ids if len(ids) == len(pairs) and all(isinstance(category, int) for category in ids.values()) else {}
 
 
 def _positive(value: Any) -> int:

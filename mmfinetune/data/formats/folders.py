@@ -34,11 +34,7 @@ _Place = tuple[str, ...]  # folders without the one that names the role, then th
 
 
 def split_of(parts: Iterable[str]) -> str | None:
-    """The split in a path: 'train' for `images/train2017` or `training`, None for none.
-
-    Args:
-        parts: Folders of the path, relative to the data set.
-    """
+    """The split in the folders of a path: 'train' for `images/train2017` or `training`, None for none."""
     for part in parts:
         if match := _SPLIT.fullmatch(part.lower()):
             return match[1]
@@ -51,12 +47,7 @@ def without_splits(parts: Iterable[str]) -> tuple[str, ...]:
 
 
 def apart(parts: tuple[str, ...], folders: Collection[str]) -> tuple[_Place, _Place] | None:
-    """The folders before and after the first that has one of the names; None if there is none.
-
-    Args:
-        parts: Folders of a path.
-        folders: Names in lower case.
-    """
+    """The folders before and after the first that has one of the names (in lower case); None if there is none."""
     for place, part in enumerate(parts):
         if part.lower() in folders:
             return parts[:place], parts[place + 1 :]
@@ -128,6 +119,19 @@ class Layout:
     classes: dict[Path, Path] = field(default_factory=dict)
     orphans: list[Path] = field(default_factory=list)
 
+    def add(self, mask: Path, images: dict[str, list[Path]], label: str | None) -> bool:
+        """Give a mask to the images of the stem that its name begins with; whether there is one.
+
+        Args:
+            mask: The file.
+            images: Images by stem.
+            label: Class, unless the name of the mask says one.
+        """
+        stem, named = _image_stem(mask.stem, images) or ('', None)
+        for image in images.get(stem, ()):
+            self.masks.setdefault(image, []).append((named or label, mask))
+        return stem in images
+
     def sample(self) -> list[Path]:
         """A few masks, spread over the data set."""
         paths = [path for masks in self.masks.values() for _, path in masks]
@@ -135,21 +139,12 @@ class Layout:
 
     def fits(self) -> bool:
         """Whether it is likely meant so: most images have a mask, hardly a mask no image."""
-        return (
-            bool(self.masks) and 2 * len(self.masks) >= len(self.images) and 10 * len(self.orphans) <= len(self.images)
-        )
+        images, masks = len(self.images), len(self.masks)
+        return masks > 0 and 2 * masks >= images and 10 * len(self.orphans) <= images
 
     def share(self) -> str:
         """How many images have a mask, in words."""
         return f'{len(self.masks)} of {len(self.images)}'
-
-    def images_of_masks(self) -> dict[Path, list[Path]]:
-        """The other way round: the images of each mask, which should be one."""
-        found: dict[Path, list[Path]] = {}
-        for image, masks in self.masks.items():
-            for _, path in masks:
-                found.setdefault(path, []).append(image)
-        return found
 
     def class_names(self) -> list[str]:
         """The classes that folders or names of masks give."""
@@ -160,13 +155,10 @@ class Layout:
 def require_size(pixels: np.ndarray, record: Record, root: Path) -> None:
     """Raise a Problem unless a mask, (h, w), has the size of its image."""
     height, width = pixels.shape
-    size = (record.width, record.height)
-    if (width, height) == size:
-        return
-    facts = dict(width=width, height=height, image=shown(record.image, root), size=f'{size[0]}x{size[1]}')
-    if (height, width) == size:
-        raise Problem('mask-file-turned', **facts)
-    raise Problem('mask-file-size', **facts)
+    if (width, height) != (record.width, record.height):
+        code = 'mask-file-turned' if (height, width) == (record.width, record.height) else 'mask-file-size'
+        size = f'{record.width}x{record.height}'
+        raise Problem(code, width=width, height=height, image=shown(record.image, root), size=size)
 
 
 def numbered_layout(root: Path) -> Layout:
@@ -177,21 +169,18 @@ def numbered_layout(root: Path) -> Layout:
         *folders, _ = path.relative_to(root).parts
         for role, names in (('mask', MASK_FOLDERS), ('class', _CLASS_FOLDERS), ('image', IMAGE_FOLDERS)):
             if halves := apart(tuple(folders), names):
-                place = (*halves[0], *halves[1], path.stem)
-                roles[role].setdefault(place, []).append(path)
+                roles[role].setdefault((*halves[0], *halves[1], path.stem), []).append(path)
                 if role == 'image':
                     images.append(path)
                 break
     layout = Layout(images)
     for role in ('mask', 'class'):
         for place, paths in roles[role].items():
-            key = next(
-                (key for key in (place, (*place[:-1], _LAST_WORD.sub('', place[-1]))) if key in roles['image']), None
-            )
-            if key is None:
+            bare = (*place[:-1], _LAST_WORD.sub('', place[-1]))
+            owners = roles['image'].get(place) or roles['image'].get(bare)
+            if not owners:
                 layout.orphans += paths
-                continue
-            for image in roles['image'][key]:
+            for image in owners or ():
                 if role == 'mask':
                     layout.masks.setdefault(image, []).extend((None, path) for path in paths)
                 else:
@@ -202,8 +191,7 @@ def numbered_layout(root: Path) -> Layout:
 def classed_layout(root: Path) -> Layout:
     """Images and masks by folders `images/` and `masks/`, or next to each other."""
     files = [(path, path.relative_to(root).parts[:-1]) for path in find_files(root, _MASK_SUFFIXES)]
-    masks = [(path, parts) for path, parts in files if apart(parts, MASK_FOLDERS)]
-    if masks:
+    if masks := [(path, parts) for path, parts in files if apart(parts, MASK_FOLDERS)]:
         return _in_folders([pair for pair in files if not apart(pair[1], MASK_FOLDERS)], masks)
     return _side_by_side(files)
 
@@ -225,15 +213,10 @@ def _in_folders(others: list[tuple[Path, _Place]], masks: list[tuple[Path, _Plac
         folders = before + after
         # One of the folders may be the class; images are where the others lead.
         tries = [(next(iter(without_splits(before)), None), folders)]
-        tries += [
-            (folders[k], folders[:k] + folders[k + 1 :]) for k in range(len(folders)) if split_of([folders[k]]) is None
-        ]
+        tries += [(name, folders[:k] + folders[k + 1 :]) for k, name in enumerate(folders) if not split_of([name])]
         for label, place in tries:
             here = images.get(place, {})
-            if match := _image_stem(path.stem, here):
-                stem, named = match
-                for image in here[stem]:
-                    layout.masks.setdefault(image, []).append((named or label, path))
+            if layout.add(path, here, label):
                 break
         else:
             layout.orphans.append(path)
@@ -258,14 +241,8 @@ def _side_by_side(files: list[tuple[Path, _Place]]) -> Layout:
                 images.setdefault(path.stem, []).append(path)
                 layout.images.append(path)
         for path in masks:
-            match = _image_stem(path.stem, images)
-            if not match:
+            if not layout.add(path, images, next(iter(without_splits(parts)), None)):
                 layout.orphans.append(path)
-                continue
-            stem, named = match
-            label = named or next(iter(without_splits(parts)), None)
-            for image in images[stem]:
-                layout.masks.setdefault(image, []).append((label, path))
     return layout
 
 

@@ -90,11 +90,10 @@ class LabelmeReader(Reader):
         paths = find_files(root, {'.json'})
         heads, notes = {}, []
         for path in tqdm(paths, desc='labels', unit='file', disable=None if options.get('progress') else True):
-            head = _head(path)
-            if head is None:
-                notes.append(Message('labelme-other-file', place=shown(path, root)))
-            else:
+            if head := _head(path):
                 heads[path] = head
+            else:
+                notes.append(Message('labelme-other-file', place=shown(path, root)))
         if not heads:
             raise UserError('labelme-no-files', path=root, count=len(paths))
         found = sorted(set().union(*(head.labels for head in heads.values())))
@@ -105,8 +104,7 @@ class LabelmeReader(Reader):
             raise UserError('labelme-no-shapes', problems=lines, path=root, count=len(heads))
         images = find_images(root)
         items = _items(root, heads, images)
-        left = set(images) - {item.image for item in items}
-        if left:
+        if left := set(images) - {item.image for item in items}:
             # LabelMe writes a file for an image without objects too, once somebody saves it.
             notes.append(Message('labelme-unlabelled', count=len(left), images=len(images)))
         return cls(root, classes, listed and listed[0], items, notes)
@@ -122,7 +120,9 @@ class LabelmeReader(Reader):
             if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
                 raise Problem('labelme-shapes')
             if record.problems and not item.image.exists():
-                raise _missing_image(data)
+                image = data.get('imagePath') or None
+                code = 'labelme-image-missing' if image else 'labelme-image-unknown'
+                raise Problem('labelme-image-embedded' if data.get('imageData') else code, image=image)
         except Problem as problem:
             # Without the JSON nobody knows the name of the image.
             record.problems = [problem.message.at(name)]
@@ -136,27 +136,24 @@ class LabelmeReader(Reader):
         objects: dict[tuple, list[tuple[int, list[float] | dict]]] = {}
         for number, shape in enumerate(shapes, start=1):
             place = f'{name}: shape {number}'
-            try:
+            with record.collecting(place):
                 label = _label(shape)
                 place += f" ('{label}')"
                 if label in NO_CLASS:
                     continue
-                kind = _kind(shape)
-                if kind in _NO_AREA:
-                    record.notes.append(Message('labelme-no-area', place=place, kind=kind))
-                    continue
-                if self._class_list and label not in self.classes:
-                    file = shown(self._class_list, self.root)
-                    raise Problem('labelme-label-unknown', file=file)
-                group = shape.get('group_id')
-                if not isinstance(group, (int, str, type(None))):
-                    raise Problem('labelme-group')
-                part = _part(shape, kind, record.width, record.height)
-            except Problem as problem:
-                record.problems.append(problem.message.at(place))
-                continue
-            alone = number if group is None else None
-            objects.setdefault((label, group, alone), []).append((number, part))
+                with record.collecting(place):
+                    kind = _kind(shape)
+                    if kind in _NO_AREA:
+                        record.notes.append(Message('labelme-no-area', place=place, kind=kind))
+                        continue
+                    if self._class_list and label not in self.classes:
+                        raise Problem('labelme-label-unknown', file=shown(self._class_list, self.root))
+                    group = shape.get('group_id')
+                    if not isinstance(group, (int, str, type(None))):
+                        raise Problem('labelme-group')
+                    part = _part(shape, kind, record.width, record.height)
+                    alone = number if group is None else None
+                    objects.setdefault((label, group, alone), []).append((number, part))
         record.instances = [
             Instance(
                 label,
@@ -171,10 +168,9 @@ def _is_labelme(path: Path) -> bool:
     # COCO's own JSON files have hundreds of MB, which takes long to parse.
     if path.stat().st_size > _MOST_BYTES or b'"shapes"' not in path.read_bytes():
         return False
-    try:
+    data = None
+    with contextlib.suppress(Problem):
         data = read_json(path)
-    except ValueError:
-        return False
     return isinstance(data, dict) and isinstance(data.get('shapes'), list)
 
 
@@ -186,17 +182,13 @@ def _head(path: Path) -> _Head | None:
         return _Head(problem=problem.message)
     if not isinstance(data, dict) or 'shapes' not in data:
         return None
-    head, image_path = _Head(), data.get('imagePath')
-    if isinstance(image_path, str):
-        head.image_path = image_path
-    shapes = data['shapes'] if isinstance(data['shapes'], list) else []
-    for shape in shapes:
-        try:
+    image_path = data.get('imagePath')
+    head = _Head(image_path if isinstance(image_path, str) else '')
+    for shape in data['shapes'] if isinstance(data['shapes'], list) else ():
+        with contextlib.suppress(Problem):
             label = _label(shape)
-        except ValueError:
-            continue
-        if label not in NO_CLASS and _kind(shape) not in _NO_AREA:
-            head.labels.add(label)
+            if label not in NO_CLASS and _kind(shape) not in _NO_AREA:
+                head.labels.add(label)
     return head
 
 
@@ -205,13 +197,9 @@ def _items(root: Path, heads: dict[Path, _Head], images: list[Path]) -> list[Ite
     for image in images:
         by_stem.setdefault(image.stem, []).append(image)
     return [
-        Item(
-            shown(path, root),
-            _find_image(path, head.image_path, by_stem),
-            path,
-            split_of(path.relative_to(root).parts[:-1]),
-        )
+        Item(shown(path, root), _find_image(path, head.image_path, by_stem), path, split_of(folders))
         for path, head in heads.items()
+        for folders in [path.relative_to(root).parts[:-1]]
     ]
 
 
@@ -247,25 +235,12 @@ def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]]) -> 
     return same[0] if len(same) == 1 else path.with_suffix('.jpg')
 
 
-def _missing_image(data: dict) -> Problem:
-    facts = dict(image=data.get('imagePath') or None)
-    if data.get('imageData'):
-        return Problem('labelme-image-embedded', **facts)
-    if facts['image']:
-        return Problem('labelme-image-missing', **facts)
-    return Problem('labelme-image-unknown')
-
-
 def _check_size(record: Record, data: dict, name: str) -> None:
-    said = (data.get('imageWidth'), data.get('imageHeight'))
-    size = (record.width, record.height)
-    if None in said or said == size:
-        return
-    facts = dict(place=name, image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
-    if said == size[::-1]:
-        record.problems.append(Message('labelme-size-turned', **facts))
-    else:
-        record.problems.append(Message('labelme-size', **facts))
+    said, size = (data.get('imageWidth'), data.get('imageHeight')), (record.width, record.height)
+    if None not in said and said != size:
+        code = 'labelme-size-turned' if said == size[::-1] else 'labelme-size'
+        facts = dict(image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
+        record.problems.append(Message(code, place=name, **facts))
 
 
 def _label(shape: Any) -> str:
@@ -334,9 +309,8 @@ def _mask(text: Any, corners: list[float], width: int, height: int) -> dict:
     left, top, right, bottom = (round(value) for value in corners)
     if all(float(value).is_integer() for value in corners):
         rows, columns = bottom - top + 1, right - left + 1
-        if rows < 1 or columns < 1 or patch.shape[0] < rows or patch.shape[1] < columns:
-            facts = dict(width=patch.shape[1], height=patch.shape[0], columns=columns, rows=rows)
-            raise Problem('labelme-mask-size', **facts)
+        if not (1 <= rows <= patch.shape[0] and 1 <= columns <= patch.shape[1]):
+            raise Problem('labelme-mask-size', width=patch.shape[1], height=patch.shape[0], columns=columns, rows=rows)
         patch = patch[:rows, :columns]
     full = np.zeros((height, width), dtype=bool)
     y1, x1 = max(top, 0), max(left, 0)

@@ -45,24 +45,24 @@ class _MaskReader(Reader):
         super().__init__(root, classes)
         self._layout, self._background = layout, bool(options.get('background'))
         self.problems = [Message('masks-no-image', place=shown(path, root)) for path in layout.orphans]
-        for mask, images in layout.images_of_masks().items():
+        images_of: dict[Path, list[Path]] = {}
+        for image, masks in layout.masks.items():
+            for _, mask in masks:
+                images_of.setdefault(mask, []).append(image)
+        for mask, images in images_of.items():
             if len(images) > 1:
                 facts = dict(place=shown(mask, root), images=', '.join(shown(image, root) for image in images))
                 self.problems.append(Message('masks-several-images', **facts))
-        without = sum(image not in layout.masks for image in layout.images)
+        without = len(set(layout.images) - layout.masks.keys())
         if without and self._background:
             self.notes.append(Message('masks-background', count=without, images=len(layout.images)))
 
     def items(self) -> list[Item]:
-        layout = self._layout
+        masks, classes = self._layout.masks, self._layout.classes
         return [
-            Item(
-                shown(image, self.root),
-                image,
-                (layout.masks.get(image, []), layout.classes.get(image)),
-                split_of(image.relative_to(self.root).parts[:-1]),
-            )
-            for image in layout.images
+            Item(shown(path, self.root), path, (masks.get(path, []), classes.get(path)), split_of(folders))
+            for path in self._layout.images
+            for folders in [path.relative_to(self.root).parts[:-1]]
         ]
 
     def read(self, item: Item) -> Record:
@@ -78,12 +78,10 @@ class _MaskReader(Reader):
         raise NotImplementedError
 
     def _refuse_several(self, record: Record, masks: _Masks, label: str | None = None) -> None:
+        facts = {} if label is None else dict(label=label)
         names = ', '.join(shown(path, self.root) for _, path in masks)
-        facts = dict(place=shown(record.image, self.root), masks=names)
-        if label is None:
-            record.problems.append(Message('masks-several', **facts))
-        else:
-            record.problems.append(Message('masks-several-of-class', label=label, **facts))
+        code = 'masks-several-of-class' if facts else 'masks-several'
+        record.problems.append(Message(code, place=shown(record.image, self.root), masks=names, **facts))
 
 
 class MaskPngReader(_MaskReader):
@@ -130,10 +128,8 @@ class MaskPngReader(_MaskReader):
         if not layout.classes and len(wanted) == 1:
             classes = wanted
         if not classes or (len(classes) > 1 and not layout.classes):
-            facts = dict(path=root, names=', '.join(classes))
-            if classes:
-                raise UserError('masks-classes', **facts)
-            raise UserError('masks-no-classes', **facts)
+            code = 'masks-classes' if classes else 'masks-no-classes'
+            raise UserError(code, path=root, names=', '.join(classes))
         return cls(root, layout, classes, options)
 
     def _read_masks(self, record: Record, masks: _Masks, class_mask: Path | None) -> None:
@@ -141,24 +137,20 @@ class MaskPngReader(_MaskReader):
             self._refuse_several(record, masks)
             return
         if self._layout.classes and class_mask is None and masks:
-            place = shown(record.image, self.root)
-            record.problems.append(Message('masks-no-class-mask', place=place))
+            record.problems.append(Message('masks-no-class-mask', place=shown(record.image, self.root)))
             return
         for _, path in masks:
             name = shown(path, self.root)
-            try:
+            with record.collecting(name):
                 numbers = self._numbers(path, name, record)
                 values = np.unique(numbers[numbers != 0]).tolist()
                 if len(values) > _MOST_VALUES:
                     raise Problem('masks-values', count=len(values))
-            except Problem as problem:
-                record.problems.append(problem.message.at(name))
-                continue
-            names = self._classes_of(numbers, values, class_mask, record)
-            record.instances = [
-                Instance(label, rle, place=f'object {value}')
-                for value, label, rle in zip(values, names, masks_to_rles(numbers, values), strict=True)
-            ]
+                names = self._classes_of(numbers, values, class_mask, record)
+                record.instances = [
+                    Instance(label, rle, place=f'object {value}')
+                    for value, label, rle in zip(values, names, masks_to_rles(numbers, values), strict=True)
+                ]
 
     def _numbers(self, path: Path, name: str, record: Record) -> np.ndarray:
         """Object numbers (height, width), void taken out."""
@@ -169,14 +161,10 @@ class MaskPngReader(_MaskReader):
             void = VOID
         elif void is not None and mode in ('RGB', 'RGBA') and void >= 0:
             void *= 0x10101
-        if (
-            void is None
-            and mode == 'L'
-            and (numbers == VOID).any()
-            and not (numbers == VOID - 1).any()
-            and ((numbers > 0) & (numbers < VOID)).any()
-        ):
-            record.notes.append(Message('masks-maybe-void', place=name, void=VOID))
+        if void is None and mode == 'L':
+            counts = np.bincount(numbers.ravel(), minlength=VOID + 1)
+            if counts[VOID] and not counts[VOID - 1] and counts[1:VOID].any():
+                record.notes.append(Message('masks-maybe-void', place=name, void=VOID))
         return numbers if void is None else np.where(numbers == void, 0, numbers)
 
     def _classes_of(self, numbers: np.ndarray, values: list[int], class_mask: Path | None, record: Record) -> list[str]:
@@ -200,13 +188,12 @@ class MaskPngReader(_MaskReader):
             if not 1 <= label <= len(self.classes):
                 facts = dict(place=name, number=value, label=label, count=len(self.classes))
                 record.problems.append(Message('masks-class-number', **facts))
-                label = 0
-            elif known.sum() > 1:
-                facts = dict(
-                    number=value, label=self.classes[label - 1], most=int(counts.max()), pixels=int(counts.sum())
-                )
+                names.append('')
+                continue
+            names.append(self.classes[label - 1])
+            if known.sum() > 1:
+                facts = dict(number=value, label=names[-1], most=int(counts.max()), pixels=int(counts.sum()))
                 record.notes.append(Message('masks-class-mixed', place=name, **facts))
-            names.append(self.classes[label - 1] if label else '')
         return names
 
 
@@ -248,8 +235,7 @@ class BinaryMasksReader(_MaskReader):
             facts: dict[str, Any] = dict(images=len(layout.images), masks=len(layout.orphans))
             raise UserError('masks-binary-none', path=root, **facts)
         found, listed = layout.class_names(), find_class_list(root)
-        unknown = [name for name in found if listed and name not in listed[1]]
-        if listed and unknown:
+        if listed and (unknown := [name for name in found if name not in listed[1]]):
             raise UserError('masks-unlisted', problems=unknown, path=listed[0])
         classes = listed[1] if listed else found
         unnamed = [shown(path, root) for masks in layout.masks.values() for name, path in masks if name is None]
@@ -263,8 +249,6 @@ class BinaryMasksReader(_MaskReader):
         return cls(root, layout, classes, options)
 
     def _read_masks(self, record: Record, masks: _Masks, class_mask: Path | None) -> None:  # noqa: ARG002
-        from scipy import ndimage
-
         twice = [label for label, count in Counter(label for label, _ in masks).items() if count > 1]
         for label in twice:
             self._refuse_several(record, [mask for mask in masks if mask[0] == label], label)
@@ -272,26 +256,28 @@ class BinaryMasksReader(_MaskReader):
             return
         for label, path in masks:
             name = shown(path, self.root)
-            try:
+            with record.collecting(name):
                 bright, is_exact = _load_bright(path)
                 require_size(bright, record, self.root)
                 peak = int(bright.max())
                 if is_exact and 0 < peak < self._threshold:
                     raise Problem('masks-dark', peak=peak, threshold=self._threshold)
-            except Problem as problem:
-                record.problems.append(problem.message.at(name))
-                continue
-            parts, count = ndimage.label(bright >= self._threshold, np.ones((3, 3)))
-            areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
-            kept = (np.flatnonzero(areas >= self._min_area) + 1).tolist()
-            if len(kept) < count:
-                small = areas[areas < self._min_area]
-                facts = dict(left_out=len(small), count=count, least=self._min_area, largest=int(small.max()))
-                record.notes.append(Message('masks-small', place=name, **facts))
-            record.instances += [
-                Instance(label or '', rle, place=f'{name}, part {part}')
-                for part, rle in zip(kept, masks_to_rles(parts, kept), strict=True)
-            ]
+                self._add_parts(record, label or '', bright, name)
+
+    def _add_parts(self, record: Record, label: str, bright: np.ndarray, name: str) -> None:
+        from scipy import ndimage
+
+        parts, count = ndimage.label(bright >= self._threshold, np.ones((3, 3)))
+        areas = np.bincount(parts.ravel(), minlength=count + 1)[1:]
+        kept = (np.flatnonzero(areas >= self._min_area) + 1).tolist()
+        if len(kept) < count:
+            small = areas[areas < self._min_area]
+            facts = dict(left_out=len(small), count=count, least=self._min_area, largest=int(small.max()))
+            record.notes.append(Message('masks-small', place=name, **facts))
+        record.instances += [
+            Instance(label, rle, place=f'{name}, part {part}')
+            for part, rle in zip(kept, masks_to_rles(parts, kept), strict=True)
+        ]
 
 
 def _is_palette(path: Path) -> bool:
