@@ -180,10 +180,10 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
 
     Args:
         root: Folder that gets ``VOCdevkit/VOC2012``.
-        num_train: Training images.
-        num_val: Held-out images.
+        num_train: Number of training images.
+        num_val: Number of held-out images.
         seed: Same seed, same files.
-        progress: Show a progress bar.
+        progress: Whether to show a progress bar.
 
     Returns:
         The ``VOC2012`` folder.

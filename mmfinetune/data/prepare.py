@@ -32,9 +32,7 @@ class Counts:
     """What one split came to.
 
     Attributes:
-        images: Images written.
         objects: Annotations that are not crowd regions.
-        crowds: Crowd regions.
         empty: Images without any annotation.
         per_class: Objects of each class, in label order.
     """
@@ -85,8 +83,7 @@ class Summary:
         counts.images += 1
         counts.objects += len(result.labels)
         counts.crowds += result.crowds
-        if not result.annotations:
-            counts.empty += 1
+        counts.empty += not result.annotations
         for label in result.labels:
             counts.per_class[self.classes[label]] += 1
         self.dropped += result.dropped
@@ -126,8 +123,7 @@ def prepare(
     Raises:
         UserError: All problems of a kind in one error; `out` is then as it was.
     """
-    src, in_place = Path(src), placing == 'in-place'
-    workers = workers or os.cpu_count() or 1
+    src, in_place, workers = Path(src), placing == 'in-place', workers or os.cpu_count() or 1
     target = (InPlace if in_place else Target)(Path(out), src, overwrite)
     reader, summary, found = _open(src, format, {**options, 'progress': progress})
     items = _without_duplicates(reader, found, summary)
@@ -171,8 +167,7 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
         reader = reader_for(name).open(src, options)
         items = reader.items()
     except OSError as error:
-        facts: dict[str, Any] = dict(path=error.filename or src, reason=reason_of(error))
-        raise UserError('prepare-source-error', **facts) from error
+        raise UserError('prepare-source-error', path=error.filename or src, reason=reason_of(error)) from error
     if not items:
         raise UserError('prepare-no-images', path=src, format=name, layout=FORMATS[name].layout)
     summary = Summary(name, reason, _chosen_classes(reader, options.get('classes')))
@@ -186,12 +181,10 @@ def _without_duplicates(reader: Reader, items: Sequence[Item], summary: Summary)
     for item in items:
         split = item.split or NO_SPLIT
         other = first.setdefault((absolute(item.image), reader.overlapping and split), item)
-        if other is item:
-            continue
-        splits = dict.fromkeys((other.split or NO_SPLIT, split))
-        facts: dict[str, Any] = dict(place=item.key, splits=' and in '.join(splits), other=other.key)
-        summary.problems.append(Message('prepare-image-twice', **facts))
-        summary.left_out[item.key] = split
+        if other is not item:
+            splits = ' and in '.join(dict.fromkeys((other.split or NO_SPLIT, split)))
+            summary.problems.append(Message('prepare-image-twice', place=item.key, splits=splits, other=other.key))
+            summary.left_out[item.key] = split
     return list(first.values())
 
 
@@ -209,11 +202,9 @@ def _chosen_classes(reader: Reader, wanted: Sequence[str] | None) -> list[str]:
         if printable(name) != name:
             problems.append(Message('class-encoding', name=name))
         if name not in reader.classes:
-            found = near(name, reader.classes, '; ')
-            problems.append(Message('class-unknown', name=name, near=found))
+            problems.append(Message('class-unknown', name=name, near=near(name, reader.classes, '; ')))
     if problems:
-        facts: dict[str, Any] = dict(path=reader.root, known=', '.join(reader.classes))
-        raise UserError('prepare-classes', problems=problems, **facts)
+        raise UserError('prepare-classes', problems=problems, path=reader.root, known=', '.join(reader.classes))
     if not names:
         raise UserError('prepare-no-classes', path=reader.root)
     return names
@@ -232,15 +223,12 @@ def _converter(reader: Reader, classes: list[str], items: Sequence[Item], in_pla
 
 def _require_good(summary: Summary, reader: Reader, src: Path, images: int, skip_bad: bool) -> None:
     if summary.problems and not skip_bad:
-        found = plural(len(summary.problems), 'problem')
-        facts: dict[str, Any] = dict(
-            path=src, found=found, left_out=len(summary.left_out), images=images, advice=reader.hint
-        )
-        raise _LongList('prepare-problems', problems=summary.problems, **facts)
+        facts: dict[str, Any] = dict(left_out=len(summary.left_out), images=images, advice=reader.hint)
+        facts['found'] = plural(len(summary.problems), 'problem')
+        raise _LongList('prepare-problems', problems=summary.problems, path=src, **facts)
     empty = [Message('prepare-split-empty', split=name) for name, s in summary.splits.items() if not s.images]
     if empty:
-        _text, lines = '{path}: nothing is left to write', empty + summary.problems
-        raise _LongList('prepare-nothing-left', problems=lines, path=src, advice=reader.hint)
+        raise _LongList('prepare-nothing-left', problems=empty + summary.problems, path=src, advice=reader.hint)
     if not any(split.objects for split in summary.splits.values()):
         lines = [Message('prepare-dropped', count=n, reason=r) for r, n in sorted(summary.dropped.items())]
         raise UserError('prepare-no-objects', problems=lines, path=src, images=images)
@@ -288,15 +276,11 @@ def format_summary(summary: Summary, lines: int | None = _SHOWN_LINES) -> str:
     """
     splits = sorted(summary.splits.items(), key=lambda pair: natural_key(pair[0]))
     rows = [(name, s.images, s.objects, s.crowds, s.empty) for name, s in splits]
+    classes = [(name, *(s.per_class[name] for _, s in splits)) for name in summary.classes[:_SHOWN_CLASSES]]
     shown = [
         f'read as {summary.format}: {summary.reason}',
         table([('split', 'images', 'objects', 'crowds', 'empty'), *rows]),
-        table(
-            [
-                ('class', *(name for name, _ in splits)),
-                *((name, *(s.per_class[name] for _, s in splits)) for name in summary.classes[:_SHOWN_CLASSES]),
-            ]
-        ),
+        table([('class', *(name for name, _ in splits)), *classes]),
     ]
     if len(summary.classes) > _SHOWN_CLASSES:
         shown[-1] += f'\n… and {len(summary.classes) - _SHOWN_CLASSES} more classes'

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections import Counter
@@ -26,7 +27,6 @@ class Result:
     """One image as a worker leaves it.
 
     Attributes:
-        item: What was read.
         image_id: Id to keep.
         image: Members of the image's JSON object but for the id, without braces.
         annotations: The same of its annotations, but for `id` and `image_id`.
@@ -79,12 +79,6 @@ class Converter:
     def convert(self, items: Sequence[Item], workers: int, title: str, progress: bool) -> Iterator[Result]:
         """Convert all images, in the order of `items` whatever the number of workers.
 
-        Args:
-            items: The images.
-            workers: Number of processes.
-            title: Title of the progress bar.
-            progress: Whether to show it.
-
         Raises:
             UserError: A worker process was killed.
         """
@@ -100,8 +94,8 @@ class Converter:
                 self._add_record(record, result)
         # Files are damaged in ways no reader foresees; one must not end the work on the others.
         except Exception as error:
-            facts = dict(place=item.key, type=type(error).__name__, reason=error)
-            result.problems.append(Message('prepare-image-unreadable', **facts))
+            kind = type(error).__name__
+            result.problems.append(Message('prepare-image-unreadable', place=item.key, type=kind, reason=error))
         return result
 
     def _add_record(self, record: Record, result: Result) -> None:
@@ -113,13 +107,13 @@ class Converter:
         size = {'width': record.width, 'height': record.height}
         result.image = _members({'file_name': name, **size}, record.extra, result)
         for instance in record.instances:
+            place = f'{result.item.key}: {instance.place}' if instance.place else result.item.key
             try:
-                self._add_instance(record, instance, result)
+                self._add_instance(record, instance, result, place)
             except Problem as problem:
-                message = problem.message.at(instance.place) if instance.place else problem.message
-                result.problems.append(message.at(result.item.key))
+                result.problems.append(problem.message.at(place))
 
-    def _add_instance(self, record: Record, instance: Instance, result: Result) -> None:
+    def _add_instance(self, record: Record, instance: Instance, result: Result, place: str) -> None:
         if instance.category not in self.labels:
             if instance.category not in self.reader.classes:
                 raise Problem('prepare-class-unknown', name=instance.category)
@@ -137,9 +131,8 @@ class Converter:
                 result.dropped['without area (fewer than 3 points)'] += 1
                 return
             if len(full) < len(shape):
-                place = f'{result.item.key}: {instance.place}' if instance.place else result.item.key
-                facts = dict(place=place, left_out=len(shape) - len(full), count=len(shape))
-                result.notes.append(Message('prepare-polygons-short', **facts))
+                short = len(shape) - len(full)
+                result.notes.append(Message('prepare-polygons-short', place=place, left_out=short, count=len(shape)))
             shape, rle = full, to_rle(full, height, width)
         area = int(mask_api.area(rle))
         if not area:
@@ -170,12 +163,10 @@ def _members(members: dict[str, Any], extra: dict[str, Any], result: Result) -> 
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
 
     extra = {key: value for key, value in extra.items() if key not in members and key not in _GIVEN_LATER}
-    try:
+    with contextlib.suppress(ValueError):
         text = dump({**members, **extra})
         if printable(text) == text:
             return text[1:-1]
-    except ValueError:
-        pass
     keys = ', '.join(sorted(extra))
     result.notes.append(Message('prepare-keys-left-out', place=result.item.key, keys=keys))
     return dump(members)[1:-1]

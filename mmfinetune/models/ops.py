@@ -215,10 +215,8 @@ def roi_align_forward(
         input: (B, C, H, W).
         rois: (K, 5), as batch index, x1, y1, x2, y2.
         output: (K, C, aligned_height, aligned_width), filled in place.
-        argmax_y: Unused, like `argmax_x`: only max pooling needs it.
-        argmax_x: See `argmax_y`.
-        aligned_height: Rows of a pooled region.
-        aligned_width: Columns of a pooled region.
+        argmax_y, argmax_x: Unused: only max pooling needs them.
+        aligned_height, aligned_width: Rows and columns of a pooled region.
         spatial_scale: From the coordinates of `rois` to those of `input`.
         sampling_ratio: Samples a bin has in each direction; 0 for as many as it covers cells.
         pool_mode: 1 for average.
@@ -283,8 +281,7 @@ def roi_pool_forward(
         output: (K, C, pooled_height, pooled_width), filled in place; 0 for a bin without cells.
         argmax: int32 of the shape of `output`, filled in place with row * W + column of the
             maximum; -1 for a bin without cells.
-        pooled_height: Rows of a pooled region.
-        pooled_width: Columns of a pooled region.
+        pooled_height, pooled_width: Rows and columns of a pooled region.
         spatial_scale: From the coordinates of `rois` to those of `input`.
     """
     input, rois = _wide(input, rois)
@@ -293,21 +290,13 @@ def roi_pool_forward(
 
     # torchvision rounds the corners of a region, mmcv does not; so each bin of mmcv is handed
     # to torchvision as a region of whole cells with a single bin.
-    shape = (len(rois), pooled_height, pooled_width)
-    cells = torch.stack(
-        [
-            rois[:, 0, None, None].expand(shape),
-            x_starts[:, None, :].expand(shape),
-            y_starts[:, :, None].expand(shape),
-            x_ends[:, None, :].expand(shape) - 1,
-            y_ends[:, :, None].expand(shape) - 1,
-        ],
-        dim=-1,
-    )
+    x_starts, x_ends, y_starts, y_ends = x_starts[:, None], x_ends[:, None], y_starts[..., None], y_ends[..., None]
+    corners = (rois[:, 0, None, None], x_starts, y_starts, x_ends - 1, y_ends - 1)
+    cells = torch.stack(torch.broadcast_tensors(*corners), dim=-1)
     empty = (cells[..., 3] < cells[..., 1]) | (cells[..., 4] < cells[..., 2])
     values, places = torch.ops.torchvision.roi_pool(input, cells.reshape(-1, 5), 1.0, 1, 1)
     for target, source, nothing in (output, values, 0), (argmax, places, -1):
-        source = source.reshape(*shape, input.size(1)).permute(0, 3, 1, 2)
+        source = source.reshape(*empty.shape, input.size(1)).permute(0, 3, 1, 2)
         target.copy_(source.masked_fill(empty[:, None], nothing))
 
 

@@ -80,26 +80,21 @@ class SbdReader(Reader):
     def read(self, item: Item) -> Record:
         record = self.start(item)
         name = shown(item.label, self.root)
-        try:
+        with record.collecting(name):
             objects, labels = _read_mat(item.label)
             if not record.problems:
                 require_size(objects, record, self.root)
-        except Problem as problem:
-            record.problems.append(problem.message.at(name))
         if record.problems:
             return record
         numbers = [number for number in np.unique(objects).tolist() if number not in (0, VOID)]
-        for number in numbers:
-            if number > len(labels):
-                facts = dict(place=name, number=number, count=len(labels))
-                record.problems.append(Message('sbd-no-class', **facts))
+        beyond = [number for number in numbers if number > len(labels)]
+        record.problems = [Message('sbd-no-class', place=name, number=n, count=len(labels)) for n in beyond]
         for number, label in enumerate(labels, start=1):
             if not 1 <= label <= len(VOC_CLASSES):
                 record.problems.append(Message('sbd-class-number', place=name, number=number, label=label))
         if record.problems:
             return record
-        absent = len(labels) - len(numbers)
-        if absent:
+        if absent := len(labels) - len(numbers):
             record.notes.append(Message('sbd-no-pixel', place=name, absent=absent, count=len(labels)))
         record.instances = [
             Instance(VOC_CLASSES[labels[number - 1] - 1], rle, place=f'object {number}')
@@ -147,8 +142,7 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
         objects, labels = np.asarray(found.Segmentation), np.atleast_1d(found.Categories)
     # scipy's reader raises many kinds on damaged files.
     except Exception as error:
-        facts = dict(type=type(error).__name__, reason=reason_of(error))
-        raise Problem('sbd-mat-unreadable', **facts) from None
+        raise Problem('sbd-mat-unreadable', type=type(error).__name__, reason=reason_of(error)) from None
     if objects.ndim != 2 or objects.dtype.kind not in 'ui' or labels.dtype.kind not in 'ui':
         raise Problem('sbd-mat-type')
     return objects, [int(label) for label in labels]

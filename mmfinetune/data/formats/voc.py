@@ -76,7 +76,7 @@ class VocReader(Reader):
         disputes = record.notes if trusted else record.problems
         jpeg, xml = f'JPEGImages/{item.key}.jpg', f'Annotations/{item.key}.xml'
         object_png, class_png = f'SegmentationObject/{item.key}.png', f'SegmentationClass/{item.key}.png'
-        pixels = {name: self._pixels(name, record.problems) for name in (jpeg, object_png, class_png)}
+        pixels = {name: self._pixels(name, record) for name in (jpeg, object_png, class_png)}
         listed = self._listed(xml, record.problems)
         shapes = {name: array.shape[:2] for name, array in pixels.items() if array is not None}
         for name, (height, width) in shapes.items():
@@ -93,8 +93,7 @@ class VocReader(Reader):
         if listed is None:
             return record
         _check_xml(labels, listed, object_png, xml, disputes)
-        absent = len(set(range(1, len(listed) + 1)) - labels.keys())
-        if absent:
+        if absent := len(set(range(1, len(listed) + 1)) - labels.keys()):
             record.notes.append(Message('voc-without-mask', place=xml, count=absent))
         for (number, label), rle in zip(labels.items(), masks_to_rles(objects, labels), strict=True):
             # An object that the XML does not list, in an image whose masks are trusted.
@@ -103,16 +102,14 @@ class VocReader(Reader):
             record.instances.append(Instance(VOC_CLASSES[label - 1], rle, extra=extra))
         return record
 
-    def _pixels(self, name: str, problems: list[Message]) -> np.ndarray | None:
+    def _pixels(self, name: str, record: Record) -> np.ndarray | None:
         """A palette PNG as indices (height, width); a JPEG as pixels; None after a problem."""
-        try:
+        with record.collecting(name):
             pixels, mode, _ = read_pixels(self.root / name)
             if name.endswith('.png') and mode not in ('P', 'L'):
                 raise Problem('voc-mode', mode=mode)
-        except Problem as problem:
-            problems.append(problem.message.at(name))
-            return None
-        return pixels
+            return pixels
+        return None
 
     def _listed(self, name: str, problems: list[Message]) -> list[dict] | None:
         """The objects of an XML: name, difficult, truncated; None after a problem."""
@@ -148,8 +145,7 @@ def _labels(
     """The class value (1 to 20) of each object number of an image."""
     joint = np.bincount(objects.ravel().astype(np.int64) * 256 + classes.ravel(), minlength=1 << 16).reshape(256, 256)
     # One image is made from the other in VOC, so background and void agree to the pixel.
-    stray = int(joint[np.ix_((0, VOID), range(1, VOID))].sum())
-    if stray:
+    if stray := int(joint[np.ix_((0, VOID), range(1, VOID))].sum()):
         disputes.append(Message('voc-stray-pixels', place=class_png, other=object_png, count=stray))
     labels = {}
     for number in np.flatnonzero(joint.sum(axis=1)).tolist():
@@ -161,8 +157,7 @@ def _labels(
             problems.append(Message('voc-class-value', place=class_png, number=number, value=label))
             continue
         pixels = int(counts.sum())
-        others = pixels - int(counts[label])
-        if others:
+        if others := pixels - int(counts[label]):
             facts = dict(number=number, name=VOC_CLASSES[label - 1], others=others, pixels=pixels)
             disputes.append(Message('voc-class-mixed', place=class_png, **facts))
         labels[number] = label

@@ -20,7 +20,6 @@ _SPLIT_KEYS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'va
 # How far out of 0..1 a coordinate may be: what Ultralytics itself lets pass (verify_image_label).
 _SLACK = 0.01
 _NOT_LABELS = frozenset({*CLASS_LISTS, 'train.txt', 'val.txt', 'test.txt', 'readme.txt'})
-_HINT = 'see https://docs.ultralytics.com/datasets/segment for the format'
 
 
 class YoloReader(Reader):
@@ -33,16 +32,9 @@ class YoloReader(Reader):
 
     hint = 'correct these label files; for boxes to treat as rectangular masks use --boxes-as-masks'
 
-    def __init__(
-        self,
-        root: Path,
-        classes: list[str],
-        splits: dict[str | None, list[Path]],
-        boxes_as_masks: bool,
-        notes: list[Message],
-    ) -> None:
+    def __init__(self, root: Path, classes: list[str], splits: dict[str | None, list[Path]], boxes: bool) -> None:
         super().__init__(root, classes)
-        self.boxes_as_masks, self.notes, self._splits = boxes_as_masks, notes, splits
+        self._splits, self._boxes = splits, boxes
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
@@ -79,7 +71,8 @@ class YoloReader(Reader):
                 splits.setdefault(split, []).append(image)
         if not any(splits.values()):
             raise UserError('yolo-no-images', path=path or root)
-        reader = cls(root, classes, splits, bool(options.get('boxes_as_masks')), notes)
+        reader = cls(root, classes, splits, bool(options.get('boxes_as_masks')))
+        reader.notes = notes
         reader._check_labels()
         return reader
 
@@ -89,17 +82,14 @@ class YoloReader(Reader):
         labels = {image: _label_path(image, self.root) for image in images}
         there = {label for label in labels.values() if label.is_file()}
         if not there:
-            first = shown(images[0], self.root), shown(labels[images[0]], self.root)
-            facts: dict[str, Any] = dict(path=self.root, count=len(images), image=first[0], label=first[1])
-            raise UserError('yolo-no-labels', **facts)
-        background = sum(label not in there for label in labels.values())
-        if background:
+            image, label = shown(images[0], self.root), shown(labels[images[0]], self.root)
+            raise UserError('yolo-no-labels', path=self.root, count=len(images), image=image, label=label)
+        if background := sum(label not in there for label in labels.values()):
             self.notes.append(Message('yolo-background', count=background, images=len(images)))
         # Only folders called labels: elsewhere a text file may be anything.
         folders = {label.parent for image, label in labels.items() if label.parent != image.parent}
-        spare = {
-            path for folder in folders for path in find_files(folder, {'.txt'}) if path.name not in _NOT_LABELS
-        } - there
+        texts = {path for folder in folders for path in find_files(folder, {'.txt'})}
+        spare = {path for path in texts - there if path.name not in _NOT_LABELS}
         if spare:
             # An image may be there that no split names.
             spare -= {_label_path(image, self.root) for image in find_images(self.root)}
@@ -118,11 +108,9 @@ class YoloReader(Reader):
         if record.problems or not item.label.is_file():
             return record
         name = shown(item.label, self.root)
-        try:
+        lines: list[str] = []
+        with record.collecting(name):
             lines = read_text(item.label).splitlines()
-        except Problem as problem:
-            record.problems.append(problem.message.at(name))
-            return record
         first_of: dict[tuple[str, ...], int] = {}
         for number, line in enumerate(lines, start=1):
             words = tuple(line.split())
@@ -132,14 +120,11 @@ class YoloReader(Reader):
             if (first := first_of.setdefault(words, number)) != number:
                 record.notes.append(Message('yolo-line-repeated', place=place, first=first))
                 continue
-            try:
+            with record.collecting(place):
                 label, polygon, outside = self._object(words, record.width, record.height)
-            except Problem as problem:
-                record.problems.append(problem.message.at(place))
-                continue
-            if outside > 1:
-                record.notes.append(Message('yolo-outside', place=place, pixels=outside))
-            record.instances.append(Instance(label, [polygon], place=f'line {number}'))
+                if outside > 1:
+                    record.notes.append(Message('yolo-outside', place=place, pixels=outside))
+                record.instances.append(Instance(label, [polygon], place=f'line {number}'))
         return record
 
     def _object(self, words: tuple[str, ...], width: int, height: int) -> tuple[str, list[float], float]:
@@ -154,25 +139,22 @@ class YoloReader(Reader):
         if number != int(number) or not 0 <= number < len(self.classes):
             raise Problem('yolo-class', number=words[0], last=len(self.classes) - 1)
         if len(values) == 4:
-            if not self.boxes_as_masks:
+            if not self._boxes:
                 raise Problem('yolo-box')
-            values = _corners(*values)
+            x, y, w, h = values
+            left, right, top, bottom = x - w / 2, x + w / 2, y - h / 2, y + h / 2
+            values = [left, top, right, top, right, bottom, left, bottom]
         elif len(values) % 2:
             raise Problem('yolo-odd', count=len(values))
         elif len(values) < 6:
             raise Problem('yolo-points', count=len(values) // 2)
         wrong = [value for value in values if not -_SLACK <= value <= 1 + _SLACK]
-        if wrong and max(wrong) > 2:
-            raise Problem('yolo-pixels', value=wrong[0])
         if wrong:
-            raise Problem('yolo-coordinate', value=wrong[0])
+            raise Problem('yolo-pixels' if max(wrong) > 2 else 'yolo-coordinate', value=wrong[0])
         cut = [min(max(value, 0.0), 1.0) for value in values]
-        sides = (width, height)
-        outside = max(
-            abs(value - inside) * sides[place % 2]
-            for place, (value, inside) in enumerate(zip(values, cut, strict=True))
-        )
-        polygon = [value * sides[place % 2] for place, value in enumerate(cut)]
+        sides = (width, height) * (len(values) // 2)
+        outside = max(abs(value - inside) * side for value, inside, side in zip(values, cut, sides, strict=True))
+        polygon = [value * side for value, side in zip(cut, sides, strict=True)]
         return self.classes[int(number)], polygon, outside
 
 
@@ -184,17 +166,10 @@ def _is_number(word: str) -> bool:
     return True
 
 
-def _corners(x: float, y: float, width: float, height: float) -> list[float]:
-    left, right, top, bottom = x - width / 2, x + width / 2, y - height / 2, y + height / 2
-    return [left, top, right, top, right, bottom, left, bottom]
-
-
 def _is_label_file(path: Path) -> bool:
-    try:
-        lines = read_text(path).split('\n', 1)
-    except ValueError:
-        return False
-    words = lines[0].split()
+    words: list[str] = []
+    with contextlib.suppress(Problem):
+        words = read_text(path).split('\n', 1)[0].split()
     return len(words) >= 5 and all(map(_is_number, words)) and float(words[0]).is_integer()
 
 
@@ -228,8 +203,7 @@ def _only_yaml(root: Path) -> Path | None:
         if name in by_name:
             return by_name[name]
     if len(files) > 1:
-        _text, names = '{path}: several YAML files could describe the data set', [path.name for path in files]
-        raise UserError('yolo-yamls', problems=names, path=root)
+        raise UserError('yolo-yamls', problems=[path.name for path in files], path=root)
     return files[0] if files else None
 
 
@@ -272,9 +246,8 @@ def _names(data: dict[str, Any], path: Path) -> list[str]:
         if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == '':
             problems.append(Message('yolo-name', name=name))
     names = [str(name).strip() for name in names]
-    for name, times in Counter(names).items():
-        if times > 1:
-            problems.append(Message('yolo-name-repeated', name=name, times=times))
+    repeated = ((name, times) for name, times in Counter(names).items() if times > 1)
+    problems += [Message('yolo-name-repeated', name=name, times=times) for name, times in repeated]
     if count is not None and names and count != len(names):
         problems.append(Message('yolo-count', nc=count, names=len(names)))
     if problems:
@@ -283,8 +256,7 @@ def _names(data: dict[str, Any], path: Path) -> list[str]:
 
 
 def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
-    listed = find_class_list(root) or find_class_list(root / 'labels')
-    if listed:
+    if listed := find_class_list(root) or find_class_list(root / 'labels'):
         return listed[1]
     if options.get('classes'):
         return list(options['classes'])
@@ -328,9 +300,7 @@ def _bases(given: Any, path: Path) -> list[Path]:
 
     `path` in it is often that of another machine, or relative to a folder of Ultralytics' own.
     """
-    bases = [path.parent / str(given)] if given else []
-    if given:
-        bases.append(path.parent.parent / str(given))
+    bases = [path.parent / str(given), path.parent.parent / str(given)] if given else []
     return [base for base in dict.fromkeys([*bases, path.parent]) if base.is_dir()]
 
 
