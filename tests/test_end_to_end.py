@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from mmfinetune.apis import train
 from tests.builders.runs import (
     CONFIGS,
     DEVKIT,
@@ -20,6 +19,7 @@ from tests.builders.runs import (
     files_in,
     make_site,
     random_state_dict,
+    read_results,
     save_hashed,
     spawn,
 )
@@ -68,7 +68,7 @@ def pretrained_ap50(demo_folder: Path) -> float:
         _run(CONFIGS / 'mask_rcnn_demo.py')
     work_dir = demo_folder / 'work_dirs/demo'
     assert len(list(work_dir.glob('figures/*.png'))) == 8
-    return train.read_results(work_dir)['metrics']['coco/segm_mAP_50']
+    return read_results(work_dir)['metrics']['coco/segm_mAP_50']
 
 
 def test_demo_reaches_what_it_promises(pretrained_ap50):
@@ -78,7 +78,7 @@ def test_demo_reaches_what_it_promises(pretrained_ap50):
 def test_demo_is_far_above_random_weights(pretrained_ap50, demo_folder, monkeypatch):
     monkeypatch.chdir(demo_folder)
     _run(CONFIGS / 'mask_rcnn_demo_scratch.py')
-    scratch = train.read_results(demo_folder / 'work_dirs/demo_scratch')['metrics']['coco/segm_mAP_50']
+    scratch = read_results(demo_folder / 'work_dirs/demo_scratch')['metrics']['coco/segm_mAP_50']
     assert pretrained_ap50 - scratch >= DEMO_GAIN, (
         f'coco/segm_mAP_50 is {pretrained_ap50:.3f}, from random weights {scratch:.3f}'
     )
@@ -132,7 +132,7 @@ def test_r50_on_real_images(real_data, tmp_path, monkeypatch):
     assert any(f.startswith('best_') for f in files)
     assert any(f.startswith('tensorboard_logs/events') for f in files)
     assert any(f.startswith('figures/') for f in files)
-    metrics = train.read_results(work_dir)['metrics']
+    metrics = read_results(work_dir)['metrics']
     assert 0 <= metrics['coco/segm_mAP'] <= metrics['coco/segm_mAP_50'] <= 1
 
 

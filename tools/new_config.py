@@ -50,15 +50,15 @@ def main() -> int:
     add(parser, '--overwrite')
     args = parser.parse_args()
 
-    written = write(
+    path, lines = write(
         args.data_root, args.name, args.out, args.base, args.batch_size, args.epochs, args.flip, args.overwrite
     )
-    print('\n'.join(written.lines))
+    print('\n'.join(lines))
     print(
-        f'Next:    python tools/check_dataset.py --config {written.path}\n'
-        f'         python tools/train_pretrained.py {written.path} --dry-run'
+        f'Next:    python tools/check_dataset.py --config {path}\n'
+        f'         python tools/train_pretrained.py {path} --dry-run'
     )
-    print(f'Written: {written.path}')
+    print(f'Written: {path}')
     return 0
 
 

@@ -6,6 +6,7 @@ An option that more than one tool has is a row of `SHARED`: one name, one meanin
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import sys
 import traceback
@@ -17,7 +18,6 @@ from mmfinetune.engine import launch
 from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.errors import Stopped, UserError
 
-EXIT_ANSWER_NO = 1
 EXIT_USER_ERROR = 2
 EXIT_CRASH = os.EX_SOFTWARE
 EXIT_INTERRUPTED = 130
@@ -45,13 +45,10 @@ def positive_int_or_auto(text: str) -> int | str:
 
 def share(text: str) -> float:
     """An option's value as a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 1')
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 1:
+            return float(text)
+    raise argparse.ArgumentTypeError(f'{text!r} is not a number from 0 to 1')
 
 
 class names(argparse.Action):
@@ -136,9 +133,8 @@ class Parser(argparse.ArgumentParser):
         self.old_options: dict[str, str] = {}
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        return super().parse_known_args(
-            [self._renamed(arg) for arg in (sys.argv[1:] if args is None else args)], namespace
-        )
+        given = sys.argv[1:] if args is None else args
+        return super().parse_known_args([self._renamed(arg) for arg in given], namespace)
 
     def _renamed(self, arg: str) -> str:
         name, equals, value = arg.partition('=')

@@ -56,11 +56,10 @@ def run(options: Options) -> int:
     def planned(options: Options) -> RunPlan:
         return resolve(options, lambda cfg: max(gpus, launch.join_group(cfg)))
 
-    plan, start = planned(options), None
-    if options.check_weights:
-        start = _check_weights(plan.cfg, options.json)
-        if not (options.trains or options.tests):
-            return 0
+    plan = planned(options)
+    start = _check_weights(plan.cfg, options.json) if options.check_weights else None
+    if start and not (options.trains or options.tests):
+        return 0
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
     if options.batch_size == AUTO:
@@ -102,11 +101,11 @@ def check_early(options: Options) -> None:
 
 def _prepare(plan: RunPlan) -> dict[str, Split]:
     """Make sure that results can be written, then make, read and check the data."""
-    options, cfg = plan.options, plan.cfg
+    options = plan.options
     runs = options.trains or options.tests
     if runs:
-        require_writable(Path(cfg.work_dir))
-    return run_data.prepare_data(cfg, options.trains or options.dry_run, full=options.check and runs)
+        require_writable(Path(plan.cfg.work_dir))
+    return run_data.prepare_data(plan.cfg, options.trains or options.dry_run, full=options.check and runs)
 
 
 def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
@@ -115,24 +114,21 @@ def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
         f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
         for name, s in splits.items()
     ]
-    if 'train' in splits:
-        cfg, world = plan.cfg, plan.world
-        batch = cfg.train_dataloader.batch_size
-        filters = views.dataset_configs(cfg)['train'].get('filter_cfg') or {}
-        images, kind = splits['train'].images, 'images'
-        if filters.get('filter_empty_gt'):
-            images, kind = splits['train'].usable, 'images with objects'
-        epochs = cfg.train_cfg.get('max_epochs')
-        if epochs:
-            # Each process gets the same number of images, rounded up, as its sampler does it.
-            steps = math.ceil(math.ceil(images / world) / batch)
-            lines.append(
-                f'Steps: {images:,} {kind} / ({world} GPU x {batch}) = '
-                f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}'
-            )
-        lines += plan.rates.lines()
-        lines += [f'Schedule for this batch: {line}' for line in plan.adapted]
-    return '\n'.join(lines)
+    if 'train' not in splits:
+        return '\n'.join(lines)
+    cfg, world = plan.cfg, plan.world
+    batch = cfg.train_dataloader.batch_size
+    filters = views.dataset_configs(cfg)['train'].get('filter_cfg') or {}
+    images, kind = splits['train'].images, 'images'
+    if filters.get('filter_empty_gt'):
+        images, kind = splits['train'].usable, 'images with objects'
+    epochs = cfg.train_cfg.get('max_epochs')
+    if epochs:
+        # Each process gets the same number of images, rounded up, as its sampler does it.
+        steps = math.ceil(math.ceil(images / world) / batch)
+        total = f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}'
+        lines.append(f'Steps: {images:,} {kind} / ({world} GPU x {batch}) = {total}')
+    return '\n'.join([*lines, *plan.rates.lines(), *(f'Schedule for this batch: {line}' for line in plan.adapted)])
 
 
 def _move_earlier_run(work_dir: Path) -> None:
@@ -142,12 +138,9 @@ def _move_earlier_run(work_dir: Path) -> None:
     # A test of the untrained model is epoch 0 of the run to come.
     old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT)]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
-        stamp = time.strftime('%Y%m%d_%H%M%S')
-        target = work_dir / EARLIER / stamp
-        for count in itertools.count(2):
-            if not target.exists():
-                break
-            target = work_dir / EARLIER / f'{stamp}_{count}'
+        stamp = work_dir / EARLIER / time.strftime('%Y%m%d_%H%M%S')
+        more = (stamp.with_name(f'{stamp.name}_{count}') for count in itertools.count(2))
+        target = next(path for path in itertools.chain([stamp], more) if not path.exists())
         target.mkdir(parents=True)
         for path in old:
             shutil.move(path, target / path.name)
@@ -192,11 +185,10 @@ def _explained(error: Exception, cfg: Config) -> Exception:
     if not isinstance(error, torch.OutOfMemoryError) and not on_cpu:
         return error
     batch = cfg.train_dataloader.batch_size
-    accumulation = cfg.optim_wrapper.get('accumulative_counts', 1)
     helps = []
     if batch > 1:
         half = batch // 2
-        steps = math.ceil(batch * accumulation / half)
+        steps = math.ceil(batch * cfg.optim_wrapper.get('accumulative_counts', 1) / half)
         helps.append(Message('memory-batch', half=half, steps=steps, share=half / batch))
     if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
         helps.append(Message('memory-amp'))
@@ -244,7 +236,7 @@ def _test(plan: RunPlan, trained: Runner | None) -> None:
         _measure(test_runner(cfg, run_weights.checkpoint_of(cfg, file)), file)
 
 
-def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, float]:
+def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
     """Test, print the headline numbers and write all of them to a file of the work dir."""
     from mmengine.dist import is_main_process
 
@@ -257,22 +249,10 @@ def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> dict[str, 
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         atomic_write_json(out, {'checkpoint': str(file), 'metrics': finite})
         if name == TEST_RESULTS:
-            run_results.report_test(
-                Path(runner.work_dir), file, metrics, run_results.per_class_of(runner.test_evaluator, metrics)
-            )
-        rows = [
-            f'{name:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}' for stat in _HEADLINE)
-            for name, kind in (('boxes', 'bbox'), ('masks', 'segm'))
-        ]
-        say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in _HEADLINE))
-        say('\n'.join(rows))
+            per_class = run_results.per_class_of(runner.test_evaluator, metrics)
+            run_results.report_test(Path(runner.work_dir), file, metrics, per_class)
+        headline = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
+        say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in headline))
+        for row, kind in (('boxes', 'bbox'), ('masks', 'segm')):
+            say(f'{row:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}' for stat in headline))
         say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   (all numbers: {out})')
-    return metrics
-
-
-_HEADLINE = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
-
-
-def read_results(work_dir: Path) -> dict:
-    """What ``_test`` wrote."""
-    return json.loads((Path(work_dir) / TEST_RESULTS).read_text())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune.config.keys import TOP_LEVEL
+from mmfinetune.config.keys import LEFT_OVER, TOP_LEVEL
 from mmfinetune.config.load import load
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_text
@@ -26,7 +26,7 @@ def plain(value: Any, keep_tuples: bool = False) -> Any:
             stay for a config to be run: mmcv's Resize takes a tuple only.
     """
     if isinstance(value, Mapping):
-        return {k: plain(v, keep_tuples) for k, v in value.items() if k not in ('_scope_', '_delete_')}
+        return {k: plain(v, keep_tuples) for k, v in value.items() if k not in LEFT_OVER}
     if isinstance(value, (list, tuple)):
         kind = tuple if keep_tuples and isinstance(value, tuple) else list
         return kind(plain(v, keep_tuples) for v in value)
@@ -80,32 +80,15 @@ def require_new(path: Path, overwrite: bool) -> None:
 
 
 def write(path: Path, text: str, overwrite: bool = False) -> None:
-    """Write a config file.
-
-    Raises:
-        UserError: It exists and may not be replaced, or cannot be written.
-    """
+    """Write a config file; a UserError if it exists and may not be replaced, or cannot be written."""
     require_new(path, overwrite)
     atomic_write_text(path, text)
 
 
-_READING_ORDER = (
-    'default_scope',
-    'custom_imports',
-    'work_dir',
-    'model',
-    'weights',
-    'train_dataloader',
-    'val_dataloader',
-    'test_dataloader',
-    'val_evaluator',
-    'test_evaluator',
-    'train_cfg',
-    'val_cfg',
-    'test_cfg',
-    'optim_wrapper',
-    'param_scheduler',
-    'auto_scale_lr',
-    'default_hooks',
-    'custom_hooks',
+_READING_ORDER = tuple(
+    """
+    default_scope custom_imports work_dir model weights train_dataloader val_dataloader test_dataloader
+    val_evaluator test_evaluator train_cfg val_cfg test_cfg optim_wrapper param_scheduler auto_scale_lr
+    default_hooks custom_hooks
+    """.split()  # noqa: SIM905 - a literal would take a line for each
 )

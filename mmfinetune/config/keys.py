@@ -28,17 +28,10 @@ TOP_LEVEL = tuple(
 )
 # Helper variables that the bases define, near enough to the names above to be taken for typos.
 HELPERS = ('train_pipeline', 'test_pipeline', 'val_pipeline', 'vis_backends')
+# What MMEngine's own reading of configs leaves in them.
+LEFT_OVER = {'_scope_', '_delete_'}
 # Keys that builders take off before they call the class.
-_BUILDER_KEYS = {
-    'type',
-    '_scope_',
-    '_delete_',
-    'priority',
-    'constructor',
-    'paramwise_cfg',
-    'convert_to_iter_based',
-    'init_cfg',
-}
+_BUILDER_KEYS = LEFT_OVER | {'type', 'priority', 'constructor', 'paramwise_cfg', 'convert_to_iter_based', 'init_cfg'}
 _LOADER_KEYS = {'dataset', 'sampler', 'batch_sampler', 'collate_fn', 'worker_init_fn', 'num_batch_per_epoch'}
 # mmcv's layer builders take keys of their own in addition to those of the layer.
 _LAYER_CFGS = ('norm_cfg', 'act_cfg', 'conv_cfg', 'upsample_cfg', 'dcn')
@@ -80,16 +73,12 @@ FREE_FORM = ('custom_keys', 'reinit', 'aliases')
 
 
 def check_keys(cfg: Config) -> list[Message]:
-    """Find unknown settings: misspelt names at the top and arguments of classes.
-
-    Returns:
-        One message for each, with a suggestion where one is near.
-    """
+    """Find unknown settings: misspelt names at the top and arguments of classes."""
     problems = []
     for key in cfg:
-        near = difflib.get_close_matches(key, TOP_LEVEL, 1, 0.85)
-        if key not in TOP_LEVEL + HELPERS and near:
-            problems.append(_near(key, near[0]))
+        problem = None if key in HELPERS else unknown_key_problem(key, '', {*TOP_LEVEL}, False)
+        if problem:
+            problems.append(problem)
     for place, node in dicts(cfg.to_dict()):
         if is_judged(node, place):
             accepted, closed = accepted_keys(node, place)
@@ -110,9 +99,8 @@ def check_values(cfg: Config) -> list[Message]:
         for place, node in _at(cfg, parents):
             value = node.get(last)
             # True is an int of Python.
-            if value is None or (
-                isinstance(value, kinds) and not isinstance(value, bool) and lowest <= value < math.inf
-            ):
+            number = isinstance(value, kinds) and not isinstance(value, bool)
+            if value is None or (number and lowest <= value < math.inf):
                 continue
             facts = dict(key=f'{place}{last}', value=value, lowest=lowest)
             if whole:
@@ -153,15 +141,11 @@ def accepted_keys(node: Mapping, place: str) -> tuple[set[str], bool]:
 
         return {*inspect.signature(DataLoader).parameters, *_LOADER_KEYS}, True
     if place in _PLAIN_DICTS:
-        return _PLAIN_DICTS[place] | {'_scope_', '_delete_'}, True
+        return _PLAIN_DICTS[place] | LEFT_OVER, True
     cls = _find_class(node.get('type'))
     accepted = set(_BUILDER_KEYS)
-    if cls is None:
-        return accepted, False
-    for base in inspect.getmro(cls) if inspect.isclass(cls) else [cls]:
-        init = base.__dict__.get('__init__') if inspect.isclass(base) else base
-        if init is None:
-            continue
+    inits = [base.__dict__.get('__init__') for base in inspect.getmro(cls)] if inspect.isclass(cls) else [cls]
+    for init in filter(None, inits):
         try:
             parameters = inspect.signature(init).parameters
         except (TypeError, ValueError):
@@ -178,17 +162,13 @@ def is_judged(node: Mapping, place: str) -> bool:
     return known and not place.endswith(_LAYER_CFGS)
 
 
-def _near(key: str, near: str) -> Message:
-    return Message('config-key-near', key=key, near=near)
-
-
 def unknown_key_problem(key: str, place: str, known: set[str], closed: bool) -> Message | None:
     """What is wrong with a dotted key that is not among the known ones, or None.
 
     Args:
-        key: Dotted.
+        key: The key.
         place: The dict that it is in.
-        known: Names of the keys that it may have.
+        known: Names of the keys that this may have.
         closed: Whether it may have no others; else only a name that is almost a known one is wrong.
     """
     name = key.rpartition('.')[2]
@@ -196,7 +176,7 @@ def unknown_key_problem(key: str, place: str, known: set[str], closed: bool) -> 
         return None
     near = difflib.get_close_matches(name, sorted(known - {'self'}), 1, 0.6 if closed else 0.85)
     if near:
-        return _near(key, near[0])
+        return Message('config-key-near', key=key, near=near[0])
     if not closed:
         return None
     return Message('config-key-unknown', key=key, place=place or 'the config', name=name)
@@ -207,8 +187,5 @@ def _find_class(kind: Any) -> Any:
         return kind if callable(kind) else None
     from mmdet import registry
 
-    for name in _REGISTRIES:
-        found = getattr(registry, name).get(kind)
-        if found is not None:
-            return found
-    return None
+    found = (getattr(registry, name).get(kind) for name in _REGISTRIES)
+    return next((cls for cls in found if cls is not None), None)

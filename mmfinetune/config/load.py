@@ -8,7 +8,7 @@ import io
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,16 +27,11 @@ REGISTER = 'mmfinetune.register'
 def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """Read a config file and apply ``KEY=VALUE`` overrides.
 
-    Args:
-        path: A Python config.
-        overrides: As given to ``--cfg-options``.
-
     Returns:
         The merged config, its `custom_imports` imported, keys and values checked.
 
     Raises:
-        UserError: The file is missing or broken, or the merged settings are wrong: all of them are
-            named, each with a suggestion.
+        UserError: The file is missing or broken, or merged settings are wrong: all of them are named.
     """
     path = Path(path)
     pairs = config_overrides.parse(overrides)
@@ -50,17 +45,13 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if missing:
         raise UserError('config-incomplete', problems=missing, path=str(path))
     if os.environ.get('RANK', '0') == '0':
-        for note in [*([old] if old else []), *dropped]:
+        for note in filter(None, [old, *dropped]):
             print(f'note: {path}: {note}', file=sys.stderr, flush=True)
     return cfg
 
 
 def require_valid(cfg: Config, path: str | Path, problems: Sequence[Message] = ()) -> None:
-    """Judge merged settings.
-
-    Raises:
-        UserError: With the problems given and those of the settings, if there are any.
-    """
+    """Raise a UserError with the problems given and those of merged settings, if there are any."""
     problems = [*problems, *check_values(cfg), *check_keys(cfg)]
     if problems:
         raise UserError('config-wrong-settings', problems=problems, path=str(path))
@@ -90,7 +81,9 @@ def _read(path: Path) -> Config:
     try:
         cfg = Config.fromfile(str(path), import_custom_modules=False)
         if cfg.get('custom_imports'):
-            with quiet_imports():
+            # What mmdet says of optional packages that nothing here uses.
+            with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+                warnings.simplefilter('ignore')
                 import_modules_from_strings(**cfg['custom_imports'])
     except Exception as error:
         # A config is code; whatever it raises is the user's to see, with the place.
@@ -98,11 +91,3 @@ def _read(path: Path) -> Config:
     if REGISTER not in sys.modules:
         raise UserError('config-no-register', path=str(path), module=REGISTER)
     return cfg
-
-
-@contextlib.contextmanager
-def quiet_imports() -> Iterator[None]:
-    """Silence what mmdet says of optional packages that nothing here uses."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter('ignore')
-        yield

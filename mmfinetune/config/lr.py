@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import UserError
@@ -20,32 +20,24 @@ class LrPlan:
     Attributes:
         lr: Base learning rate after scaling.
         source: How it came about, as arithmetic.
-        groups: Learning rate of each param group.
-        mults: What the base learning rate is multiplied with for each of them.
+        mults: What it is multiplied with for each param group.
         batch: Images of an update, as arithmetic.
     """
 
     lr: float
     source: str
-    groups: dict[str, float]
-    mults: dict[str, float] = field(default_factory=dict)
-    batch: str = ''
+    mults: dict[str, float]
+    batch: str
+
+    @property
+    def groups(self) -> dict[str, float]:
+        """Learning rate of each param group."""
+        return {name: self.lr * mult for name, mult in self.mults.items()}
 
     def lines(self) -> list[str]:
         """The learning rates and what they come from, one a line."""
-        lines = [f'Batch: {self.batch}'] if self.batch else []
-        lines.append(f'lr:    {self.lr:g} = {self.source}')
-        for name, value in self.groups.items():
-            lines.append(f'         lr/{name:10} {value:<8g} = {self.mults.get(name, 1.0):g} x lr')
-        return lines
-
-
-def scaled_lr(lr: float, base_batch_size: int, world_size: int, batch_size: int, accumulative_counts: int = 1) -> float:
-    """Linear scaling: lr × (GPUs × images per GPU × accumulation) / base_batch_size.
-
-    Rule of Goyal et al., "Accurate, Large Minibatch SGD", https://arxiv.org/abs/1706.02677.
-    """
-    return lr * world_size * batch_size * accumulative_counts / base_batch_size
+        groups = [f'         lr/{name:10} {self.lr * mult:<8g} = {mult:g} x lr' for name, mult in self.mults.items()]
+        return [f'Batch: {self.batch}', f'lr:    {self.lr:g} = {self.source}', *groups]
 
 
 def _base_of(auto: Mapping) -> int:
@@ -58,8 +50,11 @@ def _base_of(auto: Mapping) -> int:
 def plan_lr(cfg: Mapping, world_size: int, lr: float | None = None, scale: bool = True) -> LrPlan:
     """Work out the learning rates of a config.
 
+    Scaled linearly: lr × (GPUs × images per GPU × accumulation) / base_batch_size, the rule of Goyal
+    et al., "Accurate, Large Minibatch SGD", https://arxiv.org/abs/1706.02677.
+
     Args:
-        cfg: A resolved config with ``optim_wrapper``, ``train_dataloader``, ``auto_scale_lr``.
+        cfg: A resolved config.
         world_size: Number of processes (GPUs).
         lr: From the command line; taken as it is, never scaled.
         scale: False leaves the config's lr as it is.
@@ -85,11 +80,12 @@ def plan_lr(cfg: Mapping, world_size: int, lr: float | None = None, scale: bool 
         result, source = own, "the config's (auto_scale_lr is off)"
     else:
         base = _base_of(auto)
-        result = scaled_lr(own, base, world_size, batch_size, accumulation)
+        # In this order: at the size that the lr is for it is that lr to the bit.
+        result = own * world_size * batch_size * accumulation / base
         source = f'{own:g} x ({world_size} GPU x {batch_size} images x {accumulation} accumulation) / {base}'
     keys = (wrapper.get('paramwise_cfg') or {}).get('custom_keys') or {}
     mults = {name: mult.get('lr_mult', 1.0) for name, mult in keys.items()} or {'all': 1.0}
-    return LrPlan(result, source, {name: result * mult for name, mult in mults.items()}, mults, batch)
+    return LrPlan(result, source, mults, batch)
 
 
 # What of a scheduler counts steps where it goes by steps.
@@ -112,7 +108,7 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
         scale: False leaves everything as it is.
 
     Returns:
-        What was changed, one a line.
+        A line for each change.
 
     Raises:
         UserError: ``auto_scale_lr.base_batch_size`` is missing or not positive.
@@ -131,28 +127,29 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
         return max(1, math.ceil(value / factor)) if 0 < value < OPEN_END else value
 
     lines = []
+
+    def adapt(settings, name, keys):
+        for key in keys:
+            if settings.get(key):
+                old, settings[key] = settings[key], adapted(settings[key])
+                if key == 'end':
+                    # A LinearLR of one step would stay at its start_factor for ever.
+                    settings[key] = max(settings[key], min(old, settings.get('begin', 0) + 2))
+                lines.append(f'{name}.{key}: {old} -> {settings[key]} steps (/ {factor:g})')
+
     schedulers = cfg.get('param_scheduler') or []
     for scheduler in [schedulers] if isinstance(schedulers, dict) else schedulers:
         # MMEngine's default.
         if scheduler.get('by_epoch', True):
             continue
-        for key in _IN_STEPS:
-            if scheduler.get(key):
-                old, scheduler[key] = scheduler[key], adapted(scheduler[key])
-                if key == 'end':
-                    # A LinearLR of one step would stay at its start_factor for ever.
-                    scheduler[key] = max(scheduler[key], min(old, scheduler.get('begin', 0) + 2))
-                lines.append(f'{scheduler["type"]}.{key}: {old} -> {scheduler[key]} steps (/ {factor:g})')
+        adapt(scheduler, scheduler['type'], _IN_STEPS)
         if scheduler['type'].startswith('Exponential'):
             # As much in one step as in `factor` of the config's.
             old, scheduler['gamma'] = scheduler['gamma'], scheduler['gamma'] ** factor
             lines.append(f'{scheduler["type"]}.gamma: {old:g} -> {scheduler["gamma"]:g} a step')
     loop = cfg.get('train_cfg') or {}
     if loop.get('max_iters'):
-        for key in _LOOP_STEPS:
-            if loop.get(key):
-                old, loop[key] = loop[key], adapted(loop[key])
-                lines.append(f'train_cfg.{key}: {old} -> {loop[key]} steps (/ {factor:g})')
+        adapt(loop, 'train_cfg', _LOOP_STEPS)
     return lines
 
 

@@ -27,15 +27,6 @@ WIDTH = 100
 # mmdet leaves out images with a side under 32 px without a word, as the VOC base sets it.
 _MIN_SIZE = 32
 FLIPS = ('horizontal', 'vertical', 'diagonal')  # the names of mmdet's RandomFlip
-_SUITABLE = 'use another --base, such as configs/mask_rcnn_voc_pretrained.py'
-
-
-@dataclass(frozen=True)
-class Written:
-    """The config file and what to say of it."""
-
-    path: Path
-    lines: list[str]
 
 
 @dataclass(frozen=True)
@@ -68,7 +59,7 @@ def write(
     epochs: int | None = None,
     flip: Sequence[str] = (),
     overwrite: bool = False,
-) -> Written:
+) -> tuple[Path, list[str]]:
     """Write a short config for the data in a folder, and make sure that it loads.
 
     Args:
@@ -80,6 +71,9 @@ def write(
         epochs: Length of the training (default: worked out, see `sizing.plan_schedule`).
         flip: Directions of random flips, from `FLIPS` (default: the base's).
         overwrite: Whether to replace the file.
+
+    Returns:
+        The file, and lines to print about it.
 
     Raises:
         UserError: Bad arguments, or data that cannot be trained on; nothing is written then.
@@ -100,12 +94,11 @@ def write(
     trial = out.with_name(f'new_config_{os.getpid()}_{out.name}')
     try:
         atomic_write_text(trial, text)
-        cfg = load.load(trial)
-        paths.check_heads(cfg)
+        paths.check_heads(load.load(trial))
     finally:
         trial.unlink(missing_ok=True)
     atomic_write_text(out, text)
-    return Written(out, lines)
+    return out, lines
 
 
 def _checked_out(name: str, out: Path | None, base: Path, overwrite: bool) -> Path:
@@ -131,17 +124,13 @@ def compose(
 ) -> tuple[str, list[str]]:
     """The text of the config, and lines to print about it.
 
-    Args:
-        base_cfg: The loaded base.
-        statistics: Statistics of the data.
-        places: Names and paths to write.
-        batch_size: Images per step on one GPU, or None for the base's.
-        epochs: Length of the training, or None.
-        flip: Directions of random flips, or none for the base's.
+    See `write` for what is optional.
 
     Raises:
         UserError: The base lacks what is to be changed.
     """
+    from yapf.yapflib.yapf_api import FormatCode
+
     _check_base(base_cfg)
     images = statistics.images['train']
     empty = images - statistics.with_objects
@@ -162,24 +151,23 @@ def compose(
     counts = f'{len(statistics.classes):,} classes, {images:,} training images, {len(statistics.objects):,} objects'
     size = scale.why if scale else 'Input size: that of the base, which has no Resize to a box.'
     about_empty = _about_empty(empty, negatives)
+    where = f'data_root=data_root, data_prefix=dict(img={places.prefix!r})'
     parts = [
         _head(counts, schedule, places, bool(base_cfg.get('demo_data'))),
-        [*_data(statistics, places), _model(base_cfg, statistics, scale)],
-        [*_comments(size), *_scales(resizes, scale), *_flips(base_cfg, flip)],
+        [
+            f'classes = {tuple(statistics.classes)!r}',
+            f'dataset = dict({where}, metainfo=dict(classes=classes))',
+            _model(base_cfg, statistics, scale),
+        ],
+        [*_comments(size), *(f'_base_.{p}.scale = {scale.size}' for p in resizes if scale), *_flips(base_cfg, flip)],
         [*_comments(about_empty), *_loaders(places, batch_size, negatives, statistics.sizes.min() < _MIN_SIZE)],
         [*_comments(schedule.why), *_length(base_cfg, schedule)],
     ]
     text = '\n\n'.join('\n'.join(part) for part in parts)
-    notes = [counts, size, schedule.why, *([about_empty] if about_empty else [])]
-    return _formatted(text), notes + _warnings(statistics)
-
-
-def _formatted(text: str) -> str:
-    """Python text with its long lines wrapped, by the formatter that MMEngine writes configs with."""
-    from yapf.yapflib.yapf_api import FormatCode
-
+    # Wrapped by the formatter that MMEngine writes configs with.
     style = dict(based_on_style='pep8', column_limit=WIDTH, split_before_expression_after_opening_paren=True)
-    return FormatCode(text, style_config=style)[0]
+    notes = filter(None, [counts, size, schedule.why, about_empty])
+    return FormatCode(text, style_config=style)[0], [*notes, *_warnings(statistics)]
 
 
 def _comments(text: str) -> list[str]:
@@ -187,12 +175,8 @@ def _comments(text: str) -> list[str]:
 
 
 def _about_empty(empty: int, negatives: bool) -> str:
-    if not empty:
-        return ''
-    fate = 'left out, being more than those with.'
-    if negatives:
-        fate = 'trained on as well, to learn what is not an object.'
-    return f'{empty:,} training images without annotations: {fate}'
+    fate = 'trained on as well, to learn what is not an object' if negatives else 'left out, being more than those with'
+    return f'{empty:,} training images without annotations: {fate}.' if empty else ''
 
 
 def _head(counts: str, schedule: sizing.Schedule, places: Places, demo: bool) -> list[str]:
@@ -206,15 +190,6 @@ def _head(counts: str, schedule: sizing.Schedule, places: Places, demo: bool) ->
         f'data_root = {places.root!r}',
         *(['demo_data = None  # the base would draw its own'] if demo else []),
     ]
-
-
-def _data(statistics: Statistics, places: Places) -> list[str]:
-    where = f'data_root=data_root, data_prefix=dict(img={places.prefix!r})'
-    return [f'classes = {tuple(statistics.classes)!r}', f'dataset = dict({where}, metainfo=dict(classes=classes))']
-
-
-def _scales(resizes: Mapping[str, tuple[int, int]], scale: sizing.Scale | None) -> list[str]:
-    return [f'_base_.{place}.scale = {scale.size}' for place in resizes] if scale else []
 
 
 def _model(base_cfg: Config, statistics: Statistics, scale: sizing.Scale | None) -> str:
@@ -271,12 +246,10 @@ def _length(base_cfg: Config, schedule: sizing.Schedule) -> list[str]:
         'logger': min(schedule.steps, hooks.get('logger', {}).get('interval', 10)),
         'checkpoint': schedule.val_interval,
     }
-    items = [
-        f'{hook}=dict(interval={interval})'
-        for hook, interval in wanted.items()
-        if hook in hooks and hooks[hook].get('interval') != interval
-    ]
-    return lines + ([f'default_hooks = dict({", ".join(items)})'] if items else [])
+    changed = [hook for hook in wanted if hook in hooks and hooks[hook].get('interval') != wanted[hook]]
+    if changed:
+        lines.append(f'default_hooks = dict({", ".join(f"{h}=dict(interval={wanted[h]})" for h in changed)})')
+    return lines
 
 
 def _resizes(base_cfg: Config) -> Iterator[tuple[str, tuple[int, int]]]:
@@ -284,35 +257,26 @@ def _resizes(base_cfg: Config) -> Iterator[tuple[str, tuple[int, int]]]:
     for split in SPLITS:
         for i, step in enumerate(base_cfg[f'{split}_dataloader']['dataset']['pipeline']):
             scale = step.get('scale')
-            if (
-                str(step.get('type')).endswith('Resize')
-                and isinstance(scale, tuple)
-                and all(isinstance(side, int) for side in scale)
-            ):
+            is_box = isinstance(scale, tuple) and all(isinstance(side, int) for side in scale)
+            if is_box and str(step.get('type')).endswith('Resize'):
                 yield f'{split}_dataloader.dataset.pipeline[{i}]', scale
                 break
 
 
 def _check_base(base_cfg: Config) -> None:
-    needed = [f'{s}_dataloader.dataset.pipeline' for s in SPLITS]
-    needed += [
-        'val_evaluator.ann_file',
-        'test_evaluator.ann_file',
-        'train_cfg.max_epochs',
-        'train_dataloader.batch_size',
-        'model.rpn_head.anchor_generator.scales',
-        'model.roi_head.bbox_head.num_classes',
-        'model.roi_head.mask_head.num_classes',
-        'model.test_cfg.rcnn.max_per_img',
-        'model.test_cfg.rpn.max_per_img',
+    settings = base_cfg.to_dict()
+    needed = [
+        *(f'{split}_dataloader.dataset.pipeline' for split in SPLITS),
+        *(f'{split}_evaluator.ann_file' for split in ('val', 'test')),
+        *('train_cfg.max_epochs', 'train_dataloader.batch_size', 'model.rpn_head.anchor_generator.scales'),
+        *(f'model.roi_head.{head}_head.num_classes' for head in ('bbox', 'mask')),
+        *(f'model.test_cfg.{part}.max_per_img' for part in ('rcnn', 'rpn')),
     ]
 
     def has(dotted: str) -> bool:
-        node: Any = base_cfg
+        node: Any = settings
         for key in dotted.split('.'):
-            if (not isinstance(node, Mapping) and node is not base_cfg) or key not in node:
-                return False
-            node = node[key]
+            node = node.get(key) if isinstance(node, Mapping) else None
         return node is not None
 
     lacking = [dotted for dotted in needed if not has(dotted)]
@@ -323,18 +287,15 @@ def _check_base(base_cfg: Config) -> None:
 def _warnings(statistics: Statistics) -> list[str]:
     """What the user should know of the data before training."""
     names = statistics.classes
-    none = [name for name, n in zip(names, statistics.per_class, strict=True) if n == 0]
-    one = [name for name, n in zip(names, statistics.per_class, strict=True) if n == 1]
     lines = []
-    for found, what in (
-        (none, 'without an object in the training images: never found'),
-        (one, 'in a single training image: hardly learnt'),
+    for images, what in (
+        (0, 'without an object in the training images: never found'),
+        (1, 'in a single training image: hardly learnt'),
     ):
+        found = [str(name) for name, n in zip(names, statistics.per_class, strict=True) if n == images]
         if found:
             more = f' and {len(found) - 10} more' if len(found) > 10 else ''
-            lines.append(
-                f'Warning: {len(found)} of {len(names)} classes {what}: {", ".join(map(str, found[:10]))}{more}'
-            )
+            lines.append(f'Warning: {len(found)} of {len(names)} classes {what}: {", ".join(found[:10])}{more}')
     if statistics.most_objects > 100:
         lines.append(
             f'Up to {statistics.most_objects} objects an image; the AP of COCO counts '

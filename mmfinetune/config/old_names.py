@@ -63,10 +63,11 @@ def drop_removed(cfg: Config) -> None:
 def _rename_types(cfg: Config) -> list[str]:
     backends = (cfg.get('visualizer') or {}).get('vis_backends') or []
     nodes = [*(cfg.get('default_hooks') or {}).values(), *backends, *(cfg.get('vis_backends') or [])]
-    old = [node for node in nodes if isinstance(node, dict) and node.get('type') in TYPES]
-    found = [node['type'] for node in old]
-    for node in old:
-        node['type'] = TYPES[node['type']]
+    found = []
+    for node in nodes:
+        if isinstance(node, dict) and node.get('type') in TYPES:
+            found.append(node['type'])
+            node['type'] = TYPES[node['type']]
     return found
 
 

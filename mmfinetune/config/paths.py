@@ -7,9 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.config import views
 from mmfinetune.config.keys import dicts
-from mmfinetune.config.views import annotation_file, class_names, dataset_configs, innermost
+from mmfinetune.config.views import annotation_file, class_names, dataset_configs, evaluators, innermost
 from mmfinetune.data.formats import voc_devkit
 from mmfinetune.utils.errors import Message, UserError
 
@@ -51,7 +50,7 @@ def set_data_root(cfg: Config, root: Path) -> None:
 
 
 def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
-    for evaluator in views.evaluators(cfg, split):
+    for evaluator in evaluators(cfg, split):
         if 'ann_file' in evaluator:
             evaluator['ann_file'] = str(ann_file)
 
@@ -72,25 +71,19 @@ def check_heads(cfg: Config) -> None:
     Raises:
         UserError: They differ.
     """
-    classes = class_names(cfg)
-    if not classes:
-        return
-    problems = []
-    for place, node in dicts(cfg.model, 'model'):
-        count = node.get('num_classes')
-        # An RPN distinguishes objects from background only.
-        if count is not None and 'rpn' not in place and count != len(classes):
-            problems.append(Message('head-classes', key=f'{place}.num_classes', count=count))
-    if problems:
-        raise UserError('config-class-count', problems=problems, classes=len(classes))
+    classes = len(class_names(cfg))
+    # An RPN distinguishes objects from background only.
+    problems = [
+        Message('head-classes', key=f'{place}.num_classes', count=node['num_classes'])
+        for place, node in dicts(cfg.model, 'model')
+        if node.get('num_classes') not in (None, classes) and 'rpn' not in place
+    ]
+    if problems and classes:
+        raise UserError('config-class-count', problems=problems, classes=classes)
 
 
 def select_split(cfg: Config, split: str) -> None:
     """Make a split the one that is tested: the test pipeline, all images, in their order.
-
-    Args:
-        cfg: Changed in place.
-        split: One of `SPLITS`.
 
     Raises:
         UserError: The config does not have it, or not as one annotation file.
@@ -102,18 +95,16 @@ def select_split(cfg: Config, split: str) -> None:
             'config-no-split', split=split, others=', '.join(s for s in SPLITS if s != split and loaders[s])
         )
     if split == 'train':
-        loader = copy.deepcopy(loaders['test'] or loaders['val'])
-        if loader is None:
+        cfg.test_dataloader = copy.deepcopy(loaders['test'] or loaders['val'])
+        if cfg.test_dataloader is None:
             raise UserError('config-no-test-pipeline')
-        dataset = innermost(loader.dataset)
+        dataset = innermost(cfg.test_dataloader.dataset)
         for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'):
             dataset.pop(key, None)
             if key in chosen:
                 dataset[key] = copy.deepcopy(chosen[key])
         dataset.test_mode = True  # or images without objects would be left out
-        loader.dataset = dataset
+        cfg.test_dataloader.dataset = dataset
     else:
-        loader = loaders[split]
-    cfg.test_dataloader = loader
-    evaluators = views.evaluators(cfg, 'val' if split == 'train' else split)
-    cfg.test_evaluator = copy.deepcopy(evaluators)
+        cfg.test_dataloader = loaders[split]
+    cfg.test_evaluator = copy.deepcopy(evaluators(cfg, 'val' if split == 'train' else split))

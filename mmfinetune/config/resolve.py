@@ -23,16 +23,8 @@ if TYPE_CHECKING:
 
 LOG_DIR = 'tensorboard_logs'
 BOARD = 'TensorBoardBackend'
-_OF_TRAINING = (
-    'train_dataloader',
-    'train_cfg',
-    'optim_wrapper',
-    'param_scheduler',
-    'val_dataloader',
-    'val_cfg',
-    'val_evaluator',
-    'auto_scale_lr',
-)
+_OF_TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr')
+_OF_VALIDATION = ('val_dataloader', 'val_cfg', 'val_evaluator')
 AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
 
 
@@ -159,9 +151,7 @@ def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
     Raises:
         UserError: The config starts from random weights.
     """
-    if not (weights or head_init):
-        return
-    if not cfg.get('weights'):
+    if (weights or head_init) and not cfg.get('weights'):
         raise UserError('config-without-weights')
     if head_init:
         cfg.weights.head_init = head_init
@@ -207,17 +197,12 @@ def set_saving(cfg: Config, every: int | None) -> None:
 def set_test_only(cfg: Config) -> None:
     """Leave training and validation out, for a Runner that only tests."""
     cfg.resume, cfg.load_from = False, None
-    for key in _OF_TRAINING:
+    for key in _OF_TRAINING + _OF_VALIDATION:
         cfg.pop(key, None)
 
 
 def set_detection(cfg: Config, work_dir: str) -> None:
-    """Let a test touch nothing of the run that trained the model: logs, curves, pictures.
-
-    Args:
-        cfg: Changed in place.
-        work_dir: Where the Runner logs.
-    """
+    """Let a test touch nothing of the run that trained the model: logs, curves, pictures."""
     cfg.test_evaluator = []  # the rows are evaluated later
     cfg.test_cfg = dict(type='TestLoop', fp16=(cfg.get('test_cfg') or {}).get('fp16', False))
     # The hooks of training would write into its folder, or change the model (EMA).

@@ -77,11 +77,8 @@ class _Run:
 
 
 def _newest(work_dir: Path, may_lack: bool) -> _Run | None:
-    """The newest checkpoint that can be resumed; prints which newer ones are damaged.
-
-    None where there is no checkpoint and ``may_lack``.
-    """
-    damaged = []
+    """The newest checkpoint that can be resumed; None where there is no checkpoint and ``may_lack``."""
+    damaged: list[UserError] = []
     for path in weights_work_dir.candidates(work_dir):
         try:
             found = _read_run(path)
@@ -89,7 +86,7 @@ def _newest(work_dir: Path, may_lack: bool) -> _Run | None:
             damaged.append(error)
             continue
         if damaged:
-            say('\n'.join(['Damaged, so an older checkpoint is used:', *(f'  - {e.message}' for e in damaged)]))
+            say('\n  - '.join(['Damaged, so an older checkpoint is used:', *(str(e.message) for e in damaged)]))
         say(f'Resuming {path}')
         return found
     if may_lack and not damaged:
@@ -103,11 +100,10 @@ def _read_run(path: Path) -> _Run:
     """What a checkpoint says; a UserError unless it holds a run that can be resumed."""
     # The safe way; MMEngine would unpickle anything if that fails.
     loaded = read.read_checkpoint(path)
-    missing = [k for k in ('state_dict', 'meta', 'optimizer', 'message_hub') if k not in loaded]
+    needed = ('state_dict', 'meta', 'optimizer', 'message_hub')
+    missing = [Message('resume-missing-key', key=key) for key in needed if key not in loaded]
     if missing:
-        raise UserError(
-            'resume-no-run', problems=[Message('resume-missing-key', key=key) for key in missing], path=path
-        )
+        raise UserError('resume-no-run', problems=missing, path=path)
     meta = loaded['meta']
     if 'config' in meta:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.

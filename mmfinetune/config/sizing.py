@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,7 +51,7 @@ class Schedule:
     epochs: int
     why: str
     val_interval: int
-    schedulers: list[dict] = field(default_factory=list)
+    schedulers: list[dict]
 
 
 def plan_scale(
@@ -64,11 +64,7 @@ def plan_scale(
     are not enlarged, nor large ones shrunk, more than their objects call for. Never more than twice
     the base's pixels, for memory.
 
-    Args:
-        statistics: Statistics of the data.
-        base_size: The base's box, px.
-        anchors: The base's anchor scales.
-        strides: The base's feature strides, px.
+    Box (px), anchor scales and feature strides (px) are those of the base.
     """
     long, short = statistics.sizes.max(1), statistics.sizes.min(1)
     ratio = float(np.median(short / long))
@@ -97,14 +93,13 @@ def plan_scale(
     why += f'; short / long = {ratio:.2f}; multiples of {STRIDE}.'
     low, high = small * box[0], large * box[0]
     factor = _anchor_factor(low, high, smallest, max(anchors) * max(strides))
-    if factor != 1:
-        anchors = [max(1, round(scale * factor)) for scale in anchors]
-        why += (
-            f' Anchors x {factor:g}: they spanned {smallest:g} to '
-            f'{max(strides) * smallest / min(strides):g} px, 8 of 10 objects {low:.0f} to '
-            f'{high:.0f}.'
-        )
-    return Scale((box[0], box[1]), why, list(anchors) if factor != 1 else None)
+    if factor == 1:
+        return Scale((box[0], box[1]), why)
+    largest = max(strides) * smallest / min(strides)
+    why += (
+        f' Anchors x {factor:g}: they spanned {smallest:g} to {largest:g} px, 8 of 10 objects {low:.0f} to {high:.0f}.'
+    )
+    return Scale((box[0], box[1]), why, [max(1, round(scale * factor)) for scale in anchors])
 
 
 def _anchor_factor(low: float, high: float, smallest: float, largest: float) -> float:
@@ -122,12 +117,7 @@ def _anchor_factor(low: float, high: float, smallest: float, largest: float) -> 
 
 
 def plan_schedule(
-    images: int,
-    val_images: int,
-    batch_size: int,
-    base_epochs: int,
-    base_schedulers: Sequence[dict],
-    epochs: int | None = None,
+    images: int, val_images: int, batch_size: int, base_epochs: int, base_schedulers: Sequence[dict], epochs: int | None
 ) -> Schedule:
     """Choose the number of epochs and fit warm-up, milestones and validations to it.
 
@@ -140,7 +130,7 @@ def plan_schedule(
         batch_size: Images per step on one GPU.
         base_epochs: The base's ``max_epochs``.
         base_schedulers: The base's ``param_scheduler``.
-        epochs: Used unchanged.
+        epochs: Used unchanged, if given.
 
     Raises:
         UserError: The base has schedulers whose length cannot be scaled.
@@ -176,8 +166,7 @@ def _schedulers(base: Sequence[dict], steps: int, epochs: int, base_epochs: int)
             if not scheduler['milestones']:
                 continue
         else:
-            unit = 'epoch' if by_epoch else 'step'
-            unknown.append(Message('sizing-scheduler', type=kind, unit=unit))
+            unknown.append(Message('sizing-scheduler', type=kind, unit='epoch' if by_epoch else 'step'))
         result.append(scheduler)
     if unknown:
         raise UserError('sizing-schedulers', problems=unknown)

@@ -17,18 +17,9 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
-# Columns of the report, and the fates that count in them.
-_COLUMNS = {
-    'loaded': 'loaded',
-    'remapped': 'remapped',
-    're-init': 'reinit',
-    'untouched': 'untouched',
-    'missing': 'missing',
-}
-_FIT = (
-    'use weights of the same architecture (for these configs mask_rcnn_r50_fpn), set num_classes of bbox_head and '
-    'mask_head to that of the weights, or name the heads to re-initialize in `weights.reinit`'
-)
+_FATES = (transfer.LOADED, transfer.REMAPPED, transfer.REINIT, transfer.UNTOUCHED, transfer.MISSING)
+# The columns of the report that they count in.
+_COLUMNS = {**{fate: fate for fate in _FATES}, transfer.REINIT: 're-init', transfer.MISMATCHED: 'missing'}
 
 
 @dataclass
@@ -54,15 +45,14 @@ class WeightCheck:
         def row_of(key: str) -> dict[str, Any]:
             parts = key.split('.')
             name = '.'.join(parts[: 3 if parts[0] == 'roi_head' else 1])
-            empty = {'tensors': 0, 'parameters': 0, **dict.fromkeys(_COLUMNS, 0), 'unexpected': 0, 'max_abs': math.nan}
-            return rows.setdefault(name, {'module': name, **empty})
+            counts = dict.fromkeys(('tensors', 'parameters', *_COLUMNS.values(), 'unexpected'), 0)
+            return rows.setdefault(name, {'module': name, **counts, 'max_abs': math.nan})
 
-        columns = {fate: column for column, fate in _COLUMNS.items()} | {transfer.MISMATCHED: 'missing'}
         for key, tensor in self.target.items():
             row = row_of(key)
             row['tensors'] += 1
             row['parameters'] += tensor.numel()
-            row[columns[self.plan.fates[key]]] += 1
+            row[_COLUMNS[self.plan.fates[key]]] += 1
             theirs = self.source.tensors.get(self.plan.source_key(key))
             if theirs is not None and theirs.is_floating_point() and theirs.numel():
                 # In this order max() drops the NaN of a row without any.
@@ -83,12 +73,8 @@ class WeightCheck:
 
     def facts(self) -> dict[str, Any]:
         """What the records of a run keep: file, SHA-256, and the number of tensors by fate."""
-        fates = list(self.plan.fates.values())
-        return {
-            'file': str(self.source.path),
-            'sha256': self.source.sha256,
-            **{fate: fates.count(fate) for fate in _COLUMNS.values()},
-        }
+        counts = {fate: len(self.plan.keys(fate)) for fate in _FATES}
+        return {'file': str(self.source.path), 'sha256': self.source.sha256, **counts}
 
     def text(self) -> str:
         """The report for people."""
@@ -110,23 +96,18 @@ class WeightCheck:
     def as_dict(self) -> dict[str, Any]:
         """The report for machines."""
         plan, source = self.plan, self.source
-        fates = (*_COLUMNS.values(), transfer.MISMATCHED)
         return {
             'path': str(source.path),
             'sha256': source.sha256,
             'hash': source.hash_verdict,
-            'origin': source.origin,
-            'style': source.style,
-            'mean': source.mean,
-            'std': source.std,
-            'rgb': source.rgb,
+            **{name: getattr(source, name) for name in ('origin', 'style', 'mean', 'std', 'rgb')},
             'notes': list(map(str, source.notes)),
             'modules': [
                 {k: None if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
                 for row in self.rows()
             ],
             'classes': None if plan.class_map is None else plan.class_map.as_dict(),
-            **{fate: plan.keys(fate) for fate in fates},
+            **{fate: plan.keys(fate) for fate in _COLUMNS},
             'unexpected': plan.unexpected,
             'unused': plan.dropped + plan.ignored,
             'problems': list(map(str, self.problems)),
@@ -186,11 +167,8 @@ def _input_problems(model_cfg: Mapping, source: Source) -> list[Message]:
         problems.append(Message('weights-style', file=source.style, model=style))
     ours = model_cfg.get('data_preprocessor') or {}
     if source.rgb is not None and bool(ours.get('bgr_to_rgb')) != source.rgb:
-        problems.append(
-            Message(
-                'weights-channels', order='RGB' if source.rgb else 'BGR', model=ours.get('bgr_to_rgb'), file=source.rgb
-            )
-        )
+        order = 'RGB' if source.rgb else 'BGR'
+        problems.append(Message('weights-channels', order=order, model=ours.get('bgr_to_rgb'), file=source.rgb))
     for name, theirs in (('mean', source.mean), ('std', source.std)):
         pairs = zip(theirs or (), ours.get(name) or (), strict=False)
         if theirs is not None and not all(math.isclose(a, b, abs_tol=0.02) for a, b in pairs):

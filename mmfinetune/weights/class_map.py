@@ -70,9 +70,8 @@ class ClassMap:
             if target == per * ours + background:
                 if source != per * theirs + background:
                     return None
-                pairs = [
-                    (per * t + k, per * s + k) for t, s in enumerate(self.indices) if s is not None for k in range(per)
-                ]
+                known = [(t, s) for t, s in enumerate(self.indices) if s is not None]
+                pairs = [(per * t + k, per * s + k) for t, s in known for k in range(per)]
                 return pairs + ([(target - 1, source - 1)] if background else [])
         return None
 
@@ -119,13 +118,8 @@ def match_classes(targets: Sequence[str], sources: Sequence[str], aliases: Mappi
         if name in aliases:
             return None if aliases[name] is None else by_name[_plain(aliases[name])]
         plain = _plain(name)
-        for candidate in (
-            plain,
-            _plain(SYNONYMS.get(plain, plain)),
-            *(a for a, b in SYNONYMS.items() if _plain(b) == plain),
-        ):
-            if candidate in by_name:
-                return by_name[candidate]
-        return None
+        others = (a for a, b in SYNONYMS.items() if _plain(b) == plain)
+        candidates = (plain, _plain(SYNONYMS.get(plain, plain)), *others)
+        return next((by_name[candidate] for candidate in candidates if candidate in by_name), None)
 
     return ClassMap(tuple(targets), tuple(sources), tuple(find(name) for name in targets))

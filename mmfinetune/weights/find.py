@@ -66,9 +66,6 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         checkpoint: Path as the config gives it; the file name may end in a SHA-256 prefix.
         url: Where to download the file if it is found nowhere.
 
-    Returns:
-        The path of the verified file.
-
     Raises:
         UserError: Not found and not available for download, or damaged.
     """
@@ -91,14 +88,10 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(target.name + '.copy')
         shutil.copyfile(candidate, part)
-        part.replace(target)
-        return target
+        return part.replace(target)
     if url is None:
-        raise UserError(
-            'weights-nowhere',
-            problems=[*(Message('weights-searched', path=path) for path in candidates), *damaged],
-            path=wanted,
-        )
+        searched = [Message('weights-searched', path=path) for path in candidates]
+        raise UserError('weights-nowhere', problems=searched + damaged, path=wanted)
     return download(url, target, sha256=hash_in_name(wanted))
 
 
@@ -127,9 +120,8 @@ def locate(weights_cfg: Mapping) -> Path:
             if reasons:
                 print(f'Using {path} instead.')
             return path
-        raise UserError(
-            'weights-no-source', problems=reasons, url=weights_cfg.get('url'), path=weights_cfg['checkpoint']
-        )
+        facts = dict(url=weights_cfg.get('url'), path=weights_cfg['checkpoint'])
+        raise UserError('weights-no-source', problems=reasons, **facts)
 
     return rank0_first(search)
 
@@ -140,13 +132,11 @@ def is_url(address: str) -> bool:
 
 
 def fetch(address: str) -> Path:
-    """Path of weights named on the command line; a URL is downloaded to ``pretrain/`` and verified.
+    """Weights at a URL, downloaded to ``pretrain/`` and verified.
 
     Raises:
         UserError: The download failed, or is not what its name says.
     """
-    if not is_url(address):
-        return Path(address)
     name = address.split('?')[0].rstrip('/').rpartition('/')[2]
     path = download(address, PRETRAIN_DIR / name, sha256=hash_in_name(name))
     verify_file(path)

@@ -13,7 +13,7 @@ from mmfinetune.weights import read
 from mmfinetune.weights.find import verify_file
 from mmfinetune.weights.origins.torchvision import to_torchvision
 from mmfinetune.weights.read import USE_OURS
-from mmfinetune.weights.source import BN_EPS, COCO_COUNT, RGB_MEAN, RGB_STD, Source, coco_classes
+from mmfinetune.weights.source import BN_EPS, RGB_MEAN, RGB_STD, Source, coco_classes
 from mmfinetune.weights.sources import open_source
 from mmfinetune.weights.work_dir import best_checkpoint
 
@@ -87,11 +87,7 @@ def save(source: Source, dst: Path, overwrite: bool = False) -> Path:
     _check_target(dst, overwrite)
     meta = {
         'dataset_meta': {'classes': source.classes} if source.classes else {},
-        'style': source.style,
-        'mean': source.mean,
-        'std': source.std,
-        'rgb': source.rgb,
-        'origin': source.origin,
+        **{name: getattr(source, name) for name in ('style', 'mean', 'std', 'rgb', 'origin')},
         'notes': [(note.code, str(note)) for note in source.notes],
     }
     atomic_write_bytes(dst, _torch_file({'meta': meta, 'state_dict': source.tensors, 'extra': source.extra}))
@@ -121,23 +117,16 @@ def convert_file(
     if to == 'mmdet':
         save(source, dst, overwrite)
     else:
-        _require_torchvision(source)
-        coco = None
-        if source.classes is not None:
-            coco = len(source.classes) == COCO_COUNT and source.classes == coco_classes()
+        if source.origin == 'backbone':
+            raise UserError('torchvision-backbone', hint=USE_OURS, path=src)
+        if source.style == 'caffe' or source.rgb is False:
+            order = 'BGR' if source.rgb is False else 'RGB'
+            raise UserError('torchvision-style', path=src, style=source.style, order=order)
+        coco = None if source.classes is None else source.classes == coco_classes()
         state = to_torchvision(source.tensors, source.extra, coco)
         atomic_write_bytes(dst, _torch_file(state))
         _note_differences(source)
     return source
-
-
-def _require_torchvision(source: Source) -> None:
-    if source.origin == 'backbone':
-        raise UserError('torchvision-backbone', hint=USE_OURS, path=source.path)
-    if source.style == 'caffe' or source.rgb is False:
-        raise UserError(
-            'torchvision-style', path=source.path, style=source.style, order='BGR' if source.rgb is False else 'RGB'
-        )
 
 
 def _note_differences(source: Source) -> None:

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 # The number at the start of files by torch before 1.6, which were bare pickles too.
 _TORCH_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 REPLACE = 'delete it and run again to download it again, or pass another file with --weights'
-_TRUST = 'get the weights from a source that you trust; a file of tensors needs no code'
 USE_OURS = 'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
 
 
@@ -57,16 +56,14 @@ def read_checkpoint(path: Path) -> dict:
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error:
         # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
-        culprit = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
-        raise _runs_code(path, culprit.group(1)) if culprit else _unreadable(path, error) from None
+        raise _unreadable(path, error) from None
     return _require_dict(loaded, path)
 
 
-def _runs_code(path: Path, culprit: str) -> UserError:
-    return UserError('weights-code', path=path, culprit=culprit)
-
-
 def _unreadable(path: Path, error: Exception) -> UserError:
+    culprit = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
+    if culprit:
+        return UserError('weights-code', path=path, culprit=culprit[1])
     reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
     return UserError('weights-unreadable', path=path, reason=reason)
 
@@ -144,10 +141,6 @@ def _array(data: object, dtype: object, shape: object, order: str) -> np.ndarray
     return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)  # type: ignore[call-overload]
 
 
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
 def _frombuffer(data: object, dtype: object, shape: object, order: str) -> _Array:
     array = _Array()
     array.value = _array(data, dtype, shape, order)
@@ -174,7 +167,7 @@ _HARMLESS = {
         (f'numpy.{core}.{module}', name): stand_in
         for core in ('core', '_core')
         for module, name, stand_in in (
-            ('multiarray', '_reconstruct', _reconstruct),
+            ('multiarray', '_reconstruct', lambda *_: _Array()),
             ('multiarray', 'scalar', _scalar),
             ('numeric', '_frombuffer', _frombuffer),
         )
@@ -182,16 +175,12 @@ _HARMLESS = {
 }
 
 
-class _Forbidden(Exception):
-    """A pickle asks for something other than data."""
-
-
 class _NumpyUnpickler(pickle.Unpickler):
     """Knows how arrays of numbers are written, and nothing else."""
 
     def find_class(self, module: str, name: str) -> object:
         if (module, name) not in _HARMLESS:
-            raise _Forbidden(f'{module}.{name}')
+            raise pickle.UnpicklingError(f'GLOBAL {module}.{name}')
         return _HARMLESS[module, name]
 
 
@@ -207,10 +196,7 @@ def load_numpy_pickle(path: Path) -> dict:
         with path.open('rb') as file:
             # Detectron2 reads its files with this encoding too: some come from Python 2.
             loaded = _NumpyUnpickler(file, encoding='latin1').load()
-    except _Forbidden as culprit:
-        raise _runs_code(path, str(culprit)) from None
-    except Exception as error:
-        # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
+    except Exception as error:  # see `read_checkpoint`
         raise _unreadable(path, error) from None
     loaded = _require_dict(loaded, path)
 
@@ -273,11 +259,10 @@ def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message])
 
 def check_finite(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
     """Raise a UserError that lists the tensors with NaN or infinite numbers, if there are any."""
-    bad = {key: int((~tensor.isfinite()).sum()) for key, tensor in tensors.items()}
     problems = [
-        Message('tensor-not-finite', key=key, count=count, total=tensors[key].numel())
-        for key, count in bad.items()
-        if count
+        Message('tensor-not-finite', key=key, count=count, total=tensor.numel())
+        for key, tensor in tensors.items()
+        if (count := int((~tensor.isfinite()).sum()))
     ]
     if problems:
         raise UserError('weights-not-finite', problems=problems, path=path)

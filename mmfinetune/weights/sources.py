@@ -124,13 +124,10 @@ def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
     if head is None:
         return
     count = len(head) - 1
-    names = None
     data = meta.get('dataset_meta')
-    for holder, key in ((data, 'classes'), (data, 'CLASSES'), (meta, 'CLASSES'), (loaded, 'classes')):
-        value = holder.get(key) if isinstance(holder, Mapping) else None
-        if isinstance(value, (list, tuple)) and value:
-            names = tuple(map(str, value))
-            break
+    data = data if isinstance(data, Mapping) else {}
+    lists = (data.get('classes'), data.get('CLASSES'), meta.get('CLASSES'), loaded.get('classes'))
+    names = next((tuple(map(str, value)) for value in lists if isinstance(value, (list, tuple)) and value), None)
     if names and len(names) != count:
         source.note('weights-names-unused', named=len(names), rows=count)
         names = None
@@ -146,11 +143,8 @@ def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
 def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
     """Take over what ``publish.save`` wrote."""
     source.origin = meta['origin']
-    for name in ('style', 'rgb'):
-        setattr(source, name, meta.get(name))
-    for name in ('mean', 'std'):
-        value = meta.get(name)
-        setattr(source, name, tuple(value) if value is not None else None)
+    source.style, source.rgb = meta.get('style'), meta.get('rgb')
+    source.mean, source.std = (tuple(meta[k]) if meta.get(k) is not None else None for k in ('mean', 'std'))
     classes = (meta.get('dataset_meta') or {}).get('classes')
     source.classes = tuple(classes) if classes else None
     source.notes.clear()
@@ -158,7 +152,6 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
         if isinstance(note, str):  # a file of an earlier release
             source.note('weights-note', note=note)
         else:
-            code, text = note
-            source.notes.append(Message(code, text))
+            source.notes.append(Message(*note))
     extra = loaded.get('extra')
     source.extra = dict(extra) if isinstance(extra, Mapping) else {}

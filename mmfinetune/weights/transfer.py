@@ -73,9 +73,8 @@ def plan_transfer(
     """
     stds = _stds(weights_cfg.get('reinit') or {})
     plan = Plan(weights_cfg.get('into') or '', _class_map(source, weights_cfg, classes))
-    for module in stds:
-        if not any(_is_under(key, module) for key in target):
-            plan.problems.append(Message('weights-reinit-unknown', module=module))
+    unknown = [module for module in stds if not any(_is_under(key, module) for key in target)]
+    plan.problems += [Message('weights-reinit-unknown', module=module) for module in unknown]
     for key, tensor in target.items():
         drawn = _innermost(key, stds)
         if drawn is not None and tensor.dim() >= 2 and tensor.is_floating_point():
@@ -126,16 +125,10 @@ def _remap_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor | None, cl
         return Message('weights-rows-missing', key=key)
     if ours.shape[1:] != theirs.shape[1:]:
         return _shape_problem(key, ours, theirs)
-    if class_map.rows(len(ours), len(theirs)) is None:
-        return Message(
-            'weights-rows',
-            key=key,
-            model=len(ours),
-            classes=len(class_map.targets),
-            file=len(theirs),
-            file_classes=len(class_map.sources),
-        )
-    return None
+    if class_map.rows(len(ours), len(theirs)) is not None:
+        return None
+    facts = dict(classes=len(class_map.targets), file_classes=len(class_map.sources))
+    return Message('weights-rows', key=key, model=len(ours), file=len(theirs), **facts)
 
 
 def initial_state(

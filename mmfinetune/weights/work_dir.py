@@ -69,24 +69,16 @@ def find_run(work_dir: Path, config: Path | None = None, checkpoint: Path | None
         raise UserError('run-file', path=work_dir, folder=work_dir.parent)
     config = config or _dumped_config(work_dir)
     if not work_dir.is_dir() or config is None:
-        near = _runs_near(work_dir)
-        raise UserError(
-            'run-missing',
-            path=work_dir,
-            reason='there is no config (*.py) in it' if work_dir.is_dir() else 'there is no such folder',
-            near=f'; did you mean {" or ".join(map(str, near))}?' if near else '',
-        )
+        near = ' or '.join(map(str, _runs_near(work_dir)))
+        reason = 'there is no config (*.py) in it' if work_dir.is_dir() else 'there is no such folder'
+        raise UserError('run-missing', path=work_dir, reason=reason, near=f'; did you mean {near}?' if near else '')
     if not config.is_file():
         raise UserError('run-config', path=config)
     if checkpoint is None:
         checkpoint = best_checkpoint(work_dir)
     elif not checkpoint.is_file():
-        raise UserError(
-            'run-checkpoint',
-            path=checkpoint,
-            work_dir=work_dir,
-            found=', '.join(sorted(p.name for p in work_dir.glob('*.pth'))) or 'no checkpoint',
-        )
+        found = ', '.join(sorted(p.name for p in work_dir.glob('*.pth'))) or 'no checkpoint'
+        raise UserError('run-checkpoint', path=checkpoint, work_dir=work_dir, found=found)
     return RunFiles(work_dir, config, checkpoint)
 
 

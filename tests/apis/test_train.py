@@ -27,6 +27,7 @@ from tests.builders.runs import (
     files_in,
     make_site,
     random_state_dict,
+    read_results,
     save_hashed,
     spawn,
     train_tool,
@@ -138,7 +139,7 @@ def test_data_and_annotations_are_made_on_the_way(finished_run):
 
 
 def test_numbers_are_printed_once_and_written(finished_run):
-    out, results = finished_run.outcome.out, train.read_results(finished_run.kept / 'tiny')
+    out, results = finished_run.outcome.out, read_results(finished_run.kept / 'tiny')
     assert out.count('segm AP50 =') == 1
     assert f'segm AP50 = {results["metrics"]["coco/segm_mAP_50"]:.3f}' in out
     assert Path(results['checkpoint']).name.startswith('best_')
@@ -179,7 +180,7 @@ def test_each_group_has_its_share_of_the_lr_at_every_step(finished_run):
 def test_test_alone_gives_what_the_test_after_training_gave(in_finished_run):
     outcome = train_tool('tiny.py', '--test')
     assert outcome.code == 0, outcome.err
-    assert train.read_results(in_finished_run.work_dir) == train.read_results(in_finished_run.kept / 'tiny')
+    assert read_results(in_finished_run.work_dir) == read_results(in_finished_run.kept / 'tiny')
     for kind in ('bbox', 'segm'):
         # The AP of a model this raw is 0; its predictions tell two models apart.
         now, then = (
@@ -199,7 +200,7 @@ def test_test_of_a_named_file(in_finished_run, flag):
     outcome = train_tool('tiny.py', '--test', flag, file, '--work-dir', 'work_dirs/other')
     assert outcome.code == 0, outcome.err
     assert ('note: ' in outcome.err) is (flag == '--weights')
-    assert train.read_results(Path('work_dirs/other'))['checkpoint'] == str(file)
+    assert read_results(Path('work_dirs/other'))['checkpoint'] == str(file)
     assert not list(Path('work_dirs/other').glob('*.pth'))
 
 
@@ -543,7 +544,7 @@ def test_metrics_are_those_of_the_data_root(in_finished_run, tmp_path):
         tmp_path / 'run',
     )
     assert outcome.code == 0, outcome.err
-    metrics = train.read_results(tmp_path / 'run')['metrics']
+    metrics = read_results(tmp_path / 'run')['metrics']
     measured = {key.split('/')[-1] for key in metrics if key.startswith('coco/segm_AP/')}
     # A class without an instance has no AP, so that the keys tell one ground truth from another.
     assert measured == _classes_in(tmp_path / 'VOCdevkit/VOC2012')

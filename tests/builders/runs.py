@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
+import json
 import os
 import re
 import runpy
@@ -52,6 +53,11 @@ model = dict(test_cfg=dict(rcnn=dict(score_thr=0.0)))
 test_evaluator = dict(outfile_prefix='predictions')
 default_hooks = dict(logger=dict(interval=1), visualization=dict(num_images=3))
 """
+
+
+def read_results(work_dir: Path) -> dict:
+    """What a test wrote into the work dir of its run."""
+    return json.loads((work_dir / 'test_results.json').read_text())
 
 
 @dataclass

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from mmfinetune.config.lr import adapt_schedule, plan_lr, scaled_lr
+from mmfinetune.config.lr import adapt_schedule, plan_lr
 from tests.builders.errors import refused
 
 GROUPS = {'backbone': 0.1, 'neck': 0.5, 'rpn_head': 1.0, 'roi_head': 1.0}
@@ -60,9 +60,7 @@ def test_linear_scaling_by_batch_size(batch_size, base, expected):
 
 def test_nothing_is_scaled_at_the_size_that_the_lr_is_for():
     # Exactly, not about: the log must show 0.002 and not 0.0020000000000000005.
-    assert scaled_lr(0.002, 2, 1, 2) == 0.002
-    assert scaled_lr(0.002, 2, 2, 2) == 0.004
-    assert scaled_lr(0.002, 2, 4, 2) == 0.008
+    assert [plan_lr(make_cfg(), gpus).lr for gpus in (1, 2, 4)] == [0.002, 0.004, 0.008]
 
 
 @pytest.mark.parametrize('scale', [True, False])

@@ -104,8 +104,8 @@ def tiles(tmp_path_factory) -> Path:
 def made(root: Path, tmp_path: Path, base: Path = VOC, **options):
     """Write a config and load it."""
     out = tmp_path / 'made.py'
-    written = new.write(root, 'made', out, base, overwrite=True, **options)
-    return load.load(out), out.read_text(encoding='utf-8'), '\n'.join(written.lines)
+    _, lines = new.write(root, 'made', out, base, overwrite=True, **options)
+    return load.load(out), out.read_text(encoding='utf-8'), '\n'.join(lines)
 
 
 def statistics(sizes: list[tuple[int, int]], objects: list[float], **changes) -> Statistics:

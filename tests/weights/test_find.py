@@ -279,7 +279,3 @@ def test_a_url_is_fetched_and_verified(home, server):
     with refused('download-mismatch'):
         find.fetch(f'{url}/bad-0123abcd.pth')
     assert [p.name for p in Path('pretrain').glob('*.pth')] == [NAME]
-
-
-def test_a_path_is_left_as_it_is():
-    assert find.fetch('some/file.pth') == Path('some/file.pth')

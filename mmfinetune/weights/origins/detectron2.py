@@ -17,12 +17,8 @@ _NAMES = {
         for s, blocks in ((1, 3), (2, 4), (3, 6), (4, 3))
         for i in range(blocks)
         for theirs, ours in (
-            ('conv1.norm.', 'bn1.'),
-            ('conv2.norm.', 'bn2.'),
-            ('conv3.norm.', 'bn3.'),
-            ('conv1.', 'conv1.'),
-            ('conv2.', 'conv2.'),
-            ('conv3.', 'conv3.'),
+            *((f'conv{k}.norm.', f'bn{k}.') for k in (1, 2, 3)),
+            *((f'conv{k}.', f'conv{k}.') for k in (1, 2, 3)),
             ('shortcut.norm.', 'downsample.1.'),
             ('shortcut.', 'downsample.0.'),
         )

@@ -58,18 +58,11 @@ OLD_NAMES = {
 }
 
 
-def _current_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    current = {}
-    for key, tensor in tensors.items():
-        module, _, end = key.rpartition('.')
-        current[OLD_NAMES.get(module + '.', module + '.') + end] = tensor
-    return current
-
-
 def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
     import torch
 
-    source.tensors = _current_names(source.tensors)
+    parts = ((key.rpartition('.'), tensor) for key, tensor in source.tensors.items())
+    source.tensors = {OLD_NAMES.get(f'{module}.', f'{module}.') + end: tensor for (module, _, end), tensor in parts}
     tensors = rename_all(source, NAMES)
     count = len(tensors[FC_CLS + 'weight'])
     wrong = [
@@ -88,27 +81,16 @@ def _convert(source: Source, _loaded: Mapping, bn_eps: float | None) -> None:
         source.extra[name] = by_slot[other].flatten(0, 1)
     source.tensors = tensors
     source.style, source.rgb, source.mean, source.std = 'pytorch', True, RGB_MEAN, RGB_STD
-    _note_changes(source, count, len(slots))
-    if not any(k.endswith('num_batches_tracked') for k in tensors):
-        _fold_frozen(source, count, bn_eps)
-    elif bn_eps is not None:
-        fold_all(source, bn_eps)
-
-
-def _note_changes(source: Source, slots: int, classes: int) -> None:
-    source.note('weights-slots-to-classes', slots=slots, classes=classes)
+    source.note('weights-slots-to-classes', slots=count, classes=len(slots))
     source.note('weights-same-normalisation')
     source.note('weights-roi-align')
-
-
-def _fold_frozen(source: Source, slots: int, bn_eps: float | None) -> None:
-    """Fold the eps of frozen BN, which only torchvision's released file tells, by its content."""
-    if bn_eps is None and slots == _COCO_COUNT:
+    frozen = not any(k.endswith('num_batches_tracked') for k in tensors)
+    if frozen and bn_eps is None and count == _COCO_COUNT:
         bn_eps = RELEASED_EPS.get(source.sha256[:8])
     if bn_eps is not None:
         fold_all(source, bn_eps)
-        return
-    source.note('weights-eps-assumed', eps=BN_EPS)
+    elif frozen:
+        source.note('weights-eps-assumed', eps=BN_EPS)
 
 
 def _slot_order(key: str, slots: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -141,10 +123,8 @@ def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float) -> tuple[torch.Te
     gain = ((variance + BN_EPS) / (variance + eps)).sqrt()
     # Without variance and eps the original is infinite: nothing to be equal to.
     gain = torch.where(gain.isfinite(), gain, 1.0)
-    return (
-        torch.where(enough, weight, (weight.double() * gain).float()),
-        torch.where(enough, shifted, variance).float(),
-    )
+    rescaled = (weight.double() * gain).float()
+    return torch.where(enough, weight, rescaled), torch.where(enough, shifted, variance).float()
 
 
 def _bn_layers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
@@ -190,15 +170,10 @@ def to_torchvision(
     """
     extra = extra or {}
     renamed, left = rename(tensors, {ours: theirs for theirs, ours in NAMES.items()})
-    missing = [key for key, _, _ in _row_tensors() if key not in tensors]
-    if left or missing:
-        raise UserError(
-            'torchvision-other-model',
-            problems=[
-                *(Message('torchvision-no-place', key=k) for k in left),
-                *(Message('torchvision-head-missing', key=k) for k in missing),
-            ],
-        )
+    problems = [Message('torchvision-no-place', key=key) for key in left]
+    problems += [Message('torchvision-head-missing', key=key) for key, _, _ in _row_tensors() if key not in tensors]
+    if problems:
+        raise UserError('torchvision-other-model', problems=problems)
     slots, total = _target_slots(len(tensors[FC_CLS + 'weight']) - 1, extra.get('slots'), coco_slots)
     for key, name, rows in _row_tensors():
         ours = tensors[key]
