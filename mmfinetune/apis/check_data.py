@@ -12,6 +12,7 @@ from mmfinetune.config import load
 from mmfinetune.data import layout
 from mmfinetune.data.check import repair, report
 from mmfinetune.data.check import run as data_check
+from mmfinetune.utils.files import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -36,10 +37,7 @@ class Options(data_check.Options):
 
 
 def run(options: Options) -> int:
-    """Check, print and write what the options ask for.
-
-    Returns:
-        Exit code: 1 if there are errors in the data.
+    """Check, print and write what the options ask for; exit code 1 if there are errors in the data.
 
     Raises:
         UserError: No data, or a repaired copy that cannot be made.
@@ -52,13 +50,13 @@ def run(options: Options) -> int:
     fixed = repair.fix(splits, options.fix, classes, options) if options.fix else None
     found = fixed.report if fixed else data_check.check(splits, classes, options)
     if options.html:
-        report.write_html(found, options.html)
+        atomic_write_text(options.html, report.as_html(found))
     if options.json:
         print(json.dumps(found.as_dict(), indent=1))
-        return 0 if found.good else 1
-    print(report.as_text(found, options.max_examples))
-    if fixed:
-        print(fixed.text())
-    if options.html:
-        print(f'Report: {options.html}')
+    else:
+        print(report.as_text(found, options.max_examples))
+        if fixed:
+            print(fixed.text())
+        if options.html:
+            print(f'Report: {options.html}')
     return 0 if found.good else 1

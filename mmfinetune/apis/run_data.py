@@ -28,9 +28,6 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
         full: Whether to look for all faults that training would only show by bad results, which
             reads each image once; otherwise only the headers of the images are read.
 
-    Returns:
-        What each split holds.
-
     Raises:
         UserError: No data, or data that does not fit the config or has errors.
     """

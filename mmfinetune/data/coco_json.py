@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.errors import Message, Problem, UserError
+from mmfinetune.utils.files import reason_of
 
 SECTIONS = ('images', 'annotations', 'categories')
 _SHOWN = 5  # places of one problem; the same mistake is mostly in all entries
@@ -87,15 +88,9 @@ class Coco:
     def _missing_keys(self, images: Sequence[str], annotations: Sequence[str]) -> Problems:
         problems = Problems()
         for section, keys in (('images', images), ('annotations', annotations), ('categories', ('id', 'name'))):
-            needed = set(keys)
             for number, entry in enumerate(self.data[section], 1):
-                if not needed <= entry.keys():
-                    problems.add(
-                        'coco-keys-missing',
-                        f'number {number}',
-                        section=section,
-                        keys=', '.join(k for k in keys if k not in entry),
-                    )
+                if missing := [key for key in keys if key not in entry]:
+                    problems.add('coco-keys-missing', f'number {number}', section=section, keys=', '.join(missing))
         return problems
 
     def _contradictions(self, own_ids: bool, links: bool, unique_files: bool) -> Problems:
@@ -107,14 +102,13 @@ class Coco:
                 problems.add('coco-repeated', shown_value(value), section=section, key=key)
         for image in self.images:
             if reason := name_problem(image['file_name']):
-                problems.add('coco-file-name', f'{reason}')
+                problems.add('coco-file-name', reason)
         for category in self.categories:
             if not isinstance(category['name'], str) or not is_text(category['name']):
                 problems.add('coco-name', shown_value(category['name']))
-        if own_ids:
-            for annotation in self.annotations:
-                if annotation['id'] == 0:
-                    problems.add('coco-id-zero', shown_value(annotation['image_id']))
+        for annotation in self.annotations if own_ids else ():
+            if annotation['id'] == 0:
+                problems.add('coco-id-zero', shown_value(annotation['image_id']))
         for key, section in (('image_id', 'images'), ('category_id', 'categories')):
             known = {entry['id'] for entry in self.data[section] if not _is_container(entry['id'])}
             for annotation in self.annotations:
@@ -152,14 +146,12 @@ _kept: dict[tuple, Coco] | None = None
 def parsed_once() -> Iterator[None]:
     """Until the end of the block keep what `read` parses, for commands that view one file several times."""
     global _kept
-    if _kept is not None:
-        yield
-        return
-    _kept = {}
+    before = _kept
+    _kept = {} if before is None else before
     try:
         yield
     finally:
-        _kept = None
+        _kept = before
 
 
 def read(path: Path, compact: bool = False) -> Coco:
@@ -169,24 +161,23 @@ def read(path: Path, compact: bool = False) -> Coco:
         path: COCO JSON.
         compact: Polygons become arrays of doubles, a quarter of the memory.
     """
-    if _kept is None:
-        return _parse(path, compact)
-    try:
-        status = path.stat()
-    except (OSError, ValueError):
-        return _parse(path, compact)
-    key = path.resolve(), status.st_mtime_ns, status.st_size, compact
-    if key not in _kept:
-        _kept[key] = _parse(path, compact)
-    return dataclasses.replace(_kept[key], path=path)
+    if _kept is not None:
+        # What has no status is not kept.
+        with contextlib.suppress(OSError, ValueError):
+            status = path.stat()
+            key = path.resolve(), status.st_mtime_ns, status.st_size, compact
+            if key not in _kept:
+                _kept[key] = _parse(path, compact)
+            return dataclasses.replace(_kept[key], path=path)
+    return _parse(path, compact)
 
 
 def _parse(path: Path, compact: bool) -> Coco:
-    faults: list[Message] = []
-    top = _load(path, compact, faults)
     data: dict[str, Any] = {section: [] for section in SECTIONS}
-    if top is None:
-        return Coco(path, data, tuple(faults))
+    try:
+        top, faults = _load(path, compact)
+    except Problem as problem:
+        return Coco(path, data, (problem.message,))
     for section in SECTIONS:
         if section not in top:
             faults.append(Message('coco-section-missing', section=section))
@@ -195,17 +186,10 @@ def _parse(path: Path, compact: bool) -> Coco:
         if not isinstance(entries, list):
             faults.append(Message('coco-section-type', section=section, kind=type(entries).__name__))
             continue
-        wrong = [i for i, kind in enumerate(map(type, entries)) if kind is not dict]
+        wrong = {i: type(entry).__name__ for i, entry in enumerate(entries) if type(entry) is not dict}
         if wrong:
-            faults.append(
-                Message(
-                    'coco-entry-type',
-                    section=section,
-                    count=len(wrong),
-                    kind=type(entries[wrong[0]]).__name__,
-                    position=wrong[0],
-                )
-            )
+            position, kind = next(iter(wrong.items()))
+            faults.append(Message('coco-entry-type', section=section, count=len(wrong), kind=kind, position=position))
             for i in wrong:
                 entries[i] = {}
         data[section] = entries
@@ -216,21 +200,18 @@ def _parse(path: Path, compact: bool) -> Coco:
     return Coco(path, {**top, **data}, tuple(faults))
 
 
-def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | None:
-    """The top object; None if there is none."""
+def _load(path: Path, compact: bool) -> tuple[dict[str, Any], list[Message]]:
+    """The top object and what is odd about its encoding; a Problem if there is none."""
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        faults.append(Message('coco-no-file'))
-        return None
+        raise Problem('coco-no-file') from None
     except (OSError, ValueError) as error:
-        reason = getattr(error, 'strerror', None) or str(error)
-        faults.append(Message('coco-file-unreadable', reason=reason))
-        return None
+        raise Problem('coco-file-unreadable', reason=reason_of(error)) from None
     encoding = json.detect_encoding(content)
+    odd = []
     if encoding != 'utf-8':
-        name = encoding.replace('-sig', ' with a byte order mark')
-        faults.append(_encoding_fault(name))
+        odd.append(Message('coco-encoding', found=encoding.replace('-sig', ' with a byte order mark')))
     # Millions of objects are made, none of them in a cycle: collecting would double the time.
     collecting = gc.isenabled()
     gc.disable()
@@ -238,21 +219,20 @@ def _load(path: Path, compact: bool, faults: list[Message]) -> dict[str, Any] | 
         text = content.decode(encoding)
         del content
         top = json.loads(text, object_hook=_compact if compact else None)
-        if isinstance(top, dict):
-            faults += [Message('coco-section-repeated', section=section) for section in _repeated_sections(text)]
-            return top
-        faults[:] = [Message('coco-top-level', kind=type(top).__name__)]
     except UnicodeDecodeError as error:
-        faults[:] = [_encoding_fault(f'byte {error.start} is not {encoding}')]
+        raise Problem('coco-encoding', found=f'byte {error.start} is not {encoding}') from None
     except RecursionError:
-        faults[:] = [Message('coco-nesting')]
+        raise Problem('coco-nesting') from None
     except ValueError as error:
         # Also for integers of more digits than Python converts.
-        faults[:] = [Message('coco-not-json', reason=str(error))]
+        raise Problem('coco-not-json', reason=str(error)) from None
     finally:
         if collecting:
             gc.enable()
-    return None
+    if not isinstance(top, dict):
+        raise Problem('coco-top-level', kind=type(top).__name__)
+    odd += [Message('coco-section-repeated', section=section) for section in _repeated_sections(text)]
+    return top, odd
 
 
 def _repeated_sections(text: str) -> list[str]:
@@ -262,10 +242,6 @@ def _repeated_sections(text: str) -> list[str]:
         return []
     keys = json.loads(text, object_pairs_hook=lambda pairs: [key for key, _ in pairs])
     return [section for section in SECTIONS if keys.count(section) > 1]
-
-
-def _encoding_fault(found: str) -> Message:
-    return Message('coco-encoding', found=found)
 
 
 def _compact(entry: dict) -> dict:

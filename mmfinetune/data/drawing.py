@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from mmfinetune.utils import fonts
 
@@ -15,7 +16,6 @@ Colour = tuple[int, int, int]
 
 # Smaller pictures are enlarged to this long side, since text on them would cover the objects.
 _SMALLEST = 480
-_BACKGROUND: Colour = (255, 255, 255)
 _INK: Colour = (32, 32, 32)
 
 
@@ -38,9 +38,8 @@ def _colour_order() -> list[Colour]:
     # Not pale or dark, to show on photographs and carry black or white text; nor glaring.
     usable = (lab[:, 0] > 45) & (lab[:, 0] < 84) & (chroma > 42) & (chroma < 92)
     rgb, lab = (grid[usable, 0] * 255).round().astype(int), lab[usable]
-    first = int(np.argmin(np.abs(rgb - (0, 116, 232)).sum(1)))
+    chosen = int(np.argmin(np.abs(rgb - (0, 116, 232)).sum(1)))
     order, nearest = [], np.full(len(lab), np.inf)
-    chosen = first
     for _ in range(len(lab)):
         order.append(_colour(rgb[chosen]))
         nearest = np.minimum(nearest, np.linalg.norm(lab - lab[chosen], axis=1))
@@ -86,7 +85,7 @@ def draw_instances(
     if masks is not None:
         extents = [_extent(mask) for mask in masks]
         # The largest first, so that what lies within it stays in sight.
-        for i in sorted(range(count), key=lambda i: -_area(extents[i])):
+        for i in np.argsort(-_areas(extents), kind='stable'):
             contours[i] = _fill(canvas, masks[i], extents[i], scale, chosen[i], alpha)
             if boxes is None:
                 places[i] = np.multiply(extents[i], scale)
@@ -94,7 +93,7 @@ def draw_instances(
         cv2.drawContours(canvas, contours[i], -1, chosen[i], max(2, round(size / 9)), cv2.LINE_AA)
         if boxes is not None:
             _rectangle(canvas, boxes[i], chosen[i], max(1, round(size / 14)))
-    texts = _texts(count, labels, scores, names)
+    texts = _texts(labels, scores, names)
     if not any(texts):
         return canvas
     order = range(count) if scores is None else np.argsort(-np.asarray(scores), kind='stable')
@@ -132,13 +131,9 @@ def with_colour_bar(picture: np.ndarray, label: str) -> np.ndarray:
     if bar > 0 and lead + bar + 2 * size <= width:
         colours = np.array([_heat(v) for v in np.linspace(0, 1, bar)], np.uint8)
         strip[size // 2 : -size // 2, lead : lead + bar] = colours
+        starts = (size // 2, lead + bar + size // 2)
         strip = _write(
-            strip,
-            [
-                (parts[0], (size // 2, strip.shape[0] // 2), 'lm', _INK),
-                (parts[1], (lead + bar + size // 2, strip.shape[0] // 2), 'lm', _INK),
-            ],
-            font,
+            strip, [(part, (x, strip.shape[0] // 2), 'lm') for part, x in zip(parts, starts, strict=True)], font
         )
     return np.concatenate([picture, strip])
 
@@ -155,12 +150,9 @@ def side_by_side(*panels: np.ndarray, titles: Sequence[str] = ()) -> np.ndarray:
     height = max(p.shape[0] for p in panels)
     panels = tuple(_resized(p, max(1, round(p.shape[1] * height / p.shape[0])), height) for p in panels)
     size = _font_size(panels[0])
-    columns = []
-    for i, panel in enumerate(panels):
-        columns.append(_titled(panel, titles[i], size) if titles else panel)
-        if i + 1 < len(panels):
-            columns.append(np.full((columns[-1].shape[0], size, 3), 255, np.uint8))
-    return np.concatenate(columns, 1)
+    if titles:
+        panels = tuple(_titled(panel, title, size) for panel, title in zip(panels, titles, strict=True))
+    return np.concatenate([*(_padded(panel, right=size) for panel in panels[:-1]), panels[-1]], 1)
 
 
 def contact_sheet(
@@ -199,18 +191,14 @@ def _enlarged(image: np.ndarray) -> tuple[np.ndarray, float]:
         raise ValueError(f'not an RGB uint8 image: {image.shape} {image.dtype}')
     height, width = image.shape[:2]
     scale = max(1.0, _SMALLEST / max(height, width))
-    if scale == 1:
-        return np.array(image, order='C'), scale
-    return _resized(image, max(1, round(width * scale)), max(1, round(height * scale))), scale
+    return np.array(_resized(image, max(1, round(width * scale)), max(1, round(height * scale))), order='C'), scale
 
 
 def _resized(image: np.ndarray, width: int, height: int) -> np.ndarray:
     if image.shape[:2] == (height, width):
         return image
-    smaller = width * height < image.shape[0] * image.shape[1]
-    return cv2.resize(
-        np.ascontiguousarray(image), (width, height), interpolation=cv2.INTER_AREA if smaller else cv2.INTER_CUBIC
-    )
+    how = cv2.INTER_AREA if width * height < image.shape[0] * image.shape[1] else cv2.INTER_CUBIC
+    return cv2.resize(np.ascontiguousarray(image), (width, height), interpolation=how)
 
 
 def _padded(image: np.ndarray, left: int = 0, right: int = 0, top: int = 0, bottom: int = 0) -> np.ndarray:
@@ -222,12 +210,9 @@ def _font_size(image: np.ndarray) -> int:
     return max(12, round(0.018 * float(np.sqrt(image.shape[0] * image.shape[1]))))
 
 
-def _area(extent: Sequence[float] | np.ndarray) -> float:
-    return max(0.0, extent[2] - extent[0]) * max(0.0, extent[3] - extent[1])
-
-
-def _areas(boxes: np.ndarray) -> np.ndarray:
-    return np.array([_area(box) for box in boxes])
+def _areas(boxes: Sequence[tuple] | np.ndarray) -> np.ndarray:
+    left, top, right, bottom = np.asarray(boxes, float).T
+    return (right - left).clip(0) * (bottom - top).clip(0)
 
 
 def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
@@ -241,11 +226,7 @@ def _extent(mask: np.ndarray) -> tuple[int, int, int, int]:
 def _fill(
     canvas: np.ndarray, mask: np.ndarray, extent: tuple[int, int, int, int], scale: float, colour: Colour, alpha: float
 ) -> Sequence:
-    """Tint the pixels of a mask.
-
-    Returns:
-        Its contours on the canvas.
-    """
+    """Tint the pixels of a mask; its contours on the canvas."""
     left, top, right, bottom = extent
     if right <= left:
         return ()
@@ -255,9 +236,7 @@ def _fill(
         # With a margin, so that the edge is interpolated against what lies around the mask.
         left, top = max(0, left - 1), max(0, top - 1)
         part = mask[top : bottom + 1, left : right + 1]
-        right, bottom = (
-            round((start + size) * scale) for start, size in zip((left, top), part.shape[::-1], strict=True)
-        )
+        right, bottom = round((left + part.shape[1]) * scale), round((top + part.shape[0]) * scale)
         left, top = round(left * scale), round(top * scale)
         size = max(1, min(right, canvas.shape[1]) - left), max(1, min(bottom, canvas.shape[0]) - top)
         inside = cv2.resize(part.astype(np.uint8) * 255, size) > 127
@@ -293,17 +272,13 @@ def _colour(values: Sequence[int] | np.ndarray) -> Colour:
     return int(red), int(green), int(blue)
 
 
-def _texts(count: int, labels: Sequence[int] | None, scores: Sequence[float] | None, names: Sequence[str]) -> list[str]:
-    texts = []
-    for i in range(count):
-        parts = []
-        if labels is not None:
-            label = int(labels[i])
-            parts.append(names[label] if 0 <= label < len(names) else str(label))
-        if scores is not None:
-            parts.append(f'{scores[i]:.2f}')
-        texts.append(' '.join(parts))
-    return texts
+def _texts(labels: Sequence[int] | None, scores: Sequence[float] | None, names: Sequence[str]) -> list[str]:
+    columns = []
+    if labels is not None:
+        columns.append([names[k] if 0 <= k < len(names) else str(k) for k in map(int, labels)])
+    if scores is not None:
+        columns.append([f'{score:.2f}' for score in scores])
+    return [' '.join(parts) for parts in zip(*columns, strict=True)]
 
 
 def _with_chips(canvas: np.ndarray, items: list[tuple[str, np.ndarray, Colour]], size: int) -> np.ndarray:
@@ -338,12 +313,10 @@ def _free_place(
     corners = np.clip(np.round(spots), 0, np.maximum(np.subtract(limits, size), 0)).astype(int)
     places = np.concatenate([corners, corners + size], 1)
     others = np.concatenate([taken, [box]])
-    sides = (
-        np.minimum(places[:, None, 2:], others[None, :, 2:]) - np.maximum(places[:, None, :2], others[None, :, :2])
-    ).clip(0)
-    *hidden, own = sides.prod(2).T
+    low = np.maximum(places[:, None, :2], others[None, :, :2])
+    *hidden, own = (np.minimum(places[:, None, 2:], others[None, :, 2:]) - low).clip(0).prod(2).T
     # A corner of a large object may be hidden, but not much of a small one.
-    cost = sum(hidden) + np.where(own > _area(box) / 4, own, 0)
+    cost = sum(hidden) + np.where(own > _areas(box) / 4, own, 0)
     left, top, right, bottom = places[int(np.argmin(cost))].tolist()
     return left, top, right, bottom
 
@@ -358,14 +331,12 @@ def _ink_on(colour: Colour) -> Colour:
 def _titled(panel: np.ndarray, title: str, size: int) -> np.ndarray:
     head = np.full((2 * size, panel.shape[1], 3), 255, np.uint8)
     text, font = fonts.fitted(title, size, panel.shape[1])
-    return np.concatenate([_write(head, [(text, (panel.shape[1] // 2, size), 'mm', _INK)], font), panel])
+    return np.concatenate([_write(head, [(text, (panel.shape[1] // 2, size), 'mm')], font), panel])
 
 
-def _write(
-    image: np.ndarray, texts: Sequence[tuple[str, tuple[int, int], str, Colour]], font: ImageFont.FreeTypeFont
-) -> np.ndarray:
+def _write(image: np.ndarray, texts: Sequence[tuple[str, tuple[int, int], str]], font: Any) -> np.ndarray:
     picture = Image.fromarray(image)
     draw = ImageDraw.Draw(picture)
-    for text, place, anchor, colour in texts:
-        draw.text(place, text, font=font, fill=colour, anchor=anchor)
+    for text, place, anchor in texts:
+        draw.text(place, text, font=font, fill=_INK, anchor=anchor)
     return np.array(picture)

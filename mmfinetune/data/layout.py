@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,9 +104,7 @@ def find_splits(targets: Sequence[Path], images: Path | None = None) -> dict[str
     """
     if images is not None and not images.is_dir():
         raise UserError('layout-no-images', images=images)
-    files: list[Path] = []
-    for target in targets:
-        files += _annotation_files(target) if target.is_dir() else [target]
+    files = [file for target in targets for file in (_annotation_files(target) if target.is_dir() else [target])]
     splits: dict[str, tuple[Path, Path | None]] = {}
     # What is expected of the other splits comes from the training split.
     for path in sorted(dict.fromkeys(files), key=lambda p: 'train' not in split_name(p)):
@@ -143,8 +141,5 @@ def guess_image_root(path: Path, names: Iterable[str | None]) -> Path:
 
 
 def _count(folder: Path, names: Sequence[str]) -> int:
-    count = 0
-    for name in names[:_SAMPLE]:
-        with contextlib.suppress(OSError, ValueError):
-            count += (folder / name).exists()
-    return count
+    # Path.exists raises for names that are too long.
+    return sum(os.path.exists(folder / name) for name in names[:_SAMPLE])  # noqa: PTH110

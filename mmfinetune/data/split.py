@@ -53,10 +53,9 @@ class Report:
     def text(self) -> str:
         """Table of class x split, the largest deviation, and what could not be spread."""
         wanted = f'Wanted: {" / ".join(f"{100 * r:.4g}" for r in self.ratios)} % of the images'
-        lines = [self._table(), f'{wanted}; {self.series}' if self.series else wanted]
-        lines += self._deviations() + self._rare()
-        lines += [f'removed: {path} (of the earlier split)' for path in self.removed]
-        return '\n'.join(lines)
+        removed = [f'removed: {path} (of the earlier split)' for path in self.removed]
+        wanted += f'; {self.series}' if self.series else ''
+        return '\n'.join([self._table(), wanted, *self._deviations(), *self._rare(), *removed])
 
     @property
     def _off(self) -> np.ndarray:
@@ -64,8 +63,7 @@ class Report:
         return np.abs(self.images / np.maximum(self.images.sum(0), 1) - self.ratios[:, None])
 
     def _table(self) -> str:
-        body = np.flatnonzero(self.images.sum(0))
-        shown = body
+        shown = body = np.flatnonzero(self.images.sum(0))
         if len(body) > _MAX_ROWS:
             shown = np.sort(body[np.argsort(-self._off.max(0)[body], kind='stable')[:_MAX_ROWS]])
         rows: list[list[str]] = [['class', *(f'{s} {what}' for s in self.files for what in ('objects', 'images', '%'))]]
@@ -121,11 +119,7 @@ def shares(ratios: Sequence[float]) -> np.ndarray:
     Raises:
         UserError: Not 2 or 3 numbers, negative ones, or none for train or val.
     """
-    if (
-        len(ratios) not in (2, 3)
-        or not all(math.isfinite(r) and r >= 0 for r in ratios)
-        or not (ratios[0] and ratios[1])
-    ):
+    if len(ratios) not in (2, 3) or not all(0 <= r < math.inf for r in ratios) or 0 in ratios[:2]:
         raise UserError('split-ratios', ratios=' '.join(f'{r:g}' for r in ratios))
     values = np.array([r for r in ratios if r > 0], float)
     return values / values.sum()
@@ -215,21 +209,14 @@ def split_file(
     for target in removed:
         # Left there, its images would be in the new files too, and nobody would know.
         target.unlink()
-    sums = [
-        _sums(counts, split_of_group, len(wanted))
-        for counts in (images_per_group, objects_per_group, images_per_group > 0)
-    ]
-    found, objects, groups = (counts[:, :-1] for counts in sums)
-    names = [*coco.classes, NO_OBJECTS]
-    return Report(files, names, found, objects, sums[0][:, -1], wanted, groups, series, removed)
+    counted = (images_per_group, objects_per_group, images_per_group > 0)
+    found, objects, groups = (_sums(counts, split_of_group, len(wanted)) for counts in counted)
+    names, sizes = [*coco.classes, NO_OBJECTS], found[:, -1]
+    return Report(files, names, found[:, :-1], objects[:, :-1], sizes, wanted, groups[:, :-1], series, removed)
 
 
 def _earlier(source: Path, targets: Iterable[Path], overwrite: bool) -> list[Path]:
-    """The targets that already exist.
-
-    Raises:
-        UserError: One of them is the source, or they must not be replaced.
-    """
+    """The targets that already exist; UserError if one is the source, or they must not be replaced."""
     earlier = [target for target in targets if target.exists()]
     if any(target.resolve() == source.resolve() for target in earlier):
         raise UserError('split-source', path=source, whole=WHOLE)
@@ -239,11 +226,10 @@ def _earlier(source: Path, targets: Iterable[Path], overwrite: bool) -> list[Pat
 
 
 def _check_enough(path: Path, images: int, groups: int, splits: int, grouped: bool) -> None:
-    if groups >= splits:
-        return
-    if grouped:
+    if groups < splits and grouped:
         raise UserError('split-few-series', path=path, images=images, groups=groups, splits=splits)
-    raise UserError('split-few-images', path=path, images=images, splits=splits)
+    if groups < splits:
+        raise UserError('split-few-images', path=path, images=images, splits=splits)
 
 
 def _write(coco: coco_json.Coco, files: dict[str, Path], split_of: dict[Any, int]) -> None:
@@ -274,5 +260,5 @@ def _per_group(coco: coco_json.Coco, images: list[dict], group_of: np.ndarray) -
 def _sums(values: np.ndarray, index: np.ndarray, length: int | None = None) -> np.ndarray:
     """Sums of the rows that have the same index, (length, columns)."""
     sums = np.zeros((length or index.max() + 1, values.shape[1]), np.int64)
-    np.add.at(sums, index, values.astype(np.int64))
+    np.add.at(sums, index, values)
     return sums

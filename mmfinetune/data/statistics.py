@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,7 +53,8 @@ def gather(files: dict[str, Path]) -> Statistics:
         for split, path in files.items()
     }
     train = splits['train']
-    _check_names(train)
+    if awkward := [repr(name) for name in train.classes if '{{' in name]:
+        raise UserError('statistics-names', problems=awkward, path=train.path, mark='{{')
     counts = {split: Counter(a['image_id'] for a in _objects(coco)) for split, coco in splits.items()}
     objects = _objects(train)
     if not objects:
@@ -61,7 +63,7 @@ def gather(files: dict[str, Path]) -> Statistics:
     boxes = _numbers(train, [a['bbox'] for a in objects], 4, 'bbox of an object')
     if sizes.min() <= 0:
         raise _unusable(train, 'width and height of an image')
-    sides = np.sqrt(np.clip(boxes[:, 2], 0, None) * np.clip(boxes[:, 3], 0, None))
+    sides = np.sqrt(boxes[:, 2:].clip(0).prod(1))
     real = sides > 0
     if not real.any():
         raise _unusable(train, 'bbox of every object')
@@ -87,20 +89,12 @@ def _objects(coco: coco_json.Coco) -> list[dict]:
     return [a for a in coco.annotations if not a.get('iscrowd')]
 
 
-def _check_names(coco: coco_json.Coco) -> None:
-    awkward = [repr(name) for name in coco.classes if '{{' in name]
-    if awkward:
-        raise UserError('statistics-names', problems=awkward, path=coco.path, mark='{{')
-
-
 def _numbers(coco: coco_json.Coco, values: list, columns: int, what: str) -> np.ndarray:
-    try:
+    with contextlib.suppress(TypeError, ValueError):
         array = np.array(values, float).reshape(len(values), columns)
-    except (TypeError, ValueError):
-        raise _unusable(coco, what) from None
-    if not np.isfinite(array).all():
-        raise _unusable(coco, what)
-    return array
+        if np.isfinite(array).all():
+            return array
+    raise _unusable(coco, what)
 
 
 def _unusable(coco: coco_json.Coco, what: str) -> UserError:

@@ -60,17 +60,7 @@ def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0, progress: bo
 
 
 def best_of(counts: np.ndarray, objects: np.ndarray, ratios: np.ndarray, seed: int = 0) -> np.ndarray:
-    """The best of several stratifications, by images and objects of each class.
-
-    Args:
-        counts: See `stratify`.
-        objects: Objects of each label in each group, (groups, labels).
-        ratios: Share of each split.
-        seed: Seed of the first try; later tries use the following seeds.
-
-    Returns:
-        Index of the split of each group, (groups,).
-    """
+    """The best of several results of `stratify`, by images and by objects, (groups, labels), of each class."""
     tries = max(1, min(_TRIES, _TRIED_GROUPS // len(counts)))
     everywhere = (counts > 0).sum(0) >= len(ratios)
 

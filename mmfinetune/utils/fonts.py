@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,12 @@ def font_for(size: int, text: str) -> ImageFont.FreeTypeFont:
 @functools.lru_cache(1024)
 def _font_with(size: int, text: str) -> ImageFont.FreeTypeFont:
     best: Any = None
-    fewest = 0
-    for source in _font_sources():
-        font = _load_font(source, size)
-        missing = len(_missing(text, font)) if font else 0
-        if font and (best is None or missing < fewest):
+    fewest = math.inf
+    for font in filter(None, (_load_font(source, size) for source in _font_sources())):
+        missing = len(_missing(text, font))
+        if missing < fewest:
             best, fewest = font, missing
-        if best and not fewest:
+        if not fewest:
             break
     return best
 

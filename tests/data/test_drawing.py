@@ -212,8 +212,8 @@ def test_empty_mask_and_box_of_no_size():
 
 
 def test_a_label_without_a_name_is_written_as_its_number():
-    assert drawing._texts(2, [0, 7], [0.5, 0.25], ['cat']) == ['cat 0.50', '7 0.25']
-    assert drawing._texts(1, None, None, ['cat']) == ['']
+    assert drawing._texts([0, 7], [0.5, 0.25], ['cat']) == ['cat 0.50', '7 0.25']
+    assert not any(drawing._texts(None, None, ['cat']))
 
 
 @pytest.mark.parametrize('image', [np.zeros((5, 5), np.uint8), np.zeros((5, 5, 3)), np.zeros((0, 5, 3), np.uint8)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -60,7 +61,7 @@ class Cache:
         """Keep a result, and forget the oldest ones."""
         names = [str(path) for path in images if path is not None]
         with contextlib.suppress(UserError, OSError, ValueError):
-            content = json.dumps({'stamp': _stamp(names), 'images': names, 'report': report.to_cache()})
+            content = json.dumps({'stamp': _stamp(names), 'images': names, 'report': dataclasses.asdict(report)})
             if self.file is not None:
                 atomic_write_bytes(self.file, content.encode())
             for old in sorted(self.folder.glob('*.json'), key=lambda p: p.stat().st_mtime)[:-_KEPT]:
@@ -71,8 +72,7 @@ class Cache:
         key = hashlib.sha256(f'{path.resolve()}|{status.st_size}|{status.st_mtime_ns}'.encode())
         known = self.folder / 'sha256' / key.hexdigest()
         with contextlib.suppress(OSError, UnicodeDecodeError):
-            text = known.read_text()
-            if len(text) == 64:
+            if len(text := known.read_text()) == 64:
                 return text
         digest = sha256_of(path)
         with contextlib.suppress(UserError):

@@ -14,11 +14,6 @@ from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.text import plural
 
 
-def printable(text: str) -> str:
-    """Text of a file, for a terminal: control characters and lone surrogates replaced."""
-    return text if text.isprintable() else ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
-
-
 @dataclass
 class Example:
     """One place of a finding.
@@ -43,7 +38,9 @@ class Example:
 
     def __str__(self) -> str:
         place = self.file + (f' #{self.annotation}' if self.annotation is not None else '')
-        return printable(': '.join(part for part in (place.strip(), self.detail) if part))
+        text = ': '.join(part for part in (place.strip(), self.detail) if part)
+        # Text of a file, for a terminal: no control characters and lone surrogates.
+        return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
 
     def as_dict(self) -> dict:
         return {'image': self.file or None, 'annotation': self.annotation, 'detail': self.detail}
@@ -70,8 +67,7 @@ class Finding:
         unit = self.kind.unit
         singular = {'categories': 'category', 'classes': 'class', 'entries': 'entry'}.get(unit, unit[:-1])
         line = f'{self.split}: {plural(self.count, singular, unit)} {self.kind.title} [{self.code}]'
-        shown = [str(e) for e in self.examples[:examples]]
-        if shown:
+        if shown := [str(e) for e in self.examples[:examples]]:
             line += f': {"; ".join(shown)}' + (', …' if self.count > len(shown) else '')
         return line
 
@@ -81,12 +77,9 @@ class Finding:
     def as_dict(self) -> dict:
         return {
             'code': self.code,
-            'severity': self.severity,
             'split': self.split,
             'count': self.count,
-            'unit': self.kind.unit,
-            'title': self.kind.title,
-            'hint': self.kind.hint,
+            **self.kind._asdict(),
             'examples': [e.as_dict() for e in self.examples],
         }
 
@@ -137,17 +130,10 @@ class Report:
         return {f.code for f in self.findings}
 
     def require_good(self) -> None:
-        """Stop at errors.
-
-        Raises:
-            UserError: All errors, one line each.
-        """
-        errors = self.of('error')
-        if errors:
-            paths = list(dict.fromkeys(s.path for s in self.splits))
-            raise UserError(
-                'check-errors', problems=[f.message() for f in errors], count=len(errors), paths=' '.join(paths)
-            )
+        """Raise a UserError with all errors, one line each, if there are any."""
+        if problems := [f.message() for f in self.of('error')]:
+            paths = ' '.join(dict.fromkeys(s.path for s in self.splits))
+            raise UserError('check-errors', problems=problems, count=len(problems), paths=paths)
 
     def lines(self, limit: int = 10) -> list[str]:
         """Errors, then warnings, one line each, at most `limit`; notes are only counted."""
@@ -168,28 +154,14 @@ class Report:
             'findings': [f.as_dict() for f in self.findings],
         }
 
-    def to_cache(self) -> dict:
-        return dataclasses.asdict(self)
-
     @classmethod
     def from_cache(cls, data: dict) -> Report:
-        """The inverse of `to_cache`; KeyError or TypeError if the data is not a report."""
+        """The inverse of `dataclasses.asdict`; KeyError or TypeError if the data is not a report."""
         findings = [Finding(**{**f, 'examples': [Example(**e) for e in f['examples']]}) for f in data['findings']]
         if any(f.code not in KINDS for f in findings):
             raise KeyError('a finding of another version')
-        return cls(
-            [SplitStats(**s) for s in data['splits']],
-            findings,
-            bool(data['images_read']),
-            float(data['seconds']),
-            cached=True,
-        )
-
-
-def in_order(findings: Sequence[Finding]) -> list[Finding]:
-    """Errors first, then as the kinds are listed."""
-    codes = list(KINDS)
-    return sorted(findings, key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
+        splits = [SplitStats(**s) for s in data['splits']]
+        return cls(**{**data, 'splits': splits, 'findings': findings, 'cached': True})
 
 
 class Marks:
@@ -211,14 +183,7 @@ class Marks:
         detail: dict[int, str] | Callable[[int], str] | str = '',
         scores: Mapping[int, float] | np.ndarray | None = None,
     ) -> None:
-        """Add entries.
-
-        Args:
-            code: One of `KINDS`.
-            rows: Positions in the list.
-            detail: Words for a row, if any.
-            scores: How bad a row is; the worst are shown.
-        """
+        """Add entries, with words for a row and how bad it is, if any; the worst are shown."""
         assert code in KINDS, code
         rows = np.asarray(rows, np.int64)
         if not len(rows):
@@ -230,10 +195,8 @@ class Marks:
 
     def worst(self, code: str, count: int) -> list[int]:
         """The rows to show: the worst, or the first if all are alike."""
-        scores, rows = self._scores.get(code), self.rows[code]
-        if scores:
-            return sorted(rows.tolist(), key=lambda r: -scores.get(r, 0))[:count]
-        return rows[:count].tolist()
+        scores = self._scores.get(code, {})
+        return sorted(self.rows[code].tolist(), key=lambda r: -scores.get(r, 0))[:count]
 
     def detail(self, code: str, row: int) -> str:
         """The first words that were given for a row."""

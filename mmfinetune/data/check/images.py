@@ -93,9 +93,8 @@ def look_at(path: Path) -> ImageFacts:
             facts.width, facts.height = image.size
             facts.mode, facts.format = image.mode, image.format or ''
             if facts.width * facts.height > _MOST_PIXELS:
-                return ImageFacts(
-                    'image-unreadable', f'{facts.width}x{facts.height}: more than 2^30 pixels, which OpenCV refuses'
-                )
+                size = f'{facts.width}x{facts.height}'
+                return ImageFacts('image-unreadable', f'{size}: more than 2^30 pixels, which OpenCV refuses')
             with contextlib.suppress(Exception):  # cameras and phones write EXIF in many damaged ways
                 facts.turned = orientation_of(image)
             # All bytes are still decoded, but a JPEG to an eighth of its size at once.
@@ -120,8 +119,7 @@ def _dhash(image: Image.Image) -> int | None:
     small = np.asarray(image.convert('L').resize(_HASH_SIDE, Image.Resampling.BOX), np.int16)
     if small.std() < _LEAST_CONTRAST:
         return None
-    bits = np.packbits(small[:, 1:] > small[:, :-1])
-    return int.from_bytes(bits.tobytes(), 'big')
+    return int.from_bytes(np.packbits(small[:, 1:] > small[:, :-1]).tobytes(), 'big')
 
 
 def read_images(paths: Sequence[Path], workers: int | None = None, progress: bool = True) -> dict[Path, ImageFacts]:
@@ -131,15 +129,9 @@ def read_images(paths: Sequence[Path], workers: int | None = None, progress: boo
         UserError: A worker was killed.
     """
     paths = list(dict.fromkeys(paths))
-    facts = in_order(
-        look_at,
-        paths,
-        workers or os.cpu_count() or 1,
-        _CHUNK,
-        desc='images',
-        disable=None if progress else True,
-        leave=False,
-    )
+    workers = workers or os.cpu_count() or 1
+    bar = dict(desc='images', disable=None if progress else True, leave=False)
+    facts = in_order(look_at, paths, workers, _CHUNK, **bar)
     return dict(zip(paths, facts, strict=True))
 
 
@@ -185,8 +177,8 @@ def _problems_of(fact: ImageFacts, name: str, width: int, height: int) -> Iterat
 
 def similar(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list[tuple[Path, Path]]:
     """Pairs of images, one of each, that show the same picture; verified by looking at both."""
-    pairs = _near(first, second)
-    return [pair for pair in pairs if first[pair[0]].digest != second[pair[1]].digest and _same_picture(*pair)]
+    near = _near(first, second)
+    return [(one, two) for one, two in near if first[one].digest != second[two].digest and _same_picture(one, two)]
 
 
 def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list[tuple[Path, Path]]:

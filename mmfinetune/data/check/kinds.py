@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import yaml
+
 SEVERITIES = ('error', 'warning', 'note')
 
 BOX_TOLERANCE_PX, BOX_TOLERANCE_SHARE = 2.0, 0.02
@@ -30,14 +32,7 @@ class Kind(NamedTuple):
 
 
 _TOLERANCES = {name: value for name, value in globals().items() if name.isupper() and isinstance(value, (int, float))}
-
-
-def _read() -> dict[str, Kind]:
-    import yaml
-
-    content = Path(__file__).with_name('kinds.yaml').read_text(encoding='utf-8')
-    rows = yaml.load(content, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
-    return {code: Kind(*(text.format(**_TOLERANCES) for text in row.values())) for code, row in rows.items()}
-
-
-KINDS = _read()
+_ROWS = yaml.load(
+    Path(__file__).with_name('kinds.yaml').read_text(encoding='utf-8'), getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+)
+KINDS = {code: Kind(*(text.format(**_TOLERANCES) for text in row.values())) for code, row in _ROWS.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +58,8 @@ def check_masks(table: Table, progress: bool = True) -> Masks:
     masks = Masks(shapes, np.full((count, 4), np.nan), np.full(count, np.nan), np.zeros(count), np.zeros(count, bool))
     polygons, rles = _split_by_type(table, shapes)
     # None leaves the bar out where the output is not a terminal.
-    with tqdm(
-        total=count, desc=f'masks of {table.name}', unit='mask', disable=None if progress else True, leave=False
-    ) as bar:
+    shown = dict(desc=f'masks of {table.name}', unit='mask', disable=None if progress else True, leave=False)
+    with tqdm(total=count, **shown) as bar:
         for measure, rows in ((_measure_polygons, polygons), (_measure_rles, rles)):
             for start in range(0, len(rows), _BLOCK):
                 block = rows[start : start + _BLOCK]
@@ -178,9 +177,7 @@ def _usable_rings(marks: Marks, shapes: list, rows: np.ndarray) -> _Rings | None
     good = ~(odd | short | bad_number)
     if not good.any():
         return None
-    if not good.all():
-        flat = flat[np.repeat(good, lengths)]
-    return _Rings(owner[good], flat.reshape(-1, 2), lengths[good] // 2)
+    return _Rings(owner[good], flat[np.repeat(good, lengths)].reshape(-1, 2), lengths[good] // 2)
 
 
 def _find_outside(table: Table, rings: _Rings) -> set[int]:
@@ -275,10 +272,10 @@ def _measure_rles(table: Table, masks: Masks, rows: np.ndarray) -> None:
         which, rles = np.array(list(encoded)), list(encoded.values())
         totals, areas = run_lengths([rle['counts'] for rle in rles])
         whole = np.array([rle['size'] for rle in rles]).prod(1)
-        for k in np.flatnonzero(totals != whole).tolist():
+        good = totals == whole
+        for k in np.flatnonzero(~good).tolist():
             sums = f'the runs sum to {totals[k]}, not {whole[k]}'
             wrong_counts[int(which[k])] = sums if totals[k] >= 0 else 'the run lengths are not valid'
-        good = totals == whole
         if good.any():
             boxes = mask_api.toBbox([rle for rle, is_good in zip(rles, good, strict=True) if is_good])
             which, areas, sides = which[good], areas[good], boxes[:, 2:]
@@ -293,43 +290,36 @@ def _compare(table: Table, masks: Masks) -> None:
     """Mark masks without pixels and boxes that are not those of the mask."""
     marks, areas = table.marks, masks.areas
     measured = np.isfinite(areas)
-    with np.errstate(invalid='ignore'):
-        width, height = table.sizes_of(np.arange(len(areas)))
-        x1, y1, x2, y2 = masks.extents.T
-        away = (width > 0) & ((x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height))
-        tiny = measured & ~away & (areas > 0) & (areas < kinds.TINY_PX)
-        box = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
-        limit = np.where(width[:, None] > 0, np.stack([width, height] * 2, 1), np.inf)
-        cut = np.clip(masks.extents, 0, limit)
-        off = np.minimum(np.abs(box - masks.extents).max(1), np.abs(box - cut).max(1))
-        wrong = off > np.maximum(kinds.BOX_TOLERANCE_PX, kinds.BOX_TOLERANCE_SHARE * table.boxes[:, 2:].max(1))
+    width, height = table.sizes_of(np.arange(len(areas)))
+    x1, y1, x2, y2 = masks.extents.T
+    away = (width > 0) & ((x2 <= 0) | (y2 <= 0) | (x1 >= width) | (y1 >= height))
+    tiny = measured & ~away & (areas > 0) & (areas < kinds.TINY_PX)
+    box = np.concatenate([table.boxes[:, :2], table.boxes[:, :2] + table.boxes[:, 2:]], 1)
+    limit = np.where(width[:, None] > 0, np.stack([width, height] * 2, 1), np.inf)
+    cut = np.clip(masks.extents, 0, limit)
+    off = np.minimum(np.abs(box - masks.extents).max(1), np.abs(box - cut).max(1))
+    wrong = off > np.maximum(kinds.BOX_TOLERANCE_PX, kinds.BOX_TOLERANCE_SHARE * table.boxes[:, 2:].max(1))
     # Without area there is an error already.
     wrong &= (table.boxes[:, 2:] > 0).all(1) & (areas > 0)
 
     def detail(i: int) -> str:
-        found, mask = table.boxes[i].round(2), (x1[i], y1[i], x2[i] - x1[i], y2[i] - y1[i])
-        return f'off by {off[i]:.1f} px: bbox {_numbers(found)}, mask {_numbers(mask)}'
+        both = table.boxes[i].round(2), (x1[i], y1[i], x2[i] - x1[i], y2[i] - y1[i])
+        bbox, mask = (', '.join(f'{value:g}' for value in values) for values in both)
+        return f'off by {off[i]:.1f} px: bbox [{bbox}], mask [{mask}]'
 
     marks.add('mask-empty', np.flatnonzero(measured & ((areas == 0) | away)))
     marks.add('mask-tiny', np.flatnonzero(tiny), lambda i: f'{areas[i]:.0f} px')
     marks.add('box-mask', np.flatnonzero(wrong), detail, off)
 
 
-def _numbers(values: Iterable[float]) -> str:
-    return f'[{", ".join(f"{v:g}" for v in values)}]'
-
-
 def _compare_areas(table: Table, masks: Masks) -> None:
-    skipped = table.marks.marked('polygon-far', 'mask-empty')
+    # Pixels drawn and area enclosed differ by up to half the outline.
+    free = np.maximum(kinds.AREA_TOLERANCE * masks.areas, masks.borders / 2 + 2)
     # COCO's own crowd regions have areas that are not those of their RLE; nothing uses them.
-    with np.errstate(invalid='ignore'):
-        # Pixels drawn and area enclosed differ by up to half the outline.
-        free = np.maximum(kinds.AREA_TOLERANCE * masks.areas, masks.borders / 2 + 2)
-        suspects = np.flatnonzero((np.abs(table.areas - masks.areas) > free) & (masks.areas > 0) & ~table.crowd)
+    suspects = np.flatnonzero((np.abs(table.areas - masks.areas) > free) & (masks.areas > 0) & ~table.crowd)
     wrong, ratio = {}, {}
+    suspects = np.setdiff1d(suspects, list(table.marks.marked('polygon-far', 'mask-empty')))
     for i, width in zip(suspects.tolist(), table.sizes_of(suspects)[0].tolist(), strict=True):
-        if i in skipped:
-            continue
         area, pixels = table.areas[i], masks.areas[i]
         # Parts that overlap, or leave the image, have fewer pixels than the sum of their areas.
         if type(masks.shapes[i]) is list and width:
@@ -344,9 +334,8 @@ def _compare_areas(table: Table, masks: Masks) -> None:
 
 
 def _find_rectangles(table: Table, masks: Masks) -> None:
-    with np.errstate(invalid='ignore'):
-        sides = masks.extents[:, 2:] - masks.extents[:, :2]
-        judged = (sides.min(1) >= _RECTANGLE_SIDE) & ~table.crowd
+    sides = masks.extents[:, 2:] - masks.extents[:, :2]
+    judged = (sides.min(1) >= _RECTANGLE_SIDE) & ~table.crowd
     rectangles = np.flatnonzero(masks.rectangle & judged)
     if len(rectangles) >= max(_RECTANGLE_LEAST, _RECTANGLE_SHARE * judged.sum()):
         share = len(rectangles) / judged.sum()
@@ -375,11 +364,7 @@ def _find_duplicates(table: Table, masks: Masks) -> None:
 
 
 def _near(table: Table, masks: Masks, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Pairs of objects of one class in one image with about the same area and extent.
-
-    Args:
-        rows: Objects ordered by image, class and area.
-    """
+    """Pairs of one class in one image with about the same area and extent; rows are ordered by all these."""
     group = table.image_rows[rows] * (len(table.categories) + 1) + table.category_rows[rows]
     areas, extents = masks.areas[rows], masks.extents[rows]
     boxes = extents[:, 2:] - extents[:, :2]

@@ -51,10 +51,9 @@ class Fixed:
 
     def text(self) -> str:
         kinds = Counter((c['split'], c['change']) for c in self.changes)
-        lines = [f'  {split}: {number:,} x {change}' for (split, change), number in kinds.items()]
-        return '\n'.join(
-            [f'{len(self.changes):,} changes (all of them: {self.out / CHANGES})', *lines, f'Repaired copy: {self.out}']
-        )
+        lines = [f'{len(self.changes):,} changes (all of them: {self.out / CHANGES})']
+        lines += [f'  {split}: {number:,} x {change}' for (split, change), number in kinds.items()]
+        return '\n'.join([*lines, f'Repaired copy: {self.out}'])
 
 
 def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options: Options = Options()) -> Fixed:  # noqa: B008 (frozen)
@@ -75,8 +74,7 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError('fix-exists', out=out)
     report, tables = examine(splits, classes, options, keep=True)
-    by_hand = [f.message() for f in report.findings if f.code in _BY_HAND]
-    if by_hand:
+    if by_hand := [f.message() for f in report.findings if f.code in _BY_HAND]:
         raise UserError('fix-by-hand', problems=by_hand)
     part = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     changes: list[dict] = []
@@ -125,7 +123,8 @@ def _write(
         data = repair.run()
         classes = classes or [c['name'] for c in data['categories']]
         if first:
-            _rename(data, table.root.resolve(), folders)
+            root = table.root.resolve()
+            _rename(data, root, folders[root])
         paths[name] = Prepared(out).annotation(name.replace('/', '_'))
         try:
             contents[paths[name]] = json_bytes(data)
@@ -158,15 +157,12 @@ def _link(roots: list[Path], out: Path) -> dict[Path, str | None]:
         return dict.fromkeys(roots)
 
 
-def _rename(data: dict, root: Path, folders: dict[Path, str | None]) -> None:
+def _rename(data: dict, root: Path, prefix: str | None) -> None:
     """Image names that hold in the copy; those that left the image folder become absolute."""
-    prefix = folders[root]
     for image in data['images']:
         name = image['file_name']
-        if prefix is None or Path(name).is_absolute() or '..' in Path(name).parts:
-            image['file_name'] = os.path.normpath(root / name)
-        else:
-            image['file_name'] = prefix + name
+        outside = prefix is None or Path(name).is_absolute() or '..' in Path(name).parts
+        image['file_name'] = os.path.normpath(root / name) if outside else f'{prefix}{name}'
 
 
 @dataclass
@@ -197,17 +193,9 @@ class _Repair:
         annotations = self._annotations(data['annotations'], images, category_of)
         if not images or not annotations:
             counts = Counter(change['change'] for change in self.changes[before:])
-            raise UserError(
-                'fix-nothing-left',
-                problems=[Message('fix-change', change=c, count=n) for c, n in counts.items()],
-                path=self.table.path,
-            )
-        return {
-            **data,
-            'categories': categories,
-            'images': [images[row] for row in sorted(images)],
-            'annotations': annotations,
-        }
+            problems = [Message('fix-change', change=c, count=n) for c, n in counts.items()]
+            raise UserError('fix-nothing-left', problems=problems, path=self.table.path)
+        return {**data, 'categories': categories, 'images': list(images.values()), 'annotations': annotations}
 
     def _note(self, change: str, image: int | None = None, annotation: int | None = None) -> None:
         table, number = self.table, None
@@ -254,11 +242,9 @@ class _Repair:
         """Refuse categories of one id and several names."""
         names = {repr(e.get('id')): e['name'] for e in reversed(entries) if e}
         for row in sorted(self.table.marks.marked('category-id-duplicate')):
-            key = repr(entries[row]['id'])
-            if names[key] != entries[row]['name']:
-                raise UserError(
-                    'fix-category-id', path=self.table.path, id=key, first=names[key], second=entries[row]['name']
-                )
+            key, second = repr(entries[row]['id']), entries[row]['name']
+            if (first := names[key]) != second:
+                raise UserError('fix-category-id', path=self.table.path, id=key, first=first, second=second)
 
     def _images(self, entries: list[dict]) -> dict[int, dict]:
         """Images that stay, by row, with their new ids."""
@@ -349,12 +335,7 @@ class _Repair:
         return ''
 
     def _turn(self, entries: list[dict], images: dict[int, dict], dropped: dict[int, str]) -> tuple[set[int], set[int]]:
-        """Give images that EXIF turns their true size.
-
-        Returns:
-            Rows of objects turned with their image; rows of objects that were judged by the wrong
-            size, for the next pass to see to.
-        """
+        """Correct sizes of images that EXIF turns; rows of objects turned too, and of those for the next pass."""
         turned, later = set(), set()
         for image in self.table.marks.marked('image-exif') & set(images):
             facts = self._look_at(image)

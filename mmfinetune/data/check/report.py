@@ -10,7 +10,6 @@ import numpy as np
 
 from mmfinetune.data.check.findings import Example, Report
 from mmfinetune.data.check.kinds import SEVERITIES
-from mmfinetune.utils.files import atomic_write_text
 from mmfinetune.utils.masks import check_rle, to_rle
 from mmfinetune.utils.text import plural
 
@@ -58,11 +57,9 @@ def as_html(report: Report, title: str = 'Data set report') -> str:
     template = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
         _PAGE.read_text(encoding='utf-8')
     )
-    left = _PICTURES
-    shown = []
+    left, shown = _PICTURES, []
     for finding in report.findings:
-        pictures = [(str(example), picture(example)) for example in finding.examples[:left]]
-        pictures = [(caption, source) for caption, source in pictures if source]
+        pictures = [(str(example), source) for example in finding.examples[:left] if (source := picture(example))]
         left -= len(pictures)
         shown.append((finding, pictures))
     charts = {
@@ -90,7 +87,7 @@ def picture(example: Example) -> str:
 
     from mmfinetune.data.drawing import draw_instances, side_by_side
 
-    pixels = _read(example.path) if example.path else None
+    pixels = _read(example.path)
     if pixels is None:
         return ''
     height, width = pixels.shape[:2]
@@ -162,12 +159,3 @@ def _mask(shape: object, height: int, width: int) -> np.ndarray | None:
     except (ValueError, IndexError):
         return None
     return mask_api.decode(rle).astype(bool)
-
-
-def write_html(report: Report, path: Path) -> None:
-    """Write `as_html` to a file.
-
-    Raises:
-        UserError: It cannot be written.
-    """
-    atomic_write_text(path, as_html(report))

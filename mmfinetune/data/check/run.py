@@ -17,12 +17,13 @@ from typing import Any
 import numpy as np
 
 from mmfinetune.data.check.cache import Cache
-from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats, in_order
+from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats
 from mmfinetune.data.check.images import ImageFacts, check_images, read_images, similar
-from mmfinetune.data.check.kinds import IMBALANCE, RARE
+from mmfinetune.data.check.kinds import IMBALANCE, KINDS, RARE, SEVERITIES
 from mmfinetune.data.check.masks import Masks, check_masks
 from mmfinetune.data.check.table import Table, read_table
 from mmfinetune.data.layout import guess_image_root
+from mmfinetune.utils.files import shown
 
 Splits = Mapping[str, tuple[Path, Path | None]]
 
@@ -59,7 +60,6 @@ def check(splits: Splits, classes: Sequence[str] | None = None, options: Options
         splits: Annotation file and image folder of each split. Without a folder the usual ones
             near the file are tried.
         classes: Class names of the config in label order; those of the first split by default.
-        options: How.
 
     Returns:
         All that was found. Bad data never raises; see `Report.require_good`.
@@ -78,21 +78,15 @@ def check(splits: Splits, classes: Sequence[str] | None = None, options: Options
 def examine(
     splits: Splits, classes: Sequence[str] | None = None, options: Options = Options(), keep: bool = False
 ) -> tuple[Report, list[Table]]:
-    """`check` without the cache, and the tables that it read.
-
-    Args:
-        keep: Whether the tables keep their annotations, which take most of the memory.
-    """
-    names: dict[tuple[Path, Path | None], list[str]] = {}
-    for name, place in splits.items():
-        # Most configs test on the validation split.
-        names.setdefault(place, []).append(name)
+    """`check` without the cache, and the tables that it read; they `keep` their annotations, most of the memory."""
+    # Most configs test on the validation split.
+    names = {place: ', '.join(n for n, p in splits.items() if p == place) for place in splits.values()}
     tables: list[Table] = []
     stats: list[SplitStats] = []
     findings: list[Finding] = []
     facts: list[dict[Path, ImageFacts]] = []
-    for (path, root), sharing in names.items():
-        table = read_table(', '.join(sharing), path, root or Path())
+    for (path, root), name in names.items():
+        table = read_table(name, path, root or Path())
         if root is None:
             table.root = guess_image_root(path, table.files)
         masks = check_masks(table, options.progress)
@@ -111,23 +105,16 @@ def examine(
         tables.append(table)
     for one, two in itertools.combinations(range(len(tables)), 2):
         findings += _between(tables[one], tables[two], facts[one], facts[two], options.max_examples)
-    return Report(stats, in_order(findings), options.images), tables
-
-
-def _is_training(name: str) -> bool:
-    return not any(word in name.lower() for word in ('val', 'test')) or 'train' in name.lower()
+    # Errors first, then as the kinds are listed.
+    codes = list(KINDS)
+    findings.sort(key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
+    return Report(stats, findings, options.images), tables
 
 
 def _usable(table: Table) -> np.ndarray:
     """(A,) bool: the objects that training learns from (mmdet's CocoDataset.parse_data_info)."""
-    with np.errstate(invalid='ignore'):
-        usable = (
-            (table.image_rows >= 0)
-            & (table.category_rows >= 0)
-            & ~table.crowd
-            & (table.areas > 0)
-            & (table.boxes[:, 2:] >= 1).all(1)
-        )
+    usable = (table.image_rows >= 0) & (table.category_rows >= 0) & ~table.crowd
+    usable &= (table.areas > 0) & (table.boxes[:, 2:] >= 1).all(1)
     for code in ('box-outside', 'mask-missing', 'mask-type', 'mask-empty'):
         usable[list(table.marks.marked(code))] = False
     return usable
@@ -164,16 +151,11 @@ def _of_table(table: Table, most: int) -> list[Finding]:
     for code, rows in marks.rows.items():
         finding = findings[code] = Finding(code, table.name, len(rows))
         for row in marks.worst(code, most):
-            finding.examples.append(_example(table, finding.kind.unit, row))
-            finding.examples[-1].detail = marks.detail(code, row)
+            example_of = {'images': _image_example, 'annotations': _annotation_example}.get(finding.kind.unit)
+            example = example_of(table, row) if example_of else Example()
+            example.detail = marks.detail(code, row)
+            finding.examples.append(example)
     return list(findings.values())
-
-
-def _example(table: Table, unit: str, row: int) -> Example:
-    """The place of an entry, without words on what is wrong there."""
-    if unit == 'images':
-        return _image_example(table, row)
-    return _annotation_example(table, row) if unit == 'annotations' else Example()
 
 
 def _image_example(table: Table, row: int) -> Example:
@@ -208,19 +190,19 @@ def _of_classes(table: Table, counts: Mapping[str, int], expected: Sequence[str]
         findings.append(Finding('class-order', table.name, 1, [example]))
     if not counts:
         return findings
-    few = sorted(table.classes, key=lambda name: counts[name])
-    absent = [name for name in few if not counts[name]]
-    chosen = {'class-unmeasured': absent}
-    if _is_training(table.name):
-        largest = max(counts.values())
+    few = sorted(table.classes, key=lambda c: counts[c])
+    absent = [c for c in few if not counts[c]]
+    chosen, name = {'class-unmeasured': absent}, table.name.lower()
+    if 'train' in name or not ('val' in name or 'test' in name):
+        limit = max(counts.values()) / IMBALANCE
         chosen = {
             'class-absent': absent,
-            'class-rare': [name for name in few if 0 < counts[name] < RARE],
-            'class-imbalance': [name for name in few if RARE <= counts[name] <= largest / IMBALANCE],
+            'class-rare': [c for c in few if 0 < counts[c] < RARE],
+            'class-imbalance': [c for c in few if RARE <= counts[c] <= limit],
         }
     for code, names in chosen.items():
         if names:
-            details = [f'{name} ({counts[name]:,})' if counts[name] else name for name in names[:most]]
+            details = [f'{c} ({counts[c]:,})' if counts[c] else c for c in names[:most]]
             findings.append(Finding(code, table.name, len(names), [Example(detail=detail) for detail in details]))
     return findings
 
@@ -245,7 +227,7 @@ def _between(
     """Findings about images that are in two splits."""
     if one.path.resolve() == two.path.resolve():
         return []
-    name = f'{one.name} / {two.name}'
+    name, found = f'{one.name} / {two.name}', []
     if not (ours and theirs):
         both = sorted({one.root / f for f in one.files if f} & {two.root / f for f in two.files if f})
         examples = [Example(p.name, detail='the same file', path=str(p)) for p in both[:most]]
@@ -253,24 +235,14 @@ def _between(
     by_digest = {fact.digest: path for path, fact in ours.items() if not fact.problem}
     whole = {path: fact for path, fact in theirs.items() if not fact.problem}
     same = [(by_digest[fact.digest], path) for path, fact in whole.items() if fact.digest in by_digest]
-    found = []
     for code, pairs, verb in (('leak-content', same, 'is'), ('leak-similar', similar(ours, theirs), 'looks like')):
-        examples = [
-            Example(
-                _inside(second, two.root),
-                detail=f'{verb} {_inside(first, one.root)}',
-                path=str(second),
-                other=str(first),
-            )
-            for first, second in pairs[:most]
-        ]
+        examples = []
+        for first, second in pairs[:most]:
+            detail = f'{verb} {shown(first, one.root)}'
+            examples.append(Example(shown(second, two.root), detail=detail, path=str(second), other=str(first)))
         if pairs:
             found.append(Finding(code, name, len({second for _, second in pairs}), examples))
     return found
-
-
-def _inside(path: Path, folder: Path) -> str:
-    return str(path.relative_to(folder)) if path.is_relative_to(folder) else str(path)
 
 
 def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitStats:
@@ -279,9 +251,9 @@ def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitS
     sized = table.widths > 0
     widths, heights = table.widths[sized], table.heights[sized]
     sizes = Counter(zip(widths.tolist(), heights.tolist(), strict=True))
-    shown = {f'{w}x{h}': n for (w, h), n in sizes.most_common(_SIZES_SHOWN)}
+    frequent = {f'{w}x{h}': n for (w, h), n in sizes.most_common(_SIZES_SHOWN)}
     if len(sizes) > _SIZES_SHOWN:
-        shown[f'{len(sizes) - _SIZES_SHOWN} others'] = int(sized.sum()) - sum(shown.values())
+        frequent[f'{len(sizes) - _SIZES_SHOWN} others'] = int(sized.sum()) - sum(frequent.values())
     areas = masks.areas[np.isfinite(masks.areas) & ~table.crowd]
     return SplitStats(
         table.name,
@@ -293,19 +265,13 @@ def _statistics(table: Table, masks: Masks, counts: Mapping[str, int]) -> SplitS
         {name: counts[name] for name in table.classes},
         _histogram(per_image, _PER_IMAGE, whole=True),
         _histogram(np.sqrt(areas), _SIDES),
-        shown,
+        frequent,
         _histogram(widths / np.maximum(heights, 1), _ASPECTS),
     )
 
 
 def _histogram(values: Sequence[float] | np.ndarray, edges: Sequence[float], whole: bool = False) -> dict[str, int]:
-    """Counts by bin; the last bin is open.
-
-    Args:
-        values: The numbers.
-        edges: Lower ends of the bins.
-        whole: Whether they are whole numbers, so that a bin ends below the next one.
-    """
+    """Counts by bin, of which the lower ends are given; a bin of whole numbers ends below the next one."""
     counts, _ = np.histogram(values, [*edges, np.inf])
     labels = []
     for low, high in itertools.pairwise(edges):

@@ -21,14 +21,8 @@ def usable_polygons(shape: object) -> list[list[float]] | None:
         return None
     if shape and all(type(value) in (int, float) for value in shape):
         shape = [shape]
-    return [
-        part
-        for part in shape
-        if isinstance(part, list)
-        and len(part) >= 6
-        and len(part) % 2 == 0
-        and all(type(v) in (int, float) and abs(v) < 1e9 for v in part)
-    ]
+    parts = [part for part in shape if isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0]
+    return [part for part in parts if all(type(v) in (int, float) and abs(v) < 1e9 for v in part)]
 
 
 def clip(polygons: Iterable[list[float]], width: int, height: int) -> list[list[float]]:
@@ -55,14 +49,7 @@ def _one_ring(polygon: Polygon) -> list[float]:
 
 
 def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int, height: int) -> list[list[float]]:
-    """Polygons of a stored image, as they are once its EXIF orientation is applied.
-
-    Args:
-        polygons: Polygons in the stored image.
-        orientation: 5 to 8 (EXIF 2.32, tag 0x0112).
-        width: Width of the stored image.
-        height: Height of the stored image.
-    """
+    """Polygons of a stored image, as they are once its EXIF orientation of 5 to 8 (EXIF 2.32, tag 0x0112) is applied."""
     turned = []
     for part in polygons:
         x, y = np.reshape(part, (-1, 2)).T
@@ -73,12 +60,7 @@ def turn_polygons(polygons: Iterable[list[float]], orientation: int, width: int,
 
 def turn_mask(mask: np.ndarray, orientation: int) -> np.ndarray:
     """A mask (H, W) of a stored image as (W, H), its EXIF orientation of 5 to 8 applied."""
-    return {
-        5: lambda: mask.T,
-        6: lambda: np.rot90(mask, -1),
-        7: lambda: np.rot90(mask, 2).T,
-        8: lambda: np.rot90(mask),
-    }[orientation]()
+    return {5: mask.T, 6: np.rot90(mask, -1), 7: np.rot90(mask, 2).T, 8: np.rot90(mask)}[orientation]
 
 
 def turn(shape: Any, orientation: int, width: int, height: int) -> Any:
@@ -88,8 +70,7 @@ def turn(shape: Any, orientation: int, width: int, height: int) -> Any:
         return turn_polygons(polygons, orientation, width, height)
     if not isinstance(shape, dict):
         return shape
-    mask = mask_api.decode(to_rle(shape, height, width))
-    return mask_to_rle(turn_mask(mask, orientation))
+    return mask_to_rle(turn_mask(mask_api.decode(to_rle(shape, height, width)), orientation))
 
 
 def reaches_beyond(shape: Any, width: int, height: int) -> bool:

@@ -94,54 +94,40 @@ def read_table(name: str, path: Path, root: Path) -> Table:
 def _check_ids(table: Table, name: str, entries: list[dict]) -> dict[Any, int]:
     """Mark wrong ids; the rows by id, the first of repeated ones."""
     values = [entry.get('id', _MISSING) for entry in entries]
-    rows: dict[Any, int] = {}
-    for i in range(len(values) - 1, -1, -1):
-        if not isinstance(values[i], (list, dict)):
-            rows[values[i]] = i
+    places = reversed(range(len(values)))
+    rows = {v: i for v, i in zip(reversed(values), places, strict=True) if not isinstance(v, (list, dict))}
     rows.pop(_MISSING, None)
-    if set(map(type, values)) <= {int} and len(rows) == len(values):
-        low, high = (min(rows), max(rows)) if rows else (0, 0)
-        if low >= 0 and high <= _LARGEST_ID:
-            return rows
-    by_code: dict[str, list[int]] = {'missing': [], 'type': [], 'range': [], 'duplicate': []}
-    for i, value in enumerate(values):
-        if value is _MISSING:
-            # An entry that is not an object is reported already.
-            if entries[i]:
-                by_code['missing'].append(i)
-            continue
-        if type(value) is not int:
-            by_code['type'].append(i)
-        elif not 0 <= value <= _LARGEST_ID:
-            by_code['range'].append(i)
-        if not isinstance(value, (list, dict)) and rows[value] != i:
-            by_code['duplicate'].append(i)
-    for code, found in by_code.items():
-        table.marks.add(
-            f'{name}-id-{code}',
-            found,
-            lambda i: f'position {i}' if values[i] is _MISSING else f'id {shown_value(values[i])}',
-        )
+    wrong = {
+        # An entry that is not an object is reported already.
+        'missing': [i for i, v in enumerate(values) if v is _MISSING and entries[i]],
+        'type': [i for i, v in enumerate(values) if v is not _MISSING and type(v) is not int],
+        'range': [i for i, v in enumerate(values) if type(v) is int and not 0 <= v <= _LARGEST_ID],
+        'duplicate': [i for i, v in enumerate(values) if not isinstance(v, (list, dict)) and rows.get(v, i) != i],
+    }
+
+    def word(i: int) -> str:
+        return f'position {i}' if values[i] is _MISSING else f'id {shown_value(values[i])}'
+
+    for code, found in wrong.items():
+        table.marks.add(f'{name}-id-{code}', found, word)
     return rows
 
 
 def _check_categories(table: Table) -> dict[Any, int]:
     marks, rows = table.marks, _check_ids(table, 'category', table.categories)
-    seen: dict[str, int] = {}
     for i, entry in enumerate(table.categories):
         name = entry.get('name')
         if not isinstance(name, str) or not name.strip() or not is_text(name):
             if entry:
                 marks.add('category-name', [i], {i: f'id {shown_value(entry.get("id"))}'})
-        elif name in seen:
+        elif name in table.classes:
             marks.add('category-name-duplicate', [i], {i: f'{name!r}'})
         else:
-            seen[name] = i
+            table.classes.append(name)
         if entry.get('id') == 0 and type(entry['id']) is int:
             marks.add('category-id-zero', [i], {i: f'{name!r}'})
         if isinstance(name, str) and name.strip().lower() in BACKGROUND:
             marks.add('background-class', [i], {i: f'{name!r}'})
-    table.classes = list(seen)
     return rows
 
 
@@ -182,34 +168,25 @@ def _check_images(table: Table) -> dict[Any, int]:
 def _check_annotations(table: Table, images: dict[Any, int], categories: dict[Any, int]) -> None:
     marks, entries = table.marks, table.annotations
     _check_ids(table, 'annotation', entries)
-    marks.add(
-        'annotation-id-zero',
-        [i for i, entry in enumerate(entries) if entry.get('id', 1) == 0 and entry['id'] is not False],
-    )
-    present = np.fromiter(map(bool, entries), bool, len(entries))
-    for key, lookup, column, code in (
-        ('image_id', images, 'image_rows', 'image-id-unknown'),
-        ('category_id', categories, 'category_rows', 'category-id-unknown'),
-    ):
-        values = [entry.get(key) for entry in entries]
-        found = (-1 if isinstance(v, (list, dict)) else lookup.get(v, -1) for v in values)
-        rows = np.fromiter(found, np.int64, len(values))
-        setattr(table, column, rows)
-        unknown = np.flatnonzero(present & (rows < 0)).tolist()
-        marks.add(code, unknown, {i: f'{key} {shown_value(values[i])}' for i in unknown})
-    table.crowd = np.zeros(len(entries), bool)
-    missing, wrong = [], []
-    for i, entry in enumerate(entries):
-        value = entry.get('iscrowd', _MISSING)
-        if value is _MISSING:
-            missing.append(i)
-        elif type(value) is not int or value not in (0, 1):
-            wrong.append(i)
-        table.crowd[i] = value is not _MISSING and bool(value)
-    marks.add('iscrowd-missing', [i for i in missing if entries[i]])
-    marks.add('iscrowd-value', wrong, lambda i: f'iscrowd {shown_value(entries[i]["iscrowd"])}')
+    zero = [i for i, entry in enumerate(entries) if entry.get('id', 1) == 0 and entry['id'] is not False]
+    marks.add('annotation-id-zero', zero)
+    table.image_rows = _linked_rows(table, 'image', images)
+    table.category_rows = _linked_rows(table, 'category', categories)
+    marks.add('iscrowd-missing', [i for i, entry in enumerate(entries) if entry and 'iscrowd' not in entry])
+    crowd = [entry.get('iscrowd', 0) for entry in entries]
+    wrong = [i for i, value in enumerate(crowd) if type(value) is not int or value not in (0, 1)]
+    marks.add('iscrowd-value', wrong, lambda i: f'iscrowd {shown_value(crowd[i])}')
+    table.crowd = np.array(list(map(bool, crowd)), bool)
     table.areas = _check_areas(marks, entries)
     table.boxes = _check_boxes(table)
+
+
+def _linked_rows(table: Table, section: str, rows_by_id: dict[Any, int]) -> np.ndarray:
+    values = [entry.get(f'{section}_id') for entry in table.annotations]
+    rows = np.array([-1 if isinstance(v, (list, dict)) else rows_by_id.get(v, -1) for v in values], np.int64)
+    unknown = [i for i in np.flatnonzero(rows < 0).tolist() if table.annotations[i]]
+    table.marks.add(f'{section}-id-unknown', unknown, lambda i: f'{section}_id {shown_value(values[i])}')
+    return rows
 
 
 def _is_number(value: Any) -> bool:
@@ -219,10 +196,9 @@ def _is_number(value: Any) -> bool:
 def _check_areas(marks: Marks, entries: list[dict]) -> np.ndarray:
     values = [entry.get('area') for entry in entries]
     areas = np.array([v if _is_number(v) else np.nan for v in values], np.float64)
+    invalid = [i for i in np.flatnonzero(np.isnan(areas)) if entries[i]]
     marks.add(
-        'area-invalid',
-        [i for i in np.flatnonzero(~np.isfinite(areas)) if entries[i]],
-        lambda i: f'area {shown_value(entries[i]["area"])}' if 'area' in entries[i] else 'no area',
+        'area-invalid', invalid, lambda i: f'area {shown_value(values[i])}' if 'area' in entries[i] else 'no area'
     )
     marks.add('area-zero', np.flatnonzero(areas <= 0), lambda i: f'area {areas[i]:g}')
     return np.where(areas > 0, areas, np.nan)
@@ -233,31 +209,23 @@ def _check_boxes(table: Table) -> np.ndarray:
     entries, marks = table.annotations, table.marks
     values = [entry.get('bbox') for entry in entries]
     boxes = _as_array(values)
-    marks.add(
-        'box-invalid',
-        [i for i in np.flatnonzero(np.isnan(boxes[:, 0])) if entries[i]],
-        lambda i: f'bbox {shown_value(values[i])}' if 'bbox' in entries[i] else 'no bbox',
-    )
-    with np.errstate(invalid='ignore'):
-        x, y, w, h = boxes.T
-        degenerate = (w <= 0) | (h <= 0)
-        tiny = ~degenerate & ((w < 1) | (h < 1))
-        width, height = table.sizes_of(np.arange(len(entries)))
-        # Where the image is not known nothing can be said.
-        checked = (width > 0) & ~degenerate
-        outside = checked & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
-        over = checked & ~outside & (np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
+    invalid = [i for i in np.flatnonzero(np.isnan(boxes[:, 0])) if entries[i]]
+    marks.add('box-invalid', invalid, lambda i: f'bbox {shown_value(values[i])}' if 'bbox' in entries[i] else 'no bbox')
+    x, y, w, h = boxes.T
+    degenerate = (w <= 0) | (h <= 0)
+    tiny = ~degenerate & ((w < 1) | (h < 1))
+    width, height = table.sizes_of(np.arange(len(entries)))
+    # Where the image is not known nothing can be said.
+    checked = (width > 0) & ~degenerate
+    outside = checked & ((x >= width) | (y >= height) | (x + w <= 0) | (y + h <= 0))
+    over = checked & ~outside & (np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
 
     def detail(i: int) -> str:
         text = f'bbox {shown_value([round(float(v), 2) for v in boxes[i]])}'
         return f'{text} in {width[i]}x{height[i]}' if width[i] else text
 
-    for code, found in (
-        ('box-degenerate', degenerate),
-        ('box-tiny', tiny),
-        ('box-outside', outside),
-        ('box-over-edge', over),
-    ):
+    wrong = {'box-degenerate': degenerate, 'box-tiny': tiny, 'box-outside': outside, 'box-over-edge': over}
+    for code, found in wrong.items():
         marks.add(code, np.flatnonzero(found), detail)
     return boxes
 
