@@ -6,7 +6,7 @@ looks like its COCO twin (``aeroplane`` like ``airplane``), as it does in the re
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import cv2
@@ -136,14 +136,22 @@ def _scene(seed: Sequence[int], pool: Sequence[int]) -> tuple[np.ndarray, np.nda
             return image, objects, picks
 
 
+def _scenes(
+    counts: tuple[int, int], seed: tuple[int, int], pool: Sequence[int], title: str, progress: bool
+) -> Iterator[tuple[str, int, np.ndarray, np.ndarray, list[int]]]:
+    """Split, number, image, object indices and classes of all scenes, `counts` of train and val."""
+    with tqdm(total=sum(counts), desc=title, unit='img', disable=not progress) as bar:
+        for part, (split, count) in enumerate(zip(('train', 'val'), counts, strict=True)):
+            for i in range(count):
+                yield split, i, *_scene((*seed, part, i), pool)
+                bar.update()
+
+
 def _borders(objects: np.ndarray) -> np.ndarray:
     """Pixels of either side of an object's outline, which VOC marks as void."""
     edge = np.zeros(objects.shape, bool)
-    for axis in (0, 1):
-        differs = np.diff(objects.astype(np.int16), axis=axis) != 0
-        low = [slice(None), slice(None)]
-        low[axis] = slice(0, -1)
-        edge[tuple(low)] |= differs
+    edge[:-1] |= objects[1:] != objects[:-1]
+    edge[:, :-1] |= objects[:, 1:] != objects[:, :-1]
     return edge
 
 
@@ -156,16 +164,16 @@ def _palette() -> list[int]:
     ]
 
 
-def _xml(name: str, size: int, objects: np.ndarray, names: Sequence[str]) -> str:
+def _xml(name: str, objects: np.ndarray, names: Sequence[str]) -> str:
     rows = [
         f'<annotation><folder>VOC2012</folder><filename>{name}.jpg</filename>',
-        f'<size><width>{size}</width><height>{size}</height><depth>3</depth></size>',
+        f'<size><width>{SIZE}</width><height>{SIZE}</height><depth>3</depth></size>',
         '<segmented>1</segmented>',
     ]
     for k, label in enumerate(names, 1):
         ys, xs = np.nonzero(objects == k)
         x1, y1, x2, y2 = xs.min(), ys.min(), xs.max(), ys.max()
-        cut = int(x1 == 0 or y1 == 0 or x2 == size - 1 or y2 == size - 1)
+        cut = int(x1 == 0 or y1 == 0 or x2 == SIZE - 1 or y2 == SIZE - 1)
         # VOC counts pixels from 1.
         rows.append(
             f'<object><name>{label}</name><truncated>{cut}</truncated>'
@@ -194,28 +202,24 @@ def make_voc(root: Path, num_train: int = 240, num_val: int = 100, seed: int = 0
     for folder in folders.values():
         folder.mkdir(parents=True, exist_ok=True)
     palette = _palette()
-    splits = {'train': num_train, 'val': num_val}
-    with tqdm(total=num_train + num_val, desc='Drawing the demo images', unit='img', disable=not progress) as bar:
-        for split_index, (split, count) in enumerate(splits.items()):
-            names = []
-            for i in range(count):
-                name = f'demo_{split}_{i:04d}'
-                image, objects, picks = _scene((seed, 20, split_index, i), VOC_LOOKS)
-                void = _borders(objects)
-                classes = np.zeros_like(objects)
-                for k, pick in enumerate(picks, 1):
-                    classes[objects == k] = pick + 1
-                Image.fromarray(image).save(folders['JPEGImages'] / f'{name}.jpg', quality=92)
-                for kind, labels in (('SegmentationObject', objects), ('SegmentationClass', classes)):
-                    png = Image.fromarray(np.where(void, VOID, labels).astype(np.uint8), 'P')
-                    png.putpalette(palette)
-                    png.save(folders[kind] / f'{name}.png')
-                (folders['Annotations'] / f'{name}.xml').write_text(
-                    _xml(name, SIZE, objects, [VOC_CLASSES[p] for p in picks])
-                )
-                names.append(name)
-                bar.update()
-            atomic_write_text(folders['ImageSets/Segmentation'] / f'{split}.txt', '\n'.join(names) + '\n')
+    names: dict[str, list[str]] = {'train': [], 'val': []}
+    counts = (num_train, num_val)
+    for split, i, image, objects, picks in _scenes(counts, (seed, 20), VOC_LOOKS, 'Drawing the demo images', progress):
+        name = f'demo_{split}_{i:04d}'
+        void = _borders(objects)
+        classes = np.zeros_like(objects)
+        for k, pick in enumerate(picks, 1):
+            classes[objects == k] = pick + 1
+        Image.fromarray(image).save(folders['JPEGImages'] / f'{name}.jpg', quality=92)
+        for kind, labels in (('SegmentationObject', objects), ('SegmentationClass', classes)):
+            png = Image.fromarray(np.where(void, VOID, labels).astype(np.uint8), 'P')
+            png.putpalette(palette)
+            png.save(folders[kind] / f'{name}.png')
+        xml = _xml(name, objects, [VOC_CLASSES[pick] for pick in picks])
+        (folders['Annotations'] / f'{name}.xml').write_text(xml)
+        names[split].append(name)
+    for split, listed in names.items():
+        atomic_write_text(folders['ImageSets/Segmentation'] / f'{split}.txt', '\n'.join(listed) + '\n')
     return devkit
 
 
@@ -238,34 +242,22 @@ def make_coco(root: Path, num_train: int = 6000, num_val: int = 200, seed: int =
     (root / 'images').mkdir(parents=True, exist_ok=True)
     (root / 'annotations').mkdir(exist_ok=True)
     categories = [{'id': i, 'name': c} for i, c in enumerate(CocoDataset.METAINFO['classes'], 1)]
-    pool = range(len(categories))
-    with tqdm(total=num_train + num_val, desc='Drawing the 80-class images', unit='img', disable=not progress) as bar:
-        for split_index, (split, count) in enumerate({'train': num_train, 'val': num_val}.items()):
-            images: list[dict] = []
-            annotations: list[dict] = []
-            for i in range(count):
-                image, objects, picks = _scene((seed, 80, split_index, i), pool)
-                file_name = f'{split}_{i:05d}.jpg'
-                Image.fromarray(image).save(root / 'images' / file_name, quality=92)
-                images.append({'id': i + 1, 'file_name': file_name, 'width': SIZE, 'height': SIZE})
-                for k, pick in enumerate(picks, 1):
-                    rle = mask_to_rle(objects == k)
-                    annotations.append(
-                        {
-                            'id': len(annotations) + 1,
-                            'image_id': i + 1,
-                            'category_id': pick + 1,
-                            'iscrowd': 0,
-                            'area': int(mask_api.area(rle)),
-                            'bbox': mask_api.toBbox(rle).tolist(),
-                            'segmentation': rle,
-                        }
-                    )
-                bar.update()
-            atomic_write_json(
-                Prepared(root).annotation(split),
-                {'images': images, 'annotations': annotations, 'categories': categories},
-            )
+    contents: dict[str, dict[str, list]] = {
+        split: {'images': [], 'annotations': [], 'categories': categories} for split in ('train', 'val')
+    }
+    counts, pool = (num_train, num_val), range(len(categories))
+    for split, i, image, objects, picks in _scenes(counts, (seed, 80), pool, 'Drawing the 80-class images', progress):
+        file_name = f'{split}_{i:05d}.jpg'
+        Image.fromarray(image).save(root / 'images' / file_name, quality=92)
+        contents[split]['images'].append({'id': i + 1, 'file_name': file_name, 'width': SIZE, 'height': SIZE})
+        annotations = contents[split]['annotations']
+        for k, pick in enumerate(picks, 1):
+            rle = mask_to_rle(objects == k)
+            annotation = {'id': len(annotations) + 1, 'image_id': i + 1, 'category_id': pick + 1, 'iscrowd': 0}
+            shape = {'area': int(mask_api.area(rle)), 'bbox': mask_api.toBbox(rle).tolist(), 'segmentation': rle}
+            annotations.append({**annotation, **shape})
+    for split, content in contents.items():
+        atomic_write_json(Prepared(root).annotation(split), content)
     return root
 
 

@@ -165,7 +165,7 @@ class _Fetch:
             self._receive(response, have)
 
     def _receive(self, response: http.client.HTTPResponse, have: int) -> None:
-        if response.status == 206 and _range_start(response) != have:
+        if response.status == 206 and not response.headers.get('Content-Range', '').startswith(f'bytes {have}-'):
             _forget(self.part)
             raise _NetworkError('the server answered with another range than asked for')
         if response.status != 206:
@@ -243,11 +243,6 @@ def _may_unpack(member: tarfile.TarInfo, inside: tuple[str, ...]) -> bool:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.is_file() else 0
-
-
-def _range_start(response: http.client.HTTPResponse) -> int | None:
-    start = response.headers.get('Content-Range', '').removeprefix('bytes ').partition('-')[0]
-    return int(start) if start.isdigit() else None
 
 
 def _tag_file(part: Path) -> Path:

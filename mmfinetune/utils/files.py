@@ -151,10 +151,7 @@ def find_files(root: str | Path, suffixes: Iterable[str]) -> list[Path]:
         suffixes: In lower case with the dot; the case of the files' own does not matter.
     """
     suffixes = frozenset(suffixes)
-    return sorted((path for path in _walk(Path(root)) if path.suffix.lower() in suffixes), key=natural_key)
-
-
-def _walk(root: Path) -> Iterator[Path]:
+    found: list[Path] = []
     seen: set[tuple[int, int]] = set()
     for folder, subfolders, names in os.walk(root, followlinks=True):
         place = Path(folder)
@@ -164,8 +161,9 @@ def _walk(root: Path) -> Iterator[Path]:
             continue
         seen.add((status.st_dev, status.st_ino))
         # The order decides by which of two links a folder is reached.
-        subfolders[:] = sorted(name for name in subfolders if _is_data(name))
-        yield from (place / name for name in names if _is_data(name))
+        subfolders[:] = sorted(filter(_is_data, subfolders))
+        found += [path for name in filter(_is_data, names) if (path := place / name).suffix.lower() in suffixes]
+    return sorted(found, key=natural_key)
 
 
 def _is_data(name: str) -> bool:

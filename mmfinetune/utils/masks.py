@@ -51,8 +51,7 @@ def to_rle(shape: list | dict[str, Any], height: int, width: int) -> dict[str, A
 
     Args:
         shape: Polygons of three points or more, or an RLE with counts of either kind.
-        height: Height of the image in pixels.
-        width: Its width.
+        height, width: Size of the image in pixels.
     """
     if isinstance(shape, list):
         return as_json(mask_api.merge(mask_api.frPyObjects(shape, height, width)))
@@ -74,8 +73,7 @@ def check_polygon(points: Any, height: int, width: int) -> None:
 
     Args:
         points: A flat list x, y, x, y, ... in pixels.
-        height: Height of the image.
-        width: Width of the image.
+        height, width: Size of the image in pixels.
 
     Raises:
         Problem: What is wrong.
@@ -104,8 +102,7 @@ def check_rle(rle: Any, height: int, width: int) -> dict[str, Any]:
 
     Args:
         rle: `{'size': [height, width], 'counts': str or list of ints}`.
-        height: Height of the image.
-        width: Width of the image.
+        height, width: Size of the image in pixels.
 
     Raises:
         Problem: What is wrong.

@@ -93,9 +93,7 @@ class CocoReader(Reader):
             return 'a COCO JSON file' if is_coco(root) else None
         # Tools write their COCO JSON into these data sets; the true labels are the PNGs.
         other = any((root / name).is_dir() for name in ('SegmentationObject', 'gtFine'))
-        if other or Coco2017Reader.detect(root):
-            return None
-        if not (found := candidates(root)):
+        if other or Coco2017Reader.detect(root) or not (found := candidates(root)):
             return None
         more = f' and {len(found) - 1} more' if len(found) > 1 else ''
         return f'{shown(found[0], root)}{more} with images, annotations and categories'

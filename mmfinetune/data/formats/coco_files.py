@@ -43,11 +43,10 @@ def choose_files(root: Path) -> tuple[Path, dict[str | None, Path]]:
     for path in found:
         splits.setdefault(_split_of(path), []).append(path)
     if max(map(len, splits.values())) > 1 or (None in splits and len(splits) > 1):
-        lines = [
-            Message('coco-of-split', split=split or 'no split', files=', '.join(names))
-            for split, paths in splits.items()
-            if (names := [shown(path, root) for path in paths])
-        ]
+        listed = {
+            split or 'no split': ', '.join(shown(path, root) for path in paths) for split, paths in splits.items()
+        }
+        lines = [Message('coco-of-split', split=split, files=files) for split, files in listed.items()]
         raise UserError('coco-several', problems=lines, path=root)
     return root, {split: splits[split][0] for split in _SPLITS if split in splits}
 

@@ -232,8 +232,7 @@ class BinaryMasksReader(_MaskReader):
         """
         layout = classed_layout(root)
         if not layout.masks:
-            facts: dict[str, Any] = dict(images=len(layout.images), masks=len(layout.orphans))
-            raise UserError('masks-binary-none', path=root, **facts)
+            raise UserError('masks-binary-none', path=root, images=len(layout.images), masks=len(layout.orphans))
         found, listed = layout.class_names(), find_class_list(root)
         if listed and (unknown := [name for name in found if name not in listed[1]]):
             raise UserError('masks-unlisted', problems=unknown, path=listed[0])

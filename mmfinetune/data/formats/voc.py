@@ -80,9 +80,8 @@ class VocReader(Reader):
         listed = self._listed(xml, record.problems)
         shapes = {name: array.shape[:2] for name, array in pixels.items() if array is not None}
         for name, (height, width) in shapes.items():
-            first = next(iter(shapes))
-            if (height, width) != shapes[first]:
-                other_height, other_width = shapes[first]
+            first, (other_height, other_width) = next(iter(shapes.items()))
+            if (height, width) != (other_height, other_width):
                 sizes = dict(width=width, height=height, other_width=other_width, other_height=other_height)
                 record.problems.append(Message('voc-size', place=name, other=first, **sizes))
         objects, classes = pixels[object_png], pixels[class_png]

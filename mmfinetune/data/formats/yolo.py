@@ -186,9 +186,8 @@ def _label_path(image: Path, root: Path) -> Path:
 
 
 def _yaml_files(root: Path) -> list[Path]:
-    if not root.is_dir():
-        return [root] if root.suffix in ('.yaml', '.yml') else []
-    return sorted(path for path in root.iterdir() if path.suffix in ('.yaml', '.yml') and path.is_file())
+    paths = root.iterdir() if root.is_dir() else [root]
+    return sorted(path for path in paths if path.suffix in ('.yaml', '.yml') and path.is_file())
 
 
 def _only_yaml(root: Path) -> Path | None:
