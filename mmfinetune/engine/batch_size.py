@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     import torch
     from mmengine.config import Config
 
-
 LIMIT = 256
 # Kept free, for images with more objects than any that was tried, and for fragmentation.
 RESERVE = 0.1
@@ -36,11 +35,7 @@ def largest(fits: Callable[[int], bool], limit: int = LIMIT) -> int:
 
 
 def find(cfg: Config) -> int:
-    """Find the images per GPU by training steps of growing batches of the worst kind, optimizer included.
-
-    Args:
-        cfg: Resolved config; not changed.
-    """
+    """Find the images per GPU by training steps of growing batches of the worst kind, optimizer included."""
     import torch
 
     if not torch.cuda.is_available():
@@ -68,11 +63,9 @@ def find(cfg: Config) -> int:
 
 
 def worst_samples(cfg: Config, count: int = 16) -> list[dict]:
-    """Training samples as the pipeline gives them: those with most objects (first), and those of all shapes.
+    """Training samples as the pipeline gives them, up to ``count`` with most objects (first) and as many of all shapes.
 
-    Args:
-        cfg: Resolved config.
-        count: How many of each kind. A pipeline that draws the scale gives each one of its sizes.
+    A pipeline that draws the scale gives each one of its sizes.
     """
     from mmdet.registry import DATASETS
     from mmengine.registry import init_default_scope
@@ -83,8 +76,7 @@ def worst_samples(cfg: Config, count: int = 16) -> list[dict]:
     # Sorted and taken evenly: extremes and what is in between. With a limit on both sides the
     # largest image is neither the widest nor the squarest.
     by_shape = sorted(range(len(infos)), key=lambda i: infos[i]['width'] / infos[i]['height'])
-    last = len(by_shape) - 1
-    shapes = [by_shape[round(last * k / (count - 1))] for k in range(count)]
+    shapes = [by_shape[round((len(infos) - 1) * k / (count - 1))] for k in range(count)]
     by_objects = sorted(range(len(infos)), key=lambda i: -len(infos[i].get('instances', ())))
     samples = [dataset[i] for i in {*by_objects[:count], *shapes}]
     return sorted(samples, key=lambda s: -len(s['data_samples'].gt_instances))

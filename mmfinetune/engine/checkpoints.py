@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 from mmengine.fileio import LocalBackend, register_backend
 
@@ -98,14 +99,8 @@ class Checkpoints:
         need = files * full + extra
         room = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob('*.pth'))
         if self.writes and room < need:
-            raise UserError(
-                'checkpoint-no-room-for-run',
-                folder=self.folder,
-                files=files,
-                size=full / _MIB,
-                need=need / _MIB,
-                room=room / _MIB,
-            )
+            sizes: dict[str, Any] = {'size': full / _MIB, 'need': need / _MIB, 'room': room / _MIB}
+            raise UserError('checkpoint-no-room-for-run', folder=self.folder, files=files, **sizes)
 
 
 def remove_leftovers(folder: Path) -> None:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mmdet.datasets.api_wrappers import COCO
     from mmdet.evaluation.metrics import CocoMetric
-    from mmengine.runner import Runner
     from tensorboard.compat.proto.summary_pb2 import Summary
     from torch.utils.tensorboard import SummaryWriter
 
@@ -28,13 +27,6 @@ _LOST_CONNECTION = (  # gloo and NCCL, when a peer has gone
     'NCCL communicator was aborted',
 )
 _PORT_TAKEN = ('EADDRINUSE', 'address already in use')
-
-
-def has_training(runner: Runner) -> bool:
-    """Whether the runner has built its training loop; asking for its epoch or loop would build it."""
-    from mmengine.runner import BaseLoop
-
-    return isinstance(runner._train_loop, BaseLoop)
 
 
 def truth_of(metric: CocoMetric) -> COCO | None:

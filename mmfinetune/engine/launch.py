@@ -88,31 +88,27 @@ def adopt_slurm() -> None:
         return
     nodes = env.get('SLURM_STEP_NODELIST') or env.get('SLURM_JOB_NODELIST', '')
     if 'MASTER_ADDR' not in env:
+        command = ['scontrol', 'show', 'hostnames', nodes]
         try:
-            shown = subprocess.run(
-                ['scontrol', 'show', 'hostnames', nodes], check=True, capture_output=True, text=True
-            ).stdout.split()
-            env['MASTER_ADDR'] = shown[0]
+            shown = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+            env['MASTER_ADDR'] = shown.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError) as error:
             raise UserError('run-slurm-first-node', nodes=nodes, reason=str(error)) from None
     # The same for all tasks, and another one for each job on a shared node.
     env.setdefault('MASTER_PORT', str(20000 + int(env.get('SLURM_JOB_ID', 0)) % 10000))
     # With --gpus-per-task each task sees its own GPU alone.
-    alone = re.fullmatch(r'[^,]+', env.get('CUDA_VISIBLE_DEVICES', ''))
-    env.update(
-        RANK=env['SLURM_PROCID'], LOCAL_RANK='0' if alone else env['SLURM_LOCALID'], WORLD_SIZE=str(_slurm_tasks())
-    )
+    local = '0' if re.fullmatch(r'[^,]+', env.get('CUDA_VISIBLE_DEVICES', '')) else env['SLURM_LOCALID']
+    env.update(RANK=env['SLURM_PROCID'], LOCAL_RANK=local, WORLD_SIZE=str(_slurm_tasks()))
 
 
 def processes(gpus: str | None) -> int:
     """How many processes to start, on all machines together.
 
     Args:
-        gpus: GPUs of this machine: ``'all'``, a number, or None for all visible ones. Without a GPU
-            a number means processes on the CPU.
+        gpus: GPUs of this machine: ``'all'`` visible ones (or None), or a number; without a GPU, processes on the CPU.
     """
     machines = Node.of_environment().count
-    if gpus is not None and gpus != 'all' and not (gpus.isdigit() and int(gpus) > 0):
+    if gpus not in (None, 'all') and not (gpus.isdigit() and int(gpus) > 0):
         raise UserError('run-gpus', gpus=gpus)
     if gpus == '1':
         return machines
@@ -138,25 +134,16 @@ def join_group(cfg: Config) -> int:
     if 'LOCAL_RANK' not in os.environ or world == 1:
         return 1
     import torch
+    from mmengine.dist import init_dist, is_distributed
 
     # MMEngine passes the old name; the new one is not in all supported versions.
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated', FutureWarning)
-    settings = {'timeout': GROUP_TIMEOUT_S, **(cfg.env_cfg.get('dist_cfg') or {})}
-    if not torch.cuda.is_available():
-        settings['backend'] = 'gloo'
-    _begin_group(settings)
-    return world
-
-
-def _begin_group(settings: dict[str, Any]) -> None:
-    import torch
-    from mmengine.dist import init_dist, is_distributed
-
     if is_distributed():
-        return
+        return world
     local, visible = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
     if 0 < visible <= local:
         raise UserError('run-process-without-gpu', local=local, visible=visible)
+    settings = {'timeout': GROUP_TIMEOUT_S, **(cfg.env_cfg.get('dist_cfg') or {})}
     try:
         if torch.cuda.is_available():
             init_dist('pytorch', **settings)
@@ -164,6 +151,7 @@ def _begin_group(settings: dict[str, Any]) -> None:
             torch.distributed.init_process_group('gloo', timeout=datetime.timedelta(seconds=settings['timeout']))
     except torch.distributed.DistNetworkError as error:
         raise _no_meeting(error, os.environ.get('MASTER_ADDR', '?'), os.environ.get('MASTER_PORT', '?')) from error
+    return world
 
 
 def launch(count: int, argv: Sequence[str]) -> int:
@@ -185,11 +173,8 @@ def launch(count: int, argv: Sequence[str]) -> int:
     node = Node.of_environment()
     local = count // node.count
     if node.count > 1:
-        print(
-            f'Machine {node.rank} of 0 to {node.count - 1}: {local} of {count} processes; they '
-            f'meet at {node.host}:{node.port}',
-            flush=True,
-        )
+        share = f'Machine {node.rank} of 0 to {node.count - 1}: {local} of {count} processes'
+        print(f'{share}; they meet at {node.host}:{node.port}', flush=True)
     with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder, _quiet_launcher(local):
         try:
             elastic_launch(_launch_config(node, local, folder), sys.executable)(*argv)
@@ -197,9 +182,8 @@ def launch(count: int, argv: Sequence[str]) -> int:
             return _show(error.failures, alone=node.count == 1)
         except SignalException as error:
             # What went wrong while they stopped, a full disk for example.
-            errors = [found for path in Path(folder).rglob('error.json') if (found := compat.read_error_file(path))]
-            if errors:
-                print(min(errors)[1], file=sys.stderr, flush=True)
+            for _, text in sorted(filter(None, map(compat.read_error_file, Path(folder).rglob('error.json'))))[:1]:
+                print(text, file=sys.stderr, flush=True)
             return 128 + int(error.sigval)
         except (DistNetworkError, RendezvousError) as error:
             raise _no_meeting(error, node.host, node.port) from error
@@ -210,20 +194,14 @@ def _launch_config(node: Node, processes_here: int, folder: str) -> Any:
     from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
     from torch.distributed.launcher.api import LaunchConfig
 
+    # Port 0: whichever is free, so that two runs on one machine do not meet.
+    meet: dict[str, Any] = dict(rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1')
     if node.count > 1:
-        meet: dict[str, Any] = dict(
-            rdzv_backend='static',
-            rdzv_endpoint=f'{node.host}:{node.port}',
-            rdzv_configs={'rank': node.rank, 'timeout': RENDEZVOUS_TIMEOUT_S},
-            run_id='mmfinetune',
-        )
-    else:
-        # Port 0: whichever is free, so that two runs on one machine do not meet.
-        meet = dict(
-            rdzv_backend='c10d', rdzv_endpoint='127.0.0.1:0', local_addr='127.0.0.1', run_id=f'mmfinetune_{os.getpid()}'
-        )
+        meet = dict(rdzv_backend='static', rdzv_endpoint=f'{node.host}:{node.port}')
+        meet['rdzv_configs'] = {'rank': node.rank, 'timeout': RENDEZVOUS_TIMEOUT_S}
     meet |= dict(min_nodes=node.count, max_nodes=node.count, nproc_per_node=processes_here, max_restarts=0)
-    return LaunchConfig(shutdown_timeout=STOP_TIMEOUT_S, logs_specs=DefaultLogsSpecs(log_dir=folder), **meet)
+    specs = DefaultLogsSpecs(log_dir=folder)
+    return LaunchConfig(run_id='mmfinetune', shutdown_timeout=STOP_TIMEOUT_S, logs_specs=specs, **meet)
 
 
 @contextlib.contextmanager
@@ -266,12 +244,7 @@ def _blame(failure: Any, started: float) -> tuple[int, float]:
 
 
 def _show(failures: dict[int, Any], alone: bool = True) -> int:
-    """Print the failure that came first and was no consequence of another; its exit code.
-
-    Args:
-        failures: Elastic's ``ProcessFailure`` by rank.
-        alone: Whether all processes of the run are on this machine.
-    """
+    """Print the first of elastic's failures by rank that no other caused; its exit code. ``alone``: on one machine."""
     started = min(failure.timestamp for failure in failures.values())
     rank, failure = min(failures.items(), key=lambda item: (*_blame(item[1], started), item[0]))
     found = compat.read_error_file(failure.error_file)
@@ -279,8 +252,7 @@ def _show(failures: dict[int, Any], alone: bool = True) -> int:
         return failure.exitcode  # the run has printed itself where it stopped
     error = None
     if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        error = UserError('run-process-killed', rank=rank, signal=name)
+        error = UserError('run-process-killed', rank=rank, signal=signal.Signals(-failure.exitcode).name)
     elif not found:
         error = UserError('run-process-ended', rank=rank, exit=failure.exitcode)
     elif not alone and compat.is_connection_lost(found[1]):

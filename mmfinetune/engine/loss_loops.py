@@ -88,8 +88,7 @@ class _LossLoop:
 
     Args:
         loss: Whether to compute it.
-        *args: See the base class.
-        **kwargs: See the base class.
+        *args, **kwargs: See the base class.
     """
 
     stage: str

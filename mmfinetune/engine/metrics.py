@@ -10,7 +10,6 @@ from mmengine.logging import MMLogger
 
 from mmfinetune.engine.compat import truth_of
 from mmfinetune.evaluation import coco_eval
-from mmfinetune.evaluation.coco_eval import ENGINES
 from mmfinetune.evaluation.detections import result_rows
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.text import table
@@ -42,19 +41,16 @@ class InstanceCocoMetric(CocoMetric):
 
     def __init__(self, *args, engine: str = 'hotcoco', **kwargs) -> None:
         super().__init__(*args, **kwargs)
-        name, wrong, known = type(self).__name__, sorted(set(self.metrics) - {'bbox', 'segm'}), ', '.join(ENGINES)
-        if engine not in ENGINES:
-            raise UserError('metric-engine', metric=name, engine=engine, known=known)
-        if wrong:
-            raise UserError('metric-kind', metric=name, wrong=', '.join(wrong))
+        name = type(self).__name__
+        if engine not in coco_eval.ENGINES:
+            raise UserError('metric-engine', metric=name, engine=engine, known=', '.join(coco_eval.ENGINES))
+        if wrong := set(self.metrics) - {'bbox', 'segm'}:
+            raise UserError('metric-kind', metric=name, wrong=', '.join(sorted(wrong)))
         truth = truth_of(self)
         if truth is None:
             # mmdet would convert what the data loader gives, and count and round it in its own way.
             raise UserError('metric-without-truth', metric=name)
-        self.truth = truth
-        self.cat_ids: list[int] = []
-        self.img_ids: list[int] = []
-        self.engine = engine
+        self.truth, self.engine = truth, engine
         self.per_class: dict[str, dict[str, float]] = {}
 
     def _detections(self, preds: Sequence[dict], iou_type: str) -> list[dict]:
@@ -72,17 +68,12 @@ class InstanceCocoMetric(CocoMetric):
         truth, ids = self.truth.dataset, (self.cat_ids, self.img_ids)
         return coco_eval.evaluate(truth, rows, iou_type, self.engine, *ids, self.iou_thrs)
 
-    def _read_ids(self) -> None:
-        if not self.cat_ids:
-            self.cat_ids = self.truth.get_cat_ids(cat_names=self.dataset_meta['classes'])
-        if not self.img_ids:
-            self.img_ids = self.truth.get_img_ids()
-
     def compute_metrics(self, results: list) -> dict[str, float]:
         """COCO numbers of all ``(gt, pred)`` pairs that ``process`` gathered."""
         logger = MMLogger.get_current_instance()
         preds = [pred for _, pred in results]
-        self._read_ids()
+        self.cat_ids = self.truth.get_cat_ids(cat_names=self.dataset_meta['classes'])
+        self.img_ids = self.truth.get_img_ids()
         if self.outfile_prefix is not None:
             self.results2json(preds, self.outfile_prefix)
             if self.format_only:
@@ -96,10 +87,8 @@ class InstanceCocoMetric(CocoMetric):
             scores = self.evaluate_rows(rows, iou_type)
             metrics.update(scores.metrics())
             for name, numbers in self.per_class.items():
-                for key, iou in (('AP', None), ('AP50', 0.5)):
-                    value = scores.ap(name, iou)
-                    if value is not None:
-                        numbers[f'{iou_type}_{key}'] = value
+                found = {'AP': scores.ap(name), 'AP50': scores.ap(name, 0.5)}
+                numbers.update({f'{iou_type}_{key}': ap for key, ap in found.items() if ap is not None})
                 if self.classwise and f'{iou_type}_AP' in numbers:
                     metrics[f'{iou_type}_AP/{name}'] = numbers[f'{iou_type}_AP']
         if self.classwise:
@@ -108,7 +97,8 @@ class InstanceCocoMetric(CocoMetric):
 
     def _table(self) -> str:
         columns = [f'{t}_{key}' for t in self.metrics for key in ('AP', 'AP50')]
-        rows = [['class', *(c.replace('_', ' ') for c in columns)]]
-        for name, numbers in self.per_class.items():
-            rows.append([name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)])
-        return table(rows, markdown=True)
+        rows = [
+            [name, *(f'{numbers[c]:.3f}' if c in numbers else '-' for c in columns)]
+            for name, numbers in self.per_class.items()
+        ]
+        return table([['class', *(c.replace('_', ' ') for c in columns)], *rows], markdown=True)

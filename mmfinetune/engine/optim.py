@@ -58,9 +58,8 @@ class LayeredOptimWrapperConstructor:
                 groups[key]['params'].append(param)
         missing = [f'custom_keys.{k}' for k in self.custom_keys if k not in seen]
         if missing:
-            raise UserError(
-                'optim-unknown-parts', problems=missing, parts=', '.join(n for n, _ in model.named_children())
-            )
+            parts = ', '.join(name for name, _ in model.named_children())
+            raise UserError('optim-unknown-parts', problems=missing, parts=parts)
         return [g for g in groups.values() if g['params']]
 
     def __call__(self, model: nn.Module) -> OptimWrapper:

@@ -7,7 +7,6 @@ The record is in MMEngine's message hub, which each checkpoint holds. A checkpoi
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,23 +43,16 @@ class RunState:
     outdated: list[str] = field(default_factory=list)
     batch_setup: dict[str, int] = field(default_factory=dict)
 
-    to_dict = dataclasses.asdict
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> RunState:
-        """The record of a checkpoint."""
-        return cls(**values)
-
 
 def run_state(runner: Runner) -> RunState:
     """The state of a run as it is now."""
-    return RunState.from_dict(runner.message_hub.runtime_info.get(KEY, {}))
+    return RunState(**runner.message_hub.runtime_info.get(KEY, {}))
 
 
 def update_run_state(runner: Runner, **changes: Any) -> RunState:
     """Change some of the state; the next checkpoint holds it."""
     state = dataclasses.replace(run_state(runner), **changes)
-    runner.message_hub.update_info(KEY, state.to_dict())
+    runner.message_hub.update_info(KEY, dataclasses.asdict(state))
     return state
 
 
@@ -103,6 +95,6 @@ def upgrade(checkpoint: dict[str, Any]) -> None:
         outdated=checkpoint.pop('outdated', []),
         batch_setup=checkpoint['meta'].pop('recipe', {}),
     )
-    info[KEY], resumed_keys[KEY] = state.to_dict(), True
+    info[KEY], resumed_keys[KEY] = dataclasses.asdict(state), True
     if 'gradients' in checkpoint:
         checkpoint[KEY] = {'gradients': checkpoint.pop('gradients')}

@@ -57,9 +57,6 @@ class ExactTrainLoop(BaseLoop):
     trained but not validated is made up for when a run is resumed.
 
     Args:
-        runner: The runner.
-        dataloader: Config of the training data.
-        max_epochs: Epochs to train.
         val_begin: The first epoch to validate.
         val_interval: Epochs between validations; the last epoch is always validated.
         dynamic_intervals: Pairs of an epoch and the ``val_interval`` from it on.
@@ -130,7 +127,9 @@ class ExactTrainLoop(BaseLoop):
         self.data.set_epoch(self._epoch)
         for idx, batch in enumerate(self._batches(done), done):
             self._run_step(idx, batch)
-        self._warn_about_faults()
+        if faults := read_faults(self.data.faults):
+            facts = {'count': len(faults), 'file': self.data.faults.name, 'first': faults[0]['problem']}
+            warn(Message('train-images-replaced', **facts))
         self.runner.call_hook('after_train_epoch')
         self._epoch += 1
 
@@ -139,17 +138,9 @@ class ExactTrainLoop(BaseLoop):
         loader = self.dataloader
         if skip:
             print_log(f'Continuing epoch {self._epoch + 1} after step {skip} of {len(loader)}', logger='current')
-            loader = DataLoader(
-                loader.dataset,
-                batch_sampler=list(loader.batch_sampler)[skip:],
-                num_workers=loader.num_workers,
-                collate_fn=loader.collate_fn,
-                pin_memory=loader.pin_memory,
-                worker_init_fn=loader.worker_init_fn,
-                timeout=loader.timeout,
-                multiprocessing_context=loader.multiprocessing_context,
-                prefetch_factor=loader.prefetch_factor,
-            )
+            names = ['num_workers', 'collate_fn', 'pin_memory', 'worker_init_fn', 'timeout', 'prefetch_factor']
+            same = {name: getattr(loader, name) for name in [*names, 'multiprocessing_context']}
+            loader = DataLoader(loader.dataset, batch_sampler=list(loader.batch_sampler)[skip:], **same)
         return iter(loader)
 
     def _run_step(self, idx: int, batch: Any) -> None:
@@ -159,11 +150,3 @@ class ExactTrainLoop(BaseLoop):
         outputs = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
         self.runner.call_hook('after_train_iter', batch_idx=idx, data_batch=batch, outputs=outputs)
         self._iter += 1
-
-    def _warn_about_faults(self) -> None:
-        faults = read_faults(self.data.faults)
-        if faults:
-            message = Message(
-                'train-images-replaced', count=len(faults), file=self.data.faults.name, first=faults[0]['problem']
-            )
-            warn(message)

@@ -124,9 +124,8 @@ class TrainingDataset(Dataset):
         # Read again, with what other workers have written meanwhile.
         problems = self._problems()
         if len(problems) > min(self.max_faults, len(self) - 1):
-            raise UserError(
-                'train-faulty-images', problems=sorted(problems), count=len(problems), allowed=self.max_faults
-            )
+            facts: dict[str, Any] = {'count': len(problems), 'allowed': self.max_faults}
+            raise UserError('train-faulty-images', problems=sorted(problems), **facts)
 
     def _problems(self) -> set[str]:
         return {fault['problem'] for fault in read_faults(self.faults)}

@@ -12,11 +12,7 @@ from mmfinetune.utils.errors import UserError
 
 @TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
-    """``LoadImageFromFile`` that names the file when an image is missing or does not decode.
-
-    Raises:
-        UserError: With the path and a hint.
-    """
+    """``LoadImageFromFile`` that raises a UserError with the path when an image is missing or does not decode."""
 
     def transform(self, results: dict) -> dict | None:
         try:
@@ -25,9 +21,8 @@ class LoadImage(LoadImageFromFile):
                 raise ValueError('not an image')
         except Exception as error:
             # OpenCV, Pillow and the file backends raise whatever they like here.
-            raise UserError(
-                'image-unreadable-in-training', path=results.get('img_path'), why=str(error) or type(error).__name__
-            ) from None
+            why = str(error) or type(error).__name__
+            raise UserError('image-unreadable-in-training', path=results.get('img_path'), why=why) from None
         return loaded
 
 

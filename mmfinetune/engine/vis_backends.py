@@ -58,11 +58,8 @@ class TensorBoardBackend(TensorboardVisBackend):
         self._env_initialized = False
         self._start = step
         self._earlier = tensorboard.rewind(Path(self._save_dir), step, epoch)
-        self._best = {
-            tag: self._earlier[name][1]
-            for tag in tensorboard.HIGHER
-            if (name := tensorboard.best_tag(tag)) in self._earlier
-        }
+        names = {tag: tensorboard.best_tag(tag) for tag in tensorboard.HIGHER}
+        self._best = {tag: self._earlier[name][1] for tag, name in names.items() if name in self._earlier}
 
     def _is_there(self, tag: str, step: int) -> bool:
         """Whether an earlier part of the run has the point, e.g. where an epoch is validated again."""
@@ -122,9 +119,8 @@ class MLflowBackend(MLflowVisBackend):
 
     def add_scalars(self, scalar_dict: dict, step: int = 0, file_path: str | None = None, **kwargs) -> None:
         """Log a record, ``_`` for each character that MLflow does not allow in names."""
-        super().add_scalars(
-            {re.sub(r'[^/\w.\- :]', '_', name): value for name, value in scalar_dict.items()}, step, file_path, **kwargs
-        )
+        allowed = {re.sub(r'[^/\w.\- :]', '_', name): value for name, value in scalar_dict.items()}
+        super().add_scalars(allowed, step, file_path, **kwargs)
 
     def close(self) -> None:
         """End the run, unless it has ended."""

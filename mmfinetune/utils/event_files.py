@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all
+from mmfinetune.utils.files import atomic_write_all, reason_of
 
 if TYPE_CHECKING:
     from tensorboard.compat.proto.event_pb2 import Event
@@ -29,7 +29,10 @@ def rewrite(folder: Path, keep: Callable[[Event], Sequence[Summary.Value] | None
     contents: dict[Path, bytes] = {}
     empty = []
     for path in sorted(folder.glob('events.out.tfevents.*')):  # the time is in their names
-        original = _read(path)
+        try:
+            original = path.read_bytes()
+        except OSError as error:
+            raise UserError('event-file-unreadable', path=path, why=reason_of(error)) from error
         kept, written = [], 0
         for record, event in read_records(original):
             values = keep(event)
@@ -44,19 +47,6 @@ def rewrite(folder: Path, keep: Callable[[Event], Sequence[Summary.Value] | None
     atomic_write_all(contents)
     for path in empty:
         path.unlink()
-
-
-def read_events(path: Path) -> Iterator[Event]:
-    """The events of a file up to its end or its first damaged record."""
-    return (event for _, event in read_records(_read(path)))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        why = error.strerror or str(error)
-        raise UserError('event-file-unreadable', path=path, why=why) from error
 
 
 def read_records(data: bytes) -> Iterator[tuple[bytes, Event]]:

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import socket
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ from mmfinetune.engine import compat
 from mmfinetune.utils import event_files
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
-from tests.builders.toy import DoAt, make_cfg, train
 
 
 class Deadly(Dataset):
@@ -38,14 +36,6 @@ class Deadly(Dataset):
             raise self.error
         os.kill(os.getpid(), signal.SIGKILL)
         return index
-
-
-def test_the_runner_keeps_its_loop_until_it_is_built(tmp_path):
-    cfg = make_cfg(tmp_path)
-    seen = []
-    train(cfg, DoAt(lambda runner: seen.append(compat.has_training(runner)), point='before_run'))
-    assert seen == [True]
-    assert not compat.has_training(Runner.from_cfg(dict(cfg, work_dir=str(tmp_path / 'other'))))
 
 
 def test_the_runner_resumes_a_loop_by_these_two_names():
@@ -122,10 +112,6 @@ def test_the_file_in_which_a_process_leaves_its_error(tmp_path, monkeypatch):
     assert failure.message['message'] == 'what to show'
 
 
-def test_a_fake_loop_is_not_training():
-    assert not compat.has_training(SimpleNamespace(_train_loop=None))
-
-
 def test_a_metric_has_its_ground_truth(tmp_path):
     path = tmp_path / 'truth.json'
     path.write_text(json.dumps({'images': [{'id': 3}], 'annotations': [], 'categories': [{'id': 1, 'name': 'a'}]}))
@@ -138,5 +124,5 @@ def test_a_closed_writer_opens_its_file_again(tmp_path):
     for step in (1, 2):
         compat.write_summary(writer, Summary(value=[Summary.Value(tag='a', simple_value=1)]), step)
         writer.close()
-    events = [event for path in tmp_path.iterdir() for event in event_files.read_events(path)]
+    events = [event for path in tmp_path.iterdir() for _, event in event_files.read_records(path.read_bytes())]
     assert sorted(event.step for event in events if event.summary.value) == [1, 2]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -31,7 +32,7 @@ def state_of(tmp_path):
 
     def make(step: int, **changes) -> RunState:
         path = stop(make_cfg(tmp_path, **changes), step).checkpoint
-        return RunState.from_dict(read_checkpoint(path)['message_hub']['runtime_info']['mmfinetune'])
+        return RunState(**read_checkpoint(path)['message_hub']['runtime_info']['mmfinetune'])
 
     return make
 
@@ -40,7 +41,7 @@ def make_old(path: Path) -> None:
     """Rewrite a checkpoint as the toolkit wrote it before run states had a version."""
     loaded = read_checkpoint(path)
     hub = loaded['message_hub']
-    state = RunState.from_dict(hub['runtime_info'].pop('mmfinetune'))
+    state = RunState(**hub['runtime_info'].pop('mmfinetune'))
     del hub['resumed_keys']['mmfinetune']
     single = len(state.best) == 1
     old = {
@@ -108,7 +109,6 @@ def test_a_newer_version_is_refused_by_the_run_itself(tmp_path):
 
 def test_the_state_is_plain_data(state_of):
     state = state_of(13, **SETTINGS['early stop'])
-    assert json.loads(json.dumps(state.to_dict())) == state.to_dict()
-    assert RunState.from_dict(state.to_dict()) == state
+    assert RunState(**json.loads(json.dumps(dataclasses.asdict(state)))) == state
     assert (state.epoch_start, state.validated_epoch, state.last) == ({'epoch': 2, 'iter': 10}, 2, 'iter_14.pth')
     assert state.early_stop == {'best': 0.3, 'waited': 0}

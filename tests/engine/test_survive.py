@@ -160,7 +160,7 @@ def curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
     """All points of TensorBoard, as they are in the files; times aside."""
     points = collections.defaultdict(list)
     for path in sorted((work_dir / 'tensorboard_logs').glob('events.out.tfevents.*')):
-        for event in event_files.read_events(path):
+        for _, event in event_files.read_records(path.read_bytes()):
             for value in event.summary.value:
                 if value.HasField('simple_value') and not value.tag.startswith(('time/', '_')):
                     points[value.tag].append((event.step, value.simple_value))

@@ -400,7 +400,7 @@ def test_resumed_run_has_the_same_curves(site, tmp_path):
     found = [
         (value.tag, event.step)
         for path in (tmp_path / LOGS).iterdir()
-        for event in event_files.read_events(path)
+        for _, event in event_files.read_records(path.read_bytes())
         for value in event.summary.value
     ]
     assert len(found) == len(set(found))

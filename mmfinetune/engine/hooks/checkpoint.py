@@ -89,10 +89,9 @@ class SafeCheckpointHook(Hook):
         self.files = Checkpoints(folder, self.pattern, self.max_keep_ckpts, is_main_process())
         if self.files.writes:
             remove_leftovers(work_dir)
-        state = run_state(runner)
-        self.files.remove(state.outdated)
-        setup = BatchSetup.of_config(runner.cfg, get_world_size())
-        update_run_state(runner, outdated=[], best=self._best_there(runner), batch_setup=vars(setup))
+        self.files.remove(run_state(runner).outdated)
+        setup = vars(BatchSetup.of_config(runner.cfg, get_world_size()))
+        update_run_state(runner, outdated=[], best=self._best_there(runner), batch_setup=setup)
         self._saved_at = runner.iter
         self._require_room(runner)
         self._is_training = True
@@ -113,24 +112,19 @@ class SafeCheckpointHook(Hook):
         self.files.require_room(saves, full, bool(self.every_n_iters) * full + bool(self.best_rules) * weights)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        if not self.by_epoch:
-            if self.every_n_train_iters(runner, self.interval, self.save_begin) or (
-                self.save_last and self.is_last_train_iter(runner)
-            ):
-                self.save_step(runner)
-        # The last step of an epoch is followed by the epoch's own checkpoint.
-        elif (
-            self.every_n_iters
-            and runner.iter + 1 - self._saved_at >= self.every_n_iters
-            and not self.end_of_epoch(runner.train_dataloader, batch_idx)
-        ):
+        if self.by_epoch:
+            due = self.every_n_iters and runner.iter + 1 - self._saved_at >= self.every_n_iters
+            # The last step of an epoch is followed by the epoch's own checkpoint.
+            due = due and not self.end_of_epoch(runner.train_dataloader, batch_idx)
+        else:
+            due = self.every_n_train_iters(runner, self.interval, self.save_begin)
+            due = due or (self.save_last and self.is_last_train_iter(runner))
+        if due:
             self.save_step(runner)
 
     def after_train_epoch(self, runner: Runner) -> None:
-        if self.by_epoch and (
-            self.every_n_epochs(runner, self.interval, self.save_begin)
-            or (self.save_last and self.is_last_train_epoch(runner))
-        ):
+        due = self.every_n_epochs(runner, self.interval, self.save_begin)
+        if self.by_epoch and (due or (self.save_last and self.is_last_train_epoch(runner))):
             runner.logger.info(f'Saving checkpoint at {runner.epoch + 1} epochs')
             self._save(runner, runner.epoch + 1, runner.iter)
 
@@ -206,15 +200,8 @@ class SafeCheckpointHook(Hook):
         self._saved_at = iteration
 
     def _write(self, runner: Runner, name: str, epoch: int, iteration: int, replaces: Sequence[str], **content) -> None:
-        write = partial(
-            runner.save_checkpoint,
-            str(self.files.folder),
-            name,
-            meta={'epoch': epoch, 'iter': iteration},
-            backend_args={'backend': BACKEND},
-            **content,
-        )
-        self.files.save(name, write, replaces)
+        content |= {'meta': {'epoch': epoch, 'iter': iteration}, 'backend_args': {'backend': BACKEND}}
+        self.files.save(name, partial(runner.save_checkpoint, str(self.files.folder), name, **content), replaces)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         # The best one holds weights alone.

@@ -43,9 +43,8 @@ class EarlyStopHook(EarlyStoppingHook):
         state = run_state(runner).early_stop
         if state:
             self.best_score, self.wait_count = state['best'], int(state['waited'])
-            reached = self.stopping_threshold is not None and self.rule_map[self.rule](
-                self.best_score, self.stopping_threshold
-            )
+            limit = self.stopping_threshold
+            reached = limit is not None and self.rule_map[self.rule](self.best_score, limit)
             runner.train_loop.stop_training = reached or self.wait_count >= self.patience
 
     def after_val_epoch(self, runner: Runner, metrics: dict[str, float] | None = None) -> None:

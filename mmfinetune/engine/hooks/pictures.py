@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -74,12 +75,10 @@ def batch_picture(batch: Mapping[str, Any], names: Sequence[str], preprocessor: 
 
 def _drawn(image: np.ndarray, instances: InstanceData, names: Sequence[str], limit: int | None) -> np.ndarray:
     """An image with instances, made smaller first so that lines and text stay readable."""
-    parts: dict[str, Any] = {}
-    for key, name in (('bboxes', 'boxes'), ('labels', 'labels'), ('scores', 'scores'), ('masks', 'masks')):
-        if key in instances:
-            parts[name] = _array(instances[key])
+    names_of = {'bboxes': 'boxes', 'labels': 'labels', 'scores': 'scores', 'masks': 'masks'}
+    parts: dict[str, Any] = {name: _array(instances[key]) for key, name in names_of.items() if key in instances}
     height, width = image.shape[:2]
-    factor = min(1.0, (limit or max(height, width)) / max(height, width))
+    factor = (limit or math.inf) / max(height, width)
     if factor < 1:
         size = max(1, round(width * factor)), max(1, round(height * factor))
         image = cv2.resize(np.ascontiguousarray(image), size, interpolation=cv2.INTER_AREA)
@@ -103,11 +102,7 @@ def spread(count: int, wanted: int) -> list[int]:
 
 
 class Picker:
-    """Picks samples by their place in the data set, and names their pictures.
-
-    Args:
-        places: Places of the samples, from 0.
-    """
+    """Picks samples by their places in the data set, from 0, and names their pictures."""
 
     def __init__(self, places: Iterable[int]) -> None:
         self._places, self._seen = set(places), 0

@@ -67,13 +67,12 @@ class ResultsHook(Hook):
         self._val_start = math.nan
 
     def before_train(self, runner: Runner) -> None:
-        by_epoch = _by_epoch(runner)
-        total = runner.max_epochs if by_epoch else runner.max_iters
-        folder, resumed = Path(runner.work_dir), bool(runner.cfg.get('resume'))
-        facts = RunFacts(folder.resolve().name, '', total, 'epoch' if by_epoch else 'iter')
+        unit, total = ('epoch', runner.max_epochs) if _by_epoch(runner) else ('iter', runner.max_iters)
+        folder = Path(runner.work_dir)
+        facts = RunFacts(folder.resolve().name, '', total, unit)
         self.files = RunFiles(folder, facts)
         self._training = True
-        _try_all({RESULTS: lambda: self.files.read(resumed)})
+        _try_all({RESULTS: lambda: self.files.read(runner.cfg.get('resume'))})
         self.files.history.cut(runner.iter)
         if is_main_process():
             _try_all({SUMMARY: lambda: _gather(runner, facts)})
@@ -110,10 +109,8 @@ class ResultsHook(Hook):
         """Make the row that has come to its end and write all files."""
         files = self.files
         row: dict[str, float] = {'iter': iteration, **({'epoch': epoch} if _by_epoch(runner) else {})}
-        row.update(_trained(runner, row, files.last_iter))
-        for key, value in metrics.items():
-            if isinstance(value, numbers.Real) and '_AP/' not in key:
-                row[key] = float(value)
+        row |= _trained(runner, row, files.last_iter)
+        row |= {k: float(v) for k, v in metrics.items() if isinstance(v, numbers.Real) and '_AP/' not in k}
         if metrics:
             row['val_seconds'] = time.perf_counter() - self._val_start
             files.per_class = run_results.per_class_of(runner.val_evaluator, metrics)
@@ -124,20 +121,10 @@ class ResultsHook(Hook):
 
 
 class RunFiles:
-    """What a run leaves to read.
-
-    Args:
-        folder: The work dir.
-        facts: What is known of the run besides its results.
-
-    Attributes:
-        history: The rows so far.
-        per_class: AP of each class at the last validation.
-    """
+    """What a run leaves to read in its work dir: the rows so far, AP of each class at the last validation, and facts."""
 
     def __init__(self, folder: Path, facts: RunFacts) -> None:
-        self.folder = folder
-        self.facts = facts
+        self.folder, self.facts = folder, facts
         self.history = History()
         self.per_class: run_results.PerClass = {}
 
@@ -161,21 +148,14 @@ class RunFiles:
             warn(Message('results-set-aside', path=path, why=why, kept=run_results.set_aside(path).name))
 
     def write(self, done: int, metrics: Mapping[str, float] | None = None) -> None:
-        """Write all files.
-
-        Args:
-            done: Epochs (or iterations) trained so far.
-            metrics: Results of a validation that was just made.
-        """
+        """Write all files, after so many epochs (or iterations) and with the metrics of a validation just made."""
         folder, history, classes = self.folder, self.history, self.per_class
         source = f'validation after {history.unit} {done}'
 
         def tables() -> None:
-            texts = {
-                RESULTS: history.to_csv(),
-                run_results.DETECTION: run_results.result_lines(history, 'bbox'),
-                run_results.SEGMENTATION: run_results.result_lines(history, 'segm'),
-            }
+            texts = {RESULTS: history.to_csv()}
+            texts[run_results.DETECTION] = run_results.result_lines(history, 'bbox')
+            texts[run_results.SEGMENTATION] = run_results.result_lines(history, 'segm')
             if metrics:
                 texts[run_results.RECORD_MAP] = run_results.record_map_text(metrics, classes, source.capitalize())
             atomic_write_all({folder / n: text.encode() for n, text in texts.items() if text or (folder / n).exists()})
@@ -262,17 +242,12 @@ def _gather(runner: Runner, facts: RunFacts) -> None:
     facts.command = shlex.join(['python', *sys.argv]).replace('\n', ' ')
     facts.best = _best_metrics(runner)
     facts.setup = _setup(runner)
-    facts.data = [row for split in ('train', 'val') for row in _data_row(runner, split)]
+    facts.data = [_data_row(runner, split) for split in ('train', 'val') if split == 'train' or runner.val_loop]
 
 
 def _setup(runner: Runner) -> dict[str, str]:
     recipe = runner.cfg.get('weights') or {}
     file = recipe.get('checkpoint')
-    device = next(runner.model.parameters()).device
-    name = f'{platform.machine()}, {torch.get_num_threads()} threads'
-    if device.type == 'cuda':
-        name = torch.cuda.get_device_name(device)
-    versions = [f'{module.__name__} {module.__version__}' for module in (mmfinetune, mmdet, mmengine, torch)]
     rows = {'weights': _weights(runner, file) if file else _initial(runner.cfg)}
     if file and recipe.get('head_init'):
         rows['heads'] = recipe['head_init']
@@ -280,13 +255,15 @@ def _setup(runner: Runner) -> dict[str, str]:
     if loaded and runner.cfg.get('resume'):
         rows['resumed from'] = f'{loaded} ({_done(runner)} done)'
     elif loaded:
-        rows['loaded'] = f'{loaded}'
-    return {
-        **rows,
-        'seed': str(runner.seed),
-        'device': f'{get_world_size()} × {device.type} ({name})',
-        'versions': ', '.join([*versions, f'Python {platform.python_version()}']),
-    }
+        rows['loaded'] = str(loaded)
+    device = next(runner.model.parameters()).device
+    name = f'{platform.machine()}, {torch.get_num_threads()} threads'
+    if device.type == 'cuda':
+        name = torch.cuda.get_device_name(device)
+    versions = [f'{module.__name__} {module.__version__}' for module in (mmfinetune, mmdet, mmengine, torch)]
+    versions.append(f'Python {platform.python_version()}')
+    device_text = f'{get_world_size()} × {device.type} ({name})'
+    return rows | {'seed': str(runner.seed), 'device': device_text, 'versions': ', '.join(versions)}
 
 
 def _initial(cfg: Mapping) -> str:
@@ -305,10 +282,8 @@ def _weights(runner: Runner, file: str) -> str:
     return f'{facts["file"]} (SHA-256 {facts["sha256"][:8]}…; {counts})'
 
 
-def _data_row(runner: Runner, split: str) -> list[list[str]]:
-    """Split, images, objects, classes and file as they are loaded; empty without the split."""
-    if split == 'val' and runner.val_loop is None:
-        return []
+def _data_row(runner: Runner, split: str) -> list[str]:
+    """Split, images, objects, classes and file as they are loaded."""
     dataset = getattr(runner, f'{split}_dataloader').dataset
     classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
     count = len(dataset)
@@ -316,4 +291,4 @@ def _data_row(runner: Runner, split: str) -> list[list[str]]:
         objects = f'{sum(len(dataset.get_data_info(i)["instances"]) for i in range(count)):,}'
     except (AttributeError, KeyError, TypeError, NotImplementedError):
         objects = '-'  # a data set of another kind than MMEngine's
-    return [[split, f'{count:,}', objects, str(len(classes)), str(getattr(dataset, 'ann_file', '-'))]]
+    return [split, f'{count:,}', objects, str(len(classes)), str(getattr(dataset, 'ann_file', '-'))]

@@ -48,10 +48,7 @@ class TensorBoardHook(Hook):
     def __init__(
         self, lr: bool = True, grad_norm: bool = True, pictures: int = 4, score_thr: float = SCORE_THR
     ) -> None:
-        self.lr = lr
-        self.grad_norm = grad_norm
-        self.pictures = pictures
-        self.score_thr = score_thr
+        self.lr, self.grad_norm, self.pictures, self.score_thr = lr, grad_norm, pictures, score_thr
         self._training = False
         self._hparams_end: Summary | None = None
         self._shows_batch = False
@@ -70,8 +67,8 @@ class TensorBoardHook(Hook):
             tensorboard.add_text(curves.WEIGHTS, report)
         weights = runner.message_hub.runtime_info.get(INITIAL_WEIGHTS)
         hparams = curves.hparams_of(runner.cfg, runner.world_size, runner.seed, weights)
-        head, start, self._hparams_end = curves.hparam_summaries(hparams)
-        tensorboard.add_summaries(head, start)
+        *start, self._hparams_end = curves.hparam_summaries(hparams)
+        tensorboard.add_summaries(*start)
 
     def before_train_epoch(self, runner: Runner) -> None:
         begin_epoch(runner)
@@ -83,16 +80,14 @@ class TensorBoardHook(Hook):
                 runner.message_hub.update_scalar(f'train/lr/{group.get("name", f"group{i}")}', group['lr'])
         tensorboard = tensorboard_of(runner) if self._shows_batch else None
         self._shows_batch = False
-        if tensorboard is not None:
-            self._show_batch(runner, tensorboard)
-
-    def _show_batch(self, runner: Runner, tensorboard: TensorBoardBackend) -> None:
-        """Show the next batch as it leaves the preprocessor: a second time it might draw random numbers."""
-        cfg = runner.cfg.model.get('data_preprocessor') or {}
+        if tensorboard is None:
+            return
 
         def show(_module: nn.Module, _args: tuple, batch: dict) -> None:
+            cfg = runner.cfg.model.get('data_preprocessor') or {}
             tensorboard.add_image(curves.TRAIN_BATCH, batch_picture(batch, class_names(runner), cfg), runner.iter)
 
+        # As it leaves the preprocessor, which might draw random numbers a second time.
         model: Any = bare_model(runner)
         self._handle = model.data_preprocessor.register_forward_hook(show)
 

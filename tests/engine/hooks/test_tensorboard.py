@@ -42,7 +42,7 @@ def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """What lies in a folder's event files."""
     found: dict[str, list[tuple[int, float]]] = {}
     for path in sorted(folder.glob('events*')):
-        for event in event_files.read_events(path):
+        for _, event in event_files.read_records(path.read_bytes()):
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append((event.step, value.simple_value))
     return found
