@@ -23,9 +23,6 @@ class _OpsFinder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
         return ModuleSpec(fullname, self, origin='mmfinetune.models.ops')
 
-    def create_module(self, _spec):
-        return None
-
     def exec_module(self, module):
         from mmfinetune.models import ops
 

@@ -37,7 +37,6 @@ class Checkpoints:
     """The files in a folder, of which at every moment at least one is complete.
 
     Args:
-        folder: Where they lie.
         pattern: File name by number, e.g. ``epoch_{}.pth``.
         keep: How many of that pattern are kept; all if not positive.
         writes: False on all processes but the first, which change nothing.
@@ -101,9 +100,3 @@ class Checkpoints:
         if self.writes and room < need:
             sizes: dict[str, Any] = {'size': full / _MIB, 'need': need / _MIB, 'room': room / _MIB}
             raise UserError('checkpoint-no-room-for-run', folder=self.folder, files=files, **sizes)
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Remove the temporary files of writes that were killed; see `atomic_write_all`."""
-    for path in folder.rglob('.*.[0-9]*.tmp'):
-        path.unlink(missing_ok=True)

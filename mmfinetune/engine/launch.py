@@ -159,7 +159,6 @@ def launch(count: int, argv: Sequence[str]) -> int:
 
     Args:
         count: Number of processes on all machines together; this one starts its share.
-        argv: Script and arguments.
 
     Returns:
         Exit code: 0, 2 after a UserError, 128 + the signal after a stop, else that of a crash, 70.
@@ -182,8 +181,9 @@ def launch(count: int, argv: Sequence[str]) -> int:
             return _show(error.failures, alone=node.count == 1)
         except SignalException as error:
             # What went wrong while they stopped, a full disk for example.
-            for _, text in sorted(filter(None, map(compat.read_error_file, Path(folder).rglob('error.json'))))[:1]:
-                print(text, file=sys.stderr, flush=True)
+            errors = sorted(filter(None, map(compat.read_error_file, Path(folder).rglob('error.json'))))
+            if errors:
+                print(errors[0][1], file=sys.stderr, flush=True)
             return 128 + int(error.sigval)
         except (DistNetworkError, RendezvousError) as error:
             raise _no_meeting(error, node.host, node.port) from error

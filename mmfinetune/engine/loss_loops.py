@@ -17,6 +17,7 @@ from mmengine.runner import Runner, TestLoop, ValLoop
 from mmengine.runner.amp import autocast
 
 from mmfinetune.engine.hooks import warn
+from mmfinetune.engine.training_dataset import random_state_kept
 from mmfinetune.engine.transforms import scaled_truth
 from mmfinetune.utils.dist import bare_model
 from mmfinetune.utils.errors import Message
@@ -42,19 +43,6 @@ def resized_truth(sample: DetDataSample) -> DetDataSample | None:
                 objects.masks = objects.masks.pad(sample.batch_input_shape)
             truth.set_field(objects, name)
     return truth
-
-
-@contextlib.contextmanager
-def _own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed what RoI samplers draw from, and put everything back afterwards."""
-    state = np.random.get_state()
-    with torch.random.fork_rng([device] if device.type == 'cuda' else []):
-        torch.manual_seed(seed)
-        np.random.seed(seed)
-        try:
-            yield
-        finally:
-            np.random.set_state(state)
 
 
 @contextlib.contextmanager
@@ -130,10 +118,11 @@ class _LossLoop:
         with _features(model, features):
             outputs = model(inputs, samples, mode='predict')
         for i, truth in enumerate(truths):
-            with (
-                _features(model, tuple(level[i : i + 1] for level in features)),
-                _own_randomness(zlib.crc32(str(truth.img_id).encode()), inputs.device),
-            ):
+            with _features(model, tuple(level[i : i + 1] for level in features)), random_state_kept(inputs.device):
+                # What RoI samplers draw from.
+                seed = zlib.crc32(str(truth.img_id).encode())
+                torch.manual_seed(seed)
+                np.random.seed(seed)
                 losses = model(inputs[i : i + 1], [truth], mode='loss')
             self._mean_loss.results.append({k: float(v) for k, v in model.parse_losses(losses)[1].items()})
         return outputs

@@ -22,9 +22,8 @@ class InstanceCocoMetric(CocoMetric):
     Unlike those of mmdet's metric the numbers are COCO's own (``maxDets`` 1, 10, 100), unrounded; box and mask AP of a
     class do not overwrite each other; nothing is written to disk unless ``outfile_prefix`` asks for it.
 
-    Keys: ``coco/<bbox|segm>_<mAP|mAP_50|…|AR_l@100>`` and, with ``classwise``,
-    ``coco/<bbox|segm>_AP/<class>``. A number for which the ground truth has no instance is -1 as
-    in pycocotools; a class without instances has no key.
+    Keys: ``coco/<bbox|segm>_<mAP|mAP_50|…|AR_l@100>`` and, with ``classwise``, ``coco/<bbox|segm>_AP/<class>``. A
+    number for which the ground truth has no instance is -1 as in pycocotools; a class without instances has no key.
 
     Args:
         engine: ``'hotcoco'`` (Rust) or ``'pycocotools'``: the same numbers.
@@ -34,9 +33,8 @@ class InstanceCocoMetric(CocoMetric):
         UserError: An argument is missing or not one of these.
 
     Attributes:
-        per_class: Of the last evaluation, on the main process: ``<bbox|segm>_AP`` and
-            ``<bbox|segm>_AP50`` by class name, whether or not ``classwise``. A class without
-            instances has no numbers.
+        per_class: Of the last evaluation, on the main process: ``<bbox|segm>_AP`` and ``<bbox|segm>_AP50`` by class
+            name, whether or not ``classwise``. A class without instances has no numbers.
     """
 
     def __init__(self, *args, engine: str = 'hotcoco', **kwargs) -> None:

@@ -126,7 +126,11 @@ class ExactTrainLoop(BaseLoop):
         self.runner.model.train()
         self.data.set_epoch(self._epoch)
         for idx, batch in enumerate(self._batches(done), done):
-            self._run_step(idx, batch)
+            seed_step(self.runner.seed, self._iter * get_world_size() + get_rank())
+            self.runner.call_hook('before_train_iter', batch_idx=idx, data_batch=batch)
+            outputs = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
+            self.runner.call_hook('after_train_iter', batch_idx=idx, data_batch=batch, outputs=outputs)
+            self._iter += 1
         if faults := read_faults(self.data.faults):
             facts = {'count': len(faults), 'file': self.data.faults.name, 'first': faults[0]['problem']}
             warn(Message('train-images-replaced', **facts))
@@ -142,11 +146,3 @@ class ExactTrainLoop(BaseLoop):
             same = {name: getattr(loader, name) for name in [*names, 'multiprocessing_context']}
             loader = DataLoader(loader.dataset, batch_sampler=list(loader.batch_sampler)[skip:], **same)
         return iter(loader)
-
-    def _run_step(self, idx: int, batch: Any) -> None:
-        """Train one step, on its own random numbers."""
-        seed_step(self.runner.seed, self._iter * get_world_size() + get_rank())
-        self.runner.call_hook('before_train_iter', batch_idx=idx, data_batch=batch)
-        outputs = self.runner.model.train_step(batch, optim_wrapper=self.runner.optim_wrapper)
-        self.runner.call_hook('after_train_iter', batch_idx=idx, data_batch=batch, outputs=outputs)
-        self._iter += 1

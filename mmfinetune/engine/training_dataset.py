@@ -36,15 +36,15 @@ def seed_step(seed: int, step: int) -> None:
 
 
 @contextlib.contextmanager
-def _state_kept() -> Iterator[None]:
-    """Put the random state of this process back afterwards."""
-    state = random.getstate(), np.random.get_state(), torch.get_rng_state()
+def random_state_kept(device: torch.device | None = None) -> Iterator[None]:
+    """Put the random state of this process, and of a GPU, back afterwards."""
+    state, of_numpy = random.getstate(), np.random.get_state()
     try:
-        yield
+        with torch.random.fork_rng([device] if device is not None and device.type == 'cuda' else []):
+            yield
     finally:
-        random.setstate(state[0])
-        np.random.set_state(state[1])
-        torch.set_rng_state(state[2])
+        random.setstate(state)
+        np.random.set_state(of_numpy)
 
 
 class TrainingDataset(Dataset):
@@ -58,8 +58,6 @@ class TrainingDataset(Dataset):
 
     Args:
         dataset: A built data set. This object has its attributes too.
-        seed: Seed of the run.
-        work_dir: Where faults are noted.
         max_faults: How many different images may be replaced in each process since the run was
             started or resumed; 0 stops at the first.
 
@@ -103,7 +101,7 @@ class TrainingDataset(Dataset):
         self._epoch.value = epoch
 
     def __getitem__(self, index: int) -> Any:
-        with contextlib.nullcontext() if get_worker_info() else _state_kept():
+        with contextlib.nullcontext() if get_worker_info() else random_state_kept():
             seed_everything(_SAMPLE, self.seed, self._epoch.value, index)
             while True:
                 try:

@@ -35,7 +35,6 @@ def scaled_truth(sample: DetDataSample, shape: tuple[int, int], name: str = 'gt_
     Args:
         sample: With the metainfo ``ori_shape``, ``img_shape`` and ``scale_factor``.
         shape: Height and width in px of the image whose coordinates are wanted: ``ori_shape`` or ``img_shape``.
-        name: Name of the instances.
 
     Returns:
         A copy with boxes (x0, y0, x1, y1) in px as a tensor and masks of that size.

@@ -29,17 +29,15 @@ def say(text: str) -> None:
 
 def rank0_first(work: Callable[[], Any]) -> Any:
     """Run on rank 0 and give all ranks the result; a UserError there is raised on all."""
-    from mmengine.dist import broadcast_object_list, get_rank, get_world_size
+    from mmengine.dist import broadcast_object_list, get_rank
 
-    if get_world_size() == 1:
-        return work()
     outcome: list = [None]
     if get_rank() == 0:
         try:
             outcome = [work()]
         except UserError as error:
             outcome = [error]
-    broadcast_object_list(outcome)
+    broadcast_object_list(outcome)  # does nothing in a single process
     if isinstance(outcome[0], UserError):
         raise outcome[0]
     return outcome[0]

@@ -16,7 +16,7 @@ from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 
 from mmfinetune.config.resume import BatchSetup, check_version
-from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints, remove_leftovers
+from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import KEY, run_state, update_run_state, upgrade
 from mmfinetune.utils.dist import bare_model
@@ -32,11 +32,10 @@ if TYPE_CHECKING:
 class SafeCheckpointHook(Hook):
     """Saves a run so that it always has a complete checkpoint to continue from.
 
-    Files are written atomically, and an old file is removed only after the new one is there. After
-    its validation, and after all that other hooks write of it, an epoch is saved again: so a
-    checkpoint knows whether its epoch was validated and which score is the best, and a run that is
-    killed in between validates it when resumed. Gradients that wait in an unfinished accumulation
-    are saved too.
+    Files are written atomically, and an old file is removed only after the new one is there. After its validation, and
+    after all that other hooks write of it, an epoch is saved again: so a checkpoint knows whether its epoch was
+    validated and which score is the best, and a run that is killed in between validates it when resumed. Gradients that
+    wait in an unfinished accumulation are saved too.
 
     Args:
         interval, by_epoch, …, save_begin: As of MMEngine's ``CheckpointHook``.
@@ -88,7 +87,9 @@ class SafeCheckpointHook(Hook):
         folder.mkdir(parents=True, exist_ok=True)
         self.files = Checkpoints(folder, self.pattern, self.max_keep_ckpts, is_main_process())
         if self.files.writes:
-            remove_leftovers(work_dir)
+            # Of writes that were killed; see `atomic_write_all`.
+            for path in work_dir.rglob('.*.[0-9]*.tmp'):
+                path.unlink(missing_ok=True)
         self.files.remove(run_state(runner).outdated)
         setup = vars(BatchSetup.of_config(runner.cfg, get_world_size()))
         update_run_state(runner, outdated=[], best=self._best_there(runner), batch_setup=setup)
@@ -98,12 +99,11 @@ class SafeCheckpointHook(Hook):
 
     def _best_there(self, runner: Runner) -> dict[str, dict[str, Any]]:
         """The best scores whose files are there; another would leave the run without a best checkpoint."""
-        found = {}
+        found = run_state(runner).best.copy()
         for metric, entry in run_state(runner).best.items():
-            if (self.files.folder / entry['file']).is_file():
-                found[metric] = entry
-            else:
+            if not (self.files.folder / entry['file']).is_file():
                 runner.logger.warning(f'{entry["file"]} is not there: the next validation makes a new best checkpoint')
+                del found[metric]
         return found
 
     def _require_room(self, runner: Runner) -> None:

@@ -19,12 +19,10 @@ class EarlyStopHook(EarlyStoppingHook):
     """Stops when the metric has not improved for a while; continues to count after ``--resume``.
 
     Args:
-        monitor: Name of the metric.
         min_delta: What counts as an improvement. MMEngine's default of 0.1 is a tenth of the whole
             scale of mAP; 0.001 is a tenth of a point of it.
         patience: Validations without improvement before the run stops.
-        rule: Whether ``'greater'`` or ``'less'`` is better.
-        **kwargs: See MMEngine's ``EarlyStoppingHook``.
+        monitor, rule, **kwargs: See MMEngine's ``EarlyStoppingHook``.
     """
 
     priority = PRIORITY['EarlyStopHook']

@@ -68,16 +68,13 @@ class NonFiniteHook(Hook):
             # The last update is done. All images until the next one are suspects.
             self._images.clear()
             self._bad_losses.clear()
-            if self.nan_policy == 'skip':
-                self._keep_statistics(runner.model)
-
-    def _keep_statistics(self, model: torch.nn.Module) -> None:
-        # The forward pass of a bad batch changes them already.
-        if not self._buffers:
-            norms = [m for m in model.modules() if m.training and getattr(m, 'running_mean', None) is not None]
-            self._buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
-        for buffer, kept in self._buffers:
-            kept.copy_(buffer)
+            if self.nan_policy == 'skip' and not self._buffers:
+                modules = [m for m in runner.model.modules() if m.training]
+                norms = [m for m in modules if getattr(m, 'running_mean', None) is not None]
+                self._buffers = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+            # The forward pass of a bad batch changes them already.
+            for buffer, kept in self._buffers:
+                kept.copy_(buffer)
 
     def after_train_iter(self, runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         samples = (data_batch or {}).get('data_samples', ())

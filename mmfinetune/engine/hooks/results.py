@@ -248,7 +248,7 @@ def _gather(runner: Runner, facts: RunFacts) -> None:
 def _setup(runner: Runner) -> dict[str, str]:
     recipe = runner.cfg.get('weights') or {}
     file = recipe.get('checkpoint')
-    rows = {'weights': _weights(runner, file) if file else _initial(runner.cfg)}
+    rows = {'weights': _weights(runner, file)}
     if file and recipe.get('head_init'):
         rows['heads'] = recipe['head_init']
     loaded = runner.cfg.get('load_from')
@@ -266,14 +266,12 @@ def _setup(runner: Runner) -> dict[str, str]:
     return rows | {'seed': str(runner.seed), 'device': device_text, 'versions': ', '.join(versions)}
 
 
-def _initial(cfg: Mapping) -> str:
-    """Where a model without weights file starts from."""
-    backbone = (cfg['model'].get('backbone') or {}).get('init_cfg') or {}
-    source = backbone.get('checkpoint') if isinstance(backbone, dict) else None
-    return f'random, backbone of {source}' if source else 'random'
-
-
-def _weights(runner: Runner, file: str) -> str:
+def _weights(runner: Runner, file: str | None) -> str:
+    """Where a model starts from."""
+    if not file:
+        backbone = (runner.cfg.model.get('backbone') or {}).get('init_cfg') or {}
+        source = backbone.get('checkpoint') if isinstance(backbone, dict) else None
+        return f'random, backbone of {source}' if source else 'random'
     # Of a resumed run the facts come with its checkpoint; those of a plain Runner are not known.
     facts = runner.message_hub.runtime_info.get(INITIAL_WEIGHTS)
     if not facts:

@@ -75,13 +75,6 @@ class _Stop(Hook):
             self._signal = number
         os.write(2, b'\nStopping: the run is saved after this step (Ctrl-C again: at once)\n')
 
-    def _asked(self) -> int:
-        """The signal that any of the processes got; 0 for none, and outside of training."""
-        number = torch.tensor(self._signal if self._before else 0)
-        if self._before:
-            all_reduce(number, 'max')  # does nothing in a single process
-        return int(number)
-
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         # After the last step of an epoch its checkpoint is about to be saved.
         if not self.end_of_epoch(runner.train_dataloader, batch_idx):
@@ -97,7 +90,10 @@ class _Stop(Hook):
         self._stop_if_asked(runner, lambda hook: hook.save_epoch(runner, runner.epoch))
 
     def _stop_if_asked(self, runner: Runner, save: Callable[[SafeCheckpointHook], None]) -> None:
-        number = self._asked()
+        if not self._before:  # outside of training
+            return
+        number = torch.tensor(self._signal)
+        all_reduce(number, 'max')  # that of any process; does nothing in a single one
         if not number:
             return
         hook = checkpoint_hook(runner)
@@ -106,7 +102,7 @@ class _Stop(Hook):
         # The launcher kills all as soon as one has left.
         barrier()
         last = run_state(runner).last
-        raise Stopped(number, hook.files.folder / last if hook is not None and last else None)
+        raise Stopped(int(number), hook.files.folder / last if hook is not None and last else None)
 
 
 def _ignore_signals_in_worker(worker: int, then: Callable[[int], None] | None) -> None:

@@ -118,12 +118,10 @@ class TensorBoardHook(Hook):
     def after_val_iter(
         self, runner: Runner, batch_idx: int, data_batch=None, outputs: Sequence[DetDataSample] | None = None
     ) -> None:
-        tensorboard = tensorboard_of(runner)
-        if tensorboard is None:
-            return
-        for name, sample in self._picker.pick(outputs):
-            picture = truth_and_prediction(sample, class_names(runner), self.score_thr, _PAIR)
-            tensorboard.add_image(f'{curves.VAL_IMAGES}/{name}', picture, self._validation_step(runner))
+        if tensorboard := tensorboard_of(runner):
+            for name, sample in self._picker.pick(outputs):
+                picture = truth_and_prediction(sample, class_names(runner), self.score_thr, _PAIR)
+                tensorboard.add_image(f'{curves.VAL_IMAGES}/{name}', picture, self._validation_step(runner))
 
     def _validation_step(self, runner: Runner) -> int:
         """The step at which MMEngine's logger puts the results of a validation: by default the epoch."""
@@ -134,8 +132,7 @@ class TensorBoardHook(Hook):
 
     def after_train(self, runner: Runner) -> None:
         self._training = False
-        tensorboard = tensorboard_of(runner)
-        if tensorboard is not None and self._hparams_end is not None:
+        if (tensorboard := tensorboard_of(runner)) and self._hparams_end is not None:
             tensorboard.add_summaries(self._hparams_end)
 
 
