@@ -196,11 +196,7 @@ class Predictor:
 
 
 def model_files(run: Path | None, config: Path | None, checkpoint: Path | None) -> work_dir.RunFiles:
-    """Config and checkpoint of a run, or those that are named.
-
-    Raises:
-        UserError: See `work_dir.find_run`; or neither a run nor both files are named.
-    """
+    """Config and checkpoint of a run, see `work_dir.find_run`, or those that are named."""
     if run is not None:
         return work_dir.find_run(run, config, checkpoint)
     if config is None or checkpoint is None:
@@ -225,8 +221,8 @@ def _common_classes(ours: Sequence[str], theirs: Sequence[str] | None, path: Pat
     """The class names of the config, or of the weights where it has none."""
     if not ours or not theirs:
         return tuple(ours or theirs or ())
-    same = class_map.match_classes(ours, theirs).indices
-    if list(same) != list(range(len(ours))):
+    same = list(class_map.match_classes(ours, theirs).indices)
+    if same != list(range(len(ours))):
         pairs = enumerate(zip(ours, theirs, same, strict=False))
         problems = [Message('predict-label', label=i, config=a, weights=b) for i, (a, b, k) in pairs if k != i]
         raise UserError('predict-other-classes', problems=problems, path=path)

@@ -64,15 +64,8 @@ def run(options: Options) -> int:
     out = options.out or (options.run or Path()) / FOLDER
     earlier = _earlier_results(out, options.overwrite)
     inputs, root = media.find_inputs(options.inputs, [out])
-    predictor = Predictor(
-        files.config,
-        files.checkpoint,
-        options.device,
-        score_thr=options.score_thr,
-        max_per_image=options.max_per_image,
-        classes=options.classes,
-        proposals=options.proposals,
-    )
+    limits = {name: getattr(options, name) for name in ('score_thr', 'max_per_image', 'classes', 'proposals')}
+    predictor = Predictor(files.config, files.checkpoint, options.device, **limits)
     for path in earlier:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     results = Results(predictor, out, inputs, options.score_thr, options.pictures, options.contact_sheet)

@@ -74,8 +74,7 @@ def compare_runs(
     Raises:
         UserError: No run in a folder, a broken file, or a metric that no run has.
     """
-    runs = read_runs(folders, names)
-    metrics = list(dict.fromkeys(metrics))
+    runs, metrics = read_runs(folders, names), list(dict.fromkeys(metrics))
     check_metrics(runs, metrics)
     text = '\n'.join([*(metric_table(runs, metric) for metric in metrics), overview(runs)])
     if stem.is_dir():
@@ -225,11 +224,7 @@ def _nearby(folder: Path) -> list[str]:
 
 
 def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
-    """The first epoch of a log, and the metrics of each validation in it by epoch.
-
-    Returns:
-        Infinity and an empty dict if it has neither training nor validation.
-    """
+    """The first epoch of a log, infinity without training and validation; and the metrics of each validation."""
     first, epochs = math.inf, {}
     try:
         lines = path.read_bytes().split(b'\n')

@@ -65,14 +65,12 @@ class Matches:
     and is at least by half in a crowd region of its class is ignored.
 
     Attributes:
-        names: Names of the classes in label order.
         rows: The detections, at most 100 per image, as COCO result rows.
         objects: Annotations without crowd regions.
-        labels: Class number of each detection.
+        labels, object_labels: Class number of each detection and object.
         found: Number of the object that each detection takes; -1 for none.
         over: Number of the object that each detection covers best, taken or not; -1 for none.
         ignored: Whether a detection is not counted.
-        object_labels: Class number of each object.
     """
 
     names: tuple[str, ...]

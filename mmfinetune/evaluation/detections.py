@@ -103,10 +103,8 @@ def result_rows(
         boxes: (N, 4) float32 left, top, right, bottom in px; rows have no ``bbox`` without them.
         masks: (N, H, W) bool, or N run lengths; rows have no ``segmentation`` without them.
     """
-    rows = [
-        {'image_id': image_id, 'category_id': category_ids[label], 'score': score}
-        for label, score in zip(labels, _shortest(scores), strict=True)
-    ]
+    pairs = zip(labels, _shortest(scores), strict=True)
+    rows = [{'image_id': image_id, 'category_id': category_ids[label], 'score': score} for label, score in pairs]
     if boxes is not None:
         sizes = _shortest(np.hstack([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]]))
         for row, bbox in zip(rows, sizes, strict=True):

@@ -37,10 +37,8 @@ _TALLEST = 2**16 / DPI - 8
 
 def title_of(metric: str) -> str:
     """``mask AP50`` for ``coco/segm_mAP_50``; other metrics keep their name."""
-    kind, _, stat = metric.removeprefix(PREFIX).partition('_')
-    if not metric.startswith(PREFIX) or kind not in KINDS or stat not in STATS:
-        return metric
-    return f'{KINDS[kind]} {STATS[stat][0]}'
+    titles = {f'{PREFIX}{k}_{s}': f'{word} {STATS[s][0]}' for k, word in KINDS.items() for s in STATS}
+    return titles.get(metric, metric)
 
 
 def legible(names: Sequence[str]) -> list[str]:
@@ -222,17 +220,14 @@ def class_bars(per_class: Mapping[str, Mapping[str, float]], title: str = '') ->
 def _bars(axes: Axes, rows: Sequence[tuple[float, float, str]], count: int) -> list:
     """Draw one column of bars with `count` places, so that the bars of all columns are equally thick."""
     places = range(len(rows))
-    wide = axes.barh(places, [_zero(row[1]) for row in rows], 0.8, color=COLOURS[5])
-    slim = axes.barh(places, [_zero(row[0]) for row in rows], 0.42, color=COLOURS[0])
-    for place, (ap, ap50, _) in zip(places, rows, strict=True):
-        text = ' / '.join(f'{v:.3f}' for v in (ap, ap50) if math.isfinite(v))
+    lengths = [[v if math.isfinite(v) else 0.0 for v in row[:2]] for row in rows]
+    wide = axes.barh(places, [ap50 for _, ap50 in lengths], 0.8, color=COLOURS[5])
+    slim = axes.barh(places, [ap for ap, _ in lengths], 0.42, color=COLOURS[0])
+    for place, row in enumerate(rows):
+        text = ' / '.join(f'{v:.3f}' for v in row[:2] if math.isfinite(v))
         # Within the axes as it is; measuring hundreds of them would take seconds.
-        axes.text(max(_zero(ap), _zero(ap50)) + 0.01, place, text or 'no ground truth', in_layout=False, **NOTE)
+        axes.text(max(lengths[place]) + 0.01, place, text or 'no ground truth', in_layout=False, **NOTE)
     axes.set_yticks(places, [row[2] for row in rows], fontsize=9, parse_math=False)
     axes.set(xlim=(0, 1.25), ylim=(count - 0.4, -0.6), xticks=[0, 0.2, 0.4, 0.6, 0.8, 1])
     bar_style(axes)
     return [slim, wide]
-
-
-def _zero(value: float) -> float:
-    return value if math.isfinite(value) else 0.0

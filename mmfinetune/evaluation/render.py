@@ -49,8 +49,7 @@ def tide_rows(report: Report) -> list[list[str]]:
 def voc_line(report: Report) -> str:
     """AP at IoU 0.5 and 0.7."""
     values = ', '.join(f'{iou}: {number(report.scores[report.kind].ap(None, iou))}' for iou in VOC_IOUS)
-    line = f'{KINDS[report.kind]} AP at IoU {values}'
-    return f'{line} (mAP^r of VOC)' if report.kind == 'segm' else line
+    return f'{KINDS[report.kind]} AP at IoU {values}' + (' (mAP^r of VOC)' if report.kind == 'segm' else '')
 
 
 def f1_line(report: Report) -> str:
@@ -113,10 +112,9 @@ def markdown(report: Report) -> str:
 def class_csv(report: Report) -> str:
     """The table of classes with all digits; empty where there is no ground truth."""
     keys = [f'{kind}_{key}' for kind in report.scores for key in CLASS_APS]
-    rows: list[list] = [['class', 'objects', *keys]]
-    for (name, numbers), count in zip(report.per_class().items(), report.truth.counts.values(), strict=True):
-        rows.append([name, count, *(numbers.get(k, '') for k in keys)])
-    return csv_text(rows)
+    rows = zip(report.per_class().items(), report.truth.counts.values(), strict=True)
+    cells = ([name, count, *(numbers.get(k, '') for k in keys)] for (name, numbers), count in rows)
+    return csv_text([['class', 'objects', *keys], *cells])
 
 
 def confusion_csv(report: Report) -> str:
