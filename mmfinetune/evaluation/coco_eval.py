@@ -153,6 +153,7 @@ def _evaluator(engine: str, dataset: Mapping[str, Any], rows: Sequence[dict], io
     from pycocotools.cocoeval import COCOeval
 
     truth, found = COCO(), COCO()
+    found.dataset = {'annotations': []}
     # Copies, since pycocotools writes into both.
     truth.dataset = {**dataset, 'annotations': [dict(a) for a in dataset['annotations']]}
     truth.createIndex()
