@@ -54,8 +54,7 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
 
 
 def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
-    maker = dict(cfg.get('demo_data') or {})
-    if maker:
+    if maker := dict(cfg.get('demo_data') or {}):
         make = demo.MAKERS[maker.pop('kind')]
         root = make(Path(maker.pop('root')), **maker)
         if all(p.is_file() for p in paths):
@@ -72,10 +71,8 @@ def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
 
 def splits_of_config(cfg: Config) -> tuple[dict[str, tuple[Path, Path]], Sequence[str]]:
     """Annotation file and image folder of each split of a resolved config, and the class names."""
-    splits = {
-        name: (views.annotation_file(dataset), _image_root(dataset))
-        for name, dataset in views.dataset_configs(cfg).items()
-    }
+    datasets = views.dataset_configs(cfg)
+    splits = {name: (views.annotation_file(dataset), _image_root(dataset)) for name, dataset in datasets.items()}
     return splits, views.class_names(cfg)
 
 

@@ -42,9 +42,6 @@ class Example:
         # Text of a file, for a terminal: no control characters and lone surrogates.
         return ''.join(c if c.isprintable() else '\N{REPLACEMENT CHARACTER}' for c in text)
 
-    def as_dict(self) -> dict:
-        return {'image': self.file or None, 'annotation': self.annotation, 'detail': self.detail}
-
 
 @dataclass
 class Finding:
@@ -75,13 +72,9 @@ class Finding:
         return Message(self.code, '{line}. Hint: {hint}', line=self.line(), hint=self.kind.hint)
 
     def as_dict(self) -> dict:
-        return {
-            'code': self.code,
-            'split': self.split,
-            'count': self.count,
-            **self.kind._asdict(),
-            'examples': [e.as_dict() for e in self.examples],
-        }
+        places = [{'image': e.file or None, 'annotation': e.annotation, 'detail': e.detail} for e in self.examples]
+        kind = self.kind._asdict()
+        return {'code': self.code, 'split': self.split, 'count': self.count, **kind, 'examples': places}
 
 
 @dataclass

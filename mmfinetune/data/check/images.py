@@ -130,8 +130,8 @@ def read_images(paths: Sequence[Path], workers: int | None = None, progress: boo
     """
     paths = list(dict.fromkeys(paths))
     workers = workers or os.cpu_count() or 1
-    bar = dict(desc='images', disable=None if progress else True, leave=False)
-    facts = in_order(look_at, paths, workers, _CHUNK, **bar)
+    disable = None if progress else True
+    facts = in_order(look_at, paths, workers, _CHUNK, desc='images', disable=disable, leave=False)
     return dict(zip(paths, facts, strict=True))
 
 

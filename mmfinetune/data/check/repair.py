@@ -167,18 +167,11 @@ def _rename(data: dict, root: Path, prefix: str | None) -> None:
 
 @dataclass
 class _Repair:
-    """The repair of one annotation file, from what a check has marked in it.
-
-    Attributes:
-        table: The checked file.
-        classes: Expected class names; those of this file if None.
-        from_config: Whether they are those of a config, not of another file.
-        changes: Gets what is done.
-    """
+    """The repair of one annotation file, from what a check has marked in it; `changes` gets what is done."""
 
     table: Table
-    classes: Sequence[str] | None
-    from_config: bool
+    classes: Sequence[str] | None  # expected; those of this file if None
+    from_config: bool  # not from another file
     changes: list[dict]
 
     def run(self) -> dict:
