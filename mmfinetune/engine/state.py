@@ -9,12 +9,11 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from mmengine.runner import Runner
 
 from mmfinetune.config.resume import KEY, VERSION
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 
 @dataclass(frozen=True)

@@ -7,14 +7,14 @@ import contextlib
 import errno
 import signal
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmdet.registry import DATASETS
 from mmengine.dist import get_rank, get_world_size
 from mmengine.logging import print_log
 from mmengine.registry import LOOPS
-from mmengine.runner import BaseLoop
+from mmengine.runner import BaseLoop, Runner
 from mmengine.runner.utils import calc_dynamic_intervals
 from torch.utils.data import DataLoader
 
@@ -23,9 +23,6 @@ from mmfinetune.engine.hooks import warn
 from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.engine.training_dataset import TrainingDataset, read_faults, seed_step
 from mmfinetune.utils.errors import Message, UserError
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 

@@ -8,12 +8,13 @@ import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
+from mmengine.runner import Runner
 
 from mmfinetune.config.resume import BatchSetup, check_version
 from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints
@@ -23,9 +24,6 @@ from mmfinetune.utils.dist import bare_model
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_bytes
 from mmfinetune.weights import read
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 
 @HOOKS.register_module()

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from mmdet.registry import HOOKS
 from mmengine.hooks import EarlyStoppingHook
+from mmengine.runner import Runner
 
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import run_state, update_run_state
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 
 @HOOKS.register_module()

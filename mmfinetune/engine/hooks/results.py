@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import mmdet
 import mmengine
@@ -21,7 +20,7 @@ import torch
 from mmdet.registry import HOOKS
 from mmengine.dist import all_gather_object, get_world_size, is_main_process
 from mmengine.hooks import Hook
-from mmengine.runner import IterBasedTrainLoop
+from mmengine.runner import IterBasedTrainLoop, Runner
 
 import mmfinetune
 from mmfinetune.engine.hooks import PRIORITY, warn
@@ -33,9 +32,6 @@ from mmfinetune.evaluation.history import History
 from mmfinetune.evaluation.run_results import CLASS_BARS, CURVES, RESULTS, SUMMARY, RunFacts
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 # Set by the tests: what cannot be written is an error.
 STRICT = 'MMFINETUNE_STRICT_RESULTS'

@@ -10,18 +10,16 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from mmengine.dist import all_reduce, barrier
 from mmengine.hooks import Hook
+from mmengine.runner import Runner
 
 from mmfinetune.engine.hooks.checkpoint import SafeCheckpointHook, checkpoint_hook
 from mmfinetune.engine.state import run_state
 from mmfinetune.utils.errors import Stopped
-
-if TYPE_CHECKING:
-    from mmengine.runner import Runner
 
 
 @contextlib.contextmanager
