@@ -47,6 +47,7 @@ def run(options: Options) -> int:
         UserError: Anything the user can fix, found before training where possible.
     """
     check_early(options)
+    launch.take_place()
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
     if gpus > 1 and (options.trains or options.tests):
         load.load(options.config, options.cfg_options)  # what is wrong with it is shown before processes start

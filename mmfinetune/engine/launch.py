@@ -123,15 +123,28 @@ def processes(gpus: str | None) -> int:
     return machines * int(gpus)
 
 
+def take_place() -> int:
+    """The number of processes of the run, and that there is a GPU for this one; before MMEngine looks for it."""
+    adopt_slurm()
+    world = int(os.environ.get('WORLD_SIZE', 1))
+    if 'LOCAL_RANK' not in os.environ or world == 1:
+        return 1
+    import torch
+
+    local, visible = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
+    if 0 < visible <= local:
+        raise UserError('run-process-without-gpu', local=local, visible=visible)
+    return world
+
+
 def join_group(cfg: Config) -> int:
     """Join the other processes, if torchrun or Slurm started this one; return their number.
 
     The group is made here and not by the Runner, which calls CUDA even for gloo. The settings that the
     Runner needs for several processes are those of `config.resolve.set_processes`.
     """
-    adopt_slurm()
-    world = int(os.environ.get('WORLD_SIZE', 1))
-    if 'LOCAL_RANK' not in os.environ or world == 1:
+    world = take_place()
+    if world == 1:
         return 1
     import torch
     from mmengine.dist import init_dist, is_distributed
@@ -140,9 +153,6 @@ def join_group(cfg: Config) -> int:
     warnings.filterwarnings('ignore', '.broadcast_buffers. is deprecated', FutureWarning)
     if is_distributed():
         return world
-    local, visible = int(os.environ['LOCAL_RANK']), torch.cuda.device_count()
-    if 0 < visible <= local:
-        raise UserError('run-process-without-gpu', local=local, visible=visible)
     settings = {'timeout': GROUP_TIMEOUT_S, **(cfg.env_cfg.get('dist_cfg') or {})}
     try:
         if torch.cuda.is_available():

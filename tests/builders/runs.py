@@ -237,14 +237,15 @@ def train_tool(*args: str | Path) -> Outcome:
 
 
 def spawn(*args: str | Path, timeout: float = 240) -> Outcome:
-    """Run ``python …`` as a real process, on one thread."""
+    """Run ``python …`` as a real process, on one thread; torchrun's processes take no GPU, of which there may be one."""
+    hidden = {'CUDA_VISIBLE_DEVICES': ''} if 'torch.distributed.run' in args else {}
     done = subprocess.run(
         [sys.executable, *map(str, args)],
         capture_output=True,
         text=True,
         timeout=timeout,
         check=False,
-        env={**os.environ, 'OMP_NUM_THREADS': '1'},
+        env={**os.environ, 'OMP_NUM_THREADS': '1', **hidden},
     )
     return Outcome(done.returncode, done.stdout, done.stderr)
 

@@ -528,7 +528,8 @@ def test_a_process_without_a_gpu(monkeypatch, started):
     monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
     place(monkeypatch, rank=2, world=4)
     with refused('run-process-without-gpu', local=2, visible=2):
-        launch.join_group(make_cfg())
+        launch.take_place()
+    assert started == []
 
 
 @pytest.mark.parametrize(
