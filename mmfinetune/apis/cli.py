@@ -18,6 +18,9 @@ from mmfinetune.engine import launch
 from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.errors import Stopped, UserError
 
+# Pictures go to files, whatever a desktop or a notebook's kernel asks of its children.
+os.environ['MPLBACKEND'] = 'Agg'
+
 EXIT_USER_ERROR = 2
 EXIT_CRASH = os.EX_SOFTWARE
 EXIT_INTERRUPTED = 130

@@ -114,7 +114,7 @@ def write(found: report.Report, out: Path, inputs: Inputs, pictures: bool = True
     source = '; '.join(f'{name}: {value}' for name, value in inputs.source.items())
     contents |= {
         'evaluation.json': json_bytes(found.as_dict(), indent=1),
-        'evaluation.md': render.markdown(found).encode(),
+        'evaluation.md': render.markdown(found, contents).encode(),
         'per_class.csv': render.class_csv(found).encode(),
         'confusion.csv': render.confusion_csv(found).encode(),
         run_results.RECORD_MAP: run_results.record_map_text(found.metrics(), found.per_class(), source).encode(),

@@ -23,6 +23,7 @@ from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_json, require_writable
 from mmfinetune.weights import find
 from mmfinetune.weights import work_dir as weights_work_dir
@@ -72,8 +73,10 @@ def run(options: Options) -> int:
     runner = _train(plan.cfg, start) if options.trains else None
     if options.tests:
         _test(plan, runner)
-    say(f'Results: {plan.cfg.work_dir}{" (pictures in figures/)" if options.tests else ""}')
-    say(f'Curves:  tensorboard --logdir {plan.cfg.work_dir}/{LOG_DIR}')
+    folder = Path(plan.cfg.work_dir)
+    say(f'Results: {folder}{" (pictures in figures/)" if options.tests and (folder / "figures").is_dir() else ""}')
+    if (folder / LOG_DIR).is_dir():
+        say(f'Curves:  tensorboard --logdir {folder / LOG_DIR}')
     return 0
 
 
@@ -245,14 +248,17 @@ def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
     with translate_system_errors():
         metrics = runner.test()
     if is_main_process():
-        out = Path(runner.work_dir) / name
-        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        atomic_write_json(out, {'checkpoint': str(file), 'metrics': finite})
-        if name == TEST_RESULTS:
-            per_class = run_results.per_class_of(runner.test_evaluator, metrics)
-            run_results.report_test(Path(runner.work_dir), file, metrics, per_class)
         headline = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
         say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in headline))
         for row, kind in (('boxes', 'bbox'), ('masks', 'segm')):
             say(f'{row:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}' for stat in headline))
-        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   (all numbers: {out})')
+        folder, where = Path(runner.work_dir), ''
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        with extra(folder / name):
+            atomic_write_json(folder / name, {'checkpoint': str(file), 'metrics': finite})
+            where = f'   (all numbers: {folder / name})'
+        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}{where}')
+        if name == TEST_RESULTS:
+            with extra(run_results.SUMMARY):
+                per_class = run_results.per_class_of(runner.test_evaluator, metrics)
+                run_results.report_test(folder, file, metrics, per_class)

@@ -13,6 +13,7 @@ from typing import Any
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
 from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS, number, stat_rows
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, atomic_write_text
 from mmfinetune.utils.text import block, duration
 
@@ -202,8 +203,10 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
     text = _with_section(text, 'Test', body + block(rows))
     contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
     if per_class:
-        text = _with_section(text, 'Classes', class_section(per_class, f'{source}.', True))
-        contents[work_dir / CLASS_BARS] = plots.class_bars(per_class, f'test of {checkpoint.name}')
+        with extra(CLASS_BARS):
+            contents[work_dir / CLASS_BARS] = plots.class_bars(per_class, f'test of {checkpoint.name}')
+        section = class_section(per_class, f'{source}.', work_dir / CLASS_BARS in contents)
+        text = _with_section(text, 'Classes', section)
     atomic_write_all(contents)
     text = _with_section(text, 'Files', _file_list(work_dir))
     atomic_write_text(path, text)

@@ -14,6 +14,8 @@ import torch
 from mmfinetune.apis import run_data, train
 from mmfinetune.data import demo
 from mmfinetune.engine import launch
+from mmfinetune.evaluation import run_results
+from mmfinetune.utils import extras
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
 from tests.builders.runs import (
@@ -634,3 +636,40 @@ def test_torchrun_of_two(in_site, tmp_path):
     assert len([f for f in files if f.startswith('tensorboard_logs')]) == 1
     # MMEngine gathers results by way of files in the working folder, if it may.
     assert not (in_site / '.dist_test').exists()
+
+
+def test_nothing_that_is_shown_ends_a_run(finished_run, own_site, monkeypatch):
+    """Each file that comes with the results is blocked; resumed, trained, tested: exit code 0."""
+    monkeypatch.delenv(extras.STRICT)
+    work_dir = Path('work_dirs/tiny')
+    shutil.copytree(finished_run.kept / 'tiny', work_dir)
+    Path('tiny.py').write_text(
+        Path('tiny.py').read_text() + f'weights = dict(checkpoint={str(finished_run.weights)!r})\n'
+    )
+    for name in [*run_results._FILES, run_results.CLASS_BARS]:
+        path = work_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if name in ('figures', train.LOG_DIR):
+            path.write_text('in the way')
+        else:
+            (path / 'in the way').mkdir(parents=True)
+    outcome = train_tool('tiny.py', '--resume', work_dir / 'epoch_1.pth')
+    assert outcome.code == 0, outcome.err
+    assert 'Traceback' not in outcome.err + outcome.out
+    assert (work_dir / 'epoch_2.pth').is_file() and re.search(r'boxes +0\.\d{3}', outcome.out)
+    said = set(re.findall(r'WARNING - Skipped (\S+):', outcome.out))
+    assert said == {
+        *('TensorBoardHook.before_train', 'tables', 'images/train_batch', 'LoggerHook.after_train_iter'),
+        *('TensorBoardHook.after_train_epoch', 'TensorBoardHook.after_val_iter', 'LoggerHook.after_val_epoch'),
+        *(
+            'curves.png',
+            'per_class.png',
+            'summary.md',
+            'TensorBoardHook.after_train',
+            'TestPicturesHook.after_test_iter',
+        ),
+        str(work_dir.resolve() / train.TEST_RESULTS),
+    }
+    # What is not there is not pointed to.
+    assert outcome.last_lines(1) == [f'Results: {work_dir}']
+    assert 'all numbers' not in outcome.out

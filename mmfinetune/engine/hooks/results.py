@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 import platform
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -30,11 +28,9 @@ from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.evaluation import plots, run_results
 from mmfinetune.evaluation.history import History
 from mmfinetune.evaluation.run_results import CLASS_BARS, CURVES, RESULTS, SUMMARY, RunFacts
-from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.errors import Message
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text
-
-# Set by the tests: what cannot be written is an error.
-STRICT = 'MMFINETUNE_STRICT_RESULTS'
 
 
 @HOOKS.register_module()
@@ -171,15 +167,10 @@ class RunFiles:
 
 
 def _try_all(jobs: Mapping[str, Callable[[], object]]) -> None:
-    """Do them; a failure is a warning, since hours of training are worth more than a table."""
+    """Do them; one that fails keeps no other from being done."""
     for what, work in jobs.items():
-        try:
+        with extra(what):
             work()
-        except Exception as error:
-            if os.environ.get(STRICT):
-                raise
-            why = error if isinstance(error, (UserError, OSError)) else traceback.format_exc()
-            warn(Message('results-not-written', what=what, why=why))
 
 
 def _trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[str, float]:

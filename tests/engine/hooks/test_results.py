@@ -20,6 +20,7 @@ from PIL import Image
 from mmfinetune.engine.hooks import results
 from mmfinetune.engine.hooks.results import ResultsHook
 from mmfinetune.evaluation.history import History
+from mmfinetune.utils import extras
 from mmfinetune.utils.errors import Message, UserError
 from tests.builders.runs import (
     EPOCH_STEPS,
@@ -206,9 +207,10 @@ def test_what_cannot_be_read_or_written_does_not_end_the_training(run, tmp_path,
         (folder / name).unlink()
         (folder / name).mkdir()
     monkeypatch.setattr(plots, 'class_bars', lambda *_: 1 / 0)
-    monkeypatch.delenv(results.STRICT)
+    monkeypatch.delenv(extras.STRICT)
     said: list[Message] = []
-    monkeypatch.setattr(results, 'warn', said.append)
+    for module in (results, extras):
+        monkeypatch.setattr(module, 'warn', said.append)
     train(site, 'tiny.py', 'run', '--resume', 'work_dirs/run/epoch_2.pth')
     (aside,) = [message.facts for message in said if message.code == 'results-set-aside']
     assert (aside['path'].name, aside['kept']) == ('results.csv', 'results.csv.bak')
