@@ -6,6 +6,7 @@ PyTorch's elastic launcher (what ``torchrun`` is) does the work.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import os
@@ -16,7 +17,6 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,7 @@ GROUP_TIMEOUT_S = 3600
 TERM_GRACE_S = 25
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Node:
     """This machine among those of a run."""
 
@@ -200,8 +200,9 @@ def _launch_config(node: Node, processes_here: int, folder: str) -> Any:
         meet = dict(rdzv_backend='static', rdzv_endpoint=f'{node.host}:{node.port}')
         meet['rdzv_configs'] = {'rank': node.rank, 'timeout': RENDEZVOUS_TIMEOUT_S}
     meet |= dict(min_nodes=node.count, max_nodes=node.count, nproc_per_node=processes_here, max_restarts=0)
-    specs = DefaultLogsSpecs(log_dir=folder)
-    return LaunchConfig(run_id='mmfinetune', shutdown_timeout=STOP_TIMEOUT_S, logs_specs=specs, **meet)
+    if 'shutdown_timeout' in {field.name for field in dataclasses.fields(LaunchConfig)}:
+        meet['shutdown_timeout'] = STOP_TIMEOUT_S  # before PyTorch 2.12 it is always 30 s
+    return LaunchConfig(run_id='mmfinetune', logs_specs=DefaultLogsSpecs(log_dir=folder), **meet)
 
 
 @contextlib.contextmanager

@@ -198,7 +198,7 @@ def steps(folder: Path) -> dict[str, list[int]]:
     """The steps of all tags of all files, in the order in which they lie there."""
     found: dict[str, list[int]] = {}
     for path in sorted(folder.glob('events*')):
-        for event in event_files.read_events(path):
+        for _, event in event_files.read_records(path.read_bytes()):
             for value in event.summary.value:
                 found.setdefault(value.tag, []).append(event.step)
     return found
