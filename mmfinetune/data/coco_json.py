@@ -15,6 +15,7 @@ from typing import Any
 
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import reason_of
+from mmfinetune.utils.text import brief, is_text
 
 SECTIONS = ('images', 'annotations', 'categories')
 _SHOWN = 5  # places of one problem; the same mistake is mostly in all entries
@@ -99,22 +100,22 @@ class Coco:
         unique += [('annotations', 'id')] * own_ids + [('images', 'file_name')] * unique_files
         for section, key in unique:
             for value in _repeated([entry[key] for entry in self.data[section]]):
-                problems.add('coco-repeated', shown_value(value), section=section, key=key)
+                problems.add('coco-repeated', brief(value), section=section, key=key)
         for image in self.images:
             if reason := name_problem(image['file_name']):
                 problems.add('coco-file-name', reason)
         for category in self.categories:
             if not isinstance(category['name'], str) or not is_text(category['name']):
-                problems.add('coco-name', shown_value(category['name']))
+                problems.add('coco-name', brief(category['name']))
         for annotation in self.annotations if own_ids else ():
             if annotation['id'] == 0:
-                problems.add('coco-id-zero', shown_value(annotation['image_id']))
+                problems.add('coco-id-zero', brief(annotation['image_id']))
         for key, section in (('image_id', 'images'), ('category_id', 'categories')):
             known = {entry['id'] for entry in self.data[section] if not _is_container(entry['id'])}
             for annotation in self.annotations:
                 value = annotation[key]
                 if _is_container(value) or (links and value not in known):
-                    problems.add('coco-link', shown_value(value), key=key)
+                    problems.add('coco-link', brief(value), key=key)
         return problems
 
 
@@ -266,22 +267,12 @@ def _is_container(value: object) -> bool:
     return isinstance(value, (list, dict))
 
 
-def shown_value(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + '…'
-
-
 def name_problem(name: object) -> str:
     """Why a ``file_name`` cannot name a file; empty if it can."""
     if not isinstance(name, str):
-        return f'file_name {shown_value(name)}'
+        return f'file_name {brief(name)}'
     if not name.strip():
         return 'file_name is empty'
     if '\0' in name:
         return 'file_name has a NUL character'
     return '' if is_text(name) else 'file_name is not valid Unicode'
-
-
-def is_text(name: str) -> bool:
-    # A lone surrogate is valid JSON, but can neither be printed nor be in the name of a file.
-    return not any('\ud800' <= c <= '\udfff' for c in name)

@@ -163,7 +163,7 @@ def _members(members: dict[str, Any], extra: dict[str, Any], result: Result) -> 
         return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
 
     extra = {key: value for key, value in extra.items() if key not in members and key not in _GIVEN_LATER}
-    with contextlib.suppress(ValueError):
+    with contextlib.suppress(ValueError, RecursionError):
         text = dump({**members, **extra})
         if printable(text) == text:
             return text[1:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -93,6 +94,15 @@ def json_bytes(value: object, indent: int | None = None) -> bytes:
     return text.encode() + b'\n'
 
 
+def is_writable(value: object) -> bool:
+    """Whether a value from a JSON file can be written again: without NaN, half characters and depths."""
+    try:
+        json_bytes(value).decode()
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def atomic_write_json(path: str | Path, value: object, indent: int | None = None) -> None:
     """Write `value` as JSON to `path`, completely or not at all; see `atomic_write_all`."""
     atomic_write_bytes(path, json_bytes(value, indent))
@@ -135,9 +145,10 @@ _NOT_DATA = frozenset({'__MACOSX', 'Thumbs.db'})
 def natural_key(text: str | Path) -> tuple:
     """A sort key in which `img2` comes before `img10`; no two texts compare as equal."""
     text = text.as_posix() if isinstance(text, Path) else text
-    # Digits stand at odd places, so that numbers meet numbers only.
-    parts = tuple(int(part) if place % 2 else part.casefold() for place, part in enumerate(re.split(r'([0-9]+)', text)))
-    return (parts, text)
+    # Digits stand at odd places, so that numbers meet numbers only; as text, since Python limits what int() takes.
+    digits = ((len(part.lstrip('0')), part.lstrip('0')) for part in re.findall(r'[0-9]+', text))
+    words = (word.casefold() for word in re.split(r'[0-9]+', text))
+    return (tuple(itertools.chain.from_iterable(itertools.zip_longest(words, digits, fillvalue=(0, '')))), text)
 
 
 def find_files(root: str | Path, suffixes: Iterable[str]) -> list[Path]:
@@ -210,8 +221,65 @@ def read_json(path: Path) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise Problem('json-syntax', reason=error.msg, line=error.lineno, column=error.colno) from None
+    except ValueError:  # Python converts no integers of thousands of digits
+        raise Problem('json-number') from None
     except RecursionError:
         raise Problem('json-nesting') from None
+
+
+_YAML_DEPTH, _YAML_PARTS = 50, 1_000_000
+
+
+def read_yaml(path: Path) -> Any:
+    """The value of a YAML file of plain data, whose anchors do not unfold to more than a million parts.
+
+    Raises:
+        Problem: See `read_text`; or it is not such YAML.
+    """
+    import yaml
+
+    text = read_text(path)
+    loader = getattr(yaml, 'CSafeLoader', yaml.SafeLoader)
+    try:
+        _require_small(yaml.parse(text, loader))
+        return yaml.load(text, loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, 'problem_mark', None)
+        reason = getattr(error, 'problem', None) or ' '.join(str(error).split())
+        raise Problem('yaml-syntax', reason=reason, line=mark.line + 1 if mark else 1) from None
+    except Problem:
+        raise
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        # A date of month 13, a tag that its text does not fit, an integer of too many digits, …
+        raise Problem('yaml-value', reason=error) from None
+
+
+def _require_small(events: Iterable[Any]) -> None:
+    """Refuse YAML whose parts are nested too deeply or, each counted wherever it is referred to, too many."""
+    import yaml
+
+    sizes: dict[str | None, int] = {}
+    open_parts: list[tuple[str | None, int]] = [(None, 0)]
+    for event in events:
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_parts.append((event.anchor, 0))
+            if len(open_parts) > _YAML_DEPTH:
+                raise Problem('yaml-nesting')
+            continue
+        added = 1
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, inside = open_parts.pop()
+            added = sizes[anchor] = inside + 1
+        elif isinstance(event, yaml.AliasEvent):
+            added = sizes.get(event.anchor, 1)
+        elif not isinstance(event, yaml.ScalarEvent):
+            continue
+        elif event.anchor:
+            sizes[event.anchor] = 1
+        anchor, inside = open_parts[-1]
+        open_parts[-1] = anchor, inside + added
+        if inside + added > _YAML_PARTS:
+            raise Problem('yaml-unfolds', count=_YAML_PARTS)
 
 
 _HASH = re.compile(r'[-_]([0-9a-f]{8,64})\.(?:pth|pt|pkl|safetensors)$')

@@ -6,20 +6,20 @@ import collections
 import json
 import pickle
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.text import brief, is_text
+from mmfinetune.weights.pickles import TORCH_MAGIC, require_bounded, require_room
 
 if TYPE_CHECKING:
     import torch
 
 
-# The number at the start of files by torch before 1.6, which were bare pickles too.
-_TORCH_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 REPLACE = 'delete it and run again to download it again, or pass another file with --weights'
 USE_OURS = 'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
 
@@ -34,7 +34,7 @@ def load(path: Path) -> dict:
         start = file.read(64)
     if path.suffix == '.safetensors' or (start[8:9] == b'{' and start[:2] != b'PK'):
         return _load_safetensors(path)
-    torch_file = start.startswith((b'PK', _TORCH_MAGIC))
+    torch_file = start.startswith((b'PK', TORCH_MAGIC))
     if not torch_file and (path.suffix == '.pkl' or start.startswith(b'\x80')):
         return load_numpy_pickle(path)
     return read_checkpoint(path)
@@ -52,12 +52,35 @@ def read_checkpoint(path: Path) -> dict:
     import torch
 
     try:
+        require_bounded(path)
         with torch.serialization.safe_globals(_safe_globals()):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
         raise _unreadable(path, error) from None
+    # Many tensors may share the numbers of one, and one may repeat a single number without end.
+    require_room(sum(t.numel() * max(t.element_size(), 4) for t in _tensors_in(loaded)), path)
     return _require_dict(loaded, path)
+
+
+def _tensors_in(loaded: object) -> Iterator[torch.Tensor]:
+    """All tensors that can be trained from, however deep, each once."""
+    import torch
+
+    left, seen = [loaded], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, torch.Tensor) and _is_dense(value):
+            yield value
+        seen.add(id(value))
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -92,17 +115,17 @@ def _safe_globals() -> list:
 
 
 def _load_safetensors(path: Path) -> dict:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework='pt', device='cpu') as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # see `read_checkpoint`
         raise _unreadable(path, error) from None
     try:
         classes = json.loads(metadata.get('classes', 'null'))
-    except ValueError:
+    except (ValueError, RecursionError):
         classes = None
     return {'state_dict': tensors, 'meta': {'CLASSES': classes} if classes else {}}
 
@@ -148,6 +171,8 @@ def _frombuffer(data: object, dtype: object, shape: object, order: str) -> _Arra
 
 
 def _scalar(dtype: object, data: object) -> float | int | bool:
+    if not isinstance(data, (bytes, str)) or len(data) > 8:
+        raise pickle.UnpicklingError('a number of more than 8 bytes')
     return _array(data, dtype, (), 'C').item()
 
 
@@ -193,9 +218,12 @@ def load_numpy_pickle(path: Path) -> dict:
     import torch
 
     try:
+        require_bounded(path)
         with path.open('rb') as file:
             # Detectron2 reads its files with this encoding too: some come from Python 2.
             loaded = _NumpyUnpickler(file, encoding='latin1').load()
+    except UserError:
+        raise
     except Exception as error:  # see `read_checkpoint`
         raise _unreadable(path, error) from None
     loaded = _require_dict(loaded, path)
@@ -207,7 +235,7 @@ def load_numpy_pickle(path: Path) -> dict:
         return torch.from_numpy(np.array(value.value, native))
 
     model = loaded.get('model', loaded)
-    return {'model': {str(k): tensor(v) for k, v in model.items()} if isinstance(model, Mapping) else {}}
+    return {'model': {k: tensor(v) for k, v in model.items()} if isinstance(model, Mapping) else {}}
 
 
 def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = None) -> dict[str, torch.Tensor]:
@@ -219,7 +247,7 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
         notes: Gets a note where a prefix was removed.
 
     Raises:
-        UserError: There are no weights in it.
+        UserError: There are no weights in it, or they are no dense numbers under names.
     """
     import torch
 
@@ -230,7 +258,11 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
         raise UserError('weights-optimizer', path=path)
     tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)} if isinstance(inner, Mapping) else {}
     if not tensors:
-        raise UserError('weights-none-inside', path=path, keys=', '.join(map(str, list(loaded)[:8])) or 'none')
+        raise UserError('weights-none-inside', path=path, keys=', '.join(map(_shown_key, list(loaded)[:8])) or 'none')
+    if unnamed := [brief(k) for k in tensors if not isinstance(k, str) or not is_text(k)]:
+        raise UserError('weights-names', problems=unnamed, path=path)
+    if odd := [k for k, v in tensors.items() if not _is_dense(v)]:
+        raise UserError('weights-not-dense', problems=odd, path=path)
     if all(k.startswith('module.') for k in tensors):
         tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
         if notes is not None:
@@ -238,17 +270,40 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
     return tensors
 
 
-def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message]) -> dict[str, torch.Tensor]:
-    """All floating tensors as dense fp32; a note tells of those that were not.
+def _shown_key(key: object) -> str:
+    return key if isinstance(key, str) and is_text(key) and len(key) < 80 else brief(key)
 
-    Raises:
-        UserError: Some are sparse, quantized or complex.
-    """
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it holds its numbers, of a kind that weights and counts are stored as, in rows and columns."""
     import torch
 
-    odd = [k for k, v in tensors.items() if v.layout != torch.strided or v.is_quantized or v.is_complex()]
-    if odd:
-        raise UserError('weights-not-dense', problems=odd, path=path)
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    known = (*floats, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    return tensor.layout == torch.strided and tensor.dtype in known and not (tensor.is_meta or tensor.is_nested)
+
+
+def recorded_classes(loaded: Mapping) -> tuple[str, ...]:
+    """The names of the classes that a file records; empty where it records none."""
+    meta = loaded.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    data = meta.get('dataset_meta')
+    data = data if isinstance(data, Mapping) else {}
+    # MMDetection 2.x wrote CLASSES, 3.x dataset_meta.
+    for value in (data.get('classes'), data.get('CLASSES'), meta.get('CLASSES'), loaded.get('classes')):
+        if (
+            isinstance(value, (list, tuple))
+            and all(isinstance(name, str) and is_text(name) for name in value)
+            and value
+        ):
+            return tuple(value)
+    return ()
+
+
+def clean(tensors: Mapping[str, torch.Tensor], notes: list[Message]) -> dict[str, torch.Tensor]:
+    """All floating tensors as fp32; a note tells of those that were not."""
+    import torch
+
     for dtype, change in ((torch.float16, 'widened'), (torch.bfloat16, 'widened'), (torch.float64, 'rounded')):
         count = sum(v.dtype == dtype for v in tensors.values())
         if count:

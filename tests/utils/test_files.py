@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import stat
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 
 from mmfinetune.utils import files
-from mmfinetune.utils.files import find_files, natural_key, read_json, read_text
+from mmfinetune.utils.files import find_files, natural_key, read_json, read_text, read_yaml
 from mmfinetune.utils.images import find_images
 from tests.builders.errors import faulty, refused
 
@@ -125,6 +126,7 @@ def test_text_with_marks(tmp_path, data, text):
         (b'{\n"a": x}', dict(line=2), 'json-syntax'),
         (b'\xff\x00\xfe', dict(byte=0), 'text-file-encoding'),
         (b'[' * 100_000, {}, 'json-nesting'),
+        (b'[' + b'9' * 5000 + b']', {}, 'json-number'),
     ],
 )
 def test_bad_json_is_a_short_reason(tmp_path, data, facts, code):
@@ -152,3 +154,65 @@ def test_a_folder_is_probed_and_left_as_it_is(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, 'TemporaryFile', meanwhile)
     files.require_writable(tmp_path / 'new/deep')
     assert names(tmp_path / 'new') == ['other']
+
+
+def laughs(levels: int, merged: bool = False) -> str:
+    """Anchors that each refer ten times to the one before."""
+    if merged:
+        lines = [
+            'a0: &a0 {x0: 1}',
+            *(f'a{k}: &a{k} {{<<: [{", ".join([f"*a{k - 1}"] * 10)}]}}' for k in range(1, levels)),
+        ]
+    else:
+        lines = ['a0: &a0 [lol]', *(f'a{k}: &a{k} [{", ".join([f"*a{k - 1}"] * 10)}]' for k in range(1, levels))]
+    return '\n'.join([*lines, f'names: *a{levels - 1}'])
+
+
+@pytest.mark.parametrize(
+    ('text', 'code'),
+    [
+        (laughs(12), 'yaml-unfolds'),
+        (laughs(60), 'yaml-unfolds'),
+        (laughs(12, merged=True), 'yaml-unfolds'),
+        ('a: &a [' + 'x, ' * 5000 + ']\nb: [' + '*a, ' * 5000 + ']', 'yaml-unfolds'),
+        ('[' * 100_000, 'yaml-nesting'),
+        ('names: ' + '[' * 200 + ']' * 200, 'yaml-nesting'),
+        ('\n'.join(' ' * k + 'a:' for k in range(200)), 'yaml-nesting'),
+        ('- ' * 5000 + 'a', 'yaml-nesting'),
+        ('nc: ' + '9' * 5000, 'yaml-value'),
+        ('nc: 2001-13-45', 'yaml-value'),
+        ('nc: !!int cat', 'yaml-value'),
+        ('nc: !!float cat', 'yaml-value'),
+        ('nc: !!timestamp cat', 'yaml-value'),
+        ('nc: !!python/object/apply:os.system [true]', 'yaml-syntax'),
+        ('nc: *nothing', 'yaml-syntax'),
+        ('nc: \x00', 'yaml-syntax'),
+        ('{[a]: b}', 'yaml-syntax'),
+        ('---\na: 1\n---\nb: 2', 'yaml-syntax'),
+    ],
+)
+def test_crafted_yaml_is_a_short_reason_at_once(tmp_path, text, code):
+    start = time.perf_counter()
+    with faulty(code) as caught:
+        read_yaml(written(tmp_path / 'a.yaml', text.encode()))
+    assert time.perf_counter() - start < 5
+    assert len(str(caught.value)) < 300
+
+
+def test_anchors_of_ordinary_yaml_are_read(tmp_path):
+    path = written(tmp_path / 'a.yaml', b'a: &a {x: 1}\nb: {<<: *a, y: 2}\nc: [*a, *a]')
+    assert read_yaml(path) == {'a': {'x': 1}, 'b': {'x': 1, 'y': 2}, 'c': [{'x': 1}, {'x': 1}]}
+
+
+def test_natural_keys_of_very_long_numbers():
+    assert sorted(['2' + '0' * 9000, '1' + '0' * 9000, '007', '7', '07', '', 'a7', 'a', '9'], key=natural_key) == [
+        '',
+        '007',
+        '07',
+        '7',
+        '9',
+        '1' + '0' * 9000,
+        '2' + '0' * 9000,
+        'a',
+        'a7',
+    ]

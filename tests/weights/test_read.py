@@ -16,6 +16,7 @@ import torch
 
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import read
+from mmfinetune.weights.publish import publish
 from mmfinetune.weights.read import read_checkpoint, state_dict_of
 from mmfinetune.weights.sources import open_source
 from tests.builders.errors import refused
@@ -256,3 +257,107 @@ def test_crafted_array_pickles_end_in_a_message(data, tmp_path):
     path.write_bytes(data)
     with refused('weights-unreadable', path=path):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ('extra', 'code', 'problems'),
+    [
+        ({5: torch.ones(1)}, 'weights-names', ['5']),
+        ({(1, 2): torch.ones(1), None: torch.ones(1)}, 'weights-names', ['(1, 2)', 'None']),
+        ({1 << 2000: torch.ones(1)}, 'weights-names', ['an integer of 2001 bits']),
+        ({'a\ud800': torch.ones(1)}, 'weights-names', [r"'a\ud800'"]),
+        ({'x': torch.empty(1 << 40, device='meta')}, 'weights-not-dense', ['x']),
+        (
+            {'x': torch.ones(2).to(torch.float8_e4m3fn), 'y': torch.ones(2).to(torch.uint16)},
+            'weights-not-dense',
+            ['x', 'y'],
+        ),
+        ({'x': torch.ones(2, dtype=torch.complex64)}, 'weights-not-dense', ['x']),
+    ],
+)
+def test_tensors_that_are_no_weights(extra, code, problems, tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save({'state_dict': {**mmdet_state(3), **extra}}, path)
+    for use in (open_source, lambda p: publish(p, tmp_path / 'out')):
+        with refused(code, path=path) as caught:
+            use(path)
+        assert caught.value.problems == problems
+
+
+def nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    'classes',
+    [nested(100), 5, [1, 2, 3], ['a', 'b', ['c']], ['a', 'b', '\ud800'], {'a': 1}, 'abc', [], [1 << 2000] * 3],
+)
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda c: {'meta': {'dataset_meta': {'classes': c}}},
+        lambda c: {'meta': {'CLASSES': c}},
+        lambda c: {'meta': {'dataset_meta': c}},
+        lambda c: {'meta': c},
+        lambda c: {'classes': c},
+    ],
+)
+def test_what_is_no_list_of_names_is_no_record_of_classes(classes, wrap, tmp_path):
+    torch.save({'state_dict': mmdet_state(3), **wrap(classes)}, tmp_path / 'a.pth')
+    source = open_source(tmp_path / 'a.pth')
+    assert source.classes is None
+    assert '\n'.join(source.lines())
+    assert read.read_checkpoint(publish(tmp_path / 'a.pth', tmp_path / 'b'))['meta']['dataset_meta']['classes'] == ()
+
+
+@pytest.mark.parametrize(
+    'meta',
+    [
+        {'mean': 5},
+        {'mean': [1.0, 2.0]},
+        {'std': ['a', 'b', 'c']},
+        {'mean': [10**400] * 3},
+        {'style': 'x'},
+        {'style': ['pytorch']},
+        {'rgb': 'yes'},
+        {'notes': 5},
+        {'notes': [5]},
+        {'notes': [('a', 'b', 'c')]},
+    ],
+)
+def test_a_record_of_the_origin_that_is_none(meta, tmp_path):
+    torch.save({'state_dict': mmdet_state(3), 'meta': {'origin': 'mmdet', **meta}}, tmp_path / 'a.pth')
+    with refused('weights-record', path=tmp_path / 'a.pth'):
+        open_source(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize('origin', [['mmdet'], 5, {}, 'nobody'])
+def test_an_origin_that_is_none(origin, tmp_path):
+    torch.save({'state_dict': mmdet_state(3), 'meta': {'origin': origin}}, tmp_path / 'a.pth')
+    assert open_source(tmp_path / 'a.pth').origin == 'mmdet'
+
+
+@pytest.mark.parametrize('classes', ['[' * 100_000, '["\\ud800"]', '5', '{', 'null'])
+def test_classes_of_safetensors_that_are_none(classes, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(mmdet_state(3), tmp_path / 'a.safetensors', {'classes': classes})
+    assert open_source(tmp_path / 'a.safetensors').classes is None
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        (1 << 62).to_bytes(8, 'little') + b'{',
+        (8).to_bytes(8, 'little') + b'{"a": 1}',
+        (60).to_bytes(8, 'little') + b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}',
+        (100_008).to_bytes(8, 'little') + b'{"a":' + b'[' * 100_003,
+    ],
+)
+def test_crafted_safetensors(content, tmp_path):
+    (tmp_path / 'a.safetensors').write_bytes(content)
+    with refused('weights-unreadable', path=tmp_path / 'a.safetensors'):
+        open_source(tmp_path / 'a.safetensors')

@@ -20,6 +20,7 @@ from mmfinetune.data.check.table import Table
 from mmfinetune.data.layout import Prepared
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes, reason_of
+from mmfinetune.utils.text import brief
 
 CHANGES = 'changes.json'
 _PASSES = 3
@@ -195,7 +196,7 @@ class _Repair:
         if annotation is not None:
             number = table.annotations[annotation].get('id', f'position {annotation}')
             if not isinstance(number, (int, str)):
-                number = coco_json.shown_value(number)  # NaN and infinity are not JSON
+                number = brief(number)  # NaN and infinity are not JSON
             if table.image_rows[annotation] >= 0:
                 image = int(table.image_rows[annotation])
         name = None if image is None else table.files[image]

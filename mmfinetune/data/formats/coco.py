@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from mmfinetune.data import coco_json
-from mmfinetune.data.coco_json import shown_value
 from mmfinetune.data.formats.coco_files import (
     candidates,
     choose_files,
@@ -22,13 +21,15 @@ from mmfinetune.data.formats.coco_files import (
 )
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import natural_key, shown
+from mmfinetune.utils.files import is_writable, natural_key, shown
 from mmfinetune.utils.images import image_size
+from mmfinetune.utils.text import brief, is_text
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
 _SAMPLES = 20  # image names that are looked up to find the folder of the images
 _MAX_SIDE = 1 << 20  # pixels; OpenCV reads no larger images
+_MAX_DIGITS = 20
 _MAX_ID = 1 << 53  # what every JSON reader keeps exact
 
 
@@ -79,7 +80,9 @@ class CocoReader(Reader):
             name, data = shown(file.path, root), file.coco.data
             self.supercategories |= file.groups
             wanted = (('info', dict), ('licenses', list))
-            self.headers[file.split] = {key: data[key] for key, kind in wanted if isinstance(data.get(key), kind)}
+            self.headers[file.split] = {
+                key: data[key] for key, kind in wanted if isinstance(data.get(key), kind) and is_writable(data[key])
+            }
             self.problems += [stray.at(name) for stray in file.strays]
             ids = {as_id(annotation.get('id')) for annotation in file.coco.annotations} - {None}
             if repeated := len(file.coco.annotations) - len(ids):
@@ -135,7 +138,7 @@ class CocoReader(Reader):
                 name: Any = image.get('file_name')
                 where = f'{shown(file.path, self.root)}: image {file.ids[place]}'
                 if not is_usable(name):
-                    self.problems.append(Message('coco-image-name', place=where, name=shown_value(name)))
+                    self.problems.append(Message('coco-image-name', place=where, name=brief(name)))
                     continue
                 path = file.image_root / name
                 if not self._trust_sizes and (found := find_image(file.image_root, name, self.root)[0]) != path:
@@ -156,7 +159,7 @@ class CocoReader(Reader):
         with record.collecting(item.key):
             record.width, record.height = self._size(item.image, image)
             for annotation in file.annotations[place]:
-                name = f'annotation {shown_value(annotation.get("id"))}'
+                name = f'annotation {brief(annotation.get("id"))}'
                 with record.collecting(f'{item.key}: {name}'):
                     record.instances.append(self._instance(annotation, file.names, name))
         return record
@@ -168,7 +171,7 @@ class CocoReader(Reader):
         if width is not None or height is not None:
             named = _positive(width), _positive(height)
             if 0 in named:
-                raise Problem('coco-size', width=shown_value(width), height=shown_value(height))
+                raise Problem('coco-size', width=brief(width), height=brief(height))
         if self._trust_sizes:
             if not named:
                 raise Problem('coco-no-size')
@@ -187,10 +190,10 @@ class CocoReader(Reader):
         """An annotation as an instance; raises Problem."""
         category = as_id(annotation.get('category_id'))
         if category not in names:
-            raise Problem('coco-category-unknown', category=shown_value(annotation.get('category_id')))
+            raise Problem('coco-category-unknown', category=brief(annotation.get('category_id')))
         iscrowd = annotation.get('iscrowd') or 0
         if iscrowd not in (0, 1):
-            raise Problem('coco-iscrowd', value=shown_value(iscrowd))
+            raise Problem('coco-iscrowd', value=brief(iscrowd))
         shape = annotation.get('segmentation')
         if isinstance(shape, list) and shape and not isinstance(shape[0], list):
             shape = [shape]
@@ -201,7 +204,7 @@ class CocoReader(Reader):
                 raise Problem('coco-only-box')
             shape = [_rectangle(annotation.get('bbox'))]
         if not isinstance(shape, (list, dict)):
-            raise Problem('coco-segmentation', value=shown_value(shape))
+            raise Problem('coco-segmentation', value=brief(shape))
         extra = {key: value for key, value in annotation.items() if key not in _CORE}
         return Instance(names[category], shape, bool(iscrowd), place, extra)
 
@@ -226,7 +229,7 @@ def as_id(value: Any) -> int | str | None:
     if isinstance(value, float):
         return int(value) if value.is_integer() else None
     if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdigit() else value or None
+        return int(value) if value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS else value or None
     return value if type(value) is int else None
 
 
@@ -240,7 +243,7 @@ def _read(path: Path, split: str | None, boxes: bool) -> _File:
     _read_categories(file)
     for image in coco.images:
         if (image_id := as_id(image.get('id'))) is None:
-            facts = dict(name=shown_value(image.get('file_name')), value=shown_value(image.get('id')))
+            facts = dict(name=brief(image.get('file_name')), value=brief(image.get('id')))
             file.problems.append(Message('coco-image-id', **facts))
         file.ids.append(image_id)
     for image_id, count in Counter(file.ids).items():
@@ -254,7 +257,7 @@ def _read(path: Path, split: str | None, boxes: bool) -> _File:
         if owner in by_id:
             by_id[owner].append(annotation)
         else:
-            facts = dict(value=shown_value(annotation.get('id')), image=shown_value(annotation.get('image_id')))
+            facts = dict(value=brief(annotation.get('id')), image=brief(annotation.get('image_id')))
             file.strays.append(Message('coco-stray', **facts))
     file.annotations = list(by_id.values())
     return file
@@ -264,7 +267,7 @@ def _read_categories(file: _File) -> None:
     for category in file.coco.categories:
         category_id, name = as_id(category.get('id')), category.get('name')
         if category_id is None or not isinstance(name, str) or not name.strip():
-            file.problems.append(Message('coco-category', category=shown_value(category)))
+            file.problems.append(Message('coco-category', category=brief(category)))
             continue
         name = name.strip()
         if category_id in file.names:
@@ -273,8 +276,8 @@ def _read_categories(file: _File) -> None:
         elif name in file.names.values():
             file.problems.append(Message('coco-category-repeated', name=name))
         file.names[category_id] = name
-        if isinstance(category.get('supercategory'), str):
-            file.groups[name] = category['supercategory']
+        if isinstance(group := category.get('supercategory'), str) and is_text(group):
+            file.groups[name] = group
 
 
 def _common_ids(files: Sequence[_File]) -> dict[str, int]:
@@ -302,7 +305,7 @@ def _rectangle(box: Any) -> list[float]:
     """A box x, y, width, height as a polygon; raises Problem."""
     numbers = isinstance(box, list) and all(type(value) in (int, float) and math.isfinite(value) for value in box)
     if not numbers or len(box) != 4:
-        raise Problem('coco-box', box=shown_value(box))
+        raise Problem('coco-box', box=brief(box))
     x, y, width, height = box
     if width <= 0 or height <= 0:
         raise Problem('coco-box-empty', width=width, height=height)
