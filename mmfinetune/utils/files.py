@@ -125,14 +125,21 @@ def digest(path: Path, kind: str) -> str:
 def looks_like(file: Path | bytes) -> str:
     """What a file or its first bytes are, if it is one that often stands in for a binary one.
 
-    A web page (saved instead of the download) or a Git LFS pointer; empty if neither.
+    Nothing, a web page (saved instead of the download), a Git LFS pointer, a packed file; '' if none of these.
     """
-    start = b'' if isinstance(file, Path) else file[:512]
     if isinstance(file, Path):
-        with contextlib.suppress(OSError), file.open('rb') as opened:
-            start = opened.read(512)
-    start = start.lstrip().lower()
-    if start.startswith((b'<!doctype html', b'<html')):
+        try:
+            with file.open('rb') as opened:
+                file = opened.read(512)
+        except OSError:
+            return ''
+    start = file[:512]
+    if not start:
+        return 'an empty file'
+    if start.startswith(b'\x1f\x8b'):
+        return 'a gzip file (unpack it)'
+    start = start.removeprefix(b'\xef\xbb\xbf').lstrip().lower()
+    if re.match(rb'<(!doctype|html|head|body|script|title|meta|!--|\?xml)', start):
         return 'a web page (a login or an error page?)'
     if start.startswith(b'version https://git-lfs'):
         return 'a Git LFS pointer (run `git lfs pull`)'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +13,7 @@ from mmfinetune.utils.dist import rank0_first
 from mmfinetune.utils.download import download
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import hash_in_name, looks_like, sha256_of
+from mmfinetune.weights import read
 from mmfinetune.weights.read import REPLACE
 
 PRETRAIN_DIR = Path('pretrain')
@@ -92,7 +94,7 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
     if url is None:
         searched = [Message('weights-searched', path=path) for path in candidates]
         raise UserError('weights-nowhere', problems=searched + damaged, path=wanted)
-    return download(url, target, sha256=hash_in_name(wanted))
+    return download(url, target, sha256=hash_in_name(wanted), check=_damage)
 
 
 def locate(weights_cfg: Mapping) -> Path:
@@ -131,13 +133,24 @@ def is_url(address: str) -> bool:
     return address.startswith(('http://', 'https://'))
 
 
+def _damage(path: Path) -> Message | None:
+    """Why a file that nothing else is known of holds no weights."""
+    try:
+        read.load(path)
+    except UserError as error:
+        return error.message
+    return None
+
+
 def fetch(address: str) -> Path:
     """Weights at a URL, downloaded to ``pretrain/`` and verified.
 
     Raises:
         UserError: The download failed, or is not what its name says.
     """
-    name = address.split('?')[0].rstrip('/').rpartition('/')[2]
-    path = download(address, PRETRAIN_DIR / name, sha256=hash_in_name(name))
+    name = re.split('[?#]', address)[0].rstrip('/').rpartition('/')[2]
+    if name in ('', '.', '..') or '/' not in address.partition('://')[2]:
+        raise UserError('download-address', url=address)
+    path = download(address, PRETRAIN_DIR / name, sha256=hash_in_name(name), check=_damage)
     verify_file(path)
     return path

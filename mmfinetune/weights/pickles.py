@@ -7,7 +7,7 @@ import pickletools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from mmfinetune.utils.errors import UserError
 
@@ -68,14 +68,14 @@ def _cost(file: IO[bytes], limit: int) -> int:
     """
     # An object is its cost in a list, since lists and dicts get their contents after others may refer to them.
     stack: list[list[int] | None] = []
-    memo: dict[int, list[int]] = {}
+    memo: dict[Any, list[int]] = {}
     spent = 0
     try:
         for opcode, arg, _ in pickletools.genops(file):
             if opcode.name in _GETS:
-                stack.append(memo[int(arg)])
+                stack.append(memo[arg])
             elif opcode.name in _PUTS or opcode.name == 'MEMOIZE':
-                memo[len(memo) if arg is None else int(arg)] = _top(stack)
+                memo[len(memo) if arg is None else arg] = _top(stack)
             elif opcode.name == 'MARK':
                 stack.append(None)
             elif opcode.name == 'POP':
