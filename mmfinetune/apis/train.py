@@ -227,7 +227,7 @@ def _test(plan: RunPlan, trained: Runner | None) -> None:
     if trained is not None:
         file = weights_work_dir.best_checkpoint(Path(cfg.work_dir))
         say(f'Testing {file}')
-        trained.load_checkpoint(str(file), map_location='cpu')
+        trained.load_checkpoint(str(file))
         _measure(trained, file)
     elif options.head_init:
         start = run_weights.start_of(cfg)

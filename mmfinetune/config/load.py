@@ -16,6 +16,7 @@ from mmfinetune.config import old_names
 from mmfinetune.config import overrides as config_overrides
 from mmfinetune.config.keys import NEEDED, check_keys, check_values
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.weights import data_only
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -78,6 +79,7 @@ def _read(path: Path) -> Config:
     from mmengine.config import Config
     from mmengine.utils import import_modules_from_strings
 
+    data_only.install()
     try:
         cfg = Config.fromfile(str(path), import_custom_modules=False)
         if cfg.get('custom_imports'):

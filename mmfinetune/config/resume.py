@@ -52,6 +52,8 @@ def set_resume(cfg: Config, resume: str | bool, world: int) -> None:
         world: Number of processes.
     """
     if isinstance(resume, str) and resume != AUTO:
+        if not Path(resume).is_file():
+            raise UserError('resume-missing', path=resume)
         found = _read_run(Path(resume))
     else:
         # One choice for all, made before any process writes there again.

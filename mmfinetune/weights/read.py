@@ -6,6 +6,7 @@ import collections
 import json
 import pickle
 import re
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -47,12 +48,15 @@ def read_checkpoint(path: Path) -> dict:
         What the file holds; tensors are on the CPU.
 
     Raises:
-        UserError: Truncated, not a checkpoint, or a pickle that holds more than data.
+        UserError: Truncated, damaged, not a checkpoint, or a pickle that holds more than data.
     """
     import torch
 
     try:
         require_bounded(path)
+        damaged = _damaged_part(path)
+        if damaged is not None:
+            raise UserError('weights-crc', path=path, part=damaged)
         with torch.serialization.safe_globals(_safe_globals()):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
     except UserError:
@@ -83,6 +87,16 @@ def _tensors_in(loaded: object) -> Iterator[torch.Tensor]:
         seen.add(id(value))
 
 
+def _damaged_part(path: Path) -> str | None:
+    """The first part of a zip file that has changed since it was written, by its CRC, which torch does not check."""
+    with path.open('rb') as file:
+        if file.read(2) != b'PK':
+            return None
+        with zipfile.ZipFile(file) as archive:
+            # Under `torch.serialization.set_crc32_options(False)` none is written.
+            return archive.testzip() if any(part.CRC for part in archive.infolist()) else None
+
+
 def _unreadable(path: Path, error: Exception) -> UserError:
     culprit = re.search(r'GLOBAL ([\w.]+)', str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if culprit:
@@ -111,7 +125,32 @@ def _safe_globals() -> list:
             raise pickle.UnpicklingError(f'GLOBAL builtins.getattr({owner!r}, {name!r})')
         return getattr(owner, name)
 
-    return [*(g for g in get_torch_safe_globals() if g is not getattr), (statistic, 'builtins.getattr')]
+    known = [g for g in get_torch_safe_globals() if g is not getattr]
+    settings = ((stand_in, f'{module}.{name}') for (module, name), stand_in in _SETTINGS.items())
+    return [*known, (statistic, 'builtins.getattr'), *settings]
+
+
+class _Namespace(dict):
+    """Stands in for a namespace while unpickling: its attributes as a dict."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state)
+
+
+def _path(*parts: str) -> str:
+    return '/'.join(parts)
+
+
+# What training scripts keep of their command line.
+_SETTINGS = {
+    ('argparse', 'Namespace'): _Namespace,
+    ('types', 'SimpleNamespace'): _Namespace,
+    **{
+        (module, name): _path
+        for module in ('pathlib', 'pathlib._local')
+        for name in ('PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath')
+    },
+}
 
 
 def _load_safetensors(path: Path) -> dict:
@@ -184,6 +223,7 @@ def _encode(text: str, encoding: str = '') -> bytes:
 
 
 _HARMLESS = {
+    **_SETTINGS,
     ('collections', 'OrderedDict'): collections.OrderedDict,
     ('_codecs', 'encode'): _encode,
     ('numpy', 'dtype'): _Dtype,

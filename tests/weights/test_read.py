@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
 import random
 import shutil
+import types
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +53,49 @@ def test_pickle_of_any_protocol_runs_nothing(tmp_path, protocol):
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
     assert caught.value.facts['path'] == path
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize('last', [False, True], ids=['tensor', 'last tensor'])
+def test_a_changed_byte_in_a_tensor_is_found(tmp_path, last):
+    path = tmp_path / 'a.pth'
+    torch.save({'state_dict': {'a': torch.full((1000,), 3.0), 'b': torch.full((1000,), 5.0)}}, path)
+    data = bytearray(path.read_bytes())
+    value = torch.tensor(5.0 if last else 3.0).numpy().tobytes()
+    data[data.index(value * 1000) + 2000] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path)['state_dict']['b' if last else 'a'].unique().numel() > 1  # torch reads it
+    with refused('weights-crc', path=path, part=f'a/data/{int(last)}'):
+        read_checkpoint(path)
+
+
+def test_a_file_without_crcs_is_read(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({'state_dict': {'a': torch.ones(1000)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(path)['state_dict']['a'].sum() == 1000
+
+
+@pytest.mark.parametrize('write', [torch.save, partial(write_pickle, 2)], ids=['pth', 'pkl'])
+def test_settings_of_a_script_are_plain_values(tmp_path, write):
+    args = argparse.Namespace(lr=0.02, names=['a'], out=Path('runs/1'), inner=types.SimpleNamespace(amp=True))
+    path = tmp_path / ('a.pth' if write is torch.save else 'a.pkl')
+    write({'model': {'a': torch.ones(1) if write is torch.save else np.ones(1)}, 'args': args}, path)
+    if write is torch.save:
+        assert read.load(path)['args'] == {'lr': 0.02, 'names': ['a'], 'out': 'runs/1', 'inner': {'amp': True}}
+    assert read.load(path)['model']['a'] == 1
+
+
+@pytest.mark.parametrize('write', [torch.save, partial(write_pickle, 2)], ids=['pth', 'pkl'])
+def test_code_in_settings_does_not_run(tmp_path, write):
+    trace = tmp_path / 'trace'
+    path = tmp_path / ('a.pth' if write is torch.save else 'a.pkl')
+    write({'model': {}, 'args': argparse.Namespace(x=Evil(os.mkdir, str(trace)))}, path)
+    with refused('weights-code', culprit='posix.mkdir'):
+        read.load(path)
     assert not trace.exists()
 
 

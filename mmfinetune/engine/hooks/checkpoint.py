@@ -20,7 +20,7 @@ from mmfinetune.config.resume import BatchSetup, check_version
 from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import KEY, run_state, update_run_state, upgrade
-from mmfinetune.utils.dist import bare_model
+from mmfinetune.utils.dist import bare_model, rank0_first
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_bytes
 from mmfinetune.weights import read
@@ -96,11 +96,12 @@ class SafeCheckpointHook(Hook):
         self._is_training = True
 
     def _best_there(self, runner: Runner) -> dict[str, dict[str, Any]]:
-        """The best scores whose files are there; another would leave the run without a best checkpoint."""
+        """The best scores whose files can be read; another would leave the run without a best checkpoint."""
         found = run_state(runner).best.copy()
         for metric, entry in run_state(runner).best.items():
-            if not (self.files.folder / entry['file']).is_file():
-                runner.logger.warning(f'{entry["file"]} is not there: the next validation makes a new best checkpoint')
+            why = rank0_first(partial(_why_unreadable, self.files.folder / entry['file']))
+            if why:
+                runner.logger.warning(f'{why}: the next validation makes a new best checkpoint')
                 del found[metric]
         return found
 
@@ -215,6 +216,16 @@ class SafeCheckpointHook(Hook):
         parameters = dict(bare_model(runner).named_parameters())
         for name, gradient in checkpoint.get(KEY, {}).get('gradients', {}).items():
             parameters[name].grad = gradient.to(parameters[name])
+
+
+def _why_unreadable(path: Path) -> str:
+    if not path.is_file():
+        return f'{path.name} is not there'
+    try:
+        read.read_checkpoint(path)
+    except UserError as error:
+        return str(error.message)
+    return ''
 
 
 def _rules(metrics: str | Sequence[str], **arguments: Any) -> dict[str, Any]:
