@@ -93,7 +93,7 @@ def _damaged_part(path: Path) -> str | None:
         if file.read(2) != b'PK':
             return None
         with zipfile.ZipFile(file) as archive:
-            # Under `torch.serialization.set_crc32_options(False)` none is written.
+            # Under `torch.serialization.set_crc32_options(False)` all are 0.
             return archive.testzip() if any(part.CRC for part in archive.infolist()) else None
 
 
