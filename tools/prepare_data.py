@@ -56,9 +56,11 @@ def main() -> int:
     )
     add(parser, '--workers', '--skip-bad', '--overwrite', '--dry-run')
     some = parser.add_argument_group('for some formats only')
-    add(some, '--image-root', more='(coco)')
+    add(some, '--image-root', more='(coco, labelme, yolo: images elsewhere than in SRC)')
     some.add_argument(
-        '--trust-sizes', action='store_true', help='coco: take image sizes from the JSON and do not open the images'
+        '--trust-sizes',
+        action='store_true',
+        help='coco: take image sizes from the JSON and do not look into the images',
     )
     some.add_argument(
         '--boxes-as-masks', action='store_true', help='coco, yolo: a box without a mask becomes a rectangular mask'

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import locale
 import os
 import sys
 import traceback
@@ -164,11 +165,28 @@ def make_parser(description: str, examples: str) -> Parser:
     )
 
 
+def _insist_on_utf8() -> None:
+    """Let files be UTF-8 whatever the locale, and let nothing printed be an error.
+
+    MMDetection, pycocotools and TensorBoard open files in the encoding of the locale, and only a new process can be
+    in Python's UTF-8 mode. In a program that merely calls a tool nothing is started.
+    """
+    is_tool = sys.orig_argv[-len(sys.argv) :] == sys.argv
+    if is_tool and locale.getpreferredencoding(False).lower() not in ('utf-8', 'utf8'):
+        os.environ['PYTHONUTF8'] = '1'  # of processes started from here
+        os.environ.setdefault('PYTHONIOENCODING', str(sys.stdout.encoding))  # the terminal stays what it is
+        os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # of a notebook or a test
+            stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's ``main`` and exit with one of `EXIT_CODES`; ``main`` returns 0 or 1.
 
     Of several processes of a run one shows the error.
     """
+    _insist_on_utf8()
     launch.follow_launcher()
     try:
         code = main() or 0

@@ -91,7 +91,7 @@ def run(options: Options) -> int:
     found = report.analyse(inputs.truth, inputs.rows, inputs.source, options.engine, options.score_thr, options.worst)
     out = options.out or inputs.out
     write(found, out, inputs, options.pictures)
-    print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else render.text(found))
+    print(json.dumps(found.as_dict()) if options.json else render.text(found))
     note = ''
     if options.pictures and found.worst and not inputs.images:
         note = ' (no pictures of images: --image-root names no folder that holds them)'

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import reason_of
+from mmfinetune.utils.files import MOST_JSON, read_regular, reason_of
 from mmfinetune.utils.text import brief, is_text
 
 SECTIONS = ('images', 'annotations', 'categories')
@@ -204,7 +204,7 @@ def _parse(path: Path, compact: bool) -> Coco:
 def _load(path: Path, compact: bool) -> tuple[dict[str, Any], list[Message]]:
     """The top object and what is odd about its encoding; a Problem if there is none."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MOST_JSON)
     except FileNotFoundError:
         raise Problem('coco-no-file') from None
     except (OSError, ValueError) as error:

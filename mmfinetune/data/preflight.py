@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,10 @@ def read_split(path: Path, image_root: Path | None = None, classes: Sequence[str
         UserError: All problems of the first kind found: see `coco_json.Coco.require`, other classes than the
             config's, missing or unreadable images.
     """
+    coding = locale.getpreferredencoding(False)
+    if coding.lower() not in ('utf-8', 'utf8') and path.is_file() and not path.read_bytes().isascii():
+        # MMDetection would read other names than are written there.
+        raise UserError('coco-locale', path=path, encoding=coding)
     coco = coco_json.read(path, compact=True).require(
         images=('width', 'height'), annotations=('id',), links=False, utf8=True
     )

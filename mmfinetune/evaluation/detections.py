@@ -16,7 +16,7 @@ from mmfinetune.data import coco_json
 from mmfinetune.data.coco_json import Problems
 from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.files import read_json
+from mmfinetune.utils.files import MOST_JSON, read_json
 from mmfinetune.utils.masks import mask_to_rle, to_rle
 
 _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
@@ -122,7 +122,7 @@ def read_rows(path: Path) -> list:
         UserError: Missing, not JSON, not a list, or empty.
     """
     try:
-        rows = read_json(path)
+        rows = read_json(path, MOST_JSON)
     except ValueError as error:
         raise UserError('rows-unreadable', path=path, reason=str(error)) from None
     if not isinstance(rows, list):

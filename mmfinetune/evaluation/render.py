@@ -17,6 +17,7 @@ from mmfinetune.evaluation.confusion import ImageErrors
 from mmfinetune.evaluation.report import CLASS_APS, VOC_IOUS, Report
 from mmfinetune.evaluation.stats import KINDS, number, stat_rows
 from mmfinetune.utils.extras import extra
+from mmfinetune.utils.images import open_image
 from mmfinetune.utils.text import block, cell, csv_text, plural
 
 WORST = 'worst'
@@ -182,9 +183,9 @@ def _draw(report: Report, errors: ImageErrors, root: Path) -> bytes:
 def _read_image(path: Path) -> np.ndarray:
     """An upright RGB image, made smaller if it is large."""
     import cv2
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    with Image.open(path) as opened:
+    with open_image(path) as opened:
         image = np.array(ImageOps.exif_transpose(opened).convert('RGB'))
     factor = min(1.0, _SIDE / max(image.shape[:2]))
     size = [max(1, round(n * factor)) for n in image.shape[1::-1]]

@@ -3,19 +3,60 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from mmfinetune.utils.errors import Problem, UserError
 
 CHUNK = 1 << 20  # bytes
+MOST_TEXT = 1 << 28  # bytes of a label file of one image, a list, a YAML file
+MOST_JSON = 1 << 32  # bytes of a file for a whole data set; LVIS has about 1 GB
+
+
+def open_regular(path: str | Path, most: float = math.inf) -> BinaryIO:
+    """Open a file to be read; what could block or never end (a FIFO, a device) is refused.
+
+    Raises:
+        OSError: It cannot be opened, is not a regular file, or has more than `most` bytes.
+    """
+    # Opening a FIFO would wait for somebody who writes.
+    file = open(path, 'rb', opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115
+    status = os.fstat(file.fileno())
+    reason = '' if stat.S_ISREG(status.st_mode) else 'not a regular file but a device or a pipe'
+    if status.st_size > most:
+        reason = f'{status.st_size:,} bytes, more than the {most:,} that are read'
+    if reason:
+        file.close()
+        raise OSError(errno.EINVAL, reason, str(path))
+    return file
+
+
+def read_regular(path: str | Path, most: float) -> bytes:
+    """The content of a file, see `open_regular`."""
+    with open_regular(path, most) as file:
+        return file.read()
+
+
+def is_within(path: str | Path, *roots: str | Path) -> bool:
+    """Whether a path is in one of some folders, by its name or once links are followed.
+
+    By its name, since links within a data set are its owner's; a folder may itself be known by two names.
+    """
+    with contextlib.suppress(ValueError):  # no file has such a name
+        for spell in (os.path.abspath, os.path.realpath):
+            if any(Path(spell(path)).is_relative_to(spell(root)) for root in roots):
+                return True
+    return False
 
 
 def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
@@ -88,9 +129,12 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 
 
 def json_bytes(value: object, indent: int | None = None) -> bytes:
-    """`value` as UTF-8 JSON with a final newline; NaN and infinity raise ValueError."""
-    separators = (',', ':') if indent is None else None
-    text = json.dumps(value, ensure_ascii=False, allow_nan=False, indent=indent, separators=separators)
+    """`value` as JSON with a final newline; NaN and infinity raise ValueError.
+
+    Data are ASCII, since other programs read them in the encoding of the locale; with an indent, for people, UTF-8.
+    """
+    separators, ascii = ((',', ':'), True) if indent is None else (None, False)
+    text = json.dumps(value, ensure_ascii=ascii, allow_nan=False, indent=indent, separators=separators)
     return text.encode() + b'\n'
 
 
@@ -108,15 +152,15 @@ def atomic_write_json(path: str | Path, value: object, indent: int | None = None
     atomic_write_bytes(path, json_bytes(value, indent))
 
 
-def sha256_of(path: str | Path) -> str:
-    """The SHA-256 of a file's content, 64 hexadecimal digits."""
-    return digest(Path(path), 'sha256')
+def sha256_of(path: str | Path, most: float = math.inf) -> str:
+    """The SHA-256 of a file's content, 64 hexadecimal digits; OSError if it has more than `most` bytes."""
+    return digest(Path(path), 'sha256', most)
 
 
-def digest(path: Path, kind: str) -> str:
+def digest(path: Path, kind: str, most: float = math.inf) -> str:
     """A checksum of a file's content in hexadecimal digits; `kind` is an algorithm of `hashlib`, e.g. 'md5'."""
     digest = hashlib.new(kind, usedforsecurity=False)
-    with path.open('rb') as file:
+    with open_regular(path, most) as file:
         while data := file.read(CHUNK):
             digest.update(data)
     return digest.hexdigest()
@@ -129,7 +173,7 @@ def looks_like(file: Path | bytes) -> str:
     """
     if isinstance(file, Path):
         try:
-            with file.open('rb') as opened:
+            with open_regular(file) as opened:
                 file = opened.read(512)
         except OSError:
             return ''
@@ -196,14 +240,14 @@ def shown(path: Path, root: Path) -> str:
         return path.as_posix()
 
 
-def read_text(path: Path) -> str:
-    """The text of a label file: UTF-8, or UTF-16 with its mark.
+def read_text(path: Path, most: int = MOST_TEXT) -> str:
+    """The text of a label file of at most so many bytes: UTF-8, or UTF-16 with its mark.
 
     Raises:
-        Problem: It is missing, unreadable or not text.
+        Problem: It is missing, unreadable, too large or not text.
     """
     try:
-        data = path.read_bytes()
+        data = read_regular(path, most)
     except FileNotFoundError:
         raise Problem('text-file-missing') from None
     except OSError as error:
@@ -215,13 +259,13 @@ def read_text(path: Path) -> str:
         raise Problem('text-file-encoding', byte=error.start) from None
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, most: int = MOST_TEXT) -> Any:
     """The value of a JSON file; NaN and infinity are let through, see `masks.check_polygon`.
 
     Raises:
         Problem: See `read_text`; or it is not JSON, with the place.
     """
-    text = read_text(path)
+    text = read_text(path, most)
     if not text.strip():
         raise Problem('json-empty')
     try:

@@ -13,6 +13,7 @@ import pytest
 from mmfinetune.utils import files
 from mmfinetune.utils.files import find_files, natural_key, read_json, read_text, read_yaml
 from mmfinetune.utils.images import find_images
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import faulty, refused
 
 
@@ -28,7 +29,8 @@ def written(path: Path, data: bytes) -> Path:
 def test_atomic_write(tmp_path):
     path = tmp_path / 'deep' / 'a.json'
     files.atomic_write_json(path, {'b': [1, 'ä'], 'a': 0.5})
-    assert path.read_text(encoding='utf-8') == '{"b":[1,"ä"],"a":0.5}\n'
+    assert path.read_bytes() == b'{"b":[1,"\\u00e4"],"a":0.5}\n'
+    assert files.json_bytes('ä', indent=1) == '"ä"\n'.encode()
     files.atomic_write_text(path, 'grün')
     assert path.read_bytes() == 'grün'.encode()
     files.atomic_write_bytes(path, b'\0')
@@ -216,3 +218,33 @@ def test_natural_keys_of_very_long_numbers():
         'a',
         'a7',
     ]
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_only_regular_files_of_a_sensible_size_are_read(tmp_path, kind):
+    path = strange(tmp_path / 'a', kind)
+    with pytest.raises(OSError, match=str(path)):
+        files.read_regular(path, files.MOST_JSON)
+    with faulty('text-file-unreadable'):
+        read_text(path)
+
+
+def test_a_link_to_a_file_is_a_file(tmp_path):
+    written(tmp_path / 'a', b'text')
+    (tmp_path / 'link').symlink_to('a')
+    assert files.read_regular(tmp_path / 'link', 4) == b'text'
+    with pytest.raises(OSError, match='more than the 3 that are read'):
+        files.read_regular(tmp_path / 'link', 3)
+
+
+def test_what_is_in_a_folder(tmp_path):
+    (tmp_path / 'set/images').mkdir(parents=True)
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'alias').symlink_to('set')
+    (tmp_path / 'set/linked').symlink_to('../elsewhere')
+    root = tmp_path / 'set'
+    inside = ('images/a.jpg', '../set/a.jpg', '../alias/a.jpg', 'linked/a.jpg', str(root / 'a.jpg'), 'linked/../a.jpg')
+    assert [name for name in inside if not files.is_within(root / name, root)] == []
+    outside = ('../a.jpg', '/dev/zero', '../set2/a.jpg', '../elsewhere/a.jpg', 'images/../../a.jpg', '../a\0')
+    assert [name for name in outside if files.is_within(root / name, root)] == []
+    assert files.is_within(root / '../elsewhere/a.jpg', root, tmp_path / 'elsewhere')

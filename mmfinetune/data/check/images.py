@@ -15,8 +15,8 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mmfinetune.data.check.table import Table
-from mmfinetune.utils.files import looks_like, reason_of
-from mmfinetune.utils.images import has_end, orientation_of
+from mmfinetune.utils.files import looks_like, read_regular, reason_of
+from mmfinetune.utils.images import MOST_BYTES, has_end, open_image, orientation_of
 from mmfinetune.utils.workers import in_order
 
 # OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
@@ -74,9 +74,7 @@ class ImageFacts:
 def look_at(path: Path) -> ImageFacts:
     """Read and decode an image; never raises."""
     try:
-        if path.is_dir():
-            return ImageFacts('image-unreadable')
-        content = path.read_bytes()
+        content = read_regular(path, MOST_BYTES)
     except FileNotFoundError:
         return ImageFacts('image-missing')
     except (OSError, ValueError, RuntimeError) as error:
@@ -200,7 +198,7 @@ def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list
 
 def _same_picture(one: Path, two: Path) -> bool:
     try:
-        with Image.open(one) as a, Image.open(two) as b:
+        with open_image(one) as a, open_image(two) as b:
             if abs(a.width * b.height - b.width * a.height) > 0.05 * a.width * b.height:
                 return False
             pixels = [np.asarray(image.convert('RGB').resize((_LOOK_SIDE,) * 2), np.float32) for image in (a, b)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -21,8 +22,8 @@ from mmfinetune.data.formats.coco_files import (
 )
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import is_writable, natural_key, shown
-from mmfinetune.utils.images import image_size
+from mmfinetune.utils.files import is_within, is_writable, natural_key, shown
+from mmfinetune.utils.images import image_size, require_readable
 from mmfinetune.utils.text import brief, is_text
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
@@ -74,6 +75,7 @@ class CocoReader(Reader):
         self._files = files
         self._boxes = bool(options.get('boxes_as_masks'))
         self._trust_sizes = bool(options.get('trust_sizes'))
+        self._roots = [root, *filter(None, [options.get('image_root')])]
         self._keeps_ids = [all(isinstance(i, int) and 0 <= i < _MAX_ID for i in file.ids) for file in files]
         self.category_ids = _common_ids(files)
         for file in files:
@@ -141,8 +143,12 @@ class CocoReader(Reader):
                     self.problems.append(Message('coco-image-name', place=where, name=brief(name)))
                     continue
                 path = file.image_root / name
-                if not self._trust_sizes and (found := find_image(file.image_root, name, self.root)[0]) != path:
-                    path, elsewhere = found, elsewhere + 1
+                if not self._trust_sizes or not is_within(path, file.image_root, self.root):
+                    found, is_there = find_image(file.image_root, name, self.root)
+                    if self._trust_sizes and not is_there:
+                        self.problems.append(Message('coco-image-outside', place=where, name=name))
+                        continue
+                    path, elsewhere = found, elsewhere + (found != path)
                 own.append(Item(f'{where} ({name})', path, (number, place), file.split))
             items += sorted(own, key=lambda item: natural_key(item.image))
         if elsewhere:
@@ -175,6 +181,7 @@ class CocoReader(Reader):
         if self._trust_sizes:
             if not named:
                 raise Problem('coco-no-size')
+            self._check_trusted(path)
             return named
         try:
             size = image_size(path)
@@ -185,6 +192,18 @@ class CocoReader(Reader):
             sizes = dict(found=f'{size[0]}x{size[1]}', named=f'{named[0]}x{named[1]}')
             raise Problem(code, image=shown(path, self.root), **sizes)
         return size
+
+    def _check_trusted(self, path: Path) -> None:
+        """Refuse what cannot be the image that was measured; raises Problem. It may be missing yet."""
+        if not path.exists():
+            return
+        try:
+            require_readable(path)
+            # One's own data may have links (DVC, a folder on another disk); a stranger's could lead to any file.
+            if not is_within(os.path.realpath(path), *self._roots):
+                image_size(path)
+        except Problem as problem:
+            raise problem.at(shown(path, self.root)) from None
 
     def _instance(self, annotation: dict[str, Any], names: dict[Any, str], place: str) -> Instance:
         """An annotation as an instance; raises Problem."""

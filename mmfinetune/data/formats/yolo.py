@@ -13,7 +13,7 @@ from typing import Any
 from mmfinetune.data.formats.folders import CLASS_LISTS, find_class_list, split_of
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import find_files, natural_key, read_text, read_yaml, shown
+from mmfinetune.utils.files import find_files, is_within, natural_key, read_text, read_yaml, shown
 from mmfinetune.utils.images import find_images
 from mmfinetune.utils.text import brief, is_text
 
@@ -55,18 +55,24 @@ class YoloReader(Reader):
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> YoloReader:
-        """See `Reader.open`. Options: `boxes_as_masks`, `classes` if the data set names none."""
+        """See `Reader.open`.
+
+        Options: `boxes_as_masks`, `classes` if the data set names none, `image_root`, where it names images elsewhere.
+        """
         notes: list[Message] = []
         root = Path(os.path.normpath(root))  # as the paths of images are
         path = root if root.is_file() else _only_yaml(root)
         if path:
             root = path.parent
             data = _load_yaml(path)
-            classes, splits = _names(data, path), _images_of_splits(data, path)
+            classes, splits = _names(data, path), _images_of_splits(data, path, options.get('image_root'))
             # Ultralytics' own VOC.yaml is such a one.
             if 'test' in splits and set(splits['test']) == set(splits.get('val', ())):
                 notes.append(Message('yolo-test-is-val'))
                 del splits['test']
+            paths = [image for images in splits.values() for image in images]
+            if elsewhere := [image for image in paths if not is_within(image, root)]:
+                notes.append(Message('yolo-elsewhere', count=len(elsewhere), folder=elsewhere[0].parent))
         else:
             classes, splits = _listed_classes(root, options), {}
             for image in find_images(root):
@@ -83,7 +89,7 @@ class YoloReader(Reader):
         """Note what belongs to no single image: images without labels, labels without an image."""
         images = [image for images in self._splits.values() for image in images]
         labels = {image: _label_path(image, self.root) for image in images}
-        there = {label for label in labels.values() if label.is_file()}
+        there = {label for label in labels.values() if os.path.lexists(label)}
         if not there:
             image, label = shown(images[0], self.root), shown(labels[images[0]], self.root)
             raise UserError('yolo-no-labels', path=self.root, count=len(images), image=image, label=label)
@@ -108,7 +114,7 @@ class YoloReader(Reader):
 
     def read(self, item: Item) -> Record:
         record = self.start(item)
-        if record.problems or not item.label.is_file():
+        if record.problems or not os.path.lexists(item.label):
             return record
         name = shown(item.label, self.root)
         lines: list[str] = []
@@ -265,24 +271,26 @@ def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
     raise UserError('yolo-no-classes', path=root)
 
 
-def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list[Path]]:
-    """The images of each split of a data.yaml.
+def _images_of_splits(data: dict[str, Any], path: Path, images: Path | None) -> dict[str | None, list[Path]]:
+    """The images of each split of a data.yaml, all in its folder, in what it calls its `path`, or in `images`.
 
     Raises:
-        UserError: Folders, lists or listed images that are missing.
+        UserError: Folders, lists or listed images that are missing or elsewhere.
     """
     splits: dict[str | None, list[Path]] = {}
     problems: list[Message] = []
-    bases = _bases(data.get('path'), path)
+    bases = [*filter(None, [images]), *_bases(data.get('path'), path)]
     for key, split in _SPLIT_KEYS.items():
         entries = data.get(key)
         if not entries or split in splits:
             continue
         found: dict[Path, None] = {}
         for entry in entries if isinstance(entries, list) else [entries]:
-            place = _resolve(bases, entry) if isinstance(entry, str) else None
+            place = _resolve(bases, entry, bases) if isinstance(entry, str) else None
             if place is None:
                 problems.append(Message('yolo-entry-missing', key=key, entry=_shown(entry)))
+            elif not is_within(place, *bases):
+                problems.append(Message('yolo-entry-outside', key=key, entry=_shown(entry), found=place))
             elif place.is_dir():
                 found |= dict.fromkeys(find_images(place))
             else:
@@ -310,16 +318,20 @@ def _shown(entry: Any) -> str:
     return entry if isinstance(entry, str) and len(entry) <= _MAX_PATH else brief(entry)
 
 
-def _resolve(bases: Iterable[Path], entry: str) -> Path | None:
+def _resolve(bases: Iterable[Path], entry: str, roots: list[Path]) -> Path | None:
+    """What an entry means, in one of the roots if possible; None if there is nothing of that name."""
+    found = None
     entry = entry.strip().replace('\\', '/')
     # Roboflow writes ../train/images for a folder next to the data.yaml; Ultralytics accepts it too.
     for name in (entry, entry.removeprefix('../')):
         for base in bases:
-            place = Path(base, name)
+            # Not resolve(): a linked data set keeps its own name.
+            place = Path(os.path.normpath(base / name))
             if os.path.exists(place):  # noqa: PTH110 (no name is too long for it)
-                # Not resolve(): a linked data set keeps its own name.
-                return Path(os.path.normpath(place))
-    return None
+                if is_within(place, *roots):
+                    return place
+                found = found or place
+    return found
 
 
 def _listed_images(path: Path, bases: list[Path], problems: list[Message]) -> list[Path]:
@@ -338,9 +350,10 @@ def _listed_images(path: Path, bases: list[Path], problems: list[Message]) -> li
         # A list written elsewhere has other folders in front; a bare name is too little to go by.
         tails = ['/'.join(parts[start:]) for start in range(1, len(parts) - 1)] if len(name) <= _MAX_PATH else []
         places = [path.parent, *bases]
-        image = next((place for tail in (name, *tails) if (place := _resolve(places, tail)) and place.is_file()), None)
-        if image is None:
-            problems.append(Message('yolo-listed-missing', path=path, line=number, name=_shown(line)))
-        else:
+        tries = (place for tail in (name, *tails) if (place := _resolve(places, tail, bases)) and place.is_file())
+        if image := next((place for place in tries if is_within(place, *bases)), None):
             images.append(image)
+        else:
+            code = 'yolo-listed-outside' if _resolve(places, name, bases) else 'yolo-listed-missing'
+            problems.append(Message(code, path=path, line=number, name=_shown(line)))
     return images

@@ -24,6 +24,7 @@ from mmfinetune.data.check.run import Options, check
 from mmfinetune.data.check.shapes import clip, turn_mask, turn_polygons
 from mmfinetune.utils.masks import run_lengths
 from tests.builders import voc
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, refused
 
 PLAIN = Options(cache=False, workers=1)
@@ -659,3 +660,17 @@ def test_real_voc_has_no_error_and_no_warning_but_classes(real_data, tmp_path):
     report = check({s: (p, devkit) for s, p in voc.annotation_paths(tmp_path).items()}, None, PLAIN)
     assert report.good
     assert {f.code for f in report.of('warning')} <= {'class-absent'}
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_a_finding(site, kind):
+    name = train(site)['images'][2]['file_name']
+    strange(site.image('train', 2), kind)
+    (finding,) = [f for f in site.check().findings if f.severity == 'error']
+    assert (finding.code, finding.examples[0].file) == ('image-unreadable', name)
+    splits = site.save()
+    strange(splits['val'][0], kind)
+    assert {f.code for f in check(splits, None, Options(workers=1)).of('error')} == {
+        'image-unreadable',
+        'file-unreadable',
+    }

@@ -20,6 +20,7 @@ from mmfinetune.data.formats.coco import Coco2017Reader, CocoReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.masks import mask_to_rle
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
 W, H = 48, 32
@@ -516,12 +517,57 @@ def test_image_names_of_other_machines(site, spelling):
     assert (site / 'out/images/sub/a b.jpg').is_file()
 
 
-def test_nothing_outside_the_data_set_is_taken(site):
+@pytest.mark.parametrize('trusted', [False, True])
+@pytest.mark.parametrize('placing', ['link', 'copy', 'reference'])
+def test_nothing_outside_the_data_set_is_taken(site, trusted, placing):
     Image.new('RGB', (W, H)).save(site / 'secret.jpg')
-    for name in ('../../secret.jpg', str(site / 'secret.jpg')):
+    for name in ('../../secret.jpg', 'sub/../../../secret.jpg', str(site / 'secret.jpg'), '/dev/zero', '/etc/passwd'):
         with refused('prepare-problems') as caught:
-            run(site, put('file_name', name, 'images'))
-        assert codes(caught.value.problems) == ['image-file-missing']
+            run(site, put('file_name', name, 'images'), trust_sizes=trusted, placing=placing)
+        assert codes(caught.value.problems) == ['coco-image-outside' if trusted else 'image-file-missing']
+        assert not (site / 'out').exists()
+    run(site, trust_sizes=trusted, placing=placing, skip_bad=True)
+    assert sorted(p.name for p in (site / 'out/images').iterdir() if p.name != 'img0.jpg') == ['img1.jpg', 'img2.jpg']
+
+
+def test_trusted_names_of_other_machines_are_found_by_their_end(site):
+    summary, data = run(site, put('file_name', '/home/someone/images/img0.jpg', 'images'), trust_sizes=True)
+    assert sorted(i['file_name'] for i in data['images']) == ['img0.jpg', 'img1.jpg', 'img2.jpg']
+    assert codes(summary.notes) == ['coco-images-elsewhere']
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+@pytest.mark.parametrize('trusted', [False, True])
+def test_what_is_no_file_is_no_image(site, kind, trusted):
+    strange(site / 'src/images/img1.jpg', kind)
+    with refused('prepare-problems') as caught:
+        run(site, trust_sizes=trusted, placing='copy')
+    assert codes(caught.value.problems) == ['image-file-unreadable']
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_no_annotation_file(site, kind):
+    path = strange(site / 'src/annotations/instances_train.json', kind)
+    with pytest.raises(UserError):
+        run(site)
+    with pytest.raises(UserError):
+        prepare(path, site / 'out', 'coco', progress=False)
+
+
+def test_links_of_ones_own_work_and_those_to_other_files_do_not(site):
+    (site / 'src/images').rename(site / 'disk')
+    (site / 'src/images').symlink_to('../disk')
+    for trusted in (False, True):
+        _, data = run(site, trust_sizes=trusted, overwrite=trusted)
+        assert len(data['images']) == 3
+        assert (site / 'out/images/img0.jpg').read_bytes() == (site / 'disk/img0.jpg').read_bytes()
+    (site / 'key').write_text('secret')
+    (site / 'disk/img1.jpg').unlink()
+    (site / 'disk/img1.jpg').symlink_to('../key')
+    for trusted in (False, True):
+        with refused('prepare-problems') as caught:
+            run(site, trust_sizes=trusted, overwrite=True)
+        assert codes(caught.value.problems) == ['image-file-unknown']
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.formats.labelme import LabelmeReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
 WIDTH, HEIGHT = 60, 40
@@ -298,6 +299,34 @@ def test_image_is_found(tmp_path, json_name, image_name, said):
     assert record.problems == []
     assert record.image.resolve() == wanted.resolve()
     assert len(record.instances) == 1
+
+
+def test_no_image_outside_the_data_set_is_taken(tmp_path):
+    outside, root = image(tmp_path / 'b.jpg'), tmp_path / 'set'
+    image(root / 'a.jpg')
+    write(root / 'a.json', shape())
+    for name in ('../b.jpg', '..\\b.jpg', str(outside), '../set/../b.jpg'):
+        write(root / 'c.json', shape(), image_path=name)
+        _, record = read(root)
+        assert record.problems == [message('labelme-image-outside', place='c.json', image=name)]
+        _, record = read(root, image_root=tmp_path)
+        assert (record.problems, record.image) == ([], outside)
+    write(root / 'c.json', shape(), image_path='/dev/zero')
+    assert codes(read(root)[1].problems) == ['labelme-image-outside']
+    # The last folder of a name that was written elsewhere may be a convention, and the file next to this one.
+    write(root / 'labels/d.json', shape(), image_path='../images/b.jpg')
+    image(root / 'images/b.jpg')
+    assert read(root / 'labels')[0].problems == []
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    image(tmp_path / 'a.jpg')
+    write(tmp_path / 'a.json', shape())
+    strange(tmp_path / 'b.json', kind)
+    assert LabelmeReader.detect(tmp_path) is None or kind == 'folder'
+    problems = [problem for record in read(tmp_path) for problem in record.problems]
+    assert codes(problems) == ([] if kind == 'folder' else ['text-file-unreadable'])
 
 
 def test_a_path_written_on_windows_tells_which_of_two(tmp_path):

@@ -12,6 +12,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.formats.yolo import YoloReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
 WIDTH, HEIGHT = 80, 40
@@ -245,6 +246,56 @@ def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
         source = YoloReader.open(root, {})
         record = source.read(source.items()[0])
         assert (record.problems, len(record.instances)) == ([], 1)
+        assert codes(source.notes) == ['yolo-elsewhere']
+
+
+@pytest.mark.parametrize(
+    'name', ['../other/images', '{tmp}/other/images', 'images/../../other/images', '/dev', '/dev/zero']
+)
+def test_nothing_outside_the_data_set_is_taken(tmp_path, name):
+    site(tmp_path / 'other', SQUARE)
+    name = name.format(tmp=tmp_path)
+    root = site(tmp_path / 'set', SQUARE, yaml=f'names: [cat]\ntrain: {name}')
+    with refused('yolo-images') as caught:
+        YoloReader.open(root, {})
+    assert codes(caught.value.problems) == ['yolo-entry-outside']
+    if 'other' in name:
+        (record,) = read(root, image_root=tmp_path / 'other')
+        assert record.image == tmp_path / 'other/images/a.jpg'
+        assert len(record.instances) == 1
+
+
+def test_no_listed_image_outside_the_data_set_is_taken(tmp_path):
+    outside = image(tmp_path / 'b.jpg')
+    root = site(tmp_path / 'set', SQUARE, yaml='names: [cat]\ntrain: list.txt')
+    path = write(root / 'list.txt', f'images/a.jpg\n../b.jpg\n{outside}\n/etc/hostname')
+    with refused('yolo-images') as caught:
+        YoloReader.open(root, {})
+    names = {2: '../b.jpg', 3: str(outside), 4: '/etc/hostname'}
+    assert caught.value.problems == [
+        message('yolo-listed-outside', path=path, line=k, name=n) for k, n in names.items()
+    ]
+    write(path, 'images/a.jpg\n../b.jpg')
+    assert len(read(root, image_root=tmp_path)) == 2
+
+
+def test_ones_own_links_work(tmp_path):
+    site(tmp_path / 'disk', SQUARE)
+    root = site(tmp_path / 'set', SQUARE)
+    for name in ('images', 'labels'):
+        (root / name).rename(tmp_path / name)
+        (root / name).symlink_to(tmp_path / 'disk' / name)
+    (record,) = read(root)
+    assert (record.problems, len(record.instances)) == ([], 1)
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_labels_that_are_no_files(tmp_path, kind):
+    site(tmp_path, SQUARE)
+    image(tmp_path / 'images/b.jpg')
+    strange(tmp_path / 'labels/b.txt', kind)
+    (_, record) = read(tmp_path)
+    assert codes(record.problems) == ['text-file-unreadable']
 
 
 @pytest.mark.parametrize(
