@@ -180,11 +180,11 @@ def test_class_names_in_a_locale_that_is_not_utf8(demo_folder, tmp_path, monkeyp
     for split, where in (('train', slice(0, 12)), ('val', slice(12, 16))):
         part = {'images': images[where], 'annotations': annotations[where], 'categories': categories}
         (tmp_path / f'src/{split}.json').write_text(json.dumps(part, ensure_ascii=False), encoding='utf-8')
+    new = ('--base', CONFIGS / 'mask_rcnn_demo.py', '--epochs', '10')
     for args in (
         ('prepare_data.py', tmp_path / 'src', tmp_path / 'out'),
         ('check_dataset.py', tmp_path / 'out'),
-        ('new_config.py', '--data-root', tmp_path / 'out', '--name', 'x', '--out', tmp_path / 'x.py')
-        + ('--base', CONFIGS / 'mask_rcnn_demo.py', '--epochs', '10'),
+        ('new_config.py', '--data-root', tmp_path / 'out', '--name', 'x', '--out', tmp_path / 'x.py', *new),
         ('train_pretrained.py', tmp_path / 'x.py', '--work-dir', tmp_path / 'run'),
         ('predict.py', '--run', tmp_path / 'run', tmp_path / 'src/images', '--out', tmp_path / 'pred'),
     ):
@@ -192,5 +192,4 @@ def test_class_names_in_a_locale_that_is_not_utf8(demo_folder, tmp_path, monkeyp
         assert outcome.code == 0, outcome.err[-3000:]
     metrics = read_results(tmp_path / 'run')['metrics']
     assert {name: metrics[f'coco/segm_AP/{name}'] > 0.3 for name in names} == dict.fromkeys(names, True), metrics
-    (found,) = (tmp_path / 'pred').glob('*.json')
-    assert found.read_bytes().isascii()
+    assert all(path.read_bytes().isascii() for path in (tmp_path / 'pred').glob('*.json'))
