@@ -165,6 +165,7 @@ def test_class_names_in_a_locale_that_is_not_utf8(demo_folder, tmp_path, monkeyp
     monkeypatch.chdir(demo_folder)
     for name, value in shell(coding, tmp_path).items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8')  # as the outcome is read
     names, rng = ('größe', 'nut'), np.random.default_rng(0)
     images, annotations = [], []
     (tmp_path / 'src/images').mkdir(parents=True)

@@ -18,9 +18,9 @@ from mmfinetune.apis.inference import as_array, model_files
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.resolve import set_detection
 from mmfinetune.data import coco_json
-from mmfinetune.evaluation import detections, render, report, run_results
+from mmfinetune.evaluation import detections, foreign_rows, render, report, run_results
 from mmfinetune.evaluation.stats import KINDS, SCORE_THR
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
 from mmfinetune.weights import find
 
@@ -147,17 +147,22 @@ def _read(options: Options) -> Inputs:
     assert options.ann is not None  # see _check
     truth = detections.read_truth(options.ann, masks=options.predictions is not None)
     rows, source = {}, {}
+    notes: list[Message] = []
     if options.predictions:
-        found = detections.read_rows(options.predictions)
+        found, notes = foreign_rows.regular(options.predictions, detections.read_rows(options.predictions), truth)
         rows['segm'] = detections.checked_rows(options.predictions, found, truth, 'segm')
         source['predictions'] = str(options.predictions)
         if not options.boxes and detections.holds(found, 'bbox'):
             rows['bbox'] = detections.checked_rows(options.predictions, found, truth, 'bbox')
     if options.boxes:
-        rows['bbox'] = detections.checked_rows(options.boxes, detections.read_rows(options.boxes), truth, 'bbox')
+        found, of_boxes = foreign_rows.regular(options.boxes, detections.read_rows(options.boxes), truth)
+        rows['bbox'] = detections.checked_rows(options.boxes, found, truth, 'bbox')
+        notes += [note for note in of_boxes if note not in notes]
         source['boxes'] = str(options.boxes)
     images = detections.image_folder(truth, options.image_root) if options.pictures else None
     source['annotations'] = str(options.ann)
+    if notes:
+        source['note'] = '; '.join(map(str, notes))
     return Inputs(truth, rows, images, source, Path('work_dirs') / FOLDER)
 
 

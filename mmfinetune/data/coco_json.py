@@ -18,6 +18,7 @@ from mmfinetune.utils.files import MOST_JSON, read_regular, reason_of
 from mmfinetune.utils.text import brief, is_text
 
 SECTIONS = ('images', 'annotations', 'categories')
+_MAX_DIGITS = 20
 _SHOWN = 5  # places of one problem; the same mistake is mostly in all entries
 
 
@@ -265,6 +266,15 @@ def _repeated(values: list) -> list:
 
 def _is_container(value: object) -> bool:
     return isinstance(value, (list, dict))
+
+
+def as_id(value: Any) -> int | str | None:
+    """An id as an integer if it can be read as one, a string if it is one, else None."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS else value or None
+    return value if type(value) is int else None
 
 
 def name_problem(name: object) -> str:

@@ -239,13 +239,18 @@ def _is_row(row: Any, key: str, where: str, problems: Problems) -> bool:
     elif not _numbers([row['score']], 1):
         wrong = 'row-score'
     elif key == 'bbox':
-        wrong = '' if _numbers(value, 4) and min(value[2:]) >= 0 else 'row-box'
+        wrong = '' if is_box(value) else 'row-box'
     else:
         coded = isinstance(value, dict) and isinstance(value.get('counts'), (str, list))
         wrong = '' if coded and _numbers(value.get('size'), 2) else 'row-shape'
     if wrong:
         problems.add(wrong, where)
     return not wrong
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value is left, top, width and height."""
+    return _numbers(value, 4) and min(value[2:]) >= 0
 
 
 def _numbers(values: Any, count: int) -> bool:

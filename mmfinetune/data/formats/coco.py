@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfinetune.data import coco_json
+from mmfinetune.data.coco_json import as_id
 from mmfinetune.data.formats.coco_files import (
     candidates,
     choose_files,
@@ -30,7 +31,6 @@ _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbo
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
 _SAMPLES = 20  # image names that are looked up to find the folder of the images
 _MAX_SIDE = 1 << 20  # pixels; OpenCV reads no larger images
-_MAX_DIGITS = 20
 _MAX_ID = 1 << 53  # what every JSON reader keeps exact
 
 
@@ -241,15 +241,6 @@ class Coco2017Reader(CocoReader):
         if not (found := official_files(root)):
             raise UserError('coco2017-missing', path=root)
         return root, found
-
-
-def as_id(value: Any) -> int | str | None:
-    """An id as an integer if it can be read as one, a string if it is one, else None."""
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS else value or None
-    return value if type(value) is int else None
 
 
 def _read(path: Path, split: str | None, boxes: bool) -> _File:
