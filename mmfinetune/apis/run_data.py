@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config import views
 from mmfinetune.data import coco_json, demo
+from mmfinetune.data.check.findings import Example, Finding
 from mmfinetune.data.check.run import check
 from mmfinetune.data.formats import voc_devkit
 from mmfinetune.data.preflight import Split, read_split
 from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.dist import say
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.images import MOST_SIDE
 
 if TYPE_CHECKING:
     from mmengine.config import Config
+
+# Images so many times longer than wide are tried: making the long side smaller may leave nothing of the other.
+_ASPECT = 16
 
 
 def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[str, Split]:
@@ -44,6 +49,8 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
                 root = None if full else _image_root(dataset)
                 done[path] = read_split(path, root, views.dataset_classes(dataset))
             splits[name] = done[path]
+        if unfit := unfit_images(datasets):
+            raise UserError('images-unfit', problems=[f.message() for f in unfit], config=cfg.filename)
         if full:
             places, classes = splits_of_config(cfg)
             report = check({name: places[name] for name in splits}, classes)
@@ -51,6 +58,38 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
                 say('\n'.join(lines))
             report.require_good()
     return splits
+
+
+def unfit_images(datasets: Mapping[str, Any], most: int = 5) -> list[Finding]:
+    """Errors of the check: images that the pipelines of dataset configs cannot process.
+
+    Args:
+        datasets: Dataset configs by name.
+        most: Places that are kept of each finding.
+    """
+    findings, seen = [], []
+    for name, dataset in datasets.items():
+        if dataset in seen:  # most configs test on the validation split
+            continue
+        seen.append(dataset)
+        least = 0 if dataset.get('test_mode') else (dataset.get('filter_cfg') or {}).get('min_size', 0)
+        found: dict[tuple[int, int], list[str]] = {}
+        for image in coco_json.read(views.annotation_file(dataset), compact=True).images:
+            width, height = image.get('width'), image.get('height')
+            if type(width) is not int or type(height) is not int:
+                continue  # an error already
+            short, long = sorted((width, height))
+            if max(least, 1) <= short and _ASPECT * short < long <= MOST_SIDE:
+                found.setdefault((width, height), []).append(str(image.get('file_name')))
+        if not found:
+            continue
+        from mmfinetune.engine.transforms import unfit_sizes
+
+        reasons = unfit_sizes(dataset.get('pipeline') or (), found)
+        bad = [Example(file, detail=f'{w}x{h}: {reason}') for (w, h), reason in reasons.items() for file in found[w, h]]
+        if bad:
+            findings.append(Finding('image-pipeline', name, len(bad), bad[:most]))
+    return findings
 
 
 def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:

@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 
 MOST_BYTES = 1 << 30  # of an image file
+# OpenCV, with which training reads images, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS, _WIDTH, _HEIGHT).
+MOST_PIXELS, MOST_SIDE = 1 << 30, 1 << 20
 _TAIL = 2048  # bytes; some cameras and editors put a few after the end mark
 _END_MARKS = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
 
@@ -35,6 +37,8 @@ def image_size(path: str | Path) -> tuple[int, int]:
     path = Path(path)
     with _decoding(path), open_regular(path, MOST_BYTES) as file:
         image = Image.open(file)
+        if is_too_large(*image.size):
+            raise Problem('image-file-huge')
         size, found, is_turned = image.size, image.format or '', orientation_of(image) >= 5
         file.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
         if not has_end(found, file.read()):
@@ -43,6 +47,11 @@ def image_size(path: str | Path) -> tuple[int, int]:
         # OpenCV 4.12 does not turn WebP and does not decode a turned TIFF at all.
         raise Problem('image-file-turned', format=found)
     return size[::-1] if is_turned else size
+
+
+def is_too_large(width: int, height: int) -> bool:
+    """Whether OpenCV would refuse an image of this size."""
+    return width * height > MOST_PIXELS or max(width, height) > MOST_SIDE
 
 
 def read_pixels(path: str | Path, colours: bool = False) -> tuple[np.ndarray, str, str]:

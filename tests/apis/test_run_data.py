@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from mmfinetune.data import preflight
 from mmfinetune.data.check import images as check_images
@@ -85,3 +86,40 @@ def test_tools_for_own_data(own_site, parses):
     config = drive('new_config', '--data', DEVKIT, '--name', 'own', '--base', base, '--out', 'own.py')
     assert config.code == 0, config.err
     assert parses(DEVKIT) == {'train': 3, 'val': 2}
+
+
+def add_image(root: Path, split: str, size: tuple[int, int]) -> None:
+    """Put one more image with an object into a prepared folder."""
+    path = Prepared(root).annotation(split)
+    data = json.loads(path.read_text())
+    folder, name = Path(data['images'][0]['file_name']).parent, f'odd_{split}.png'
+    Image.new('L', size, 9).save(root / folder / name)
+    (width, height), number = size, 10**6
+    data['images'].append({'id': number, 'file_name': str(folder / name), 'width': width, 'height': height})
+    outline = [0, 0, width, 0, width, height, 0, height]
+    entry = {'id': number, 'image_id': number, 'category_id': data['categories'][0]['id'], 'iscrowd': 0}
+    entry |= {'bbox': [0, 0, width, height], 'area': width * height, 'segmentation': [outline]}
+    data['annotations'].append(entry)
+    path.write_text(json.dumps(data))
+
+
+@pytest.mark.parametrize('size', [(5000, 1), (1, 5000), (2000, 2)])
+def test_images_that_the_pipeline_cannot_process(own_site, size):
+    add_image(DEVKIT, 'val', size)
+    for args in (('--dry-run',), ('--train',), ('--train', '--no-check')):
+        outcome = train_tool('tiny.py', *args)
+        assert (outcome.code, outcome.error) == (2, 'images-unfit'), outcome.err
+        assert 'odd_val.png' in outcome.err
+        assert f'{size[0]}x{size[1]}' in outcome.err
+    outcome = drive('check_dataset', '--config', 'tiny.py', '--no-cache', '--json')
+    assert outcome.code == 1
+    (finding,) = [f for f in json.loads(outcome.out)['findings'] if f['code'] == 'image-pipeline']
+    assert (finding['severity'], finding['count']) == ('error', 1)
+
+
+def test_images_that_the_pipeline_can_process_or_training_leaves_out(own_site):
+    add_image(DEVKIT, 'val', (1600, 40))
+    add_image(DEVKIT, 'train', (5000, 1))  # mmdet leaves out what is under 32 px
+    assert train_tool('tiny.py', '--dry-run').code == 0
+    outcome = train_tool('tiny.py', '--dry-run', '--cfg-options', 'train_dataloader.dataset.filter_cfg.min_size=1')
+    assert outcome.error == 'images-unfit'

@@ -16,11 +16,9 @@ from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mmfinetune.data.check.table import Table
 from mmfinetune.utils.files import looks_like, read_regular, reason_of
-from mmfinetune.utils.images import MOST_BYTES, has_end, open_image, orientation_of
+from mmfinetune.utils.images import MOST_BYTES, has_end, is_too_large, open_image, orientation_of
 from mmfinetune.utils.workers import in_order
 
-# OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
-_MOST_PIXELS = 1 << 30
 _CHUNK = 32  # images per task of a worker
 # Upper-case suffixes that name each of Pillow's formats.
 _SUFFIXES = {
@@ -90,9 +88,11 @@ def look_at(path: Path) -> ImageFacts:
             warnings.simplefilter('ignore')
             facts.width, facts.height = image.size
             facts.mode, facts.format = image.mode, image.format or ''
-            if facts.width * facts.height > _MOST_PIXELS:
+            if is_too_large(facts.width, facts.height):
                 size = f'{facts.width}x{facts.height}'
-                return ImageFacts('image-unreadable', f'{size}: more than 2^30 pixels, which OpenCV refuses')
+                return ImageFacts(
+                    'image-unreadable', f'{size}: more than 2^30 pixels or 2^20 a side, which OpenCV refuses'
+                )
             with contextlib.suppress(Exception):  # cameras and phones write EXIF in many damaged ways
                 facts.turned = orientation_of(image)
             # All bytes are still decoded, but a JPEG to an eighth of its size at once.

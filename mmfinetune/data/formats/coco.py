@@ -24,13 +24,12 @@ from mmfinetune.data.formats.coco_files import (
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import is_within, is_writable, natural_key, shown
-from mmfinetune.utils.images import image_size, require_readable
+from mmfinetune.utils.images import MOST_SIDE, image_size, require_readable
 from mmfinetune.utils.text import brief, is_text
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
 _SAMPLES = 20  # image names that are looked up to find the folder of the images
-_MAX_SIDE = 1 << 20  # pixels; OpenCV reads no larger images
 _MAX_ID = 1 << 53  # what every JSON reader keeps exact
 
 
@@ -301,7 +300,7 @@ def _positive(value: Any) -> int:
     """A side of an image in pixels; 0 if it cannot be one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 < value <= _MAX_SIDE else 0
+    return value if type(value) is int and 0 < value <= MOST_SIDE else 0
 
 
 def _flat(polygon: Any) -> Any:
