@@ -65,6 +65,14 @@ def main() -> int:
     some.add_argument(
         '--boxes-as-masks', action='store_true', help='coco, yolo: a box without a mask becomes a rectangular mask'
     )
+    some.add_argument(
+        '--relative', action='store_true', help='coco: coordinates are from 0 to 1, parts of the width and the height'
+    )
+    some.add_argument(
+        '--crowd-as-objects',
+        action='store_true',
+        help='coco: what is marked as a crowd region (iscrowd) is an object, as with brush masks of CVAT',
+    )
     add(some, '--trust-masks', more='(voc)')
     some.add_argument(
         '--sbd-split',

@@ -168,6 +168,8 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
         items = reader.items()
     except OSError as error:
         raise UserError('prepare-source-error', path=error.filename or src, reason=reason_of(error)) from error
+    if not items and reader.problems:
+        raise _LongList('prepare-nothing-left', problems=reader.problems, path=src, advice=reader.hint)
     if not items:
         raise UserError('prepare-no-images', path=src, format=name, layout=FORMATS[name].layout)
     summary = Summary(name, reason, _chosen_classes(reader, options.get('classes')))
@@ -231,6 +233,8 @@ def _require_good(summary: Summary, reader: Reader, src: Path, images: int, skip
         raise _LongList('prepare-nothing-left', problems=empty + summary.problems, path=src, advice=reader.hint)
     if not any(split.objects for split in summary.splits.values()):
         lines = [Message('prepare-dropped', count=n, reason=r) for r, n in sorted(summary.dropped.items())]
+        if crowds := sum(split.crowds for split in summary.splits.values()):
+            raise UserError('prepare-only-crowds', problems=lines, path=src, crowds=crowds)
         raise UserError('prepare-no-objects', problems=lines, path=src, images=images)
 
 

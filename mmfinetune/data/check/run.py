@@ -44,6 +44,8 @@ class Options:
         max_examples: Places kept of each finding.
         cache: Whether to take the result of an earlier check of the same files.
         progress: Whether to show progress bars on a terminal.
+        exif_masks: For a repair: masks of images that EXIF turns are drawn on the 'stored' or the 'upright' picture,
+            where they do not tell themselves.
     """
 
     images: bool = True
@@ -51,6 +53,7 @@ class Options:
     max_examples: int = 5
     cache: bool = True
     progress: bool = True
+    exif_masks: str | None = None
 
 
 def check(splits: Splits, classes: Sequence[str] | None = None, options: Options = Options()) -> Report:
@@ -153,6 +156,9 @@ def _of_table(table: Table, most: int) -> list[Finding]:
         for row in marks.worst(code, most):
             example_of = {'images': _image_example, 'annotations': _annotation_example}.get(finding.kind.unit)
             example = example_of(table, row) if example_of else Example()
+            objects: Any = np.flatnonzero(table.image_rows == row) if code.startswith('image-exif') else ()
+            if len(objects):  # what is to be looked at
+                example = _annotation_example(table, int(objects[0]))
             example.detail = marks.detail(code, row)
             finding.examples.append(example)
     return list(findings.values())

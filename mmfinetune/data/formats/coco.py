@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmfinetune.data import coco_json
@@ -67,16 +68,22 @@ class CocoReader(Reader):
     annotation ids are always new. Boxes and areas are not read but made from the masks.
     """
 
-    hint = 'correct the annotation files (for boxes to treat as rectangular masks use --boxes-as-masks)'
+    hint = (
+        'correct the annotation files (for boxes to treat as rectangular masks use --boxes-as-masks; what '
+        '`python tools/check_dataset.py FILE --fix OUT` can correct, sizes before EXIF turned the images too, it does)'
+    )
 
     def __init__(self, root: Path, files: list[_File], options: dict[str, Any]) -> None:
         super().__init__(root, list(dict.fromkeys(name for file in files for name in file.names.values())))
         self._files = files
-        self._boxes = bool(options.get('boxes_as_masks'))
+        self._by_end: dict[str, set[str]] | None = None  # image names by their last part
+        self._boxes, self._relative = bool(options.get('boxes_as_masks')), bool(options.get('relative'))
+        self._crowd_as_objects = bool(options.get('crowd_as_objects'))
         self._trust_sizes = bool(options.get('trust_sizes'))
         self._roots = [root, *filter(None, [options.get('image_root')])]
         self._keeps_ids = [all(isinstance(i, int) and 0 <= i < _MAX_ID for i in file.ids) for file in files]
         self.category_ids = _common_ids(files)
+        self._leave_out_root()
         for file in files:
             name, data = shown(file.path, root), file.coco.data
             self.supercategories |= file.groups
@@ -91,6 +98,15 @@ class CocoReader(Reader):
             if missing := [category for category in self.classes if category not in file.names.values()]:
                 self.notes.append(Message('coco-categories-added', place=name, names=', '.join(missing)))
 
+    def _leave_out_root(self) -> None:
+        """Leave out categories without objects that only stand above the others, as Roboflow writes one."""
+        used = {file.names.get(as_id(a.get('category_id'))) for file in self._files for a in file.coco.annotations}
+        above = {group for file in self._files for name, group in file.groups.items() if group != name}
+        roots = [name for name in self.classes if name in above and name not in used]
+        if roots and len(roots) < len(self.classes):
+            self.classes = [name for name in self.classes if name not in roots]
+            self.notes.append(Message('coco-root-category', names=', '.join(roots)))
+
     @classmethod
     def detect(cls, root: Path) -> str | None:
         if root.is_file():
@@ -104,9 +120,16 @@ class CocoReader(Reader):
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> CocoReader:
-        """See `Reader.open`. Options: `boxes_as_masks`, `image_root`, `trust_sizes`."""
+        """See `Reader.open`.
+
+        Options: `boxes_as_masks`, `image_root`, `trust_sizes`, `relative` (coordinates from 0 to 1),
+        `crowd_as_objects` (`iscrowd` is not what COCO means by it).
+        """
         root, chosen = cls._choose(root)
         files = [_read(path, split, bool(options.get('boxes_as_masks'))) for split, path in chosen.items()]
+        for file in files:
+            if not options.get('relative') and _is_relative(file.coco):
+                file.problems.append(Message('coco-relative'))
         if problems := [line.at(shown(file.path, root)) for file in files for line in file.problems]:
             raise UserError('coco-files', problems=problems, path=root)
         reader = cls(root, files, options)
@@ -147,12 +170,29 @@ class CocoReader(Reader):
                     if self._trust_sizes and not is_there:
                         self.problems.append(Message('coco-image-outside', place=where, name=name))
                         continue
+                    by_end = is_there and str(found) != os.path.normpath(path)
+                    if by_end and (other := self._other_of(found.relative_to(file.image_root), name)):
+                        facts = dict(found=shown(found, self.root), other=other)
+                        self.problems.append(Message('coco-image-ambiguous', place=where, **facts))
+                        continue
                     path, elsewhere = found, elsewhere + (found != path)
                 own.append(Item(f'{where} ({name})', path, (number, place), file.split))
             items += sorted(own, key=lambda item: natural_key(item.image))
         if elsewhere:
             self.notes.append(Message('coco-images-elsewhere', count=elsewhere))
         return items
+
+    def _other_of(self, end: Path, name: str) -> str:
+        """Another image name that ends in this path: to choose one of two cameras', say, would be a guess."""
+        if self._by_end is None:
+            self._by_end = {}
+            for file in self._files:
+                for image in file.coco.images:
+                    other: Any = image.get('file_name')
+                    if is_usable(other):
+                        self._by_end.setdefault(PurePosixPath(_slashes(other)).name, set()).add(other)
+        others = sorted(self._by_end[PurePosixPath(_slashes(name)).name] - {name})
+        return next((other for other in others if f'/{_slashes(other)}'.endswith(f'/{end.as_posix()}')), '')
 
     def read(self, item: Item) -> Record:
         number, place = item.label
@@ -166,7 +206,7 @@ class CocoReader(Reader):
             for annotation in file.annotations[place]:
                 name = f'annotation {brief(annotation.get("id"))}'
                 with record.collecting(f'{item.key}: {name}'):
-                    record.instances.append(self._instance(annotation, file.names, name))
+                    record.instances.append(self._instance(annotation, file.names, name, (record.width, record.height)))
         return record
 
     def _size(self, path: Path, image: dict[str, Any]) -> tuple[int, int]:
@@ -204,7 +244,9 @@ class CocoReader(Reader):
         except Problem as problem:
             raise problem.at(shown(path, self.root)) from None
 
-    def _instance(self, annotation: dict[str, Any], names: dict[Any, str], place: str) -> Instance:
+    def _instance(
+        self, annotation: dict[str, Any], names: dict[Any, str], place: str, size: tuple[int, int]
+    ) -> Instance:
         """An annotation as an instance; raises Problem."""
         category = as_id(annotation.get('category_id'))
         if category not in names:
@@ -223,6 +265,9 @@ class CocoReader(Reader):
             shape = [_rectangle(annotation.get('bbox'))]
         if not isinstance(shape, (list, dict)):
             raise Problem('coco-segmentation', value=brief(shape))
+        if self._relative and isinstance(shape, list):
+            shape = [_scaled(polygon, size) for polygon in shape]
+        iscrowd = iscrowd and not self._crowd_as_objects
         extra = {key: value for key, value in annotation.items() if key not in _CORE}
         return Instance(names[category], shape, bool(iscrowd), place, extra)
 
@@ -308,6 +353,32 @@ def _flat(polygon: Any) -> Any:
     if isinstance(polygon, list) and polygon and all(isinstance(point, list) and len(point) == 2 for point in polygon):
         return [value for point in polygon for value in point]
     return polygon
+
+
+def _is_relative(coco: coco_json.Coco) -> bool:
+    """Whether all polygons have coordinates from 0 to 1."""
+    shapes = (annotation.get('segmentation') for annotation in coco.annotations)
+    parts = (part for shape in shapes if isinstance(shape, list) for part in shape)
+    values = [value for part in itertools.islice(parts, _SAMPLES) for value in _numbers_in(part)]
+    if not values or not all(0 <= value <= 1 for value in values):
+        return False
+    return all(0 <= value <= 1 for part in parts for value in _numbers_in(part))
+
+
+def _numbers_in(part: Any) -> list:
+    flat = _flat(part) if isinstance(part, list) else [part]
+    return [value for value in flat if type(value) in (int, float)]
+
+
+def _scaled(polygon: Any, size: tuple[int, int]) -> Any:
+    """A polygon of parts of the image's size in pixels; what is not one as it is, to be refused later."""
+    if not isinstance(polygon, list) or any(type(value) not in (int, float) for value in polygon):
+        return polygon
+    return [value * size[i % 2] for i, value in enumerate(polygon)]
+
+
+def _slashes(name: str) -> str:
+    return name.replace('\\', '/')
 
 
 def _rectangle(box: Any) -> list[float]:

@@ -65,6 +65,8 @@ class YoloReader(Reader):
         if path:
             root = path.parent
             data = _load_yaml(path)
+            if 'kpt_shape' in data:
+                raise UserError('yolo-pose', path=path)
             classes, splits = _names(data, path), _images_of_splits(data, path, options.get('image_root'))
             # Ultralytics' own VOC.yaml is such a one.
             if 'test' in splits and set(splits['test']) == set(splits.get('val', ())):

@@ -634,6 +634,41 @@ def test_exif_is_repaired_by_where_the_masks_are(site, tmp_path, drawn_upright):
     assert fixed.report.good
 
 
+def turned(site: Site, row: int, shape: list[float]) -> None:
+    """Make a training image one that EXIF turns from 300x200, with one object."""
+    site.redraw('train', row, noise(300, 200), exif=exif(6))
+    data, image = train(site), train(site)['images'][row]
+    image.update(width=300, height=200)
+    kept = next(a for a in data['annotations'] if a['image_id'] == image['id'])
+    x, y = np.reshape(shape, (-1, 2)).T
+    kept.update(segmentation=[shape], bbox=[float(v) for v in (x.min(), y.min(), np.ptp(x), np.ptp(y))], area=3200.0)
+    data['annotations'] = [a for a in data['annotations'] if a['image_id'] != image['id'] or a is kept]
+
+
+def test_exif_is_not_repaired_by_a_guess(site, tmp_path):
+    inside = [20.0, 20.0, 100.0, 20.0, 100.0, 100.0]
+    turned(site, 0, inside)
+    with refused('fix-exif') as caught:
+        repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
+    assert caught.value.problems == [train(site)['images'][0]['file_name']]
+    assert not (tmp_path / 'out').exists()
+    (finding,) = [f for f in site.check().findings if f.code == 'image-exif']
+    assert finding.examples[0].shape == [inside]  # what --html shows
+    masks = {}
+    for answer in ('upright', 'stored'):
+        fixed = repair.fix(site.save(), tmp_path / answer, None, replace(PLAIN, exif_masks=answer))
+        done = json.loads(fixed.paths['train'].read_text())
+        assert (done['images'][0]['width'], done['images'][0]['height']) == (200, 300)
+        masks[answer] = next(a for a in done['annotations'] if a['image_id'] == done['images'][0]['id'])['segmentation']
+    assert masks == {'upright': [inside], 'stored': turn_polygons([inside], 6, 300, 200)}
+    # Masks of one file are of one kind: one that leaves a picture tells for all, and is believed for its own.
+    turned(site, 1, [20.0, 210.0, 100.0, 210.0, 100.0, 290.0])
+    for number, options in enumerate((PLAIN, replace(PLAIN, exif_masks='upright'))):
+        fixed = repair.fix(site.save(), tmp_path / str(number), None, options)
+        done = json.loads(fixed.paths['train'].read_text())['annotations']
+        assert next(a for a in done if a['image_id'] == train(site)['images'][0]['id'])['segmentation'] == [inside]
+
+
 def test_clip_keeps_holes():
     # A frame drawn as one ring with a slit, half of it outside.
     frame = [-20, 10, 40, 10, 40, 70, -20, 70, -20, 10, -5, 25, -5, 55, 25, 55, 25, 25, -5, 25]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -568,6 +569,84 @@ def test_links_of_ones_own_work_and_those_to_other_files_do_not(site):
         with refused('prepare-problems') as caught:
             run(site, trust_sizes=trusted, overwrite=True)
         assert codes(caught.value.problems) == ['image-file-unknown']
+
+
+def rename(*names: str):
+    def change(data):
+        for image, name in zip(data['images'], names, strict=True):
+            image['file_name'] = name
+
+    return change
+
+
+def test_a_name_that_several_images_may_have_is_not_matched(site):
+    with refused('prepare-problems') as caught:
+        run(site, rename('cam1/img0.jpg', 'cam2/img0.jpg', 'img2.jpg'))
+    others = [(p.code, p.facts['found'], p.facts['other']) for p in caught.value.problems]
+    path = 'images/img0.jpg'
+    assert others == [('coco-image-ambiguous', path, f'cam{k}/img0.jpg') for k in (2, 1)]
+    _, data = run(site, skip_bad=True)
+    assert [i['file_name'] for i in data['images']] == ['img2.jpg']
+    # One of the two is there: the file without a folder may be the other one or not.
+    (site / 'src/images/cam1').mkdir()
+    (site / 'src/images/img1.jpg').rename(site / 'src/images/cam1/img0.jpg')
+    summary, data = run(site, skip_bad=True, overwrite=True)
+    assert [i['file_name'] for i in data['images']] == ['cam1/img0.jpg', 'img2.jpg']
+    assert codes(summary.problems) == ['coco-image-ambiguous']
+    # Folders in front that differ are no reason, as long as the rest tells.
+    _, data = run(site, rename('/old/cam1/img0.jpg', '/old/img2.jpg', '/old/x/img0.jpg'), skip_bad=True, overwrite=True)
+    assert [i['file_name'] for i in data['images']] == ['cam1/img0.jpg', 'img2.jpg']
+
+
+@pytest.mark.parametrize('form', ['NFC', 'NFD'])
+def test_accents_written_in_two_ways(site, form):
+    other = {'NFC': 'NFD', 'NFD': 'NFC'}[form]
+    (site / 'src/images/img0.jpg').rename(site / 'src/images' / unicodedata.normalize(other, 'Prüfung.jpg'))
+    _, data = run(site, put('file_name', unicodedata.normalize(form, 'Prüfung.jpg'), 'images'))
+    assert unicodedata.normalize(other, 'Prüfung.jpg') in [i['file_name'] for i in data['images']]
+    assert (site / 'out/images' / unicodedata.normalize(other, 'Prüfung.jpg')).is_file()
+
+
+def test_relative_coordinates_are_read_if_asked_for(site):
+    def change(data):
+        data['annotations'] = [a for a in data['annotations'] if isinstance(a['segmentation'], list)]
+        for annotation in data['annotations']:
+            for polygon in annotation['segmentation']:
+                polygon[:] = [value / (W, H)[i % 2] for i, value in enumerate(polygon)]
+
+    with refused('coco-files') as caught:
+        run(site, change)
+    assert codes(caught.value.problems) == ['coco-relative']
+    _, data = run(site, relative=True)
+    assert np.allclose(data['annotations'][0]['segmentation'], [TRIANGLE])
+    assert np.allclose(data['annotations'][1]['segmentation'][1], SQUARE)
+
+
+def test_crowd_regions_alone_are_objects_if_asked_for(site):
+    def change(data):
+        for annotation in data['annotations']:
+            annotation['iscrowd'] = 1
+
+    with refused('prepare-only-crowds', crowds=15):
+        run(site, change)
+    summary, data = run(site, crowd_as_objects=True)
+    assert {a['iscrowd'] for a in data['annotations']} == {0}
+    assert summary.splits['train'].objects == 15
+
+
+def test_a_root_category_is_left_out(site):
+    def change(data):
+        data['categories'].insert(0, {'id': 0, 'name': 'animal', 'supercategory': 'none'})
+
+    summary, data = run(site, change)
+    assert [c['name'] for c in data['categories']] == ['cat', 'dog']
+    assert [c['id'] for c in data['categories']] == [2, 7]
+    assert summary.notes == [message('coco-root-category', names='animal')]
+
+    def used(data):
+        data['annotations'][0]['category_id'] = 0
+
+    assert [c['name'] for c in run(site, used, overwrite=True)[1]['categories']] == ['animal', 'cat', 'dog']
 
 
 @pytest.mark.parametrize(

@@ -473,3 +473,9 @@ def test_prepared_json_has_the_polygons_pixels(tmp_path):
     assert (pixels(dog['segmentation']) == wanted).all()
     assert dog['area'] == wanted.sum()
     assert (tmp_path / 'out/images' / data['images'][0]['file_name']).is_file()
+
+
+def test_pose_labels_are_refused(tmp_path):
+    site(tmp_path, SQUARE, yaml='names: [cat]\ntrain: images\nkpt_shape: [17, 3]')
+    with refused('yolo-pose', path=tmp_path / 'data.yaml'):
+        YoloReader.open(tmp_path, {})
