@@ -33,6 +33,7 @@ class Result:
         labels: Labels of those annotations that are not crowd regions.
         crowds: Number of the others.
         dropped: Objects not among them, by reason.
+        reach: How far polygons reach, as a multiple of the image's size.
         problems: Why the image cannot be used; the rest is then meaningless.
         notes: What was left out or fixed.
     """
@@ -43,6 +44,7 @@ class Result:
     annotations: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     crowds: int = 0
+    reach: float = 0.0
     dropped: Counter[str] = field(default_factory=Counter)
     problems: list[Message] = field(default_factory=list)
     notes: list[Message] = field(default_factory=list)
@@ -125,6 +127,7 @@ class Converter:
         else:
             for polygon in shape:
                 check_polygon(polygon, height, width)
+                result.reach = max([result.reach, *(v / (height if i % 2 else width) for i, v in enumerate(polygon))])
             # Of fewer than three points: no area, and pycocotools would take two for a box.
             full = [polygon for polygon in shape if len(polygon) >= 6]
             if not full:

@@ -16,7 +16,7 @@ from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import MOST_JSON, atomic_write_bytes, sha256_of
 
 # Of the checks; a new one makes earlier results invalid.
-VERSION = 2
+VERSION = 3
 _KEPT = 50  # results
 
 

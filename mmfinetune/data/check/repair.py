@@ -26,7 +26,7 @@ CHANGES = 'changes.json'
 _PASSES = 3
 # What only a person can fix.
 _UNREADABLE = ('no-file', 'file-unreadable', 'not-json', 'nesting', 'top-level', 'section-missing', 'section-type')
-_BY_HAND = (*_UNREADABLE, 'no-images', 'no-categories', 'category-name')
+_BY_HAND = (*_UNREADABLE, 'no-images', 'no-categories', 'category-name', 'labels-relative', 'labels-larger')
 _BAD_IMAGES = ('image-missing', 'image-unreadable', 'image-truncated', 'image-size', 'file-name')
 _BAD_OBJECTS = ('image-id-unknown', 'category-id-unknown', 'mask-missing', 'rle-size', 'rle-counts', 'mask-empty')
 _BAD_SHAPES = ('mask-type', 'polygon-points', 'polygon-odd', 'polygon-number')

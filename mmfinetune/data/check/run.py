@@ -21,6 +21,7 @@ from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats
 from mmfinetune.data.check.images import ImageFacts, check_images, read_images, similar
 from mmfinetune.data.check.kinds import IMBALANCE, KINDS, RARE, SEVERITIES
 from mmfinetune.data.check.masks import Masks, check_masks
+from mmfinetune.data.check.scale import check_scale
 from mmfinetune.data.check.table import Table, read_table
 from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.files import shown
@@ -93,6 +94,7 @@ def examine(
         if root is None:
             table.root = guess_image_root(path, table.files)
         masks = check_masks(table, options.progress)
+        check_scale(table, masks)
         facts.append({})
         if options.images:
             paths = [table.root / name for name in table.files if name is not None]

@@ -303,7 +303,38 @@ def test_every_code_is_planted_somewhere():
     from tests.data.formats.test_malformed import ENTRIES, FILES, IMAGES
 
     planted = {row[0] for row in PLANTED + IN_IMAGES} | {r[2] for r in FILES + ENTRIES + IMAGES}
-    assert set(KINDS) - planted <= {'no-file', 'file-unreadable'}
+    elsewhere = {'labels-larger', 'labels-relative', 'image-pipeline'}  # below, and with a config
+    assert set(KINDS) - planted - elsewhere <= {'no-file', 'file-unreadable'}
+
+
+def scaled_labels(site: Site, factor: float, images: int) -> None:
+    """Rectangles of 0.5 to 0.9 of each image, multiplied in the first training images."""
+    for data in site.data.values():
+        place = {image['id']: k for k, image in enumerate(data['images'])}
+        for entry in data['annotations']:
+            low, high = (224 * part * (factor if place[entry['image_id']] < images else 1) for part in (0.5, 0.9))
+            outline = [low, low, high, low, high, high, low, high, low, (low + high) / 2]
+            side = high - low
+            entry.update(segmentation=[outline], bbox=[low, low, side, side], area=side * side)
+
+
+@pytest.mark.parametrize(('images', 'found'), [(240, True), (200, True), (150, False), (2, False)])
+def test_labels_of_larger_pictures(site, tmp_path, images, found):
+    scaled_labels(site, 1.5, images)
+    codes = {f.code for f in site.check(images=False).findings if f.split == 'train'}
+    assert ('labels-larger' in codes) == found
+    assert 'polygon-over-edge' in codes
+    if images == 240:
+        with refused('fix-by-hand'):
+            repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
+
+
+def test_relative_labels(site, tmp_path):
+    scaled_labels(site, 1 / 224, 10**6)
+    report = site.check(images=False)
+    assert {f.split for f in report.of('error') if f.code == 'labels-relative'} == {'train', 'val'}
+    with refused('fix-by-hand'):
+        repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
 
 
 @pytest.mark.parametrize('size', [[65536, 65536], [224, 224]])

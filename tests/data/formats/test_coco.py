@@ -622,6 +622,22 @@ def test_relative_coordinates_are_read_if_asked_for(site):
     assert np.allclose(data['annotations'][1]['segmentation'][1], SQUARE)
 
 
+@pytest.mark.parametrize('images', [2, 3])
+def test_labels_of_larger_pictures(site, images):
+    def change(data):
+        data['annotations'] = [a for a in data['annotations'] if isinstance(a['segmentation'], list)]
+        for annotation in data['annotations']:
+            if annotation['image_id'] < 10 + images:
+                annotation['segmentation'] = [[1.8 * v for v in polygon] for polygon in annotation['segmentation']]
+
+    if images == 2:
+        run(site, change)
+        return
+    with refused('prepare-labels-larger', beyond=3, images=3):
+        run(site, change)
+    assert not (site / 'out').exists()
+
+
 def test_crowd_regions_alone_are_objects_if_asked_for(site):
     def change(data):
         for annotation in data['annotations']:
