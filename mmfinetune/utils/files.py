@@ -42,9 +42,12 @@ def open_regular(path: str | Path, most: float = math.inf) -> BinaryIO:
 
 
 def read_regular(path: str | Path, most: float) -> bytes:
-    """The content of a file, see `open_regular`."""
+    """The content of a file, see `open_regular`; one of zeros, as a download that was cut short may be, is refused."""
     with open_regular(path, most) as file:
-        return file.read()
+        start = file.read(4)
+        if start == bytes(4):
+            raise OSError(errno.EINVAL, 'it begins with zeros, as an incomplete download may', str(path))
+        return start + file.read()
 
 
 def is_within(path: str | Path, *roots: str | Path) -> bool:

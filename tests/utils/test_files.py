@@ -229,6 +229,17 @@ def test_only_regular_files_of_a_sensible_size_are_read(tmp_path, kind):
         read_text(path)
 
 
+def test_zeros_are_not_read_into_memory(tmp_path):
+    path = tmp_path / 'a.json'
+    with path.open('wb') as file:
+        file.truncate(files.MOST_JSON)
+    start = time.perf_counter()
+    for read in (lambda: read_json(path, files.MOST_JSON), lambda: read_text(path, files.MOST_JSON)):
+        with faulty('text-file-unreadable'):
+            read()
+    assert time.perf_counter() - start < 1
+
+
 def test_a_link_to_a_file_is_a_file(tmp_path):
     written(tmp_path / 'a', b'text')
     (tmp_path / 'link').symlink_to('a')

@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -73,6 +74,7 @@ class LabelmeReader(Reader):
     ) -> None:
         super().__init__(root, classes)
         self.notes, self._class_list, self._items = notes, class_list, items
+        self._ambiguous: set[Path] = set()  # files whose image, found by its name alone, is that of others too
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
@@ -110,7 +112,13 @@ class LabelmeReader(Reader):
         if left := set(images) - {item.image for item in items}:
             # LabelMe writes a file for an image without objects too, once somebody saves it.
             notes.append(Message('labelme-unlabelled', count=len(left), images=len(images)))
-        return cls(root, classes, listed and listed[0], items, notes)
+        reader = cls(root, classes, listed and listed[0], items, notes)
+        claims = Counter(item.image for item in items)
+        for item in items:
+            path = item.label.parent / _posix(heads[item.label].image_path)
+            if claims[item.image] > 1 and item.image != Path(os.path.normpath(path)):
+                reader._ambiguous.add(item.label)  # of one of two cameras, say
+        return reader
 
     def items(self) -> list[Item]:
         return self._items
@@ -122,6 +130,10 @@ class LabelmeReader(Reader):
             data = read_json(item.label)
             if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
                 raise Problem('labelme-shapes')
+            if item.label in self._ambiguous:
+                raise Problem(
+                    'labelme-image-ambiguous', image=data.get('imagePath'), found=shown(item.image, self.root)
+                )
             if record.problems and not item.image.exists():
                 image = data.get('imagePath') or None
                 code = 'labelme-image-missing' if image else 'labelme-image-unknown'

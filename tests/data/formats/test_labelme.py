@@ -301,6 +301,20 @@ def test_image_is_found(tmp_path, json_name, image_name, said):
     assert len(record.instances) == 1
 
 
+def test_a_name_that_several_images_have_is_not_matched(tmp_path):
+    image(tmp_path / 'src/0.jpg')
+    image(tmp_path / 'src/1.jpg')
+    for name, path in (('a', 'cam1/0.jpg'), ('b', 'cam2/0.jpg'), ('c', '/old/1.jpg')):
+        write(tmp_path / f'src/{name}.json', shape(), image_path=path)
+    a, b, c = read(tmp_path / 'src')
+    assert (codes(a.problems), codes(b.problems), c.problems) == (*[['labelme-image-ambiguous']] * 2, [])
+    summary = prepare(tmp_path / 'src', tmp_path / 'out', skip_bad=True, workers=1, progress=False)
+    assert summary.splits['all'].images == 1
+    # The one that names the file as it is has it.
+    write(tmp_path / 'src/a.json', shape(), image_path='0.jpg')
+    assert [codes(record.problems) for record in read(tmp_path / 'src')] == [[], ['labelme-image-ambiguous'], []]
+
+
 def test_no_image_outside_the_data_set_is_taken(tmp_path):
     outside, root = image(tmp_path / 'b.jpg'), tmp_path / 'set'
     image(root / 'a.jpg')
