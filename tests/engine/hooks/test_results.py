@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -106,6 +107,14 @@ def records(work_dir: Path) -> list[dict]:
         for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
         for line in path.read_text().splitlines()
     ]
+
+
+def test_log_within_a_validation_shows_nothing_of_the_one_before(run):
+    lines = re.findall(r'Epoch\(val\) +\[(\d)\]\[(\d)/(\d)\](.*)', max(run.glob('*/*.log')).read_text())
+    within = [rest for _, step, total, rest in lines if 'coco/' not in rest]
+    assert len(within) >= 3 and not [rest for rest in within if 'loss' in rest]
+    shown = [float(re.findall(r'val/loss: ([\d.]+)', rest)[0]) for *_, rest in lines if 'coco/' in rest]
+    assert shown == [round(float(row['val/loss']), 4) for row in rows(run)]
 
 
 def test_row_holds_what_the_logs_hold(run):
