@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -96,7 +97,8 @@ def write(
         atomic_write_text(trial, text)
         paths.check_heads(load.load(trial))
     finally:
-        trial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            trial.unlink()
     atomic_write_text(out, text)
     return out, lines
 

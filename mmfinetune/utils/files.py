@@ -90,7 +90,9 @@ def atomic_write_all(contents: Mapping[Path, bytes]) -> None:
                 temporary.replace(target)
     finally:
         for temporary, _ in staged:
-            temporary.unlink(missing_ok=True)
+            # A read-only disk refuses to remove even what is not there.
+            with contextlib.suppress(OSError):
+                temporary.unlink()
 
 
 @contextlib.contextmanager
