@@ -13,7 +13,7 @@ from mmfinetune.data import layout
 from mmfinetune.data.check import repair, report
 from mmfinetune.data.check import run as data_check
 from mmfinetune.data.check.findings import Finding
-from mmfinetune.utils.files import atomic_write_text
+from mmfinetune.utils.files import atomic_write_text, require_writable
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def run(options: Options) -> int:
     Raises:
         UserError: No data, or a repaired copy that cannot be made.
     """
+    if options.html:
+        require_writable(options.html.parent)
     splits: data_check.Splits
     unfit: list[Finding] = []
     if options.config:

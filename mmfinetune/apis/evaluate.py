@@ -21,7 +21,7 @@ from mmfinetune.data import coco_json
 from mmfinetune.evaluation import detections, foreign_rows, render, report, run_results
 from mmfinetune.evaluation.stats import KINDS, SCORE_THR
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.files import atomic_write_all, json_bytes
+from mmfinetune.utils.files import atomic_write_all, json_bytes, require_writable
 from mmfinetune.weights import find
 
 if TYPE_CHECKING:
@@ -187,9 +187,10 @@ def _predict(options: Options) -> Inputs:
         'split': options.split,
         'annotations': str(truth.path),
     }
+    out = (options.run or files.work_dir) / (FOLDER if options.split == 'test' else f'{FOLDER}_{options.split}')
+    require_writable(options.out or out)
     rows = detect(cfg, files.checkpoint, kinds, list(truth.names))
     images = root / (dataset.get('data_prefix') or {}).get('img', '')
-    out = (options.run or files.work_dir) / (FOLDER if options.split == 'test' else f'{FOLDER}_{options.split}')
     return Inputs(truth, rows, images, source, out, new=True)
 
 

@@ -6,15 +6,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mmfinetune.config import views
+from mmfinetune.config import paths, views
 from mmfinetune.data import coco_json, demo
 from mmfinetune.data.check.findings import Example, Finding
-from mmfinetune.data.check.run import check
+from mmfinetune.data.check.run import Options, check
 from mmfinetune.data.formats import voc_devkit
 from mmfinetune.data.preflight import Split, read_split
 from mmfinetune.data.prepare import prepare
-from mmfinetune.utils.dist import say
+from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import writing
 from mmfinetune.utils.images import MOST_SIDE
 
 if TYPE_CHECKING:
@@ -24,7 +25,23 @@ if TYPE_CHECKING:
 _ASPECT = 16
 
 
-def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[str, Split]:
+def set_trial_data(cfg: Config, folder: Path) -> dict[str, Path]:
+    """Let a config whose annotation files are still to be made have them, and drawn images, in a folder instead.
+
+    Returns:
+        The file that training would make for each split; empty if all are there.
+    """
+    files = {name: views.annotation_file(dataset) for name, dataset in views.dataset_configs(cfg).items()}
+    if all(file.is_file() for file in files.values()):
+        return {}
+    if maker := dict(cfg.get('demo_data') or {}):
+        make = demo.MAKERS[maker.pop('kind')]
+        paths.set_data_root(cfg, rank0_first(lambda: make(**{**maker, 'root': folder}) and folder))
+    paths.redirect_annotations(cfg, rank0_first(lambda: folder))
+    return files
+
+
+def prepare_data(cfg: Config, train: bool = True, full: bool = False, cache: bool = True) -> dict[str, Split]:
     """Make missing annotation files from what is there, then check all that the run reads.
 
     Args:
@@ -32,6 +49,7 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
         train: Whether the training split is needed.
         full: Whether to look for all faults that training would only show by bad results, which
             reads each image once; otherwise only the headers of the images are read.
+        cache: Whether to keep what that finds for the next time.
 
     Raises:
         UserError: No data, or data that does not fit the config or has errors.
@@ -53,13 +71,14 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False) -> dict[st
             raise UserError('images-unfit', problems=[f.message() for f in unfit], config=cfg.filename)
         if full:
             places, classes = splits_of_config(cfg)
-            report = check({name: places[name] for name in splits}, classes)
+            report = check({name: places[name] for name in splits}, classes, Options(cache=cache))
             if lines := report.lines(5):
                 say('\n'.join(lines))
             report.require_good()
     return splits
 
 
+def _make_annotations(cfg: Config, files: list[Path], root: Path) -> None:
 def unfit_images(datasets: Mapping[str, Any], most: int = 5) -> list[Finding]:
     """Errors of the check: images that the pipelines of dataset configs cannot process.
 
@@ -95,17 +114,18 @@ def unfit_images(datasets: Mapping[str, Any], most: int = 5) -> list[Finding]:
 def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
     if maker := dict(cfg.get('demo_data') or {}):
         make = demo.MAKERS[maker.pop('kind')]
-        root = make(Path(maker.pop('root')), **maker)
-        if all(p.is_file() for p in paths):
+        with writing(maker['root']):
+            root = make(Path(maker.pop('root')), **maker)
+        if all(p.is_file() for p in files):
             return
     try:
         # The config's data_root is the VOC2012 folder; the devkit may be two folders up.
         voc2012 = voc_devkit.find_devkit(root)
     except UserError:
         raise UserError(
-            'data-missing', problems=[*dict.fromkeys(map(str, paths)), Message('data-devkit', root=root)]
+            'data-missing', problems=[*dict.fromkeys(map(str, files)), Message('data-devkit', root=root)]
         ) from None
-    prepare(voc2012, paths[0].parent, 'voc', 'in-place')
+    prepare(voc2012, files[0].parent, 'voc', 'in-place')
 
 
 def splits_of_config(cfg: Config) -> tuple[dict[str, tuple[Path, Path]], Sequence[str]]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +51,12 @@ def run(options: Options) -> int:
         UserError: Anything the user can fix, found before training where possible.
     """
     check_early(options)
+    with _leaving_nothing() if options.dry_run else contextlib.nullcontext() as folder:
+        return _run(options, folder)
+
+
+def _run(options: Options, trial: Path | None) -> int:
+    """See `run`; a dry run has a folder for what would be made."""
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
     if gpus > 1 and (options.trains or options.tests):
         load.load(options.config, options.cfg_options)  # what is wrong with it is shown before processes start
@@ -55,14 +64,21 @@ def run(options: Options) -> int:
         return launch.launch(gpus, sys.argv)
 
     def planned(options: Options) -> RunPlan:
-        return resolve(options, lambda cfg: max(gpus, launch.join_group(cfg)))
+        plan = resolve(options, lambda cfg: max(gpus, launch.join_group(cfg)))
+        if trial:
+            to_make.update(run_data.set_trial_data(plan.cfg, trial))
+        return plan
 
+    to_make: dict[str, Path] = {}
     plan = planned(options)
     start = _check_weights(plan.cfg, options.json) if options.check_weights else None
     if start and not (options.trains or options.tests):
         return 0
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
+    if to_make:
+        say('Data:  not made yet; training will make it:')
+        splits = {name: dataclasses.replace(s, path=to_make.get(name, s.path)) for name, s in splits.items()}
     if options.batch_size == AUTO:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
@@ -78,6 +94,19 @@ def run(options: Options) -> int:
     if (folder / LOG_DIR).is_dir():
         say(f'Curves:  tensorboard --logdir {folder / LOG_DIR}')
     return 0
+
+
+@contextlib.contextmanager
+def _leaving_nothing() -> Iterator[Path]:
+    """A folder for all that is written, libraries' caches too; it is gone in the end."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder:
+        os.environ.update(dict.fromkeys(('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'), folder))
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def check_early(options: Options) -> None:
@@ -108,7 +137,8 @@ def _prepare(plan: RunPlan) -> dict[str, Split]:
     runs = options.trains or options.tests
     if runs:
         require_writable(Path(plan.cfg.work_dir))
-    return run_data.prepare_data(plan.cfg, options.trains or options.dry_run, full=options.check and runs)
+    full, keeps = options.check and runs, not options.dry_run
+    return run_data.prepare_data(plan.cfg, options.trains or options.dry_run, full, keeps)
 
 
 def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:

@@ -55,12 +55,12 @@ def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
             evaluator['ann_file'] = str(ann_file)
 
 
-def redirect_annotations(cfg: Config) -> None:
-    """Let annotation files that must be made go to the work dir if the devkit is read-only."""
+def redirect_annotations(cfg: Config, folder: Path | None = None) -> None:
+    """Let annotation files that must be made go to a folder; by default to the work dir if the devkit is read-only."""
     for split, dataset in dataset_configs(cfg).items():
         path, root = annotation_file(dataset), Path(dataset.get('data_root') or '')
-        if not path.is_file() and root.is_dir() and not os.access(root, os.W_OK):
-            ann_file = Path(cfg.work_dir).resolve() / ANNOTATIONS / path.name
+        if not path.is_file() and root.is_dir() and (folder or not os.access(root, os.W_OK)):
+            ann_file = (folder or Path(cfg.work_dir).resolve() / ANNOTATIONS) / path.name
             dataset['ann_file'] = str(ann_file)
             _point_evaluators(cfg, split, ann_file)
 

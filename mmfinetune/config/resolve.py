@@ -108,7 +108,7 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
     note = set_load_from(cfg, options.weights)
     if note and (options.trains or options.check_weights or options.dry_run):
         say(note)
-    set_start(cfg, options.weights, options.head_init)
+    set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
     set_batch(cfg, options.batch_size, options.accumulate, options.amp)
     set_saving(cfg, options.save_every)
     if resume:
@@ -119,7 +119,7 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
     adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
     lr.set_rates(cfg, rates)
     require_valid(cfg, options.config)
-    checkpoint = Path(_fetched(options.checkpoint)) if options.checkpoint else None
+    checkpoint = Path(_fetched(options.checkpoint, not options.dry_run)) if options.checkpoint else None
     return RunPlan(options, cfg, world, checkpoint, rates, adapted)
 
 
@@ -195,7 +195,7 @@ def _has_module(node: Any, parts: Sequence[str]) -> bool:
     return isinstance(node, Mapping)
 
 
-def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
+def set_start(cfg: Config, weights: str | None, head_init: str | None, download: bool = True) -> None:
     """What the model starts from.
 
     Raises:
@@ -206,12 +206,15 @@ def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
     if head_init:
         cfg.weights.head_init = head_init
     if weights:
-        cfg.weights.update(checkpoint=_fetched(weights), url=None, fallbacks=[])
+        cfg.weights.update(checkpoint=_fetched(weights, download), url=None, fallbacks=[])
+    if cfg.get('weights') and not download:
+        for source in (cfg.weights, *(cfg.weights.get('fallbacks') or ())):
+            source['url'] = None
 
 
-def _fetched(file: str) -> str:
+def _fetched(file: str, download: bool) -> str:
     """A file, or what a URL gives: once, and not by every process into the same file."""
-    return str(rank0_first(lambda: find.fetch(file))) if find.is_url(file) else file
+    return str(rank0_first(lambda: find.fetch(file))) if download and find.is_url(file) else file
 
 
 def set_batch(cfg: Config, batch_size: int | str | None, accumulate: int | None, amp: str | None) -> None:

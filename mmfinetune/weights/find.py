@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import re
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -59,10 +58,10 @@ def search_places() -> list[Path]:
 
 
 def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
-    """Make a weights file available in ``pretrain/``.
+    """Find a weights file, or download it to ``pretrain/``.
 
-    The path itself is tried first, then :func:`search_places` by file name, then ``url``. A file
-    found in a cache, or downloaded, is verified before it is put in its place.
+    The path itself is tried first, then :func:`search_places` by file name, then ``url``. What is found is verified and
+    stays where it is.
 
     Args:
         checkpoint: Path as the config gives it; the file name may end in a SHA-256 prefix.
@@ -84,13 +83,7 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         except UserError as error:
             damaged.append(error.message)
             continue
-        if candidate.resolve().parent == target.resolve().parent:
-            return candidate
-        print(f'Copying {candidate} to {target}')
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + '.copy')
-        shutil.copyfile(candidate, part)
-        return part.replace(target)
+        return candidate
     if url is None:
         searched = [Message('weights-searched', path=path) for path in candidates]
         raise UserError('weights-nowhere', problems=searched + damaged, path=wanted)

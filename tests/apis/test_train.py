@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from mmfinetune.utils import extras
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
 from tests.builders.runs import (
+    CONFIGS,
     DEVKIT,
     EPOCH_STEPS,
     REPO,
@@ -383,6 +386,57 @@ def test_dry_run_prints_the_plan(in_site, args, lr, source):
     for name, share in GROUPS.items():
         assert re.search(rf'lr/{name} +{lr * share:g} += {share:g} x lr$', outcome.out, re.M), outcome.out
     assert not Path('work_dirs/dry').exists()
+
+
+DRY_RUNS = """
+import sys
+from mmfinetune.apis import train
+from mmfinetune.utils.errors import UserError
+for config in sys.argv[1:]:
+    demo = ('demo_data.num_train=4', 'demo_data.num_val=2') if '_demo' in config else ()
+    for parts in ({}, {'train': True}, {'check_weights': True, 'train': True, 'weights': 'http://127.0.0.1:9/a.pth'}):
+        if parts.get('weights') and 'scratch' in config or 'pretrain.py' in config:
+            parts.pop('weights', None)
+        try:
+            train.run(train.Options(config, dry_run=True, cfg_options=demo, **parts))
+            print(config, 'OK')
+        except UserError as error:
+            print(config, error.code)
+"""
+
+
+@pytest.mark.slow
+def test_dry_run_writes_nothing_anywhere(tmp_path):
+    places = {name: tmp_path / name for name in ('cwd', 'home', 'tmp')}
+    for place in places.values():
+        place.mkdir()
+    demo.make_voc(places['cwd'] / 'data', 8, 4, progress=False)
+    configs = sorted(str(path) for path in CONFIGS.glob('*.py'))
+    env = {**os.environ, 'HOME': str(places['home']), 'TMPDIR': str(places['tmp']), 'PYTHONDONTWRITEBYTECODE': '1'}
+    for name in ('XDG_CACHE_HOME', 'TORCH_HOME', 'MPLCONFIGDIR'):
+        env.pop(name, None)
+
+    def trees() -> list[str]:
+        repo = [p for p in files_in(REPO) if not p.startswith('.') and '__pycache__' not in p]
+        return [*map(str, sorted(tmp_path.rglob('*'))), *repo]
+
+    before = trees()
+    done = subprocess.run(
+        [sys.executable, '-c', DRY_RUNS, *configs],
+        cwd=places['cwd'],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert trees() == before
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = [line.split() for line in done.stdout.splitlines() if line.startswith(str(CONFIGS))]
+    assert {code for _, code in ended} == {'OK', 'weights-nowhere', 'check-without-weights'}
+    assert len(ended) == 3 * len(configs)
+    # What it says is where training will have it.
+    assert '(data/demo/VOCdevkit/VOC2012/annotations/instances_train.json)' in done.stdout
+    assert str(places['tmp']) not in done.stdout
 
 
 def test_dry_run_counts_images_and_steps(in_site):

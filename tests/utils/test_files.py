@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
@@ -65,6 +66,17 @@ def test_failed_write_changes_none_of_the_files(tmp_path, monkeypatch):
         files.atomic_write_text(tmp_path / 'a', 'new')
     assert (tmp_path / 'a').read_text() == 'old'
     assert names(tmp_path) == ['a', 'file']
+
+
+def test_a_read_only_disk_is_told(tmp_path, monkeypatch):
+    def refuse(path, *args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+
+    # Of such a disk not even what is missing can be removed.
+    for name in ('open', 'unlink', 'mkdir'):
+        monkeypatch.setattr(Path, name, refuse)
+    with refused('file-not-writable', reason='Read-only file system'):
+        files.atomic_write_bytes(tmp_path / 'a', b'')
 
 
 def test_nan_is_not_written(tmp_path):
