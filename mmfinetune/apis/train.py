@@ -25,6 +25,7 @@ from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils.dist import rank0_first, say
+from mmfinetune.utils.download import OFFLINE
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_json, require_writable
@@ -101,6 +102,7 @@ def _leaving_nothing() -> Iterator[Path]:
     """A folder for all that is written, libraries' caches too; it is gone in the end."""
     before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder:
+        os.environ[OFFLINE] = '1'
         os.environ.update(dict.fromkeys(('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'), folder))
         try:
             yield Path(folder)

@@ -207,9 +207,6 @@ def set_start(cfg: Config, weights: str | None, head_init: str | None, download:
         cfg.weights.head_init = head_init
     if weights:
         cfg.weights.update(checkpoint=_fetched(weights, download), url=None, fallbacks=[])
-    if cfg.get('weights') and not download:
-        for source in (cfg.weights, *(cfg.weights.get('fallbacks') or ())):
-            source['url'] = None
 
 
 def _fetched(file: str, download: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -22,6 +23,8 @@ from tqdm import tqdm
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import CHUNK, digest, looks_like, writing
 
+# Set in the environment: nothing is downloaded.
+OFFLINE = 'MMFINETUNE_OFFLINE'
 _BY_HAND = 'download {url} by other means and put it at {dst}'
 _MIRROR = 'try a mirror, or ' + _BY_HAND
 _AGAIN = 'run again, ' + _MIRROR
@@ -66,6 +69,8 @@ def download(
     with writing(dst):
         if dst.is_file() and not _mismatch(dst, sha256, md5, size):
             return dst
+        if OFFLINE in os.environ:
+            raise UserError('download-offline', url=url, dst=dst)
         dst.parent.mkdir(parents=True, exist_ok=True)
         if size is not None and part.is_file() and part.stat().st_size > size:
             part.unlink()

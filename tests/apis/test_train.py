@@ -394,9 +394,8 @@ from mmfinetune.apis import train
 from mmfinetune.utils.errors import UserError
 for config in sys.argv[1:]:
     demo = ('demo_data.num_train=4', 'demo_data.num_val=2') if '_demo' in config else ()
-    for parts in ({}, {'train': True}, {'check_weights': True, 'train': True, 'weights': 'http://127.0.0.1:9/a.pth'}):
-        if parts.get('weights') and 'scratch' in config or 'pretrain.py' in config:
-            parts.pop('weights', None)
+    weights = {'check_weights': True, 'train': True}
+    for parts in ({}, {'train': True}, weights, {**weights, 'weights': 'http://127.0.0.1:9/a.pth'}):
         try:
             train.run(train.Options(config, dry_run=True, cfg_options=demo, **parts))
             print(config, 'OK')
@@ -432,8 +431,8 @@ def test_dry_run_writes_nothing_anywhere(tmp_path):
     assert trees() == before
     assert done.returncode == 0, done.stderr[-3000:]
     ended = [line.split() for line in done.stdout.splitlines() if line.startswith(str(CONFIGS))]
-    assert {code for _, code in ended} == {'OK', 'weights-nowhere', 'check-without-weights'}
-    assert len(ended) == 3 * len(configs)
+    assert {code for _, code in ended} == {'OK', 'weights-nowhere', 'weights-no-source', 'download-offline'}
+    assert len(ended) == 4 * len(configs)
     # What it says is where training will have it.
     assert '(data/demo/VOCdevkit/VOC2012/annotations/instances_train.json)' in done.stdout
     assert str(places['tmp']) not in done.stdout
