@@ -78,7 +78,6 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False, cache: boo
     return splits
 
 
-def _make_annotations(cfg: Config, files: list[Path], root: Path) -> None:
 def unfit_images(datasets: Mapping[str, Any], most: int = 5) -> list[Finding]:
     """Errors of the check: images that the pipelines of dataset configs cannot process.
 
@@ -111,7 +110,7 @@ def unfit_images(datasets: Mapping[str, Any], most: int = 5) -> list[Finding]:
     return findings
 
 
-def _make_annotations(cfg: Config, paths: list[Path], root: Path) -> None:
+def _make_annotations(cfg: Config, files: list[Path], root: Path) -> None:
     if maker := dict(cfg.get('demo_data') or {}):
         make = demo.MAKERS[maker.pop('kind')]
         with writing(maker['root']):

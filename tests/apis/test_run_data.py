@@ -90,7 +90,6 @@ def test_tools_for_own_data(own_site, parses):
     assert parses(DEVKIT) == {'train': 3, 'val': 2}
 
 
-<<<<<<< HEAD
 def add_image(root: Path, split: str, size: tuple[int, int]) -> None:
     """Put one more image with an object into a prepared folder."""
     path = Prepared(root).annotation(split)
@@ -126,7 +125,8 @@ def test_images_that_the_pipeline_can_process_or_training_leaves_out(own_site):
     assert train_tool('tiny.py', '--dry-run').code == 0
     outcome = train_tool('tiny.py', '--dry-run', '--cfg-options', 'train_dataloader.dataset.filter_cfg.min_size=1')
     assert outcome.error == 'images-unfit'
-=======
+
+
 def test_demo_data_on_a_read_only_disk(in_site, monkeypatch, tmp_path):
     def make(root, **_):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(root))
@@ -136,4 +136,3 @@ def test_demo_data_on_a_read_only_disk(in_site, monkeypatch, tmp_path):
     done = train_tool(in_site / 'tiny.py', '--train', '--work-dir', tmp_path / 'run')
     assert (done.code, done.error) == (2, 'file-not-writable'), done.err
     assert list(tmp_path.iterdir()) == []
->>>>>>> 94d229d (A dry run writes nothing; read-only folders are told by every tool; weights are used where they are found)

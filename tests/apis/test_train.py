@@ -431,7 +431,10 @@ def test_dry_run_writes_nothing_anywhere(tmp_path):
     assert trees() == before
     assert done.returncode == 0, done.stderr[-3000:]
     ended = [line.split() for line in done.stdout.splitlines() if line.startswith(str(CONFIGS))]
-    assert {code for _, code in ended} == {'OK', 'weights-nowhere', 'weights-no-source', 'download-offline'}
+    assert {code for _, code in ended} == {
+        *('OK', 'weights-nowhere', 'weights-no-source', 'download-offline'),
+        *('config-without-weights', 'check-without-weights'),
+    }
     assert len(ended) == 4 * len(configs)
     # What it says is where training will have it.
     assert '(data/demo/VOCdevkit/VOC2012/annotations/instances_train.json)' in done.stdout
