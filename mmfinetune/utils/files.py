@@ -44,10 +44,10 @@ def open_regular(path: str | Path, most: float = math.inf) -> BinaryIO:
 def read_regular(path: str | Path, most: float) -> bytes:
     """The content of a file, see `open_regular`; one of zeros, as a download that was cut short may be, is refused."""
     with open_regular(path, most) as file:
-        start = file.read(4)
-        if start == bytes(4):
+        if file.read(4) == bytes(4):
             raise OSError(errno.EINVAL, 'it begins with zeros, as an incomplete download may', str(path))
-        return start + file.read()
+        file.seek(0)
+        return file.read()
 
 
 def is_within(path: str | Path, *roots: str | Path) -> bool:

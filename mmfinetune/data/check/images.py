@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,8 @@ def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
             continue
         fact = facts[table.root / name]
         if fact.problem:
-            found.setdefault(fact.problem, {})[row] = fact.detail
+            detail = _other_form(table.root, name) if fact.problem == 'image-missing' else ''
+            found.setdefault(fact.problem, {})[row] = detail or fact.detail
             continue
         for code, detail in _problems_of(fact, name, int(table.widths[row]), int(table.heights[row])):
             found.setdefault(code, {})[row] = detail
@@ -151,6 +153,13 @@ def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
             found.setdefault('image-duplicate', {})[row] = f'the same as {table.files[other]}'
     for code, details in found.items():
         table.marks.add(code, list(details), details)
+
+
+def _other_form(root: Path, name: str) -> str:
+    """Where a missing file is: under a name that looks the same, with accents as one character or as two."""
+    names = {form: unicodedata.normalize(form, name) for form in ('NFC', 'NFD')}
+    form = next((form for form, other in names.items() if other != name and (root / other).is_file()), '')
+    return form and f'its name is there in Unicode form {form}; tools/prepare_data.py SRC OUT reads it'
 
 
 def _problems_of(fact: ImageFacts, name: str, width: int, height: int) -> Iterator[tuple[str, str]]:

@@ -151,7 +151,8 @@ def _of_table(table: Table, most: int) -> list[Finding]:
     if not empty.all():
         marks.add('image-empty', np.flatnonzero(empty))
     if not _usable(table).any():
-        example = Example(detail=f'{table.path}: {len(table.annotations)} annotations')
+        crowds = f', {table.crowd.sum():,} of them crowd regions' if table.crowd.any() else ''
+        example = Example(detail=f'{table.path}: {len(table.annotations):,} annotations{crowds}')
         findings['no-objects'] = Finding('no-objects', table.name, 1, [example])
     for code, rows in marks.rows.items():
         finding = findings[code] = Finding(code, table.name, len(rows))

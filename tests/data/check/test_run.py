@@ -740,3 +740,12 @@ def test_what_is_no_file_is_a_finding(site, kind):
         'image-unreadable',
         'file-unreadable',
     }
+
+
+def test_a_missing_image_of_the_same_look_is_told(site):
+    path = site.image('train', 0)
+    path.rename(path.with_name('Pru\u0308fung.jpg'))
+    train(site)['images'][0]['file_name'] = 'JPEGImages/Prüfung.jpg'
+    (finding,) = site.check().findings
+    assert finding.code == 'image-missing'
+    assert 'NFD' in finding.examples[0].detail
