@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfinetune.apis import run_data, run_weights
+from mmfinetune.apis.diagnose import diagnose
 from mmfinetune.apis.testing import test_runner
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.resolve import AUTO, LOG_DIR, Options, RunPlan, resolve
@@ -90,6 +91,8 @@ def _run(options: Options, trial: Path | None) -> int:
     runner = _train(plan.cfg, start) if options.trains else None
     if options.tests:
         _test(plan, runner)
+    if runner is not None:
+        diagnose(runner, options)
     folder = Path(plan.cfg.work_dir)
     say(f'Results: {folder}{" (pictures in figures/)" if options.tests and (folder / "figures").is_dir() else ""}')
     if (folder / LOG_DIR).is_dir():

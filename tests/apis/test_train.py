@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -29,6 +30,7 @@ from tests.builders.runs import (
     TRAIN_IMAGES,
     VAL_IMAGES,
     Outcome,
+    drive,
     files_in,
     make_site,
     random_state_dict,
@@ -729,3 +731,21 @@ def test_nothing_that_is_shown_ends_a_run(finished_run, own_site, monkeypatch):
     # What is not there is not pointed to.
     assert outcome.last_lines(1) == [f'Results: {work_dir}']
     assert 'all numbers' not in outcome.out
+
+
+def test_a_training_that_cannot_have_learned_says_so(finished_run, own_site):
+    """Fewer steps than the warm-up and AP 0: exit code 0, and commands that run."""
+    Path('tiny.py').write_text(Path('tiny.py').read_text() + 'param_scheduler[0].update(end=500)\n')
+    outcome = train_tool(
+        'tiny.py', '--train', '--work-dir', 'work_dirs/short', '--cfg-options', 'train_cfg.max_epochs=1'
+    )
+    assert outcome.code == 0, outcome.err
+    told = outcome.out[outcome.out.index('Diagnosis:') :].splitlines()
+    assert [line[:4] for line in told if line.startswith('  ')] == ['  - ', '  - ', '  1.', '  2.', '  3.']
+    assert 'had reached 0.01' in told[1]
+    commands = re.findall(r'python tools/(.*)', '\n'.join(told))
+    assert len(commands) >= 2
+    for command in commands:
+        tool, *args = shlex.split(command)
+        done = drive(tool.removesuffix('.py'), *args)
+        assert done.code in (0, 1), (command, done.err)
