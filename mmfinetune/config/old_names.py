@@ -65,7 +65,7 @@ def _rename_types(cfg: Config) -> list[str]:
     nodes = [*(cfg.get('default_hooks') or {}).values(), *backends, *(cfg.get('vis_backends') or [])]
     found = []
     for node in nodes:
-        if isinstance(node, dict) and node.get('type') in TYPES:
+        if isinstance(node, dict) and str(node.get('type')) in TYPES:
             found.append(node['type'])
             node['type'] = TYPES[node['type']]
     return found
@@ -83,7 +83,7 @@ def _move_settings(cfg: Config) -> list[str]:
 
 
 def _move_hooks(cfg: Config) -> list[str]:
-    old = [hook for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict) and hook.get('type') in HOOKS]
+    old = [hook for hook in cfg.get('custom_hooks') or [] if isinstance(hook, dict) and str(hook.get('type')) in HOOKS]
     if not {hook['type'] for hook in old} - {'ResultsHook'}:
         return []
     # A list of an earlier release: what it does not name was left out on purpose.

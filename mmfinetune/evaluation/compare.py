@@ -129,7 +129,7 @@ def read_run(folder: Path, name: str) -> Run:
     if zero_shot.is_file():
         try:
             epochs[0] = _numbers(json.loads(zero_shot.read_bytes())['metrics'])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError('compare-zero-shot', path=zero_shot) from error
     try:
         history = History.from_csv((folder / RESULTS).read_bytes())
@@ -239,7 +239,8 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError('not a JSON object')
-        except ValueError as error:
+            metrics = _numbers(record)
+        except (ValueError, OverflowError, RecursionError) as error:
             # A killed run leaves half a line behind: the last one, without its end of line.
             if number == len(lines):
                 break
@@ -252,7 +253,7 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
         if isinstance(epoch, int) and epoch > 0:
             first = min(first, epoch)
             if not training:
-                epochs[epoch] = _numbers(record)
+                epochs[epoch] = metrics
     return first, epochs
 
 

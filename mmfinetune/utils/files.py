@@ -305,8 +305,8 @@ def read_yaml(path: Path) -> Any:
         raise Problem('yaml-syntax', reason=reason, line=mark.line + 1 if mark else 1) from None
     except Problem:
         raise
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        # A date of month 13, a tag that its text does not fit, an integer of too many digits, …
+    except Exception as error:
+        # A date of month 13, a tag that its text does not fit, an integer of too many digits: each raises another kind.
         raise Problem('yaml-value', reason=error) from None
 
 

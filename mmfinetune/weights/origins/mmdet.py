@@ -14,8 +14,9 @@ def _convert(source: Source, loaded: Mapping, _bn_eps: float | None) -> None:
     if 'optimizer' in loaded or 'message_hub' in loaded:
         source.origin = 'mmdet run'
     meta = loaded.get('meta')
-    text = (meta.get('cfg') or meta.get('config')) if isinstance(meta, Mapping) else None  # 3.x, 2.x
-    for settings in _dicts(text if isinstance(text, str) and len(text) < _MAX_CONFIG else ''):
+    texts = (meta.get('cfg'), meta.get('config')) if isinstance(meta, Mapping) else ()  # 3.x, 2.x
+    text = next((text for text in texts if isinstance(text, str) and text), '')
+    for settings in _dicts(text if len(text) < _MAX_CONFIG else ''):
         if source.style is None and 'depth' in settings and settings.get('style') in ('pytorch', 'caffe'):
             source.style = settings['style']
         if source.mean is None and {'mean', 'std'} <= set(settings):
