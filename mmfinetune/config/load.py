@@ -7,8 +7,9 @@ import difflib
 import io
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,18 +38,34 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     pairs = config_overrides.parse(overrides)
     cfg = _read(path)
-    # What is not of the right kind cannot be translated, and is refused below.
-    old = None if check_values(cfg) else old_names.translate(cfg)
-    dropped, problems = config_overrides.merge(cfg, old_names.rename_keys(pairs))
-    old_names.drop_removed(cfg)
-    require_valid(cfg, path, problems)
-    missing = [k for k in NEEDED if k not in cfg]
-    if missing:
-        raise UserError('config-incomplete', problems=missing, path=str(path))
+    with judging(path):
+        # What is not of the right kind cannot be translated, and is refused below.
+        old = None if check_values(cfg) else old_names.translate(cfg)
+        dropped, problems = config_overrides.merge(cfg, old_names.rename_keys(pairs))
+        old_names.drop_removed(cfg)
+        require_valid(cfg, path, problems)
+        missing = [k for k in NEEDED if k not in cfg]
+        if missing:
+            raise UserError('config-incomplete', problems=missing, path=str(path))
     if os.environ.get('RANK', '0') == '0':
         for note in filter(None, [old, *dropped]):
             print(f'note: {path}: {note}', file=sys.stderr, flush=True)
     return cfg
+
+
+@contextlib.contextmanager
+def judging(path: str | Path) -> Iterator[None]:
+    """Say of which config it is that a setting in it is of a kind that nobody foresees.
+
+    Raises:
+        UserError: The block stumbled over a value.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        facts = dict(kind=type(error).__name__, why=str(error), place=f'{place.name}: {place.line}')
+        raise UserError('config-value', path=str(path), **facts) from error
 
 
 def require_valid(cfg: Config, path: str | Path, problems: Sequence[Message] = ()) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config import lr, paths, views
-from mmfinetune.config.load import load, require_valid
+from mmfinetune.config.load import judging, load, require_valid
 from mmfinetune.config.resume import AUTO, set_resume
 from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import UserError
@@ -101,24 +101,25 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
     """
     cfg = load(options.config, options.cfg_options)
     world = join(cfg)
-    set_processes(cfg, world)
-    set_folders(cfg, options.work_dir, options.data_root)
-    of_config = resume_of_config(cfg)
-    resume = options.resume or (options.trains and of_config)
-    note = set_load_from(cfg, options.weights)
-    if note and (options.trains or options.check_weights or options.dry_run):
-        say(note)
-    set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
-    set_batch(cfg, options.batch_size, options.accumulate, options.amp)
-    set_saving(cfg, options.save_every)
-    if resume:
-        set_resume(cfg, resume, world)
-    paths.check_heads(cfg)
-    require_valid(cfg, options.config)  # numbers of the command line, before they are computed with
-    rates = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
-    adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
-    lr.set_rates(cfg, rates)
-    require_valid(cfg, options.config)
+    with judging(options.config):
+        set_processes(cfg, world)
+        set_folders(cfg, options.work_dir, options.data_root)
+        of_config = resume_of_config(cfg)
+        resume = options.resume or (options.trains and of_config)
+        note = set_load_from(cfg, options.weights)
+        if note and (options.trains or options.check_weights or options.dry_run):
+            say(note)
+        set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
+        set_batch(cfg, options.batch_size, options.accumulate, options.amp)
+        set_saving(cfg, options.save_every)
+        if resume:
+            set_resume(cfg, resume, world)
+        paths.check_heads(cfg)
+        require_valid(cfg, options.config)  # numbers of the command line, before they are computed with
+        rates = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
+        adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
+        lr.set_rates(cfg, rates)
+        require_valid(cfg, options.config)
     checkpoint = Path(_fetched(options.checkpoint, not options.dry_run)) if options.checkpoint else None
     return RunPlan(options, cfg, world, checkpoint, rates, adapted)
 

@@ -65,6 +65,18 @@ def test_lr_of_the_command_line_is_not_scaled():
     assert planned(4, lr=0.5).cfg.optim_wrapper.optimizer.lr == 0.5
 
 
+@pytest.mark.parametrize('setting', ["optim_wrapper.paramwise_cfg = 'all'", "model.type = '.'"])
+def test_a_value_of_a_kind_that_nobody_foresees_is_a_message(setting, tmp_path):
+    key, _, value = setting.partition(' = ')
+    nested = value
+    for part in reversed(key.split('.')[1:]):
+        nested = f'dict({part}={nested})'
+    path = tmp_path / 'c.py'
+    path.write_text(f"_base_ = '{ROOT / MAIN}'\n{key.split('.')[0]} = {nested}\n")
+    with refused('config-value', path=str(path)):
+        planned(config=path)
+
+
 @pytest.mark.parametrize('lr', [-1.0, float('nan'), float('inf')])
 def test_lr_that_no_optimizer_takes(lr):
     with refused('config-wrong-settings') as caught:
