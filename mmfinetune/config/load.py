@@ -62,7 +62,7 @@ def judging(path: str | Path) -> Iterator[None]:
     """
     try:
         yield
-    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RecursionError) as error:
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, OSError) as error:
         place = traceback.extract_tb(error.__traceback__)[-1]
         facts = dict(kind=type(error).__name__, why=str(error), place=f'{place.name}: {place.line}')
         raise UserError('config-value', path=str(path), **facts) from error
