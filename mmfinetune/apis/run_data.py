@@ -16,13 +16,13 @@ from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import writing
-from mmfinetune.utils.images import MOST_SIDE
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
-# Images so many times longer than wide are tried: making the long side smaller may leave nothing of the other.
-_ASPECT = 16
+# Images so many times longer than wide are tried: making the long side smaller may leave nothing of the other. So are the smallest
+# and the largest; and if one of them does not pass, all sizes of a file, unless they are too many.
+_ASPECT, _MOST_PIXELS, _MOST_SIZES = 16, 1 << 26, 500
 
 
 def set_trial_data(cfg: Config, folder: Path) -> dict[str, Path]:
@@ -94,16 +94,23 @@ def unfit_images(datasets: Mapping[str, Any], most: int = 5) -> list[Finding]:
         found: dict[tuple[int, int], list[str]] = {}
         for image in coco_json.read(views.annotation_file(dataset), compact=True).images:
             width, height = image.get('width'), image.get('height')
-            if type(width) is not int or type(height) is not int:
-                continue  # an error already
-            short, long = sorted((width, height))
-            if max(least, 1) <= short and _ASPECT * short < long <= MOST_SIDE:
+            # What is no size, or too large, is an error already.
+            if (
+                type(width) is type(height) is int
+                and max(least, 1) <= min(width, height)
+                and width * height <= _MOST_PIXELS
+            ):
                 found.setdefault((width, height), []).append(str(image.get('file_name')))
         if not found:
             continue
         from mmfinetune.engine.transforms import unfit_sizes
 
-        reasons = unfit_sizes(dataset.get('pipeline') or (), found)
+        pipeline = dataset.get('pipeline') or ()
+        tried = {size for size in found if max(size) > _ASPECT * min(size)}
+        tried |= {choose(found, key=key) for choose in (min, max) for key in (min, max)}
+        reasons = unfit_sizes(pipeline, tried)
+        if reasons and len(found) <= _MOST_SIZES:
+            reasons = unfit_sizes(pipeline, found)
         bad = [Example(file, detail=f'{w}x{h}: {reason}') for (w, h), reason in reasons.items() for file in found[w, h]]
         if bad:
             findings.append(Finding('image-pipeline', name, len(bad), bad[:most]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -52,16 +53,16 @@ def unfit_sizes(pipeline: Sequence[Any], sizes: Iterable[tuple[int, int]]) -> di
     """The sizes (width, height) of images that a pipeline cannot process, and why.
 
     It is run, since only the transforms know: an image of one row, say, has none left when its long side is made
-    smaller. A pipeline that cannot process an ordinary image in memory is not judged.
+    smaller. A pipeline that cannot process any image in memory is not judged.
     """
     found = from_memory(pipeline)
     if not found:
         return {}
     init_default_scope('mmdet')
     steps = Compose(found[1])
-    if _why_not(steps, *_USUAL):
-        return {}
-    return {size: reason for size in sizes if (reason := _why_not(steps, *size))}
+    sizes = list(sizes)
+    reasons = {size: reason for size in sizes if (reason := _why_not(steps, *size))}
+    return {} if len(reasons) == len(sizes) and _why_not(steps, *_USUAL) else reasons
 
 
 def _why_not(steps: Compose, width: int, height: int) -> str:
@@ -76,7 +77,8 @@ def _why_not(steps: Compose, width: int, height: int) -> str:
                 done = steps({'img': image, 'img_id': 0, 'height': height, 'width': width, 'instances': [instance]})
             # Transforms and OpenCV raise whatever they like.
             except Exception as error:
-                return ' '.join(str(error).split()) or type(error).__name__
+                # OpenCV begins with its version and the line of its source.
+                return re.sub(r'^OpenCV\S+ \S+ error: ', '', ' '.join(str(error).split())) or type(error).__name__
             inputs = done and done.get('inputs')
             if inputs is not None and not all(inputs.shape):
                 return f'nothing is left of it: {tuple(inputs.shape)}'
