@@ -68,8 +68,8 @@ def result_lines(history: History, kind: str) -> str:
     """One line per epoch in the format of the torchvision-based fine-tuning projects.
 
     ``epoch:{n}``, COCO's twelve numbers and the mean training loss with four digits, the base
-    learning rate with six. Epochs count from 1; where training is not counted in epochs, lines
-    begin with ``iter:``.
+    learning rate with six. Epochs count from 1, in those projects from 0; where training is
+    not counted in epochs, lines begin with ``iter:``.
 
     Returns:
         The lines of those rows that have these numbers; empty if none has.
@@ -87,7 +87,8 @@ def result_lines(history: History, kind: str) -> str:
 def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: str = '') -> str:
     """COCO's twelve lines as pycocotools prints them, then AP50 of each class and their mean.
 
-    For boxes and for masks, as far as `metrics` has them. -1 stands for no ground truth.
+    For boxes and for masks, as far as `metrics` has them; those projects write a file for each, without the lines of
+    the kind and the total. -1 stands for no ground truth.
 
     Args:
         source: What was evaluated, for the first line.
