@@ -136,11 +136,19 @@ def atomic_write_text(path: str | Path, text: str) -> None:
 def json_bytes(value: object, indent: int | None = None) -> bytes:
     """`value` as JSON with a final newline; NaN and infinity raise ValueError.
 
-    Data are ASCII, since other programs read them in the encoding of the locale; with an indent, for people, UTF-8.
+    Data are ASCII, since other programs read them in the encoding of the locale; with an indent, for people, UTF-8
+    (but ASCII where that cannot hold a half character of a foreign file).
     """
-    separators, ascii = ((',', ':'), True) if indent is None else (None, False)
-    text = json.dumps(value, ensure_ascii=ascii, allow_nan=False, indent=indent, separators=separators)
-    return text.encode() + b'\n'
+
+    def dumped(ascii: bool) -> bytes:
+        separators = (',', ':') if indent is None else None
+        text = json.dumps(value, ensure_ascii=ascii, allow_nan=False, indent=indent, separators=separators)
+        return text.encode() + b'\n'
+
+    try:
+        return dumped(indent is None)
+    except UnicodeEncodeError:
+        return dumped(True)
 
 
 def is_writable(value: object) -> bool:

@@ -39,7 +39,7 @@ def install() -> None:
         def load_from_fileobj(self, file: Any, **_: Any) -> Any:
             import yaml
 
-            return yaml.safe_load(file)
+            return yaml.load(file, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
 
 
 def load_from_data_only(name: str, map_location: Any = None) -> dict:  # noqa: ARG001 - MMEngine's signature

@@ -26,7 +26,8 @@ from pathlib import Path
 from typing import Any
 
 NAMES = ('weights', 'coco', 'yaml', 'labels', 'configs', 'runs')
-SECONDS, HARD_SECONDS = 20, 60  # for one use of an input; the second where no signal ends it
+SECONDS = 20  # of processor time, for one use of an input
+HARD_SECONDS = 300  # by the clock, where no signal ends it or it waits
 MEMORY = 4 << 30  # bytes more than after the start
 MOST_TEXT = 200_000  # characters of a message
 ROOT = Path(__file__).parents[2]
@@ -125,7 +126,7 @@ class Worker:
         self.used = _resident()
         size = int(Path('/proc/self/statm').read_text().split()[0]) * os.sysconf('SC_PAGE_SIZE')
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, size + MEMORY))
-        signal.signal(signal.SIGALRM, self._too_long)
+        signal.signal(signal.SIGPROF, self._too_long)
 
     def _too_long(self, *_: object) -> None:
         raise TooLong(f'more than {SECONDS} s')
@@ -176,7 +177,7 @@ class Worker:
     @contextlib.contextmanager
     def _limited(self) -> Iterator[io.TextIOWrapper]:
         said = io.TextIOWrapper(io.BytesIO(), 'utf-8')
-        signal.setitimer(signal.ITIMER_REAL, SECONDS)
+        signal.setitimer(signal.ITIMER_PROF, SECONDS)
         faulthandler.dump_traceback_later(HARD_SECONDS, exit=True)
         self.watch.on = True
         try:
@@ -184,7 +185,7 @@ class Worker:
                 yield said
         finally:
             self.watch.on = False
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.setitimer(signal.ITIMER_PROF, 0)
             faulthandler.cancel_dump_traceback_later()
 
     def _empty(self, folder: Path) -> None:

@@ -85,6 +85,13 @@ def test_nan_is_not_written(tmp_path):
     assert names(tmp_path) == []
 
 
+@pytest.mark.parametrize('indent', [None, 1])
+def test_a_half_character_is_written_as_it_was_read(tmp_path, indent):
+    path = tmp_path / 'a.json'
+    files.atomic_write_json(path, {'a': 'ä\ud800'}, indent)
+    assert read_json(path) == {'a': 'ä\ud800'}
+
+
 def test_files_are_found_in_natural_order_without_hidden_ones(tmp_path):
     names = [
         'img10.jpg',

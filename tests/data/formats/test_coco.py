@@ -853,3 +853,29 @@ def test_real_coco_masks_stay_the_same(real_data, tmp_path):
                 assert b['bbox'] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
                 count += 1
     assert count == 909
+
+
+def test_what_cannot_be_written_again_is_left_out(site):
+    """Half characters, depths and numbers of any length, wherever nobody needs them."""
+    deep: list = []
+    for _ in range(600):
+        deep = [deep]
+
+    def change(data):
+        data['info']['description'] = '\ud800'
+        data['licenses'].append(math.nan)
+        data['images'][0]['photographer'] = deep
+        data['images'][1]['photographer'] = '\ud800'
+        data['categories'][0]['supercategory'] = 'a\ud800'
+        data['annotations'][0]['id'] = '9' * 5000
+
+    _, coco = run(site, change)
+    assert coco['licenses'] == [] and 'supercategory' not in coco['categories'][0]
+    assert [set(image) for image in coco['images']][2] >= {'id', 'file_name', 'license'}
+    assert len(coco['annotations']) == 15
+
+
+@pytest.mark.parametrize('key', ['image_id', 'category_id'])
+def test_ids_of_thousands_of_digits(site, key):
+    with refused('prepare-problems'):
+        run(site, lambda d: d['annotations'][0].update({key: '9' * 5000}))
