@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from mmfinetune.engine import launch
 from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.errors import Stopped, UserError
+from mmfinetune.utils.processes import Readers
 
 # Pictures go to files, whatever a desktop or a notebook's kernel asks of its children.
 os.environ['MPLBACKEND'] = 'Agg'
@@ -31,6 +32,7 @@ EXIT_CODES = {
     '1': 'done, and the answer is no: errors in the data, configs that differ, inputs that failed',
     '2': 'something for you to fix; the message says what',
     '70': 'a crash, with a traceback: please report it',
+    '129': 'stopped since the terminal was closed (SIGHUP); training saves its state first',
     '130, 143': 'stopped by Ctrl-C or SIGTERM; training saves its state first',
 }
 
@@ -189,7 +191,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     _insist_on_utf8()
     launch.follow_launcher()
     try:
-        code = main() or 0
+        code = _call(main)
         launch.leave_group()
         sys.stdout.flush()
     except UserError as error:
@@ -199,7 +201,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = EXIT_USER_ERROR
     except Stopped as stop:
         if os.environ.get('RANK', '0') == '0':
-            print(stop, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal is closed
+                print(stop, file=sys.stderr, flush=True)
         code = 128 + stop.number
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr, flush=True)
@@ -213,3 +216,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         code = EXIT_CRASH
     sys.exit(code)
+
+
+def _call(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except BaseException:
+        # Before they are waited for: one may hang.
+        Readers.kill_all()
+        raise

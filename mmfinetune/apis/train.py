@@ -25,11 +25,13 @@ from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
+from mmfinetune.utils import run_lock
 from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.download import OFFLINE
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_json, require_writable
+from mmfinetune.utils.run_lock import RunLock
 from mmfinetune.weights import find
 from mmfinetune.weights import work_dir as weights_work_dir
 
@@ -53,11 +55,11 @@ def run(options: Options) -> int:
         UserError: Anything the user can fix, found before training where possible.
     """
     check_early(options)
-    with _leaving_nothing() if options.dry_run else contextlib.nullcontext() as folder:
-        return _run(options, folder)
+    with RunLock() as lock, _leaving_nothing() if options.dry_run else contextlib.nullcontext() as folder:
+        return _run(options, folder, lock)
 
 
-def _run(options: Options, trial: Path | None) -> int:
+def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
     """See `run`; a dry run has a folder for what would be made."""
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
     if gpus > 1 and (options.trains or options.tests):
@@ -65,8 +67,16 @@ def _run(options: Options, trial: Path | None) -> int:
         print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
         return launch.launch(gpus, sys.argv)
 
+    def join(cfg: Config) -> int:
+        world = max(gpus, launch.join_group(cfg))
+        # Before anything is read that another run may change. A new folder is made when all is known to be right.
+        work_dir = Path(options.work_dir or cfg.work_dir)
+        if (options.trains or options.tests) and not trial and work_dir.is_dir():
+            rank0_first(lambda: lock.take(work_dir))
+        return world
+
     def planned(options: Options) -> RunPlan:
-        plan = resolve(options, lambda cfg: max(gpus, launch.join_group(cfg)))
+        plan = resolve(options, join)
         if trial:
             to_make.update(run_data.set_trial_data(plan.cfg, trial))
         return plan
@@ -88,9 +98,9 @@ def _run(options: Options, trial: Path | None) -> int:
     if options.dry_run:
         say('Dry run: nothing was trained.')
         return 0
-    runner = _train(plan.cfg, start) if options.trains else None
+    runner = _train(plan.cfg, start, lock) if options.trains else None
     if options.tests:
-        _test(plan, runner)
+        _test(plan, runner, lock)
     if runner is not None:
         diagnose(runner, options)
     folder = Path(plan.cfg.work_dir)
@@ -174,7 +184,7 @@ def _move_earlier_run(work_dir: Path) -> None:
     if not work_dir.is_dir():
         return
     # A test of the untrained model is epoch 0 of the run to come.
-    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT)]
+    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT, run_lock.NAME)]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
         stamp = work_dir / EARLIER / time.strftime('%Y%m%d_%H%M%S')
         more = (stamp.with_name(f'{stamp.name}_{count}') for count in itertools.count(2))
@@ -185,7 +195,7 @@ def _move_earlier_run(work_dir: Path) -> None:
         say(f'{work_dir} held an earlier run: it is now in {target}. To continue a run instead, pass --resume.')
 
 
-def _train(cfg: Config, start: WeightCheck | None) -> Runner:
+def _train(cfg: Config, start: WeightCheck | None, lock: RunLock) -> Runner:
     from mmengine.dist import barrier
 
     from mmfinetune.engine.hooks.stop import stoppable
@@ -199,6 +209,8 @@ def _train(cfg: Config, start: WeightCheck | None) -> Runner:
             start = start or run_weights.start_of(cfg)
             start.require_good()
             cfg.weights.checkpoint = str(start.source.path)
+    rank0_first(lambda: lock.take(Path(cfg.work_dir)))
+    if not cfg.resume:
         rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
     barrier()
     runner = FineTuningRunner.from_cfg(cfg)
@@ -256,22 +268,26 @@ def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
     return start
 
 
-def _test(plan: RunPlan, trained: Runner | None) -> None:
+def _test(plan: RunPlan, trained: Runner | None, lock: RunLock) -> None:
     """Test what was trained, the model as training would start from it, or the best checkpoint."""
-    cfg, options = plan.cfg, plan.options
+    cfg, options, name = plan.cfg, plan.options, TEST_RESULTS
     if trained is not None:
         file = weights_work_dir.best_checkpoint(Path(cfg.work_dir))
         say(f'Testing {file}')
         trained.load_checkpoint(str(file))
         _measure(trained, file)
-    elif options.head_init:
-        start = run_weights.start_of(cfg)
+        return
+    if options.head_init:
+        start, name = run_weights.start_of(cfg), ZERO_SHOT
+        file = start.source.path
         if start.plan.class_map is not None:
             say('\n'.join(start.plan.class_map.lines()))
-        _measure(test_runner(cfg, start), start.source.path, ZERO_SHOT)
     else:
         file = plan.checkpoint or weights_work_dir.best_checkpoint(Path(cfg.work_dir))
-        _measure(test_runner(cfg, run_weights.checkpoint_of(cfg, file)), file)
+        start = run_weights.checkpoint_of(cfg, file)
+    start.require_good()
+    rank0_first(lambda: lock.take(Path(cfg.work_dir)))
+    _measure(test_runner(cfg, start), file, name)
 
 
 def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
@@ -280,7 +296,7 @@ def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
 
     from mmfinetune.engine.train_loop import translate_system_errors
 
-    with translate_system_errors():
+    with translate_system_errors(runner.work_dir):
         metrics = runner.test()
     if is_main_process():
         headline = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')

@@ -8,8 +8,10 @@ from typing import Any
 from mmdet.registry import RUNNERS
 from mmengine.dist import broadcast_object_list
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
 from mmfinetune.engine.hooks import EXTRAS
+from mmfinetune.engine.loader import watched
 from mmfinetune.utils.dist import bare_model
 from mmfinetune.utils.extras import extra
 from mmfinetune.weights.check import WeightCheck
@@ -40,6 +42,11 @@ class FineTuningRunner(Runner):
             names = {cls.__name__ for cls in type(hook).__mro__}
             with extra(f'{type(hook).__name__}.{fn_name}') if names & EXTRAS else contextlib.nullcontext():
                 getattr(hook, fn_name)(self, **kwargs)
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
+        """As MMEngine builds it, see `mmfinetune.engine.loader`."""
+        return watched(Runner.build_dataloader(dataloader, seed, diff_rank_seed))
 
     def load_or_resume(self) -> None:
         """Load or resume a checkpoint; without one apply the weights to start from, once."""

@@ -118,6 +118,18 @@ def require_writable(folder: str | Path) -> None:
         pass
 
 
+def require_folder(folder: str | Path, before: os.stat_result) -> None:
+    """Check that a folder that a run writes to is still the one that it was.
+
+    Raises:
+        UserError: It was removed, or there is a new one of its name.
+    """
+    with contextlib.suppress(OSError):
+        if os.path.samestat(before, Path(folder).stat()):
+            return
+    raise UserError('work-dir-gone', work_dir=folder)
+
+
 def reason_of(error: Exception) -> str:
     """Why reading or writing failed, in a few words."""
     return getattr(error, 'strerror', None) or str(error) or type(error).__name__

@@ -348,6 +348,25 @@ def test_a_second_run_sets_the_first_aside(finished_run, tmp_path, monkeypatch):
     assert [s for s, _ in scalars(work_dir / train.LOG_DIR)['loss/train']] == [1, 2]
 
 
+@pytest.mark.parametrize('options', [['--train'], ['--train', '--resume'], ['--resume', 'auto'], ['--test'], []])
+def test_a_folder_in_which_a_run_is_going_on(in_finished_run, tmp_path, options):
+    work_dir = tmp_path / 'run'
+    shutil.copytree(in_finished_run.kept / 'tiny', work_dir)
+    hold = 'from mmfinetune.utils.run_lock import RunLock\nfrom pathlib import Path\nimport sys\n'
+    hold += 'with RunLock() as lock:\n    lock.take(Path(sys.argv[1]))\n    print("taken", flush=True)\n    sys.stdin.read()'
+    command = [sys.executable, '-c', hold, work_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'taken\n'
+        before = files_in(work_dir)
+        assert_refused(
+            train_tool('tiny.py', *options, '--gpus', '1', '--work-dir', work_dir), 'run-going-on', other.pid
+        )
+        assert files_in(work_dir) == before
+        assert train_tool('tiny.py', '--dry-run', '--gpus', '1', '--work-dir', work_dir).code == 0
+        other.communicate()
+    assert not (work_dir / 'run.lock').exists()
+
+
 def test_earlier_runs_pile_up_even_within_a_second(tmp_path, capsys):
     for name in ('a', 'b', 'c'):
         (tmp_path / f'{name}.pth').touch()

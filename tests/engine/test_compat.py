@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -20,6 +21,24 @@ from mmfinetune.engine import compat
 from mmfinetune.utils import event_files
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
+
+
+def test_an_object_that_a_queue_cannot_send():
+    queue, seen = multiprocessing.Queue(), []
+    before = compat.queues.Queue._on_queue_feeder_error
+    try:
+        compat.when_not_sent(lambda *facts: seen.append(facts) or facts[0].put('instead'))
+        queue.put(Unsendable())
+        assert queue.get(timeout=20) == 'instead'
+    finally:
+        compat.queues.Queue._on_queue_feeder_error = staticmethod(before)
+    ((at, error, item),) = seen
+    assert at is queue and isinstance(item, Unsendable) and compat.is_out_of_shared_memory(error)
 
 
 class Deadly(Dataset):
