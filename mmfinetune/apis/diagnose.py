@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from collections import Counter
 from pathlib import Path
@@ -25,14 +26,14 @@ def diagnose(runner: Runner, options: Options) -> None:
         facts = facts_of(runner)
         if found := diagnosis.signs(facts):
             lines = ['Diagnosis: this training has hardly learned anything.', *(f'  - {sign}' for sign in found)]
-            causes = diagnosis.causes(facts, _commands(runner, options))
+            causes = diagnosis.causes(_with_data(facts, runner), _commands(runner, options))
             lines += ['The likeliest causes, and the command to look at each:']
             lines += [f'  {place}. {cause}' for place, cause in enumerate(causes, 1)]
             say('\n'.join(lines))
 
 
 def facts_of(runner: Runner) -> diagnosis.Facts:
-    """What a runner that has trained knows of its training and data."""
+    """What a runner that has trained knows of its training."""
     from mmfinetune.engine.runner import INITIAL_WEIGHTS
 
     hub = runner.message_hub
@@ -42,24 +43,27 @@ def facts_of(runner: Runner) -> diagnosis.Facts:
     rates, _ = scalars.get('train/base_lr', scalars.get('train/lr', nothing))
     ap = {kind: scalars[key][0][-1] for kind in ('bbox', 'segm') if (key := f'val/coco/{kind}_mAP') in scalars}
     start = hub.runtime_info.get(INITIAL_WEIGHTS)
-    dataset: Any = runner.train_dataloader.dataset
-    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
-    objects = Counter(
-        instance['bbox_label']
-        for i in range(len(dataset))
-        for instance in dataset.get_data_info(i).get('instances', ())
-        if not instance.get('ignore_flag')
-    )
     return diagnosis.Facts(
         losses=np.where(counts > 0, values, np.nan).tolist(),
         rates=rates.tolist(),
         lr=runner.cfg.optim_wrapper.optimizer.lr,
         ap=ap,
         reinit=start['reinit'] if start else None,
-        absent=[name for label, name in enumerate(classes) if not objects[label]],
-        classes=len(classes),
-        objects=objects.total(),
     )
+
+
+def _with_data(facts: diagnosis.Facts, runner: Runner) -> diagnosis.Facts:
+    """The facts with those of the training images, which take seconds to count."""
+    dataset: Any = runner.train_dataloader.dataset
+    classes = (getattr(dataset, 'metainfo', None) or {}).get('classes') or ()
+    try:
+        infos = [dataset.get_data_info(i) for i in range(len(dataset))]
+    except (AttributeError, KeyError, TypeError, NotImplementedError):
+        return facts  # a data set of another kind than MMEngine's
+    instances = [instance for info in infos for instance in info.get('instances', ())]
+    objects = Counter(instance['bbox_label'] for instance in instances if not instance.get('ignore_flag'))
+    absent = [name for label, name in enumerate(classes) if not objects[label]]
+    return dataclasses.replace(facts, absent=absent, classes=len(classes), objects=objects.total())
 
 
 def _commands(runner: Runner, options: Options) -> dict[str, str]:

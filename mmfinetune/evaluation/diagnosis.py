@@ -32,7 +32,7 @@ class Facts:
         reinit: Tensors of the heads that started from random numbers; None if the whole model did.
         absent: Classes without an object in the training images.
         classes: All classes.
-        objects: Training objects.
+        objects: Training objects; None if not counted.
     """
 
     losses: Sequence[float]
@@ -40,9 +40,9 @@ class Facts:
     lr: float
     ap: dict[str, float]
     reinit: int | None
-    absent: Sequence[str]
-    classes: int
-    objects: int
+    absent: Sequence[str] = ()
+    classes: int = 0
+    objects: int | None = None
 
 
 def signs(facts: Facts) -> list[Message]:
@@ -73,7 +73,7 @@ def causes(facts: Facts, commands: dict[str, str]) -> list[Message]:
     steps, shown = len(facts.losses), ', '.join(facts.absent[:5]) + (', …' if len(facts.absent) > 5 else '')
     unstable = _skipped(facts) or last > 1.05 * first
     found: list[tuple[Any, str, str, dict[str, Any]]] = [
-        (not facts.objects, 'cause-no-objects', 'check', {}),
+        (facts.objects == 0, 'cause-no-objects', 'check', {}),
         (facts.ap and max(facts.ap.values()) == -1, 'cause-no-truth', 'check', {}),
         (_warming(facts), 'cause-warm-up', 'plan', dict(steps=steps)),
         (unstable, 'cause-lr-high', 'slower', dict(lr=max(facts.rates, default=facts.lr))),
