@@ -13,7 +13,7 @@ from mmfinetune.data.formats.folders import read_ids
 from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import MOST_TEXT, read_regular
+from mmfinetune.utils.files import MOST_TEXT, read_regular, reason_of
 from mmfinetune.utils.images import read_pixels
 from mmfinetune.utils.masks import masks_to_rles
 
@@ -119,7 +119,7 @@ class VocReader(Reader):
             problems.append(Message('voc-xml-missing', place=name))
             return None
         except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
-            problems.append(Message('voc-xml-unreadable', place=name, reason=error))
+            problems.append(Message('voc-xml-unreadable', place=name, reason=reason_of(error)))
             return None
         listed = []
         # Boxes and <size> are not read: the mask and the image say both more exactly.
