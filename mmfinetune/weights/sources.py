@@ -160,6 +160,6 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
 
 
 def _statistics(values: Sequence[float]) -> tuple[float, ...]:
-    if len(values) != 3:
-        raise ValueError('not three numbers')
+    if not isinstance(values, (list, tuple)):
+        raise ValueError('mean or std')
     return tuple(map(float, values))

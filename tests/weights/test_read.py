@@ -362,7 +362,7 @@ def test_what_is_no_list_of_names_is_no_record_of_classes(classes, wrap, tmp_pat
     'meta',
     [
         {'mean': 5},
-        {'mean': [1.0, 2.0]},
+        {'mean': '123'},
         {'std': ['a', 'b', 'c']},
         {'mean': [10**400] * 3},
         {'style': 'x'},
