@@ -57,8 +57,9 @@ format: $(STAMP)
 typecheck: $(STAMP)
 	$(PY) -m mypy
 
+# As many at a time as there are cores, up to four: each takes up to 2 GB.
 test: lint typecheck
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-fast: $(STAMP)
 	$(PY) -m pytest -x --failed-first

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.builders.runs import DEVKIT, TOOLS, FinishedRun, copy_site, drive, train_tool
+from tests.builders.runs import CONFIGS, DEVKIT, TOOLS, FinishedRun, copy_site, drive, train_tool
 from tests.builders.weights import Evil
 
 IMAGE = DEVKIT / 'JPEGImages'
@@ -98,7 +98,7 @@ def test_no_tool_unpickles_without_restriction(unpickled, finished_run, tmp_path
         ('prepare_data', DEVKIT, 'prepared'),
         ('prepare_voc', '--data-root', DEVKIT.parent),
         ('split_dataset', ann, '--ratios', '50', '50', '--out', 'split'),
-        ('new_config', '--data', DEVKIT, '--name', 'own', '--out', 'own.py'),
+        ('new_config', '--data', DEVKIT, '--name', 'own', '--base', CONFIGS / 'mask_rcnn_demo.py', '--out', 'own.py'),
         ('check_platform',),
     ]
     assert {tool for tool, *_ in commands} == {path.stem for path in TOOLS.glob('*.py')}
@@ -128,6 +128,11 @@ def every_way_in(bad: Path, run: Path) -> list[tuple]:
     yaml.write_text(f'work_dir: !!python/object/apply:os.mkdir [{str(bad.parent / TRACE)!r}]\n')
     child = bad.with_name('child.py')
     child.write_text(f'_base_ = [{str(Path("tiny.py").resolve())!r}, {str(yaml)!r}]\n')
+    start = bad.with_name('start.py')
+    start.write_text(
+        f'_base_ = {str(Path("tiny.py").resolve())!r}\n'
+        f"model = dict(backbone=dict(init_cfg=dict(_delete_=True, type='Pretrained', checkpoint={str(bad)!r})))\n"
+    )
     image = next(IMAGE.glob('*'))
     code = 'weights-code'
     return [
@@ -138,7 +143,7 @@ def every_way_in(bad: Path, run: Path) -> list[tuple]:
         (('train_pretrained', child, '--dry-run'), 'config-unreadable'),
         ((*train, '--weights', bad), code),
         ((*train, '--test', '--checkpoint', bad), code),
-        ((*train, '--cfg-options', f'model.init_cfg.checkpoint={bad}', 'model.init_cfg.type=Pretrained'), code),
+        (('train_pretrained', start, *train[2:]), code),
         ((*train, '--cfg-options', f'train_dataloader.dataset.proposal_file={pkl}'), 'pickle-refused'),
         (('evaluate', run, '--checkpoint', bad), code),
         (('predict', image, '--run', run, '--checkpoint', bad, '--out', bad.parent / 'out'), code),
