@@ -189,13 +189,18 @@ def _predict(options: Options) -> Inputs:
     }
     out = (options.run or files.work_dir) / (FOLDER if options.split == 'test' else f'{FOLDER}_{options.split}')
     require_writable(options.out or out)
-    rows = detect(cfg, files.checkpoint, kinds, list(truth.names))
+    rows, seen = detect(cfg, files.checkpoint, kinds, list(truth.names))
+    if len(seen) < len(truth.images):  # `indices`, say
+        source['images'] = f'{len(seen)} of {len(truth.images)}'
+        truth = truth.of_images(seen)
     images = root / (dataset.get('data_prefix') or {}).get('img', '')
     return Inputs(truth, rows, images, source, out, new=True)
 
 
-def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Sequence[int]) -> dict[str, list[dict]]:
-    """COCO result rows by kind of what a checkpoint finds in the test split of a config.
+def detect(
+    cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Sequence[int]
+) -> tuple[dict[str, list[dict]], set[int]]:
+    """COCO result rows by kind of what a checkpoint finds in the test split of a config, and the ids of its images.
 
     Args:
         cfg: Config; it is changed so that none of the run's logs, curves and pictures is touched.
@@ -209,6 +214,7 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
     from tqdm import tqdm
 
     rows: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    seen: set[int] = set()
     with (
         tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder,
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints what it loads
@@ -221,7 +227,8 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
             for batch in tqdm(loop.dataloader, desc='model', unit='batch', disable=None):
                 for sample in model.test_step(batch):
                     _add_rows(rows, sample, category_ids)
-    return rows
+                    seen.add(sample.img_id)
+    return rows, seen
 
 
 def _add_rows(rows: dict[str, list[dict]], sample: DetDataSample, category_ids: Sequence[int]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,19 +55,21 @@ def prepare_data(cfg: Config, train: bool = True, full: bool = False, cache: boo
     Raises:
         UserError: No data, or data that does not fit the config or has errors.
     """
-    datasets = {s: d for s, d in views.dataset_configs(cfg).items() if train or s == 'test'}
+    datasets = {n: d for n, d in views.dataset_configs(cfg).items() if train or views.split_of(n) == 'test'}
     missing = [d for d in datasets.values() if not views.annotation_file(d).is_file()]
     if missing:
-        _make_annotations(cfg, [views.annotation_file(d) for d in missing], Path(missing[0]['data_root']))
+        _make_annotations(cfg, [views.annotation_file(d) for d in missing], Path(missing[0].get('data_root') or ''))
     splits: dict[str, Split] = {}
-    done: dict[Path, Split] = {}
+    done: dict[tuple, Split] = {}
     with coco_json.parsed_once():
         for name, dataset in datasets.items():
-            path = views.annotation_file(dataset)
-            if path not in done:
-                root = None if full else _image_root(dataset)
-                done[path] = read_split(path, root, views.dataset_classes(dataset))
-            splits[name] = done[path]
+            path, root = _place(dataset)
+            classes = views.dataset_classes(dataset)
+            key = path, root, tuple(classes or ())
+            if key not in done:
+                done[key] = read_split(path, None if full else root, classes)
+            splits[name] = done[key]
+        _compare_truth(cfg, datasets)
         if unfit := unfit_images(datasets):
             raise UserError('images-unfit', problems=[f.message() for f in unfit], config=cfg.filename)
         if full:
@@ -136,10 +139,44 @@ def _make_annotations(cfg: Config, files: list[Path], root: Path) -> None:
 
 def splits_of_config(cfg: Config) -> tuple[dict[str, tuple[Path, Path]], Sequence[str]]:
     """Annotation file and image folder of each split of a resolved config, and the class names."""
-    datasets = views.dataset_configs(cfg)
-    splits = {name: (views.annotation_file(dataset), _image_root(dataset)) for name, dataset in datasets.items()}
-    return splits, views.class_names(cfg)
+    return {n: _place(dataset) for n, dataset in views.dataset_configs(cfg).items()}, views.class_names(cfg)
 
 
-def _image_root(dataset: Any) -> Path:
-    return Path(dataset.get('data_root') or '') / (dataset.get('data_prefix') or {}).get('img', '')
+def _place(dataset: Any) -> tuple[Path, Path]:
+    """Annotation file and image folder of a dataset config."""
+    root = Path(dataset.get('data_root') or '')
+    return views.annotation_file(dataset), root / (dataset.get('data_prefix') or {}).get('img', '')
+
+
+def _compare_truth(cfg: Config, datasets: Mapping[str, Any]) -> None:
+    """Compare what evaluators read with what the loaders of their splits read.
+
+    Raises:
+        UserError: Other images or other objects.
+    """
+    problems = []
+    for name, dataset in datasets.items():
+        split, path = views.split_of(name), views.annotation_file(dataset)
+        for evaluator in views.evaluators(cfg, split):
+            truth = evaluator.get('ann_file')
+            if truth and not _is_same_truth(path, Path(truth)):
+                problems.append(Message('evaluator-file', split=split, loader=path, evaluator=truth))
+    if problems:
+        raise UserError('evaluator-files', problems=problems)
+
+
+def _is_same_truth(loaded: Path, truth: Path) -> bool:
+    """Whether a file has the images of another, and its objects unless that has none."""
+    if loaded.resolve() == truth.resolve():
+        return True
+    ours, theirs = (coco_json.read(path, compact=True).require(('width', 'height')) for path in (loaded, truth))
+    known = {image['id']: image for image in theirs.images}
+
+    def is_known(image: Mapping) -> bool:
+        return all(known.get(image['id'], {}).get(key) == image[key] for key in ('file_name', 'width', 'height'))
+
+    def objects(coco: coco_json.Coco) -> Counter:
+        return Counter((a['image_id'], a['category_id'], *map(float, a.get('bbox', ()))) for a in coco.annotations)
+
+    same_objects = not ours.annotations or not objects(ours) - objects(theirs)
+    return ours.classes == theirs.classes and all(map(is_known, ours.images)) and same_objects

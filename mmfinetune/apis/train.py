@@ -22,7 +22,7 @@ from mmfinetune.apis.testing import test_runner
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.resolve import AUTO, LOG_DIR, Options, RunPlan, resolve
 from mmfinetune.data.preflight import Split
-from mmfinetune.engine import batch_size, compat, launch
+from mmfinetune.engine import batch_size, compat, launch, train_size
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils import run_lock
@@ -94,7 +94,7 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
     if options.batch_size == AUTO:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
-    say(summary(plan, splits))
+    say(rank0_first(lambda: summary(plan, splits)))
     if options.dry_run:
         say('Dry run: nothing was trained.')
         return 0
@@ -158,24 +158,24 @@ def _prepare(plan: RunPlan) -> dict[str, Split]:
 
 def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
+    width = max(5, *map(len, splits))
     lines = [
-        f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
+        f'Data:  {name:{width}} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
         for name, s in splits.items()
     ]
-    if 'train' not in splits:
-        return '\n'.join(lines)
     cfg, world = plan.cfg, plan.world
-    batch = cfg.train_dataloader.batch_size
-    filters = views.dataset_configs(cfg)['train'].get('filter_cfg') or {}
-    images, kind = splits['train'].images, 'images'
-    if filters.get('filter_empty_gt'):
-        images, kind = splits['train'].usable, 'images with objects'
-    epochs = cfg.train_cfg.get('max_epochs')
-    if epochs:
-        # Each process gets the same number of images, rounded up, as its sampler does it.
-        steps = math.ceil(math.ceil(images / world) / batch)
-        total = f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}'
-        lines.append(f'Steps: {images:,} {kind} / ({world} GPU x {batch}) = {total}')
+    if not any(views.split_of(name) == 'train' for name in splits):
+        return '\n'.join(lines)
+    size = train_size.measure(cfg, world)
+    parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
+    kinds = {sum(s.usable for s in parts): 'images with objects', sum(s.images for s in parts): 'images'}
+    kind = kinds.get(size.samples, 'samples')  # with `indices`, or wrappers that repeat
+    line = f'{size.samples:,} {kind} / ({world} GPU x {cfg.train_dataloader.batch_size}) = {size.steps:,} an epoch'
+    if epochs := cfg.train_cfg.get('max_epochs'):
+        line += f' x {epochs} epochs = {size.steps * epochs:,}'
+    elif steps := cfg.train_cfg.get('max_iters'):
+        line += f', {steps:,} in all'
+    lines.append(f'Steps: {line}')
     return '\n'.join([*lines, *plan.rates.lines(), *(f'Schedule for this batch: {line}' for line in plan.adapted)])
 
 
@@ -242,7 +242,7 @@ def _explained(error: Exception, cfg: Config) -> Exception:
         helps.append(Message('memory-batch', half=half, steps=steps, share=half / batch))
     if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
         helps.append(Message('memory-amp'))
-    steps = cfg.train_dataloader.dataset.get('pipeline', ())
+    steps = [step for _, dataset in views.parts_of(cfg, 'train') for step in dataset.get('pipeline', ())]
     scale = next((step['scale'] for step in steps if step['type'] == 'Resize' and 'scale' in step), None)
     if scale:
         smaller = tuple(round(side * 0.7) for side in scale)

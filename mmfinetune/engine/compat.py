@@ -65,6 +65,11 @@ def is_out_of_shared_memory(error: BaseException) -> bool:
     )
 
 
+def is_empty_dataset(error: BaseException) -> bool:
+    """Whether MMEngine found nothing to serialize in a data set: a filter left no image."""
+    return isinstance(error, ValueError) and 'need at least one array' in str(error)
+
+
 def is_out_of_cpu_memory(error: BaseException) -> bool:
     """Whether PyTorch could not allocate memory on the CPU."""
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)

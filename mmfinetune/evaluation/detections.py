@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -49,6 +49,14 @@ class Truth:
     def crowds(self) -> int:
         """Number of crowd regions."""
         return sum(bool(a['iscrowd']) for a in self.data['annotations'])
+
+    def of_images(self, ids: Collection[int]) -> Truth:
+        """The ground truth of some of the images."""
+        data = {
+            'images': [image for image in self.data['images'] if image['id'] in ids],
+            'annotations': [a for a in self.data['annotations'] if a['image_id'] in ids],
+        }
+        return Truth(self.path, self.data | data)
 
     def rle(self, annotation: Mapping[str, Any]) -> dict:
         """The mask of an annotation, given as polygons or run lengths."""

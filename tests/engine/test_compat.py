@@ -145,3 +145,12 @@ def test_a_closed_writer_opens_its_file_again(tmp_path):
         writer.close()
     events = [event for path in tmp_path.iterdir() for _, event in event_files.read_records(path.read_bytes())]
     assert sorted(event.step for event in events if event.summary.value) == [1, 2]
+
+
+def test_a_data_set_without_images(tmp_path):
+    from mmdet.datasets import CocoDataset
+
+    (tmp_path / 'none.json').write_text(json.dumps({'images': [], 'annotations': [], 'categories': []}))
+    with pytest.raises(ValueError, match='array') as caught:
+        CocoDataset(ann_file=str(tmp_path / 'none.json'), pipeline=[])
+    assert compat.is_empty_dataset(caught.value)

@@ -85,6 +85,7 @@ def examine(
     """`check` without the cache, and the tables that it read; they `keep` their annotations, most of the memory."""
     # Most configs test on the validation split.
     names = {place: ', '.join(n for n, p in splits.items() if p == place) for place in splits.values()}
+    of_splits = [{n.partition('.')[0] for n, p in splits.items() if p == place} for place in names]
     tables: list[Table] = []
     stats: list[SplitStats] = []
     findings: list[Finding] = []
@@ -108,8 +109,12 @@ def examine(
         if not keep:
             table.annotations = []
         tables.append(table)
+    for table, of in zip(tables, of_splits, strict=True):
+        findings += _trained_on(table, of, options.max_examples)
     for one, two in itertools.combinations(range(len(tables)), 2):
-        findings += _between(tables[one], tables[two], facts[one], facts[two], options.max_examples)
+        # Two parts of a training split may well share images.
+        if len(of_splits[one] | of_splits[two]) > 1:
+            findings += _between(tables[one], tables[two], facts[one], facts[two], options.max_examples)
     # Errors first, then as the kinds are listed.
     codes = list(KINDS)
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
@@ -228,6 +233,15 @@ def _difference(found: list[str], expected: list[str]) -> str:
             more = f', … ({len(names)})' if len(names) > 5 else ''
             words.append(f'{verb} {", ".join(map(repr, names[:5]))}{more}')
     return '; '.join(words)
+
+
+def _trained_on(table: Table, of_splits: set[str], most: int) -> list[Finding]:
+    """A finding if one file is both trained on and evaluated."""
+    others = sorted(of_splits - {'train'})
+    if 'train' not in of_splits or not others or not table.images:
+        return []
+    examples = [Example(str(name), detail='the same annotation file') for name in table.files[:most]]
+    return [Finding('leak-content', f'train / {", ".join(others)}', len(table.images), examples)]
 
 
 def _between(

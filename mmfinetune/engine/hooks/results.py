@@ -21,6 +21,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 import mmfinetune
+from mmfinetune.config import views
 from mmfinetune.engine.hooks import PRIORITY, warn
 from mmfinetune.engine.hooks.checkpoint import checkpoint_hook
 from mmfinetune.engine.runner import INITIAL_WEIGHTS
@@ -276,4 +277,7 @@ def _data_row(runner: Runner, split: str) -> list[str]:
         objects = f'{sum(len(dataset.get_data_info(i)["instances"]) for i in range(count)):,}'
     except (AttributeError, KeyError, TypeError, NotImplementedError):
         objects = '-'  # a data set of another kind than MMEngine's
-    return [split, f'{count:,}', objects, str(len(classes)), str(getattr(dataset, 'ann_file', '-'))]
+    files = dict.fromkeys(
+        str(views.annotation_file(d)) for _, d in views.parts_of(runner.cfg, split) if 'ann_file' in d
+    )
+    return [split, f'{count:,}', objects, str(len(classes)), ', '.join(files) or '-']
