@@ -22,7 +22,7 @@ from mmfinetune.apis.testing import test_runner
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.resolve import AUTO, LOG_DIR, Options, RunPlan, resolve
 from mmfinetune.data.preflight import Split
-from mmfinetune.engine import batch_size, compat, launch, train_size
+from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
 from mmfinetune.utils import run_lock
@@ -166,7 +166,7 @@ def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
     cfg, world = plan.cfg, plan.world
     if not any(views.split_of(name) == 'train' for name in splits):
         return '\n'.join(lines)
-    size = train_size.measure(cfg, world)
+    size = batch_size.epoch_size(cfg, world)
     parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
     kinds = {sum(s.usable for s in parts): 'images with objects', sum(s.images for s in parts): 'images'}
     kind = kinds.get(size.samples, 'samples')  # with `indices`, or wrappers that repeat

@@ -9,7 +9,7 @@ import pytest
 from mmengine.config import Config
 from mmengine.runner import Runner
 
-from mmfinetune.engine import train_size
+from mmfinetune.engine import batch_size
 from tests.builders.coco import CocoData
 from tests.builders.errors import refused
 
@@ -56,7 +56,7 @@ def joined(*datasets: dict) -> dict:
 def test_wrappers(dataset, make, samples, steps):
     cfg = config(make(dataset))
     before = copy.deepcopy(cfg.to_dict())
-    assert train_size.measure(cfg, 1) == train_size.TrainSize(samples, steps)
+    assert batch_size.epoch_size(cfg, 1) == batch_size.EpochSize(samples, steps)
     assert cfg.to_dict() == before
     assert len(Runner.build_dataloader(cfg.train_dataloader, seed=0)) == steps
 
@@ -71,23 +71,23 @@ def test_wrappers(dataset, make, samples, steps):
     ],
 )
 def test_loaders(dataset, loader, steps):
-    assert train_size.measure(config(repeated(dataset, 3), **loader), 1).steps == steps
+    assert batch_size.epoch_size(config(repeated(dataset, 3), **loader), 1).steps == steps
 
 
 def test_a_sampler_of_mmdetection(dataset):
-    assert train_size.measure(config(dataset, sampler={'type': 'ClassAwareSampler'}), 1).steps == 2
+    assert batch_size.epoch_size(config(dataset, sampler={'type': 'ClassAwareSampler'}), 1).steps == 2
 
 
 @pytest.mark.parametrize(('world', 'last', 'steps'), [(2, False, 3), (4, False, 2), (4, True, 1)])
 def test_processes_that_do_not_run_yet(dataset, world, last, steps):
-    assert train_size.measure(config(repeated(dataset, 3), drop_last=last), world).steps == steps
+    assert batch_size.epoch_size(config(repeated(dataset, 3), drop_last=last), world).steps == steps
 
 
 def test_no_step(dataset):
     with refused('train-no-steps', samples=3, batch=4):
-        train_size.measure(config(dataset, batch_size=4, drop_last=True), 1)
+        batch_size.epoch_size(config(dataset, batch_size=4, drop_last=True), 1)
     with refused('train-no-steps', samples=0):
-        train_size.measure(config({**dataset, 'filter_cfg': {'min_size': 50}}), 1)
+        batch_size.epoch_size(config({**dataset, 'filter_cfg': {'min_size': 50}}), 1)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ def test_no_step(dataset):
 )
 def test_data_that_cannot_be_built(dataset, change):
     with refused('train-data-unbuildable'):
-        train_size.measure(config({**dataset, **change}), 1)
+        batch_size.epoch_size(config({**dataset, **change}), 1)
 
 
 def test_a_sampler_that_does_not_know_a_wrapper(dataset):
     with refused('train-data-unbuildable', kind='AttributeError'):
-        train_size.measure(config(joined(dataset, dataset), sampler={'type': 'ClassAwareSampler'}), 1)
+        batch_size.epoch_size(config(joined(dataset, dataset), sampler={'type': 'ClassAwareSampler'}), 1)
 
 
 def test_one_more_class_list(dataset, tmp_path):
     """MMEngine's own ConcatDataset insists on equal metainfo."""
     other = {**dataset, 'metainfo': {'classes': ('dog', 'cat')}}
     with refused('train-data-unbuildable', kind='ValueError'):
-        train_size.measure(config({'type': 'mmengine.ConcatDataset', 'datasets': [dataset, other]}), 1)
+        batch_size.epoch_size(config({'type': 'mmengine.ConcatDataset', 'datasets': [dataset, other]}), 1)
     assert json.loads((tmp_path / 'instances.json').read_text())['images']
