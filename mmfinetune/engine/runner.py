@@ -43,6 +43,11 @@ class FineTuningRunner(Runner):
             with extra(f'{type(hook).__name__}.{fn_name}') if names & EXTRAS else contextlib.nullcontext():
                 getattr(hook, fn_name)(self, **kwargs)
 
+    def dump_config(self) -> None:
+        """Write the config into the work dir. A test alone has no settings of training, and leaves the run's there."""
+        if self.cfg.get('train_cfg') is not None:
+            super().dump_config()
+
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
         """As MMEngine builds it, see `mmfinetune.engine.loader`."""

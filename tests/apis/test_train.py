@@ -204,8 +204,12 @@ def test_test_alone_gives_what_the_test_after_training_gave(in_finished_run):
 def test_test_of_a_named_file(in_finished_run, flag):
     file = in_finished_run.kept / 'tiny/epoch_2.pth'
     # --weights is how the last release named it.
+    config = Path('work_dirs/other/tiny.py')
+    config.parent.mkdir(exist_ok=True)
+    config.write_text('# of a run\n')
     outcome = train_tool('tiny.py', '--test', flag, file, '--work-dir', 'work_dirs/other')
     assert outcome.code == 0, outcome.err
+    assert config.read_text() == '# of a run\n'  # a test has no settings of training to write there
     assert ('note: ' in outcome.err) is (flag == '--weights')
     assert read_results(Path('work_dirs/other'))['checkpoint'] == str(file)
     assert not list(Path('work_dirs/other').glob('*.pth'))
