@@ -10,6 +10,7 @@ from pathlib import Path
 from mmfinetune.data import coco_json
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.images import image_size
+from mmfinetune.utils.text import brief
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ def _check_headers(coco: coco_json.Coco, image_root: Path) -> None:
         # Some files have the size before the EXIF rotation; mmcv takes what it reads.
         if found not in (size, size[::-1]):
             problems.append(
-                Message('image-size', path=path, found='{}x{}'.format(*found), listed='{}x{}'.format(*size))
+                Message('image-size', path=path, found='{}x{}'.format(*found), listed='x'.join(map(brief, size)))
             )
     if problems:
         raise UserError('coco-images', problems=problems, path=coco.path, bad=len(problems), count=len(coco.images))

@@ -100,7 +100,7 @@ class Weights(Target):
             torch.ones(2, 2).to_sparse(), torch.arange(6).reshape(2, 3).t(), torch.ones(2, dtype=torch.float64), torch.ones(4, 4, dtype=torch.bfloat16)[1:, 1:],
             torch.tensor([4, 3, 2, 1]), torch.nn.Parameter(one), b'bytes', (1, (2, 3)), OrderedDict(a=one), np.ones(3), np.float64(3), {1: 2}, mutations.SHARED, 1j,
         )  # fmt: skip
-        return rng.choice(odd) if rng.random() < 0.6 else rng.choice(mutations.ODD)
+        return rng.choice(odd) if rng.random() < 0.6 else mutations.copied(rng.choice(mutations.ODD))
 
     def keys(self, rng: Rng, top: dict) -> dict:
         node = rng.choice([n for n in mutations._nodes(top) if isinstance(n, dict) and n])
@@ -331,7 +331,9 @@ class Labels(Target):
         Image.new('RGB', (60, 40), 'grey').save(city / 'leftImg8bit/train/x/x_0_0_leftImg8bit.png')
         instances = np.zeros((40, 60), np.uint16)
         instances[5:20, 5:30] = 26001
-        Image.fromarray(instances).save(city / 'gtFine/train/x/x_0_0_gtFine_instanceIds.png')
+        self.city = city / 'gtFine/train/x/x_0_0_gtFine_instanceIds.png'
+        Image.fromarray(instances).save(self.city)
+        self.instances = self.city.read_bytes()
 
     def make(self, rng: Rng) -> Iterator[Use]:
         which = rng.choice(('me', 'me', 'voc', 'voc', 'city'))
@@ -349,8 +351,7 @@ class Labels(Target):
             png = mutations.data(rng, self.png) if rng.random() < 0.2 else self.png
             (self.source / 'voc/SegmentationObject/train_1.png').write_bytes(png)
         else:
-            path = self.source / 'city/gtFine/train/x/x_0_0_gtFine_instanceIds.png'
-            path.write_bytes(mutations.data(rng, path.read_bytes()))
+            self.city.write_bytes(mutations.data(rng, self.instances))
         more = dict(skip_bad=rng.random() < 0.5, trust_masks=rng.random() < 0.5, workers=1, progress=False)
         yield lambda: print(format_summary(prepare(self.source / which, self.out / 'p', 'auto', **more)))
 

@@ -24,6 +24,7 @@ from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, is_within, read_json, read_regular, shown
 from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
 from mmfinetune.utils.masks import as_json, check_polygon, mask_to_rle, to_rle
+from mmfinetune.utils.text import brief
 
 # Number of points that each shape with an area may have. X-AnyLabeling, which writes the same
 # files, gives a rectangle four corners and calls a turned one 'rotation'.
@@ -260,7 +261,7 @@ def _check_size(record: Record, data: dict, name: str) -> None:
     said, size = (data.get('imageWidth'), data.get('imageHeight')), (record.width, record.height)
     if None not in said and said != size:
         code = 'labelme-size-turned' if said == size[::-1] else 'labelme-size'
-        facts = dict(image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
+        facts = dict(image=record.image.name, said='x'.join(map(brief, said)), size=f'{size[0]}x{size[1]}')
         record.problems.append(Message(code, place=name, **facts))
 
 
@@ -275,7 +276,8 @@ def _label(shape: Any) -> str:
 
 def _kind(shape: dict) -> str:
     # Old files have polygons only and do not say so.
-    return str(shape.get('shape_type') or 'polygon')
+    kind = shape.get('shape_type') or 'polygon'
+    return kind if isinstance(kind, str) and len(kind) < 40 else brief(kind)
 
 
 def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict:

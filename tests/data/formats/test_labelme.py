@@ -518,3 +518,11 @@ def test_real_files(real_data):
     assert [record.problems + record.notes for record in records] == [[], [], []]
     sofa = records[1].instances[-1]
     assert (sofa.category, len(sofa.segmentation)) == ('sofa', 4)
+
+
+def test_messages_stay_short_whatever_the_file_holds(tmp_path):
+    long: list = [['x' * 9000] * 50] * 50
+    problems = one(tmp_path, shape(kind=long), shape(kind='y' * 9000)).problems
+    problems += one(tmp_path, shape(), imageWidth=long).problems
+    assert codes(problems) == ['labelme-shape-unknown', 'labelme-shape-unknown', 'labelme-size']
+    assert max(len(str(problem)) for problem in problems) < 300
