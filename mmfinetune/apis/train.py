@@ -168,7 +168,7 @@ def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
         return '\n'.join(lines)
     size = batch_size.epoch_size(cfg, world)
     parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
-    kinds = {sum(s.usable for s in parts): 'images with objects', sum(s.images for s in parts): 'images'}
+    kinds = {sum(s.images for s in parts): 'images', sum(s.usable for s in parts): 'images with objects'}
     kind = kinds.get(size.samples, 'samples')  # with `indices`, or wrappers that repeat
     line = f'{size.samples:,} {kind} / ({world} GPU x {cfg.train_dataloader.batch_size}) = {size.steps:,} an epoch'
     if epochs := cfg.train_cfg.get('max_epochs'):

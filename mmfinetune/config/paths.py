@@ -111,3 +111,4 @@ def select_split(cfg: Config, split: str) -> None:
         cfg.test_dataloader, dataset = loaders[split], chosen
     cfg.test_dataloader.dataset = dataset  # each image once, whatever wraps it
     cfg.test_evaluator = copy.deepcopy(views.evaluators(cfg, 'val' if split == 'train' else split))
+    _point_evaluators(cfg, 'test', views.annotation_file(dataset))
