@@ -5,7 +5,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo demo-scratch demo-compare test test-fast test-slow lint format typecheck coverage lock clean-venv
+.PHONY: help demo demo-scratch demo-compare test test-fast test-slow fuzz lint format typecheck coverage lock clean-venv
 
 help:
 	@echo 'make demo          install if needed, then check, train, test and draw on synthetic data'
@@ -14,6 +14,7 @@ help:
 	@echo 'make test          install if needed, then lint, types and the fast tests'
 	@echo 'make test-fast     the tests that failed last time first; stops at the first failure'
 	@echo 'make test-slow     the tests that take minutes'
+	@echo 'make fuzz          an hour of mutated files against all readers of foreign files'
 	@echo 'make coverage      the fast tests, and which lines they reach'
 	@echo 'make lint          ruff: rules and format, nothing is changed'
 	@echo 'make format        ruff: fix what can be fixed, then format'
@@ -56,8 +57,9 @@ format: $(STAMP)
 typecheck: $(STAMP)
 	$(PY) -m mypy
 
+# As many at a time as there are cores, up to four: each takes up to 2 GB.
 test: lint typecheck
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 test-fast: $(STAMP)
 	$(PY) -m pytest -x --failed-first
@@ -67,6 +69,9 @@ coverage: $(STAMP)
 
 test-slow: $(STAMP)
 	$(PY) -m pytest -m slow
+
+fuzz: $(STAMP)
+	$(PY) -m tests.fuzz --seconds 3600
 
 lock:
 	grep -v '^[-.]' requirements.txt | uv pip compile --universal --fork-strategy fewest \

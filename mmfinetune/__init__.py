@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.abc
+import importlib.util
+import os
 import sys
 
 __version__ = '0.1.0'
@@ -37,3 +39,10 @@ def add_ops_finder() -> None:
 
 
 add_ops_finder()
+
+# What a notebook sets for its own environment ends `import matplotlib` in another one.
+_backend = os.environ.get('MPLBACKEND', '')
+if _backend.startswith('module://') and not importlib.util.find_spec(
+    _backend.removeprefix('module://').partition('.')[0]
+):
+    os.environ['MPLBACKEND'] = 'Agg'

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
+from tests.builders.locales import shell
 from tests.builders.runs import (
     CONFIGS,
     DEVKIT,
@@ -154,3 +158,39 @@ def test_a_mistake_under_torchrun_ends_all_processes(tmp_path, monkeypatch):
     assert outcome.code != 0
     assert 'image-missing' in outcome.err and 'demo_train_0002.jpg' in outcome.err
     assert not list(Path('work_dirs').rglob('*.pth'))
+
+
+@pytest.mark.parametrize('coding', ['gbk', 'latin-1'])
+def test_class_names_in_a_locale_that_is_not_utf8(demo_folder, tmp_path, monkeypatch, coding):
+    monkeypatch.chdir(demo_folder)
+    for name, value in shell(coding, tmp_path).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv('PYTHONIOENCODING', 'utf-8')  # as the outcome is read
+    names, rng = ('größe', 'nut'), np.random.default_rng(0)
+    images, annotations = [], []
+    (tmp_path / 'src/images').mkdir(parents=True)
+    for k in range(16):
+        pixels = rng.integers(0, 60, (96, 96, 3), np.uint8)
+        x, y = rng.integers(4, 52, 2).tolist()
+        pixels[y : y + 40, x : x + 40, k % 2] = 250
+        Image.fromarray(pixels).save(tmp_path / f'src/images/{k}.png')
+        images.append({'id': k, 'file_name': f'{k}.png', 'width': 96, 'height': 96})
+        outline = [x, y, x + 40, y, x + 40, y + 40, x, y + 40]
+        annotations.append({'id': k + 1, 'image_id': k, 'category_id': k % 2 + 1, 'segmentation': [outline]})
+    categories = [{'id': k, 'name': name} for k, name in enumerate(names, 1)]
+    for split, where in (('train', slice(0, 12)), ('val', slice(12, 16))):
+        part = {'images': images[where], 'annotations': annotations[where], 'categories': categories}
+        (tmp_path / f'src/{split}.json').write_text(json.dumps(part, ensure_ascii=False), encoding='utf-8')
+    new = ('--base', CONFIGS / 'mask_rcnn_demo.py', '--epochs', '10')
+    for args in (
+        ('prepare_data.py', tmp_path / 'src', tmp_path / 'out'),
+        ('check_dataset.py', tmp_path / 'out'),
+        ('new_config.py', '--data-root', tmp_path / 'out', '--name', 'x', '--out', tmp_path / 'x.py', *new),
+        ('train_pretrained.py', tmp_path / 'x.py', '--work-dir', tmp_path / 'run'),
+        ('predict.py', '--run', tmp_path / 'run', tmp_path / 'src/images', '--out', tmp_path / 'pred'),
+    ):
+        outcome = spawn(TOOLS / args[0], *args[1:], timeout=600)
+        assert outcome.code == 0, outcome.err[-3000:]
+    metrics = read_results(tmp_path / 'run')['metrics']
+    assert {name: metrics[f'coco/segm_AP/{name}'] > 0.3 for name in names} == dict.fromkeys(names, True), metrics
+    assert all(path.read_bytes().isascii() for path in (tmp_path / 'pred').glob('*.json'))

@@ -39,6 +39,11 @@ def main() -> int:
         'a list of the changes; images are linked',
     )
     parser.add_argument(
+        '--exif-masks',
+        choices=['stored', 'upright'],
+        help='with --fix, for images that EXIF turns: what masks were drawn on, if none leaves one of the two pictures',
+    )
+    parser.add_argument(
         '--max-examples', type=int, default=5, metavar='N', help='places shown of each finding (default: %(default)s)'
     )
     add(parser, '--workers')

@@ -56,12 +56,22 @@ def main() -> int:
     )
     add(parser, '--workers', '--skip-bad', '--overwrite', '--dry-run')
     some = parser.add_argument_group('for some formats only')
-    add(some, '--image-root', more='(coco)')
+    add(some, '--image-root', more='(coco, labelme, yolo: images elsewhere than in SRC)')
     some.add_argument(
-        '--trust-sizes', action='store_true', help='coco: take image sizes from the JSON and do not open the images'
+        '--trust-sizes',
+        action='store_true',
+        help='coco: take image sizes from the JSON and do not look into the images',
     )
     some.add_argument(
         '--boxes-as-masks', action='store_true', help='coco, yolo: a box without a mask becomes a rectangular mask'
+    )
+    some.add_argument(
+        '--relative', action='store_true', help='coco: coordinates are from 0 to 1, parts of the width and the height'
+    )
+    some.add_argument(
+        '--crowd-as-objects',
+        action='store_true',
+        help='coco: what is marked as a crowd region (iscrowd) is an object, as with brush masks of CVAT',
     )
     add(some, '--trust-masks', more='(voc)')
     some.add_argument(

@@ -44,9 +44,9 @@ def main() -> int:
     add(parser, '--checkpoint', more='to test, with --test', type=str)
     parser.add_argument(
         '--head-init',
-        choices=('reinit', 'remap'),
-        help='re-initialize the heads, or take the rows of the classes that the '
-        'weights know; with --test: test the model before any training',
+        choices=('reinit', 'remap', 'keep'),
+        help='re-initialize the heads, take the rows of the classes that the weights know, or keep the heads of weights '
+        'for the same classes; with --test: test the model before any training',
     )
     add(parser, '--data-root')
     parser.add_argument('--work-dir', metavar='WORK_DIR', help='where results go (default: that of the config)')

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mmfinetune.apis import run_data
-from mmfinetune.config import load
-from mmfinetune.data import layout
+from mmfinetune.config import load, views
+from mmfinetune.data import coco_json, layout
 from mmfinetune.data.check import repair, report
 from mmfinetune.data.check import run as data_check
-from mmfinetune.utils.files import atomic_write_text
+from mmfinetune.data.check.findings import Finding
+from mmfinetune.utils.files import atomic_write_text, require_writable
 
 
 @dataclass(frozen=True)
@@ -42,13 +43,21 @@ def run(options: Options) -> int:
     Raises:
         UserError: No data, or a repaired copy that cannot be made.
     """
+    if options.html:
+        require_writable(options.html.parent)
     splits: data_check.Splits
+    unfit: list[Finding] = []
     if options.config:
-        splits, classes = run_data.splits_of_config(load.load(options.config))
+        cfg = load.load(options.config)
+        splits, classes = run_data.splits_of_config(cfg)
     else:
         splits, classes = layout.find_splits(options.targets, options.image_root), None
-    fixed = repair.fix(splits, options.fix, classes, options) if options.fix else None
-    found = fixed.report if fixed else data_check.check(splits, classes, options)
+    with coco_json.parsed_once():
+        if options.config:
+            unfit = run_data.unfit_images(views.dataset_configs(cfg), options.max_examples)
+        fixed = repair.fix(splits, options.fix, classes, options) if options.fix else None
+        found = fixed.report if fixed else data_check.check(splits, classes, options)
+    found.findings[:0] = unfit
     if options.html:
         atomic_write_text(options.html, report.as_html(found))
     if options.json:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import locale
 import os
 import sys
 import traceback
@@ -17,6 +18,10 @@ from typing import Any, NoReturn
 from mmfinetune.engine import launch
 from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.errors import Stopped, UserError
+from mmfinetune.utils.processes import Readers
+
+# Pictures go to files, whatever a desktop or a notebook's kernel asks of its children.
+os.environ['MPLBACKEND'] = 'Agg'
 
 EXIT_USER_ERROR = 2
 EXIT_CRASH = os.EX_SOFTWARE
@@ -27,6 +32,7 @@ EXIT_CODES = {
     '1': 'done, and the answer is no: errors in the data, configs that differ, inputs that failed',
     '2': 'something for you to fix; the message says what',
     '70': 'a crash, with a traceback: please report it',
+    '129': 'stopped since the terminal was closed (SIGHUP); training saves its state first',
     '130, 143': 'stopped by Ctrl-C or SIGTERM; training saves its state first',
 }
 
@@ -161,14 +167,31 @@ def make_parser(description: str, examples: str) -> Parser:
     )
 
 
+def _insist_on_utf8() -> None:
+    """Let files be UTF-8 whatever the locale, and let nothing printed be an error.
+
+    MMDetection, pycocotools and TensorBoard open files in the encoding of the locale, and only a new process can be
+    in Python's UTF-8 mode. In a program that merely calls a tool nothing is started.
+    """
+    is_tool = sys.orig_argv[-len(sys.argv) :] == sys.argv
+    if is_tool and locale.getpreferredencoding(False).lower() not in ('utf-8', 'utf8'):
+        os.environ['PYTHONUTF8'] = '1'  # of processes started from here
+        os.environ.setdefault('PYTHONIOENCODING', str(sys.stdout.encoding))  # the terminal stays what it is
+        os.execv(sys.executable, [sys.executable, '-X', 'utf8', *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # of a notebook or a test
+            stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Run a tool's ``main`` and exit with one of `EXIT_CODES`; ``main`` returns 0 or 1.
 
     Of several processes of a run one shows the error.
     """
+    _insist_on_utf8()
     launch.follow_launcher()
     try:
-        code = main() or 0
+        code = _call(main)
         launch.leave_group()
         sys.stdout.flush()
     except UserError as error:
@@ -178,7 +201,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = EXIT_USER_ERROR
     except Stopped as stop:
         if os.environ.get('RANK', '0') == '0':
-            print(stop, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # the terminal is closed
+                print(stop, file=sys.stderr, flush=True)
         code = 128 + stop.number
     except KeyboardInterrupt:
         print('interrupted', file=sys.stderr, flush=True)
@@ -192,3 +216,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         code = EXIT_CRASH
     sys.exit(code)
+
+
+def _call(main: Callable[[], int | None]) -> int:
+    try:
+        return main() or 0
+    except BaseException:
+        # Before they are waited for: one may hang.
+        Readers.kill_all()
+        raise

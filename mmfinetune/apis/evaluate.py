@@ -18,10 +18,10 @@ from mmfinetune.apis.inference import as_array, model_files
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.resolve import set_detection
 from mmfinetune.data import coco_json
-from mmfinetune.evaluation import detections, render, report, run_results
+from mmfinetune.evaluation import detections, foreign_rows, render, report, run_results
 from mmfinetune.evaluation.stats import KINDS, SCORE_THR
-from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_all, json_bytes
+from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import atomic_write_all, json_bytes, require_writable
 from mmfinetune.weights import find
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def run(options: Options) -> int:
     found = report.analyse(inputs.truth, inputs.rows, inputs.source, options.engine, options.score_thr, options.worst)
     out = options.out or inputs.out
     write(found, out, inputs, options.pictures)
-    print(json.dumps(found.as_dict(), ensure_ascii=False) if options.json else render.text(found))
+    print(json.dumps(found.as_dict()) if options.json else render.text(found))
     note = ''
     if options.pictures and found.worst and not inputs.images:
         note = ' (no pictures of images: --image-root names no folder that holds them)'
@@ -114,7 +114,7 @@ def write(found: report.Report, out: Path, inputs: Inputs, pictures: bool = True
     source = '; '.join(f'{name}: {value}' for name, value in inputs.source.items())
     contents |= {
         'evaluation.json': json_bytes(found.as_dict(), indent=1),
-        'evaluation.md': render.markdown(found).encode(),
+        'evaluation.md': render.markdown(found, contents).encode(),
         'per_class.csv': render.class_csv(found).encode(),
         'confusion.csv': render.confusion_csv(found).encode(),
         run_results.RECORD_MAP: run_results.record_map_text(found.metrics(), found.per_class(), source).encode(),
@@ -147,17 +147,22 @@ def _read(options: Options) -> Inputs:
     assert options.ann is not None  # see _check
     truth = detections.read_truth(options.ann, masks=options.predictions is not None)
     rows, source = {}, {}
+    notes: list[Message] = []
     if options.predictions:
-        found = detections.read_rows(options.predictions)
+        found, notes = foreign_rows.regular(options.predictions, detections.read_rows(options.predictions), truth)
         rows['segm'] = detections.checked_rows(options.predictions, found, truth, 'segm')
         source['predictions'] = str(options.predictions)
         if not options.boxes and detections.holds(found, 'bbox'):
             rows['bbox'] = detections.checked_rows(options.predictions, found, truth, 'bbox')
     if options.boxes:
-        rows['bbox'] = detections.checked_rows(options.boxes, detections.read_rows(options.boxes), truth, 'bbox')
+        found, of_boxes = foreign_rows.regular(options.boxes, detections.read_rows(options.boxes), truth)
+        rows['bbox'] = detections.checked_rows(options.boxes, found, truth, 'bbox')
+        notes += [note for note in of_boxes if note not in notes]
         source['boxes'] = str(options.boxes)
     images = detections.image_folder(truth, options.image_root) if options.pictures else None
     source['annotations'] = str(options.ann)
+    if notes:
+        source['note'] = '; '.join(map(str, notes))
     return Inputs(truth, rows, images, source, Path('work_dirs') / FOLDER)
 
 
@@ -182,14 +187,20 @@ def _predict(options: Options) -> Inputs:
         'split': options.split,
         'annotations': str(truth.path),
     }
-    rows = detect(cfg, files.checkpoint, kinds, list(truth.names))
-    images = root / (dataset.get('data_prefix') or {}).get('img', '')
     out = (options.run or files.work_dir) / (FOLDER if options.split == 'test' else f'{FOLDER}_{options.split}')
+    require_writable(options.out or out)
+    rows, seen = detect(cfg, files.checkpoint, kinds, list(truth.names))
+    if len(seen) < len(truth.images):  # `indices`, say
+        source['images'] = f'{len(seen)} of {len(truth.images)}'
+        truth = truth.of_images(seen)
+    images = root / (dataset.get('data_prefix') or {}).get('img', '')
     return Inputs(truth, rows, images, source, out, new=True)
 
 
-def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Sequence[int]) -> dict[str, list[dict]]:
-    """COCO result rows by kind of what a checkpoint finds in the test split of a config.
+def detect(
+    cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Sequence[int]
+) -> tuple[dict[str, list[dict]], set[int]]:
+    """COCO result rows by kind of what a checkpoint finds in the test split of a config, and the ids of its images.
 
     Args:
         cfg: Config; it is changed so that none of the run's logs, curves and pictures is touched.
@@ -203,6 +214,7 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
     from tqdm import tqdm
 
     rows: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    seen: set[int] = set()
     with (
         tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder,
         contextlib.redirect_stdout(io.StringIO()),  # pycocotools prints what it loads
@@ -215,7 +227,8 @@ def detect(cfg: Config, weights: Path, kinds: Sequence[str], category_ids: Seque
             for batch in tqdm(loop.dataloader, desc='model', unit='batch', disable=None):
                 for sample in model.test_step(batch):
                     _add_rows(rows, sample, category_ids)
-    return rows
+                    seen.add(sample.img_id)
+    return rows, seen
 
 
 def _add_rows(rows: dict[str, list[dict]], sample: DetDataSample, category_ids: Sequence[int]) -> None:

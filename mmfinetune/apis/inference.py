@@ -273,13 +273,14 @@ def _set_limits(model: Any, score_thr: float | None, max_per_image: int | None) 
 
 def _pipeline(cfg: Config) -> tuple[dict, list[dict]]:
     """The step of the test pipeline that reads a file, and all steps for an image in memory."""
-    steps = copy.deepcopy(list(_test_dataset(cfg).pipeline))
-    names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2] for step in steps]
-    reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
-    if len(reading) != 1 or steps[reading[0]].get('color_type', 'color').split('_')[0] != 'color':
+    from mmfinetune.engine.transforms import from_memory
+
+    pipeline = _test_dataset(cfg).pipeline
+    names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2] for step in pipeline]
+    found = from_memory(pipeline)
+    if not found or found[0].get('color_type', 'color').split('_')[0] != 'color':
         raise UserError('predict-pipeline-start', steps=', '.join(names))
-    loader = steps[reading[0]]
-    steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))
+    loader, steps = found
     truth = [name.startswith('Load') and 'Annotation' in name for name in names]
     return loader, [step for step, is_truth in zip(steps, truth, strict=True) if not is_truth]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import numpy as np
 
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, natural_key
-from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size
+from mmfinetune.utils.images import IMAGE_SUFFIXES, image_size, require_readable
 
 # Containers that the FFmpeg inside OpenCV reads.
 VIDEO_SUFFIXES = frozenset({'.mp4', '.m4v', '.avi', '.mov', '.mkv', '.webm'})
@@ -137,6 +138,7 @@ def output_names(names: Sequence[str], suffixes: Sequence[str]) -> list[str]:
 
 def check_image(path: Path) -> None:
     """Look for damage that decoders ignore, such as a missing end; raise it as a `Problem`."""
+    require_readable(path)
     # Pillow may not know a format that OpenCV does.
     if path.suffix.lower() in IMAGE_SUFFIXES:
         image_size(path)
@@ -156,6 +158,7 @@ class Video:
     def __init__(self, path: Path) -> None:
         # FFmpeg would write its own lines between ours; what matters is in the errors below.
         os.environ.setdefault('OPENCV_FFMPEG_LOGLEVEL', '-8')
+        require_readable(path, math.inf)
         self._capture = cv2.VideoCapture(str(path))
         if not self._capture.isOpened():
             raise Problem('video-unreadable')

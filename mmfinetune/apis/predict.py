@@ -88,7 +88,7 @@ def run(options: Options) -> int:
         print(UserError('predict-failed', problems=failed, count=len(failed), total=len(inputs)), file=sys.stderr)
     if options.json:
         found = {**results.counts(), 'failed': [str(problem) for problem in failed], 'out': str(out)}
-        print(json.dumps(found, ensure_ascii=False))
+        print(json.dumps(found))
     else:
         print(results.summary(len(failed)))
     return 1 if failed else 0

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
 import math
+import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfinetune.apis import run_data, run_weights
+from mmfinetune.apis.diagnose import diagnose
 from mmfinetune.apis.testing import test_runner
 from mmfinetune.config import load, paths, views
 from mmfinetune.config.resolve import AUTO, LOG_DIR, Options, RunPlan, resolve
@@ -21,9 +25,13 @@ from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
+from mmfinetune.utils import run_lock
 from mmfinetune.utils.dist import rank0_first, say
+from mmfinetune.utils.download import OFFLINE
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_json, require_writable
+from mmfinetune.utils.run_lock import RunLock
 from mmfinetune.weights import find
 from mmfinetune.weights import work_dir as weights_work_dir
 
@@ -48,34 +56,73 @@ def run(options: Options) -> int:
     """
     check_early(options)
     launch.take_place()
+    with RunLock() as lock, _leaving_nothing() if options.dry_run else contextlib.nullcontext() as folder:
+        return _run(options, folder, lock)
+
+
+def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
+    """See `run`; a dry run has a folder for what would be made."""
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
     if gpus > 1 and (options.trains or options.tests):
         load.load(options.config, options.cfg_options)  # what is wrong with it is shown before processes start
         print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
         return launch.launch(gpus, sys.argv)
 
-    def planned(options: Options) -> RunPlan:
-        return resolve(options, lambda cfg: max(gpus, launch.join_group(cfg)))
+    def join(cfg: Config) -> int:
+        world = max(gpus, launch.join_group(cfg))
+        # Before anything is read that another run may change. A new folder is made when all is known to be right.
+        work_dir = Path(options.work_dir or cfg.work_dir)
+        if (options.trains or options.tests) and not trial and work_dir.is_dir():
+            rank0_first(lambda: lock.take(work_dir))
+        return world
 
+    def planned(options: Options) -> RunPlan:
+        plan = resolve(options, join)
+        if trial:
+            to_make.update(run_data.set_trial_data(plan.cfg, trial))
+        return plan
+
+    to_make: dict[str, Path] = {}
     plan = planned(options)
     start = _check_weights(plan.cfg, options.json) if options.check_weights else None
     if start and not (options.trains or options.tests):
         return 0
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
+    if to_make:
+        say('Data:  not made yet; training will make it:')
+        splits = {name: dataclasses.replace(s, path=to_make.get(name, s.path)) for name, s in splits.items()}
     if options.batch_size == AUTO:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
-    say(summary(plan, splits))
+    say(rank0_first(lambda: summary(plan, splits)))
     if options.dry_run:
         say('Dry run: nothing was trained.')
         return 0
-    runner = _train(plan.cfg, start) if options.trains else None
+    runner = _train(plan.cfg, start, lock) if options.trains else None
     if options.tests:
-        _test(plan, runner)
-    say(f'Results: {plan.cfg.work_dir}{" (pictures in figures/)" if options.tests else ""}')
-    say(f'Curves:  tensorboard --logdir {plan.cfg.work_dir}/{LOG_DIR}')
+        _test(plan, runner, lock)
+    if runner is not None:
+        diagnose(runner, options)
+    folder = Path(plan.cfg.work_dir)
+    say(f'Results: {folder}{" (pictures in figures/)" if options.tests and (folder / "figures").is_dir() else ""}')
+    if (folder / LOG_DIR).is_dir():
+        say(f'Curves:  tensorboard --logdir {folder / LOG_DIR}')
     return 0
+
+
+@contextlib.contextmanager
+def _leaving_nothing() -> Iterator[Path]:
+    """A folder for all that is written, libraries' caches too; it is gone in the end."""
+    before = dict(os.environ)
+    with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder:
+        os.environ[OFFLINE] = '1'
+        os.environ.update(dict.fromkeys(('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'), folder))
+        try:
+            yield Path(folder)
+        finally:
+            os.environ.clear()
+            os.environ.update(before)
 
 
 def check_early(options: Options) -> None:
@@ -106,29 +153,30 @@ def _prepare(plan: RunPlan) -> dict[str, Split]:
     runs = options.trains or options.tests
     if runs:
         require_writable(Path(plan.cfg.work_dir))
-    return run_data.prepare_data(plan.cfg, options.trains or options.dry_run, full=options.check and runs)
+    full, keeps = options.check and runs, not options.dry_run
+    return run_data.prepare_data(plan.cfg, options.trains or options.dry_run, full, keeps)
 
 
 def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
+    width = max(5, *map(len, splits))
     lines = [
-        f'Data:  {name:5} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
+        f'Data:  {name:{width}} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
         for name, s in splits.items()
     ]
-    if 'train' not in splits:
-        return '\n'.join(lines)
     cfg, world = plan.cfg, plan.world
-    batch = cfg.train_dataloader.batch_size
-    filters = views.dataset_configs(cfg)['train'].get('filter_cfg') or {}
-    images, kind = splits['train'].images, 'images'
-    if filters.get('filter_empty_gt'):
-        images, kind = splits['train'].usable, 'images with objects'
-    epochs = cfg.train_cfg.get('max_epochs')
-    if epochs:
-        # Each process gets the same number of images, rounded up, as its sampler does it.
-        steps = math.ceil(math.ceil(images / world) / batch)
-        total = f'{steps:,} an epoch x {epochs} epochs = {steps * epochs:,}'
-        lines.append(f'Steps: {images:,} {kind} / ({world} GPU x {batch}) = {total}')
+    if not any(views.split_of(name) == 'train' for name in splits):
+        return '\n'.join(lines)
+    size = batch_size.epoch_size(cfg, world)
+    parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
+    kinds = {sum(s.images for s in parts): 'images', sum(s.usable for s in parts): 'images with objects'}
+    kind = kinds.get(size.samples, 'samples')  # with `indices`, or wrappers that repeat
+    line = f'{size.samples:,} {kind} / ({world} GPU x {cfg.train_dataloader.batch_size}) = {size.steps:,} an epoch'
+    if epochs := cfg.train_cfg.get('max_epochs'):
+        line += f' x {epochs} epochs = {size.steps * epochs:,}'
+    elif steps := cfg.train_cfg.get('max_iters'):
+        line += f', {steps:,} in all'
+    lines.append(f'Steps: {line}')
     return '\n'.join([*lines, *plan.rates.lines(), *(f'Schedule for this batch: {line}' for line in plan.adapted)])
 
 
@@ -137,7 +185,7 @@ def _move_earlier_run(work_dir: Path) -> None:
     if not work_dir.is_dir():
         return
     # A test of the untrained model is epoch 0 of the run to come.
-    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT)]
+    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT, run_lock.NAME)]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
         stamp = work_dir / EARLIER / time.strftime('%Y%m%d_%H%M%S')
         more = (stamp.with_name(f'{stamp.name}_{count}') for count in itertools.count(2))
@@ -148,7 +196,7 @@ def _move_earlier_run(work_dir: Path) -> None:
         say(f'{work_dir} held an earlier run: it is now in {target}. To continue a run instead, pass --resume.')
 
 
-def _train(cfg: Config, start: WeightCheck | None) -> Runner:
+def _train(cfg: Config, start: WeightCheck | None, lock: RunLock) -> Runner:
     from mmengine.dist import barrier
 
     from mmfinetune.engine.hooks.stop import stoppable
@@ -162,6 +210,8 @@ def _train(cfg: Config, start: WeightCheck | None) -> Runner:
             start = start or run_weights.start_of(cfg)
             start.require_good()
             cfg.weights.checkpoint = str(start.source.path)
+    rank0_first(lambda: lock.take(Path(cfg.work_dir)))
+    if not cfg.resume:
         rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
     barrier()
     runner = FineTuningRunner.from_cfg(cfg)
@@ -193,7 +243,7 @@ def _explained(error: Exception, cfg: Config) -> Exception:
         helps.append(Message('memory-batch', half=half, steps=steps, share=half / batch))
     if not on_cpu and cfg.optim_wrapper.type != 'AmpOptimWrapper':
         helps.append(Message('memory-amp'))
-    steps = cfg.train_dataloader.dataset.get('pipeline', ())
+    steps = [step for _, dataset in views.parts_of(cfg, 'train') for step in dataset.get('pipeline', ())]
     scale = next((step['scale'] for step in steps if step['type'] == 'Resize' and 'scale' in step), None)
     if scale:
         smaller = tuple(round(side * 0.7) for side in scale)
@@ -219,22 +269,26 @@ def _check_weights(cfg: Config, as_json: bool) -> WeightCheck:
     return start
 
 
-def _test(plan: RunPlan, trained: Runner | None) -> None:
+def _test(plan: RunPlan, trained: Runner | None, lock: RunLock) -> None:
     """Test what was trained, the model as training would start from it, or the best checkpoint."""
-    cfg, options = plan.cfg, plan.options
+    cfg, options, name = plan.cfg, plan.options, TEST_RESULTS
     if trained is not None:
         file = weights_work_dir.best_checkpoint(Path(cfg.work_dir))
         say(f'Testing {file}')
-        trained.load_checkpoint(str(file), map_location='cpu')
+        trained.load_checkpoint(str(file))
         _measure(trained, file)
-    elif options.head_init:
-        start = run_weights.start_of(cfg)
+        return
+    if options.head_init:
+        start, name = run_weights.start_of(cfg), ZERO_SHOT
+        file = start.source.path
         if start.plan.class_map is not None:
             say('\n'.join(start.plan.class_map.lines()))
-        _measure(test_runner(cfg, start), start.source.path, ZERO_SHOT)
     else:
         file = plan.checkpoint or weights_work_dir.best_checkpoint(Path(cfg.work_dir))
-        _measure(test_runner(cfg, run_weights.checkpoint_of(cfg, file)), file)
+        start = run_weights.checkpoint_of(cfg, file)
+    start.require_good()
+    rank0_first(lambda: lock.take(Path(cfg.work_dir)))
+    _measure(test_runner(cfg, start), file, name)
 
 
 def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
@@ -243,17 +297,20 @@ def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
 
     from mmfinetune.engine.train_loop import translate_system_errors
 
-    with translate_system_errors():
+    with translate_system_errors(runner.work_dir):
         metrics = runner.test()
     if is_main_process():
-        out = Path(runner.work_dir) / name
-        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
-        atomic_write_json(out, {'checkpoint': str(file), 'metrics': finite})
-        if name == TEST_RESULTS:
-            per_class = run_results.per_class_of(runner.test_evaluator, metrics)
-            run_results.report_test(Path(runner.work_dir), file, metrics, per_class)
         headline = ('mAP', 'mAP_50', 'mAP_75', 'mAP_s', 'mAP_m', 'mAP_l')
         say(f'{"test":6}' + ''.join(f'{stat:>9}' for stat in headline))
         for row, kind in (('boxes', 'bbox'), ('masks', 'segm')):
             say(f'{row:6}' + ''.join(f'{metrics.get(f"coco/{kind}_{stat}", math.nan):9.3f}' for stat in headline))
-        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}   (all numbers: {out})')
+        folder, where = Path(runner.work_dir), ''
+        finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
+        with extra(folder / name):
+            atomic_write_json(folder / name, {'checkpoint': str(file), 'metrics': finite})
+            where = f'   (all numbers: {folder / name})'
+        say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}{where}')
+        if name == TEST_RESULTS:
+            with extra(run_results.SUMMARY):
+                per_class = run_results.per_class_of(runner.test_evaluator, metrics)
+                run_results.report_test(folder, file, metrics, per_class)

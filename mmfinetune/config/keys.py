@@ -6,9 +6,12 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmfinetune.config import old_names, views
 from mmfinetune.utils.errors import Message
 
 if TYPE_CHECKING:
@@ -110,6 +113,55 @@ def check_values(cfg: Config) -> list[Message]:
     return problems
 
 
+def check_data(cfg: Config) -> list[Message]:
+    """Find data settings of a kind that would crash a run, or make its numbers wrong."""
+    problems: list[Message] = []
+    for split in views.SPLITS:
+        for place, dataset in views.parts_of(cfg, split):
+            problems += _check_dataset(dataset, place)
+        if split != 'train':
+            problems += _check_evaluation(cfg, split)
+    return problems
+
+
+def _check_dataset(dataset: Mapping, place: str) -> Iterator[Message]:
+    if 'type' not in dataset:
+        yield Message('config-no-type', key=place)
+    for key in ('metainfo', 'data_prefix', 'filter_cfg'):
+        if not isinstance(dataset.get(key) or {}, Mapping):
+            yield Message('config-not-a-dict', key=f'{place}.{key}', value=dataset[key])
+    for key in ('ann_file', 'data_root'):
+        if isinstance(dataset.get(key), (list, tuple)):
+            yield Message('config-list-of-files', key=f'{place}.{key}')
+        elif not isinstance(dataset.get(key) or '', (str, os.PathLike)):
+            yield Message('config-not-text', key=f'{place}.{key}', value=dataset[key])
+    metainfo = dataset.get('metainfo')
+    classes = metainfo.get('classes') if isinstance(metainfo, Mapping) else None
+    if isinstance(classes, str):
+        if not Path(classes).is_file():
+            yield Message('config-classes-text', key=f'{place}.metainfo.classes', value=classes)
+    elif classes is not None and not (
+        isinstance(classes, (list, tuple)) and all(isinstance(name, str) for name in classes)
+    ):
+        yield Message('config-classes', key=f'{place}.metainfo.classes', value=classes)
+
+
+def _check_evaluation(cfg: Config, split: str) -> Iterator[Message]:
+    """What would leave images of a split out of its numbers."""
+    loader = cfg.get(f'{split}_dataloader') or {}
+    sampler = loader.get('sampler')
+    kind = sampler.get('type') if isinstance(sampler, Mapping) else None
+    if isinstance(kind, str) and not kind.endswith('DefaultSampler'):
+        yield Message('config-eval-sampler', key=f'{split}_dataloader.sampler', type=kind)
+    for key in ('drop_last', 'num_batch_per_epoch'):
+        if loader.get(key):
+            yield Message('config-eval-part', key=f'{split}_dataloader.{key}', value=loader[key])
+    for place, dataset in views.parts_of(cfg, split):
+        kinds = [evaluator.get('type') for evaluator in views.evaluators(cfg, split) if evaluator.get('ann_file')]
+        if dataset.get('indices') is not None and not {'CocoMetric', 'mmdet.CocoMetric'}.isdisjoint(map(str, kinds)):
+            yield Message('config-eval-indices', key=f'{place}.indices', evaluator=f'{split}_evaluator')
+
+
 def _at(node: Any, parts: Sequence[str], place: str = '') -> Iterator[tuple[str, Any]]:
     """The dicts at a place whose parts may be ``*``, with their dotted name."""
     if not parts:
@@ -174,6 +226,8 @@ def unknown_key_problem(key: str, place: str, known: set[str], closed: bool) -> 
     name = key.rpartition('.')[2]
     if name in known:
         return None
+    if closed and (way := old_names.of_2x(key)):
+        return Message('config-2x', key=key, way=way)
     near = difflib.get_close_matches(name, sorted(known - {'self'}), 1, 0.6 if closed else 0.85)
     if near:
         return Message('config-key-near', key=key, near=near[0])

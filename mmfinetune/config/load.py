@@ -7,15 +7,17 @@ import difflib
 import io
 import os
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmfinetune.config import old_names
+from mmfinetune.config import old_names, reach
 from mmfinetune.config import overrides as config_overrides
-from mmfinetune.config.keys import NEEDED, check_keys, check_values
+from mmfinetune.config.keys import NEEDED, TOP_LEVEL, check_data, check_keys, check_values
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.weights import data_only
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -36,23 +38,48 @@ def load(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     path = Path(path)
     pairs = config_overrides.parse(overrides)
     cfg = _read(path)
-    # What is not of the right kind cannot be translated, and is refused below.
-    old = None if check_values(cfg) else old_names.translate(cfg)
-    dropped, problems = config_overrides.merge(cfg, old_names.rename_keys(pairs))
-    old_names.drop_removed(cfg)
-    require_valid(cfg, path, problems)
-    missing = [k for k in NEEDED if k not in cfg]
-    if missing:
-        raise UserError('config-incomplete', problems=missing, path=str(path))
+    with judging(path):
+        sources = reach.read_sources(path)
+        if problems := old_names.find_2x(cfg, TOP_LEVEL, reach.unread(sources)):
+            raise UserError('config-of-2x', problems=problems, path=str(path))
+        if REGISTER not in sys.modules:
+            raise UserError('config-no-register', path=str(path), module=REGISTER)
+        problems = reach.check(cfg, sources)
+        # What is not of the right kind cannot be translated, and is refused below.
+        old = None if check_values(cfg) else old_names.translate(cfg)
+        dropped, wrong = config_overrides.merge(
+            cfg, old_names.rename_keys(pairs), lambda key: reach.shown(reach.places(sources, key))
+        )
+        old_names.drop_removed(cfg)
+        require_valid(cfg, path, [*problems, *wrong])
+        missing = [k for k in NEEDED if k not in cfg]
+        if missing:
+            raise UserError('config-incomplete', problems=missing, path=str(path))
     if os.environ.get('RANK', '0') == '0':
         for note in filter(None, [old, *dropped]):
             print(f'note: {path}: {note}', file=sys.stderr, flush=True)
     return cfg
 
 
+@contextlib.contextmanager
+def judging(path: str | Path) -> Iterator[None]:
+    """Say of which config it is that a setting in it is of a kind that nobody foresees.
+
+    Raises:
+        UserError: The block stumbled over a value.
+    """
+    try:
+        yield
+    except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError, OSError) as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        facts = dict(kind=type(error).__name__, why=str(error), place=f'{place.name}: {place.line}')
+        raise UserError('config-value', path=str(path), **facts) from error
+
+
 def require_valid(cfg: Config, path: str | Path, problems: Sequence[Message] = ()) -> None:
     """Raise a UserError with the problems given and those of merged settings, if there are any."""
-    problems = [*problems, *check_values(cfg), *check_keys(cfg)]
+    values = check_values(cfg)
+    problems = [*problems, *values, *check_keys(cfg), *([] if values else check_data(cfg))]
     if problems:
         raise UserError('config-wrong-settings', problems=problems, path=str(path))
 
@@ -78,6 +105,7 @@ def _read(path: Path) -> Config:
     from mmengine.config import Config
     from mmengine.utils import import_modules_from_strings
 
+    data_only.install()
     try:
         cfg = Config.fromfile(str(path), import_custom_modules=False)
         if cfg.get('custom_imports'):
@@ -88,6 +116,4 @@ def _read(path: Path) -> Config:
     except Exception as error:
         # A config is code; whatever it raises is the user's to see, with the place.
         raise UserError('config-unreadable', path=str(path), kind=type(error).__name__, why=str(error)) from None
-    if REGISTER not in sys.modules:
-        raise UserError('config-no-register', path=str(path), module=REGISTER)
     return cfg

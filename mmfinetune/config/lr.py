@@ -124,7 +124,7 @@ def adapt_schedule(cfg: Mapping, world_size: int, scale: bool = True) -> list[st
         if isinstance(value, (list, tuple)):
             return [adapted(v) for v in value]
         # An end that is left open stays open.
-        return max(1, math.ceil(value / factor)) if 0 < value < OPEN_END else value
+        return max(1, math.ceil(value / factor)) if isinstance(value, (int, float)) and 0 < value < OPEN_END else value
 
     lines = []
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -17,7 +18,7 @@ from mmfinetune.data.layout import SPLITS, Prepared, file_name
 from mmfinetune.data.preflight import read_split
 from mmfinetune.data.statistics import Statistics, gather
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_text
+from mmfinetune.utils.files import atomic_write_text, require_writable
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -96,7 +97,8 @@ def write(
         atomic_write_text(trial, text)
         paths.check_heads(load.load(trial))
     finally:
-        trial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            trial.unlink()
     atomic_write_text(out, text)
     return out, lines
 
@@ -111,6 +113,7 @@ def _checked_out(name: str, out: Path | None, base: Path, overwrite: bool) -> Pa
     if out.exists() and base.exists() and out.samefile(base):
         raise UserError('new-config-own-base', path=str(out))
     flatten.require_new(out, overwrite)
+    require_writable(out.parent)
     return out
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config.keys import FREE_FORM, HELPERS, TOP_LEVEL, accepted_keys, is_judged, unknown_key_problem
@@ -106,7 +106,9 @@ def _literal(node: ast.expr) -> Any:
     return ast.literal_eval(node)
 
 
-def merge(cfg: Config, overrides: Mapping[str, Any]) -> tuple[list[str], list[Message]]:
+def merge(
+    cfg: Config, overrides: Mapping[str, Any], places: Callable[[str], str] = str
+) -> tuple[list[str], list[Message]]:
     """Merge dotted overrides into a config, in their order; `keys.check_keys` then judges the result.
 
     A dict is merged into the dict that it meets, anything else replaces. Where a ``type`` changes, the
@@ -115,6 +117,7 @@ def merge(cfg: Config, overrides: Mapping[str, Any]) -> tuple[list[str], list[Me
     Args:
         cfg: Changed in place, by the overrides without a problem only.
         overrides: As from `parse`.
+        places: Which settings a helper variable of the files was put into, as text: a change of it comes too late.
 
     Returns:
         A line for each setting dropped, and what is wrong with the overrides.
@@ -124,6 +127,9 @@ def merge(cfg: Config, overrides: Mapping[str, Any]) -> tuple[list[str], list[Me
     changed: set[str] = set()
     for dotted, value in overrides.items():
         parent, there, problem = _find(cfg, dotted)
+        name = dotted.partition('.')[0]
+        if name in cfg and name not in TOP_LEVEL:
+            problem = Message('override-no-effect', key=dotted, name=name, places=places(dotted))
         if problem is None and _holds_dicts(there) and not _may_replace_dict(dotted, there, value):
             problem = Message('override-needs-dict', key=dotted, value=value)
         if problem is not None:

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmfinetune.config import views
 from mmfinetune.config.keys import dicts
-from mmfinetune.config.views import annotation_file, class_names, dataset_configs, evaluators, innermost
 from mmfinetune.data.formats import voc_devkit
 from mmfinetune.utils.errors import Message, UserError
 
@@ -28,11 +28,13 @@ def set_data_root(cfg: Config, root: Path) -> None:
             the annotation files that the config names.
 
     Raises:
-        UserError: The folder has neither.
+        UserError: The folder has neither, or the config's data are in several folders.
     """
     if not root.is_dir():
         raise UserError('data-root-missing', path=root)
-    datasets = dataset_configs(cfg)
+    datasets = views.dataset_configs(cfg)
+    if len(roots := {str(d.get('data_root')): None for d in datasets.values()}) > 1:
+        raise UserError('data-root-several', problems=[*roots], path=root)
     if not all((root / d['ann_file']).is_file() for d in datasets.values()):
         try:
             root = voc_devkit.find_devkit(root)
@@ -43,26 +45,26 @@ def set_data_root(cfg: Config, root: Path) -> None:
                 problems=[*(Message('data-searched', path=file) for file in files), error.message],
                 path=root,
             ) from None
-    for split, dataset in datasets.items():
+    for name, dataset in datasets.items():
         dataset['data_root'] = str(root)
-        _point_evaluators(cfg, split, root / dataset['ann_file'])
+        _point_evaluators(cfg, views.split_of(name), root / dataset['ann_file'])
     cfg.pop('demo_data', None)
 
 
 def _point_evaluators(cfg: Config, split: str, ann_file: Path) -> None:
-    for evaluator in evaluators(cfg, split):
+    for evaluator in views.evaluators(cfg, split):
         if 'ann_file' in evaluator:
             evaluator['ann_file'] = str(ann_file)
 
 
-def redirect_annotations(cfg: Config) -> None:
-    """Let annotation files that must be made go to the work dir if the devkit is read-only."""
-    for split, dataset in dataset_configs(cfg).items():
-        path, root = annotation_file(dataset), Path(dataset.get('data_root') or '')
-        if not path.is_file() and root.is_dir() and not os.access(root, os.W_OK):
-            ann_file = Path(cfg.work_dir).resolve() / ANNOTATIONS / path.name
+def redirect_annotations(cfg: Config, folder: Path | None = None) -> None:
+    """Let annotation files that must be made go to a folder; by default to the work dir if the devkit is read-only."""
+    for name, dataset in views.dataset_configs(cfg).items():
+        path, root = views.annotation_file(dataset), Path(dataset.get('data_root') or '')
+        if not path.is_file() and root.is_dir() and (folder or not os.access(root, os.W_OK)):
+            ann_file = (folder or Path(cfg.work_dir).resolve() / ANNOTATIONS) / path.name
             dataset['ann_file'] = str(ann_file)
-            _point_evaluators(cfg, split, ann_file)
+            _point_evaluators(cfg, views.split_of(name), ann_file)
 
 
 def check_heads(cfg: Config) -> None:
@@ -71,7 +73,7 @@ def check_heads(cfg: Config) -> None:
     Raises:
         UserError: They differ.
     """
-    classes = len(class_names(cfg))
+    classes = len(views.class_names(cfg))
     # An RPN distinguishes objects from background only.
     problems = [
         Message('head-classes', key=f'{place}.num_classes', count=node['num_classes'])
@@ -89,22 +91,24 @@ def select_split(cfg: Config, split: str) -> None:
         UserError: The config does not have it, or not as one annotation file.
     """
     loaders = {s: cfg.get(f'{s}_dataloader') for s in SPLITS}
-    chosen = innermost((loaders[split] or {}).get('dataset'))
-    if chosen is None or 'ann_file' not in chosen:
+    files = {views.annotation_file(d): d for n, d in views.dataset_configs(cfg).items() if views.split_of(n) == split}
+    if len(files) != 1:
         raise UserError(
             'config-no-split', split=split, others=', '.join(s for s in SPLITS if s != split and loaders[s])
         )
+    chosen = next(iter(files.values()))
     if split == 'train':
         cfg.test_dataloader = copy.deepcopy(loaders['test'] or loaders['val'])
         if cfg.test_dataloader is None:
             raise UserError('config-no-test-pipeline')
-        dataset = innermost(cfg.test_dataloader.dataset)
-        for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo'):
+        dataset = views.innermost(cfg.test_dataloader.dataset)
+        for key in ('data_root', 'ann_file', 'data_prefix', 'metainfo', 'indices'):
             dataset.pop(key, None)
             if key in chosen:
                 dataset[key] = copy.deepcopy(chosen[key])
         dataset.test_mode = True  # or images without objects would be left out
-        cfg.test_dataloader.dataset = dataset
     else:
-        cfg.test_dataloader = loaders[split]
-    cfg.test_evaluator = copy.deepcopy(evaluators(cfg, 'val' if split == 'train' else split))
+        cfg.test_dataloader, dataset = loaders[split], chosen
+    cfg.test_dataloader.dataset = dataset  # each image once, whatever wraps it
+    cfg.test_evaluator = copy.deepcopy(views.evaluators(cfg, 'val' if split == 'train' else split))
+    _point_evaluators(cfg, 'test', views.annotation_file(dataset))

@@ -6,17 +6,17 @@ files: `apis.train` notes in ``weights.checkpoint`` which of several places the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config import lr, paths, views
-from mmfinetune.config.load import load, require_valid
+from mmfinetune.config.load import judging, load, require_valid
 from mmfinetune.config.resume import AUTO, set_resume
-from mmfinetune.utils.dist import rank0_first
+from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import UserError
-from mmfinetune.weights import find
+from mmfinetune.weights import class_map, data_only, find
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -101,20 +101,26 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
     """
     cfg = load(options.config, options.cfg_options)
     world = join(cfg)
-    set_processes(cfg, world)
-    set_folders(cfg, options.work_dir, options.data_root)
-    set_start(cfg, options.weights, options.head_init)
-    set_batch(cfg, options.batch_size, options.accumulate, options.amp)
-    set_saving(cfg, options.save_every)
-    if options.resume:
-        set_resume(cfg, options.resume, world)
-    paths.check_heads(cfg)
-    require_valid(cfg, options.config)  # numbers of the command line, before they are computed with
-    rates = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
-    adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
-    lr.set_rates(cfg, rates)
-    require_valid(cfg, options.config)
-    checkpoint = Path(_fetched(options.checkpoint)) if options.checkpoint else None
+    with judging(options.config):
+        set_processes(cfg, world)
+        set_folders(cfg, options.work_dir, options.data_root)
+        of_config = resume_of_config(cfg)
+        resume = options.resume or (options.trains and of_config)
+        note = set_load_from(cfg, options.weights)
+        if note and (options.trains or options.check_weights or options.dry_run):
+            say(note)
+        set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
+        set_batch(cfg, options.batch_size, options.accumulate, options.amp)
+        set_saving(cfg, options.save_every)
+        if resume:
+            set_resume(cfg, resume, world)
+        paths.check_heads(cfg)
+        require_valid(cfg, options.config)  # numbers of the command line, before they are computed with
+        rates = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
+        adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
+        lr.set_rates(cfg, rates)
+        require_valid(cfg, options.config)
+    checkpoint = Path(_fetched(options.checkpoint, not options.dry_run)) if options.checkpoint else None
     return RunPlan(options, cfg, world, checkpoint, rates, adapted)
 
 
@@ -145,7 +151,52 @@ def set_folders(cfg: Config, work_dir: str | None, data_root: str | Path | None)
     paths.redirect_annotations(cfg)
 
 
-def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
+def resume_of_config(cfg: Config) -> str | bool:
+    """What the config's own `resume` and `load_from` continue from, as MMEngine means them."""
+    resume, cfg.resume = cfg.get('resume'), False
+    if not resume:
+        return False
+    file, cfg.load_from = cfg.get('load_from'), None
+    return file or AUTO
+
+
+# Layers with rows by class, and how they are re-initialized where the config does not say.
+_HEADS = {
+    'roi_head.bbox_head.fc_cls': dict(std=0.01),
+    'roi_head.bbox_head.fc_reg': dict(std=0.001),
+    'roi_head.mask_head.conv_logits': dict(std=0.001),
+}
+
+
+def set_load_from(cfg: Config, weights: str | None) -> str:
+    """Turn the config's `load_from` into its `weights`, for the whole model; `weights` of the command line wins.
+
+    Returns:
+        A note on it; '' without `load_from`.
+    """
+    name, cfg.load_from = cfg.get('load_from'), None
+    if not name:
+        return ''
+    file, url = data_only.address(name)
+    old = cfg.get('weights') or {}
+    heads = {layer: std for layer, std in _HEADS.items() if _has_module(cfg.model, layer.split('.')[:-1])}
+    init = class_map.REMAP if old.get('head_init') == class_map.REMAP else class_map.AUTO
+    cfg.weights = dict(checkpoint=file, url=url, head_init=init, reinit=old.get('reinit') or heads)
+    if 'aliases' in old:
+        cfg.weights.aliases = old['aliases']
+    return (
+        f'note: load_from is not used: --weights {weights}' if weights else f'note: load_from: the weights are {name}'
+    )
+
+
+def _has_module(node: Any, parts: Sequence[str]) -> bool:
+    """Whether a model's config has a module at these keys."""
+    for part in parts:
+        node = node.get(part) if isinstance(node, Mapping) else None
+    return isinstance(node, Mapping)
+
+
+def set_start(cfg: Config, weights: str | None, head_init: str | None, download: bool = True) -> None:
     """What the model starts from.
 
     Raises:
@@ -156,12 +207,12 @@ def set_start(cfg: Config, weights: str | None, head_init: str | None) -> None:
     if head_init:
         cfg.weights.head_init = head_init
     if weights:
-        cfg.weights.update(checkpoint=_fetched(weights), url=None, fallbacks=[])
+        cfg.weights.update(checkpoint=_fetched(weights, download), url=None, fallbacks=[])
 
 
-def _fetched(file: str) -> str:
+def _fetched(file: str, download: bool) -> str:
     """A file, or what a URL gives: once, and not by every process into the same file."""
-    return str(rank0_first(lambda: find.fetch(file))) if find.is_url(file) else file
+    return str(rank0_first(lambda: find.fetch(file))) if download and find.is_url(file) else file
 
 
 def set_batch(cfg: Config, batch_size: int | str | None, accumulate: int | None, amp: str | None) -> None:

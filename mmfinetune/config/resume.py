@@ -52,6 +52,8 @@ def set_resume(cfg: Config, resume: str | bool, world: int) -> None:
         world: Number of processes.
     """
     if isinstance(resume, str) and resume != AUTO:
+        if not Path(resume).is_file():
+            raise UserError('resume-missing', path=resume)
         found = _read_run(Path(resume))
     else:
         # One choice for all, made before any process writes there again.
@@ -101,18 +103,21 @@ def _read_run(path: Path) -> _Run:
     # The safe way; MMEngine would unpickle anything if that fails.
     loaded = read.read_checkpoint(path)
     needed = ('state_dict', 'meta', 'optimizer', 'message_hub')
-    missing = [Message('resume-missing-key', key=key) for key in needed if key not in loaded]
+    missing = [Message('resume-missing-key', key=key) for key in needed if not isinstance(loaded.get(key), Mapping)]
     if missing:
         raise UserError('resume-no-run', problems=missing, path=path)
     meta = loaded['meta']
     if 'config' in meta:
         # Runner.resume would run this text as Python; MMEngine's own files do not have it.
         raise UserError('resume-holds-code', path=path)
-    state = loaded['message_hub'].get('runtime_info', {}).get(KEY, {})
-    check_version(state, path)
-    # Before version 1 it stood in `meta`.
-    setup = state.get('batch_setup') or meta.get('recipe')
-    return _Run(path, meta.get('seed'), BatchSetup(**setup) if setup else None)
+    try:
+        state = loaded['message_hub'].get('runtime_info', {}).get(KEY, {})
+        check_version(state, path)
+        # Before version 1 it stood in `meta`.
+        setup = state.get('batch_setup') or meta.get('recipe')
+        return _Run(path, meta.get('seed'), BatchSetup(**setup) if setup else None)
+    except (TypeError, AttributeError):
+        raise UserError('resume-no-run', problems=[Message('resume-missing-key', key=KEY)], path=path) from None
 
 
 def check_version(state: Mapping[str, Any], path: str | Path) -> None:

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import reason_of
+from mmfinetune.utils.files import MOST_JSON, read_regular, reason_of
+from mmfinetune.utils.text import brief, is_text
 
 SECTIONS = ('images', 'annotations', 'categories')
+_MAX_DIGITS = 20
 _SHOWN = 5  # places of one problem; the same mistake is mostly in all entries
 
 
@@ -99,22 +101,22 @@ class Coco:
         unique += [('annotations', 'id')] * own_ids + [('images', 'file_name')] * unique_files
         for section, key in unique:
             for value in _repeated([entry[key] for entry in self.data[section]]):
-                problems.add('coco-repeated', shown_value(value), section=section, key=key)
+                problems.add('coco-repeated', brief(value), section=section, key=key)
         for image in self.images:
             if reason := name_problem(image['file_name']):
                 problems.add('coco-file-name', reason)
         for category in self.categories:
             if not isinstance(category['name'], str) or not is_text(category['name']):
-                problems.add('coco-name', shown_value(category['name']))
+                problems.add('coco-name', brief(category['name']))
         for annotation in self.annotations if own_ids else ():
             if annotation['id'] == 0:
-                problems.add('coco-id-zero', shown_value(annotation['image_id']))
+                problems.add('coco-id-zero', brief(annotation['image_id']))
         for key, section in (('image_id', 'images'), ('category_id', 'categories')):
             known = {entry['id'] for entry in self.data[section] if not _is_container(entry['id'])}
             for annotation in self.annotations:
                 value = annotation[key]
                 if _is_container(value) or (links and value not in known):
-                    problems.add('coco-link', shown_value(value), key=key)
+                    problems.add('coco-link', brief(value), key=key)
         return problems
 
 
@@ -203,7 +205,7 @@ def _parse(path: Path, compact: bool) -> Coco:
 def _load(path: Path, compact: bool) -> tuple[dict[str, Any], list[Message]]:
     """The top object and what is odd about its encoding; a Problem if there is none."""
     try:
-        content = path.read_bytes()
+        content = read_regular(path, MOST_JSON)
     except FileNotFoundError:
         raise Problem('coco-no-file') from None
     except (OSError, ValueError) as error:
@@ -266,22 +268,21 @@ def _is_container(value: object) -> bool:
     return isinstance(value, (list, dict))
 
 
-def shown_value(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + '…'
+def as_id(value: Any) -> int | str | None:
+    """An id as an integer if it can be read as one, a string if it is one, else None."""
+    if isinstance(value, float):
+        return int(value) if value.is_integer() else None
+    if isinstance(value, str):
+        return int(value) if value.isascii() and value.isdigit() and len(value) < _MAX_DIGITS else value or None
+    return value if type(value) is int else None
 
 
 def name_problem(name: object) -> str:
     """Why a ``file_name`` cannot name a file; empty if it can."""
     if not isinstance(name, str):
-        return f'file_name {shown_value(name)}'
+        return f'file_name {brief(name)}'
     if not name.strip():
         return 'file_name is empty'
     if '\0' in name:
         return 'file_name has a NUL character'
     return '' if is_text(name) else 'file_name is not valid Unicode'
-
-
-def is_text(name: str) -> bool:
-    # A lone surrogate is valid JSON, but can neither be printed nor be in the name of a file.
-    return not any('\ud800' <= c <= '\udfff' for c in name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import locale
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 from mmfinetune.data import coco_json
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.images import image_size
+from mmfinetune.utils.text import brief
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ def read_split(path: Path, image_root: Path | None = None, classes: Sequence[str
         UserError: All problems of the first kind found: see `coco_json.Coco.require`, other classes than the
             config's, missing or unreadable images.
     """
+    coding = locale.getpreferredencoding(False)
+    if coding.lower() not in ('utf-8', 'utf8') and path.is_file() and not path.read_bytes().isascii():
+        # MMDetection would read other names than are written there.
+        raise UserError('coco-locale', path=path, encoding=coding)
     coco = coco_json.read(path, compact=True).require(
         images=('width', 'height'), annotations=('id',), links=False, utf8=True
     )
@@ -66,7 +72,7 @@ def _check_headers(coco: coco_json.Coco, image_root: Path) -> None:
         # Some files have the size before the EXIF rotation; mmcv takes what it reads.
         if found not in (size, size[::-1]):
             problems.append(
-                Message('image-size', path=path, found='{}x{}'.format(*found), listed='{}x{}'.format(*size))
+                Message('image-size', path=path, found='{}x{}'.format(*found), listed='x'.join(map(brief, size)))
             )
     if problems:
         raise UserError('coco-images', problems=problems, path=coco.path, bad=len(problems), count=len(coco.images))

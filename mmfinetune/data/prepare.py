@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mmfinetune.data.check.kinds import BEYOND
+from mmfinetune.data.check.scale import are_larger
 from mmfinetune.data.formats import FORMATS, detect, reader_for
 from mmfinetune.data.records import Item, Reader
 from mmfinetune.data.to_coco import Converter, Result, absolute, relative_name
@@ -57,6 +59,8 @@ class Summary:
         left_out: Keys of the images with problems, each with its split.
         problems: Why they were left out.
         notes: What was fixed or left out otherwise.
+        masked: Images with polygons.
+        beyond: Those of them that polygons leave by far.
         placed: Images linked, copied or referred to; empty if nothing was written.
         files: The annotation files by split; empty if nothing was written.
     """
@@ -69,6 +73,8 @@ class Summary:
     left_out: dict[str, str] = field(default_factory=dict)
     problems: list[Message] = field(default_factory=list)
     notes: list[Message] = field(default_factory=list)
+    masked: int = 0
+    beyond: int = 0
     placed: dict[str, int] = field(default_factory=dict)
     files: dict[str, Path] = field(default_factory=dict)
 
@@ -81,6 +87,8 @@ class Summary:
             self.problems += result.problems
             return
         counts.images += 1
+        self.masked += result.reach > 0
+        self.beyond += result.reach > BEYOND
         counts.objects += len(result.labels)
         counts.crowds += result.crowds
         counts.empty += not result.annotations
@@ -168,6 +176,8 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
         items = reader.items()
     except OSError as error:
         raise UserError('prepare-source-error', path=error.filename or src, reason=reason_of(error)) from error
+    if not items and reader.problems:
+        raise _LongList('prepare-nothing-left', problems=reader.problems, path=src, advice=reader.hint)
     if not items:
         raise UserError('prepare-no-images', path=src, format=name, layout=FORMATS[name].layout)
     summary = Summary(name, reason, _chosen_classes(reader, options.get('classes')))
@@ -226,11 +236,15 @@ def _require_good(summary: Summary, reader: Reader, src: Path, images: int, skip
         facts: dict[str, Any] = dict(left_out=len(summary.left_out), images=images, advice=reader.hint)
         facts['found'] = plural(len(summary.problems), 'problem')
         raise _LongList('prepare-problems', problems=summary.problems, path=src, **facts)
+    if are_larger(summary.beyond, summary.masked):
+        raise UserError('prepare-labels-larger', path=src, beyond=summary.beyond, images=summary.masked)
     empty = [Message('prepare-split-empty', split=name) for name, s in summary.splits.items() if not s.images]
     if empty:
         raise _LongList('prepare-nothing-left', problems=empty + summary.problems, path=src, advice=reader.hint)
     if not any(split.objects for split in summary.splits.values()):
         lines = [Message('prepare-dropped', count=n, reason=r) for r, n in sorted(summary.dropped.items())]
+        if crowds := sum(split.crowds for split in summary.splits.values()):
+            raise UserError('prepare-only-crowds', problems=lines, path=src, crowds=crowds)
         raise UserError('prepare-no-objects', problems=lines, path=src, images=images)
 
 

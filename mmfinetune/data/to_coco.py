@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections import Counter
@@ -15,6 +14,7 @@ from pycocotools import mask as mask_api
 
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem
+from mmfinetune.utils.files import json_bytes
 from mmfinetune.utils.masks import check_polygon, check_rle, to_rle
 from mmfinetune.utils.text import printable
 from mmfinetune.utils.workers import in_order
@@ -33,6 +33,7 @@ class Result:
         labels: Labels of those annotations that are not crowd regions.
         crowds: Number of the others.
         dropped: Objects not among them, by reason.
+        reach: How far polygons reach, as a multiple of the image's size.
         problems: Why the image cannot be used; the rest is then meaningless.
         notes: What was left out or fixed.
     """
@@ -43,6 +44,7 @@ class Result:
     annotations: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     crowds: int = 0
+    reach: float = 0.0
     dropped: Counter[str] = field(default_factory=Counter)
     problems: list[Message] = field(default_factory=list)
     notes: list[Message] = field(default_factory=list)
@@ -125,6 +127,7 @@ class Converter:
         else:
             for polygon in shape:
                 check_polygon(polygon, height, width)
+                result.reach = max([result.reach, *(v / (height if i % 2 else width) for i, v in enumerate(polygon))])
             # Of fewer than three points: no area, and pycocotools would take two for a box.
             full = [polygon for polygon in shape if len(polygon) >= 6]
             if not full:
@@ -158,15 +161,11 @@ class Converter:
 
 def _members(members: dict[str, Any], extra: dict[str, Any], result: Result) -> str:
     """Members of a JSON object without its braces; ours win over those of the source."""
-
-    def dump(value: dict[str, Any]) -> str:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(',', ':'))
-
     extra = {key: value for key, value in extra.items() if key not in members and key not in _GIVEN_LATER}
-    with contextlib.suppress(ValueError):
-        text = dump({**members, **extra})
-        if printable(text) == text:
-            return text[1:-1]
-    keys = ', '.join(sorted(extra))
-    result.notes.append(Message('prepare-keys-left-out', place=result.item.key, keys=keys))
-    return dump(members)[1:-1]
+    try:
+        json.dumps(extra, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError):  # too deep, NaN, or a lone surrogate
+        keys = ', '.join(sorted(extra))
+        result.notes.append(Message('prepare-keys-left-out', place=result.item.key, keys=keys))
+        extra = {}
+    return json_bytes({**members, **extra}).decode().strip()[1:-1]

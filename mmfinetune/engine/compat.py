@@ -8,8 +8,10 @@ from __future__ import annotations
 import json
 import time
 import traceback
+from collections.abc import Callable
+from multiprocessing import queues
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mmdet.datasets.api_wrappers import COCO
@@ -39,12 +41,33 @@ def write_summary(writer: SummaryWriter, summary: Summary, step: int) -> None:
     writer._get_file_writer().add_summary(summary, step)
 
 
+def when_not_sent(act: Callable[[Any, Exception, Any], None]) -> None:
+    """Let this process call a function with queue, error and object where a queue would drop an object.
+
+    As a process that loads data does with a batch for which there is no shared memory; the other end waits for it for ever.
+    """
+    queues.Queue._on_queue_feeder_error = act  # type: ignore[attr-defined]
+
+
 # PyTorch has no exception types for these.
 
 
 def is_worker_killed(error: BaseException) -> bool:
     """Whether a process that loads data was killed."""
     return isinstance(error, RuntimeError) and 'DataLoader worker' in str(error)
+
+
+def is_out_of_shared_memory(error: BaseException) -> bool:
+    """Whether PyTorch, or NCCL, could not allocate shared memory."""
+    text = str(error)
+    return isinstance(error, RuntimeError) and any(
+        mark in text for mark in ('shared memory(shm)', 'shared memory segment')
+    )
+
+
+def is_empty_dataset(error: BaseException) -> bool:
+    """Whether MMEngine found nothing to serialize in a data set: a filter left no image."""
+    return isinstance(error, ValueError) and 'need at least one array' in str(error)
 
 
 def is_out_of_cpu_memory(error: BaseException) -> bool:

@@ -93,6 +93,14 @@ class _LossLoop:
         if loss:
             self.evaluator.metrics.append(self._mean_loss)
 
+    def run(self) -> dict[str, float]:
+        """Predict, evaluate and take the losses of all batches."""
+        # Or the log of a batch would show the losses, and the mean of the times, of the pass before.
+        scalars = self.runner.message_hub.log_scalars
+        for name in [name for name in scalars if name.startswith(f'{self.stage}/')]:
+            del scalars[name]
+        return super().run()  # type: ignore[misc]
+
     @torch.no_grad()
     def run_iter(self, idx: int, data_batch: Sequence[dict]) -> None:
         """Predict a batch, evaluate it and take its losses."""

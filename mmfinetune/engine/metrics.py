@@ -9,9 +9,10 @@ from mmdet.registry import METRICS
 from mmengine.logging import MMLogger
 
 from mmfinetune.engine.compat import truth_of
+from mmfinetune.engine.hooks import warn
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.detections import result_rows
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.text import table
 
 
@@ -21,6 +22,8 @@ class InstanceCocoMetric(CocoMetric):
 
     Unlike those of mmdet's metric the numbers are COCO's own (``maxDets`` 1, 10, 100), unrounded; box and mask AP of a
     class do not overwrite each other; nothing is written to disk unless ``outfile_prefix`` asks for it.
+
+    The ground truth is that of the images in the data set: ``indices`` or a filter leaves out their objects too.
 
     Keys: ``coco/<bbox|segm>_<mAP|mAP_50|…|AR_l@100>`` and, with ``classwise``, ``coco/<bbox|segm>_AP/<class>``. A
     number for which the ground truth has no instance is -1 as in pycocotools; a class without instances has no key.
@@ -69,9 +72,13 @@ class InstanceCocoMetric(CocoMetric):
     def compute_metrics(self, results: list) -> dict[str, float]:
         """COCO numbers of all ``(gt, pred)`` pairs that ``process`` gathered."""
         logger = MMLogger.get_current_instance()
-        preds = [pred for _, pred in results]
+        # A data set that repeats images gives several predictions of one; a sampler may leave images out.
+        preds = list({pred['img_id']: pred for _, pred in results}.values())
+        seen = {pred['img_id'] for pred in preds}
         self.cat_ids = self.truth.get_cat_ids(cat_names=self.dataset_meta['classes'])
-        self.img_ids = self.truth.get_img_ids()
+        self.img_ids = [i for i in self.truth.get_img_ids() if i in seen]
+        if len(self.img_ids) < len(self.truth.imgs):
+            warn(Message('metric-part', count=len(self.img_ids), total=len(self.truth.imgs)))
         if self.outfile_prefix is not None:
             self.results2json(preds, self.outfile_prefix)
             if self.format_only:

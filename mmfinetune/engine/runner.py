@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+from typing import Any
+
 from mmdet.registry import RUNNERS
 from mmengine.dist import broadcast_object_list
 from mmengine.runner import Runner
+from torch.utils.data import DataLoader
 
+from mmfinetune.engine.hooks import EXTRAS
+from mmfinetune.engine.loader import watched
 from mmfinetune.utils.dist import bare_model
+from mmfinetune.utils.extras import extra
 from mmfinetune.weights.check import WeightCheck
 
 # Where the message hub, and with it each checkpoint, keeps the facts on the weights of the start.
@@ -28,6 +35,23 @@ class FineTuningRunner(Runner):
 
     start: WeightCheck | None = None
     weights_report = ''
+
+    def call_hook(self, fn_name: str, **kwargs: Any) -> None:
+        """Call the hooks; where one of `EXTRAS` fails, warn."""
+        for hook in filter(lambda hook: hasattr(hook, fn_name), self.hooks):
+            names = {cls.__name__ for cls in type(hook).__mro__}
+            with extra(f'{type(hook).__name__}.{fn_name}') if names & EXTRAS else contextlib.nullcontext():
+                getattr(hook, fn_name)(self, **kwargs)
+
+    def dump_config(self) -> None:
+        """Write the config into the work dir. A test alone has no settings of training, and leaves the run's there."""
+        if self.cfg.get('train_cfg') is not None:
+            super().dump_config()
+
+    @staticmethod
+    def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
+        """As MMEngine builds it, see `mmfinetune.engine.loader`."""
+        return watched(Runner.build_dataloader(dataloader, seed, diff_rank_seed))
 
     def load_or_resume(self) -> None:
         """Load or resume a checkpoint; without one apply the weights to start from, once."""

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import signal
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,27 +17,32 @@ from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop, Runner
 from mmengine.runner.utils import calc_dynamic_intervals
-from torch.utils.data import DataLoader
 
 from mmfinetune.engine import compat
 from mmfinetune.engine.hooks import warn
+from mmfinetune.engine.loader import WatchedLoader, watched
 from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.engine.training_dataset import TrainingDataset, read_faults, seed_step
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.files import require_folder
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
 
 
 @contextlib.contextmanager
-def translate_system_errors() -> Iterator[None]:
-    """Raise what the machine did to a run as a UserError: a full disk, a killed worker."""
+def translate_system_errors(work_dir: str = '.') -> Iterator[None]:
+    """Raise what the machine did to a run as a UserError: a full disk, a killed worker, a work dir that is gone."""
+    before = Path(work_dir).stat()
     try:
         yield
     except OSError as error:
+        require_folder(work_dir, before)
         if error.errno not in _DISK:
             raise
         raise UserError('run-cannot-write', reason=str(error)) from error
     except RuntimeError as error:
+        if compat.is_out_of_shared_memory(error):
+            raise UserError('shared-memory', reason=str(error).strip().splitlines()[-1]) from error
         if not compat.is_worker_killed(error):
             raise
         # Or PyTorch raises it again, wherever the program is, as each of the others leaves.
@@ -75,6 +81,7 @@ class ExactTrainLoop(BaseLoop):
             dataset.full_init()
         self.data = TrainingDataset(dataset, runner.seed, runner.work_dir, max_faulty_images)
         super().__init__(runner, dict(dataloader, dataset=self.data))
+        self.dataloader: WatchedLoader = watched(self.dataloader)
         self.max_epochs = max_epochs
         self.val_begin, self.val_interval = val_begin, val_interval
         self._milestones, self._intervals = calc_dynamic_intervals(val_interval, dynamic_intervals)
@@ -88,7 +95,7 @@ class ExactTrainLoop(BaseLoop):
 
     def run(self) -> torch.nn.Module:
         """Train and validate."""
-        with translate_system_errors():
+        with translate_system_errors(self.runner.work_dir):
             self.runner.call_hook('before_train')
             if self._iter and run_state(self.runner).epoch_start.get('epoch') != self._epoch:
                 self._catch_up_validation()
@@ -136,10 +143,7 @@ class ExactTrainLoop(BaseLoop):
 
     def _batches(self, skip: int) -> Iterator[Any]:
         """The batches of the epoch after the first ``skip``, which are not even read."""
-        loader = self.dataloader
-        if skip:
-            print_log(f'Continuing epoch {self._epoch + 1} after step {skip} of {len(loader)}', logger='current')
-            names = ['num_workers', 'collate_fn', 'pin_memory', 'worker_init_fn', 'timeout', 'prefetch_factor']
-            same = {name: getattr(loader, name) for name in [*names, 'multiprocessing_context']}
-            loader = DataLoader(loader.dataset, batch_sampler=list(loader.batch_sampler)[skip:], **same)
-        return iter(loader)
+        if not skip:
+            return iter(self.dataloader)
+        print_log(f'Continuing epoch {self._epoch + 1} after step {skip} of {len(self.dataloader)}', logger='current')
+        return iter(self.dataloader.after(skip))

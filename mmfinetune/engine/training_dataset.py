@@ -8,6 +8,7 @@ import multiprocessing
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,10 @@ class TrainingDataset(Dataset):
         # Images may have been repaired since.
         self.faults.unlink(missing_ok=True)
         # Shared memory, since workers that live through all epochs have a copy of this object.
-        self._epoch = multiprocessing.Value('q', 0, lock=False)
+        try:
+            self._epoch = multiprocessing.Value('q', 0, lock=False)
+        except OSError:  # where /dev/shm cannot be written there are no workers either
+            self._epoch = SimpleNamespace(value=0)
 
     def __getattr__(self, name: str) -> Any:
         # Unpickling asks before there is a `dataset`.

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from mmcv.transforms import LoadImageFromFile
+import copy
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from mmcv.transforms import Compose, LoadImageFromFile
 from mmdet.registry import TRANSFORMS
 from mmdet.structures import DetDataSample
+from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
+from mmfinetune.engine.training_dataset import random_state_kept, seed_everything
 from mmfinetune.utils.errors import UserError
+
+_DRAWS = 4  # of random transforms
+_USUAL = (640, 480)
 
 
 @TRANSFORMS.register_module()
@@ -24,6 +35,54 @@ class LoadImage(LoadImageFromFile):
             why = str(error) or type(error).__name__
             raise UserError('image-unreadable-in-training', path=results.get('img_path'), why=why) from None
         return loaded
+
+
+def from_memory(pipeline: Sequence[Any]) -> tuple[Any, list[Any]] | None:
+    """The step of a pipeline that reads a file, and all steps for an image in memory; None if there is no such step."""
+    steps = copy.deepcopy(list(pipeline))
+    names = [getattr(step['type'], '__name__', str(step['type'])).rpartition('.')[2] for step in steps]
+    reading = [i for i, name in enumerate(names) if name.startswith('LoadImage')]
+    if len(reading) != 1:
+        return None
+    loader = steps[reading[0]]
+    steps[reading[0]] = dict(type='mmdet.LoadImageFromNDArray', to_float32=loader.get('to_float32', False))
+    return loader, steps
+
+
+def unfit_sizes(pipeline: Sequence[Any], sizes: Iterable[tuple[int, int]]) -> dict[tuple[int, int], str]:
+    """The sizes (width, height) of images that a pipeline cannot process, and why.
+
+    It is run, since only the transforms know: an image of one row, say, has none left when its long side is made
+    smaller. A pipeline that cannot process any image in memory is not judged.
+    """
+    found = from_memory(pipeline)
+    if not found:
+        return {}
+    init_default_scope('mmdet')
+    steps = Compose(found[1])
+    sizes = list(sizes)
+    reasons = {size: reason for size in sizes if (reason := _why_not(steps, *size))}
+    return {} if len(reasons) == len(sizes) and _why_not(steps, *_USUAL) else reasons
+
+
+def _why_not(steps: Compose, width: int, height: int) -> str:
+    """Why an image of this size with one object in all of it cannot be processed; empty if it can."""
+    outline = [0, 0, width, 0, width, height, 0, height]
+    instance = {'bbox': [0, 0, width, height], 'bbox_label': 0, 'ignore_flag': 0, 'mask': [outline]}
+    with random_state_kept():
+        for draw in range(_DRAWS):
+            seed_everything(draw)
+            image = np.zeros((height, width, 3), np.uint8)
+            try:
+                done = steps({'img': image, 'img_id': 0, 'height': height, 'width': width, 'instances': [instance]})
+            # Transforms and OpenCV raise whatever they like.
+            except Exception as error:
+                # OpenCV begins with its version and the line of its source.
+                return re.sub(r'^OpenCV\S+ \S+ error: ', '', ' '.join(str(error).split())) or type(error).__name__
+            inputs = done and done.get('inputs')
+            if inputs is not None and not all(inputs.shape):
+                return f'nothing is left of it: {tuple(inputs.shape)}'
+    return ''
 
 
 def scaled_truth(sample: DetDataSample, shape: tuple[int, int], name: str = 'gt_instances') -> InstanceData:

@@ -18,12 +18,12 @@ from mmfinetune.evaluation.plots import title_of
 from mmfinetune.evaluation.run_results import RESULTS
 from mmfinetune.evaluation.stats import PREFIX
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, reason_of
 from mmfinetune.utils.text import block, csv_text, duration, near
 
 METRIC = 'coco/segm_mAP'
 STEM = Path('work_dirs/comparison')
-SUFFIXES = ('.md', '.csv', '.png')
 ZERO_SHOT = 'zero_shot.json'
 SCALARS = 'vis_data/scalars.json'
 # Logged with each validation, but not measured by it.
@@ -79,11 +79,13 @@ def compare_runs(
     text = '\n'.join([*(metric_table(runs, metric) for metric in metrics), overview(runs)])
     if stem.is_dir():
         stem /= STEM.name
-    contents = (text.encode(), metric_csv(runs, metrics).encode(), picture(runs, metrics))
+    contents = {'.md': text.encode(), '.csv': metric_csv(runs, metrics).encode()}
+    with extra('the picture'):
+        contents['.png'] = picture(runs, metrics)
     # Not with_suffix, which would cut `lr_0.02` short.
-    paths = [stem.with_name(stem.name + suffix) for suffix in SUFFIXES]
-    atomic_write_all(dict(zip(paths, contents, strict=True)))
-    return f'{text}\nResults: {" ".join(map(str, paths))}'
+    files = {stem.with_name(stem.name + suffix): content for suffix, content in contents.items()}
+    atomic_write_all(files)
+    return f'{text}\nResults: {" ".join(map(str, files))}'
 
 
 def read_runs(folders: Sequence[Path], names: Sequence[str] | None = None) -> list[Run]:
@@ -127,7 +129,7 @@ def read_run(folder: Path, name: str) -> Run:
     if zero_shot.is_file():
         try:
             epochs[0] = _numbers(json.loads(zero_shot.read_bytes())['metrics'])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise UserError('compare-zero-shot', path=zero_shot) from error
     try:
         history = History.from_csv((folder / RESULTS).read_bytes())
@@ -237,7 +239,8 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise ValueError('not a JSON object')
-        except ValueError as error:
+            metrics = _numbers(record)
+        except (ValueError, OverflowError, RecursionError) as error:
             # A killed run leaves half a line behind: the last one, without its end of line.
             if number == len(lines):
                 break
@@ -250,7 +253,7 @@ def _read_scalars(path: Path) -> tuple[float, dict[int, dict[str, float]]]:
         if isinstance(epoch, int) and epoch > 0:
             first = min(first, epoch)
             if not training:
-                epochs[epoch] = _numbers(record)
+                epochs[epoch] = metrics
     return first, epochs
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from mmfinetune.data import coco_json
 from mmfinetune.data.coco_json import Problems
 from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.files import read_json
+from mmfinetune.utils.files import MOST_JSON, read_json
 from mmfinetune.utils.masks import mask_to_rle, to_rle
 
 _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
@@ -49,6 +49,14 @@ class Truth:
     def crowds(self) -> int:
         """Number of crowd regions."""
         return sum(bool(a['iscrowd']) for a in self.data['annotations'])
+
+    def of_images(self, ids: Collection[int]) -> Truth:
+        """The ground truth of some of the images."""
+        data = {
+            'images': [image for image in self.data['images'] if image['id'] in ids],
+            'annotations': [a for a in self.data['annotations'] if a['image_id'] in ids],
+        }
+        return Truth(self.path, self.data | data)
 
     def rle(self, annotation: Mapping[str, Any]) -> dict:
         """The mask of an annotation, given as polygons or run lengths."""
@@ -122,7 +130,7 @@ def read_rows(path: Path) -> list:
         UserError: Missing, not JSON, not a list, or empty.
     """
     try:
-        rows = read_json(path)
+        rows = read_json(path, MOST_JSON)
     except ValueError as error:
         raise UserError('rows-unreadable', path=path, reason=str(error)) from None
     if not isinstance(rows, list):
@@ -239,13 +247,18 @@ def _is_row(row: Any, key: str, where: str, problems: Problems) -> bool:
     elif not _numbers([row['score']], 1):
         wrong = 'row-score'
     elif key == 'bbox':
-        wrong = '' if _numbers(value, 4) and min(value[2:]) >= 0 else 'row-box'
+        wrong = '' if is_box(value) else 'row-box'
     else:
         coded = isinstance(value, dict) and isinstance(value.get('counts'), (str, list))
         wrong = '' if coded and _numbers(value.get('size'), 2) else 'row-shape'
     if wrong:
         problems.add(wrong, where)
     return not wrong
+
+
+def is_box(value: Any) -> bool:
+    """Whether a value is left, top, width and height."""
+    return _numbers(value, 4) and min(value[2:]) >= 0
 
 
 def _numbers(values: Any, count: int) -> bool:

@@ -77,7 +77,7 @@ def _has_glyph(char: str) -> bool:
 def _families() -> list[str]:
     """Matplotlib's own font, then those on this machine with Chinese, Japanese and Korean letters."""
     from matplotlib import rcParams
-    from matplotlib.font_manager import findSystemFonts, fontManager
+    from matplotlib.font_manager import findSystemFonts, fontManager, get_font
 
     # Matplotlib's list of fonts is kept from its first use on this machine.
     known = {font.fname for font in fontManager.ttflist}
@@ -86,7 +86,8 @@ def _families() -> list[str]:
             fontManager.addfont(path)
     own = fontManager.findfont(rcParams['font.sans-serif'][0])
     names = {Path(font.fname).name: font.name for font in fontManager.ttflist}
-    return [names[Path(own).name], *(names[file] for file in fonts.WIDE_FONTS if file in names)]
+    # By its content: through links its path, and even its name, is not that of the list.
+    return [get_font(own).family_name, *(names[file] for file in fonts.WIDE_FONTS if file in names)]
 
 
 def new_figure(

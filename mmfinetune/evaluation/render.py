@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from mmfinetune.evaluation import coco_eval, confusion, error_plots
 from mmfinetune.evaluation.confusion import ImageErrors
 from mmfinetune.evaluation.report import CLASS_APS, VOC_IOUS, Report
 from mmfinetune.evaluation.stats import KINDS, number, stat_rows
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.extras import extra
+from mmfinetune.utils.images import open_image
 from mmfinetune.utils.text import block, cell, csv_text, plural
 
 WORST = 'worst'
@@ -77,8 +78,8 @@ def text(report: Report) -> str:
     return '\n'.join(lines)
 
 
-def markdown(report: Report) -> str:
-    """The report as a page with linked pictures."""
+def markdown(report: Report, charts: Collection[str] = ()) -> str:
+    """The report as a page with linked pictures, among them these of `charts`."""
     matrix_rule = (
         f'A {KINDS[report.kind]} finds an object with IoU ≥ {confusion.IOU_THR}; in each '
         'image detections take objects in the order of their scores, whatever the classes. '
@@ -90,10 +91,10 @@ def markdown(report: Report) -> str:
     lines += ['', block(stat_rows(report.metrics())), f'{voc_line(report)}. `-`: no ground truth.', '']
     lines += ['## Classes', '', block(class_rows(report)), '## Errors', '', block(tide_rows(report))]
     lines += [*(f'- {name}: {meaning}' for name, meaning in coco_eval.TIDE_ERRORS.items()), '']
-    if report.pictures:
+    if 'tide.png' in charts:
         lines += ['![TIDE errors](tide.png)', '']
     lines += ['## Confusion', '', f'{f1_line(report)}. {matrix_rule}', '']
-    if report.pictures:
+    if 'confusion.png' in charts:
         lines += ['![confusion matrix](confusion.png)', '']
     if report.worst:
         rule = (
@@ -128,10 +129,12 @@ def charts(report: Report) -> dict[str, bytes]:
     """The TIDE errors and the confusion matrix; PNG by file name."""
     title = f'{_PLURAL[report.kind]}, IoU ≥ {confusion.IOU_THR}, score ≥ {report.score_thr:g}'
     matrix = report.matches.confusion(report.score_thr)
-    return {
-        'tide.png': error_plots.tide_picture(report.tides),
-        'confusion.png': error_plots.confusion_picture(matrix, report.matches.names, title),
-    }
+    drawn = {}
+    with extra('tide.png'):
+        drawn['tide.png'] = error_plots.tide_picture(report.tides)
+    with extra('confusion.png'):
+        drawn['confusion.png'] = error_plots.confusion_picture(matrix, report.matches.names, title)
+    return drawn
 
 
 def draw_worst(report: Report, root: Path) -> dict[str, bytes]:
@@ -141,16 +144,14 @@ def draw_worst(report: Report, root: Path) -> dict[str, bytes]:
 
     Args:
         root: Folder that the file names of the images are relative to.
-
-    Raises:
-        UserError: An image cannot be read.
     """
     drawn = {}
     for place, errors in enumerate(tqdm(report.worst, desc='pictures', leave=False, disable=None), 1):
         stem = Path(report.truth.images[errors.image_id]['file_name']).stem
         name = f'{WORST}/{place:02}_{stem}.jpg'
-        drawn[name] = _draw(report, errors, root)
-        report.pictures[errors.image_id] = name
+        with extra(name):
+            drawn[name] = _draw(report, errors, root)
+            report.pictures[errors.image_id] = name
     return drawn
 
 
@@ -182,13 +183,10 @@ def _draw(report: Report, errors: ImageErrors, root: Path) -> bytes:
 def _read_image(path: Path) -> np.ndarray:
     """An upright RGB image, made smaller if it is large."""
     import cv2
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
-    try:
-        with Image.open(path) as opened:
-            image = np.array(ImageOps.exif_transpose(opened).convert('RGB'))
-    except OSError as error:
-        raise UserError('eval-image-unreadable', path=path, error=error) from None
+    with open_image(path) as opened:
+        image = np.array(ImageOps.exif_transpose(opened).convert('RGB'))
     factor = min(1.0, _SIDE / max(image.shape[:2]))
     size = [max(1, round(n * factor)) for n in image.shape[1::-1]]
     return cv2.resize(image, size, interpolation=cv2.INTER_AREA)

@@ -13,6 +13,7 @@ from typing import Any
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
 from mmfinetune.evaluation.stats import KINDS, PREFIX, STATS, number, stat_rows
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, atomic_write_text
 from mmfinetune.utils.text import block, duration
 
@@ -67,8 +68,8 @@ def result_lines(history: History, kind: str) -> str:
     """One line per epoch in the format of the torchvision-based fine-tuning projects.
 
     ``epoch:{n}``, COCO's twelve numbers and the mean training loss with four digits, the base
-    learning rate with six. Epochs count from 1; where training is not counted in epochs, lines
-    begin with ``iter:``.
+    learning rate with six. Epochs count from 1, in those projects from 0; where training is
+    not counted in epochs, lines begin with ``iter:``.
 
     Returns:
         The lines of those rows that have these numbers; empty if none has.
@@ -86,7 +87,8 @@ def result_lines(history: History, kind: str) -> str:
 def record_map_text(metrics: Mapping[str, float], per_class: PerClass, source: str = '') -> str:
     """COCO's twelve lines as pycocotools prints them, then AP50 of each class and their mean.
 
-    For boxes and for masks, as far as `metrics` has them. -1 stands for no ground truth.
+    For boxes and for masks, as far as `metrics` has them; those projects write a file for each, without the lines of
+    the kind and the total. -1 stands for no ground truth.
 
     Args:
         source: What was evaluated, for the first line.
@@ -202,8 +204,10 @@ def report_test(work_dir: Path, checkpoint: Path, metrics: Mapping[str, float], 
     text = _with_section(text, 'Test', body + block(rows))
     contents = {work_dir / RECORD_MAP: record_map_text(metrics, per_class, source).encode()}
     if per_class:
-        text = _with_section(text, 'Classes', class_section(per_class, f'{source}.', True))
-        contents[work_dir / CLASS_BARS] = plots.class_bars(per_class, f'test of {checkpoint.name}')
+        with extra(CLASS_BARS):
+            contents[work_dir / CLASS_BARS] = plots.class_bars(per_class, f'test of {checkpoint.name}')
+        section = class_section(per_class, f'{source}.', work_dir / CLASS_BARS in contents)
+        text = _with_section(text, 'Classes', section)
     atomic_write_all(contents)
     text = _with_section(text, 'Files', _file_list(work_dir))
     atomic_write_text(path, text)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import http.client
 import json
+import os
+import re
 import shutil
 import tarfile
 import tempfile
@@ -12,6 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,8 +23,12 @@ from tqdm import tqdm
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import CHUNK, digest, looks_like, writing
 
+# Set in the environment: nothing is downloaded.
+OFFLINE = 'MMFINETUNE_OFFLINE'
 _BY_HAND = 'download {url} by other means and put it at {dst}'
-_AGAIN = 'run again, try a mirror, or ' + _BY_HAND
+_MIRROR = 'try a mirror, or ' + _BY_HAND
+_AGAIN = 'run again, ' + _MIRROR
+_MOST = 1 << 34  # bytes of a file whose size nobody says
 
 
 def download(
@@ -34,6 +41,7 @@ def download(
     progress: bool = True,
     retries: int = 3,
     wait: float = 1.0,
+    check: Callable[[Path], Message | None] | None = None,
 ) -> Path:
     """Download `url` to `dst`, which appears only when complete and verified.
 
@@ -51,29 +59,34 @@ def download(
         progress: Whether to show a progress bar.
         retries: Further tries that bring nothing new; one that does resets the count.
         wait: Seconds before the first retry, doubled for each further one.
+        check: Says what is wrong with the file, where there is no checksum to say it.
 
     Raises:
-        UserError: No network, an HTTP error, no room on the disk or a wrong checksum.
+        UserError: No address, no network, an HTTP error, no room on the disk, or not the file that was expected.
     """
-    dst = Path(dst)
-    if urllib.parse.urlsplit(url).scheme not in ('http', 'https'):
-        raise UserError('download-address', url=url)
-    if dst.is_file() and not _mismatch(dst, sha256, md5, size):
-        return dst
+    dst, url = Path(dst), _checked(url)
     part = dst.with_name(dst.name + '.part')
     with writing(dst):
+        if dst.is_file() and not _mismatch(dst, sha256, md5, size):
+            return dst
+        if OFFLINE in os.environ:
+            raise UserError('download-offline', url=url, dst=dst)
         dst.parent.mkdir(parents=True, exist_ok=True)
         if size is not None and part.is_file() and part.stat().st_size > size:
             part.unlink()
         checked = bool(sha256 or md5)
         if not checked or _size(part) != size:
             _Fetch(url, dst, part, size, checked, timeout, progress).run(retries, wait)
-        if bad := _mismatch(part, sha256, md5, size):
-            found = looks_like(part)
+        bad = _mismatch(part, sha256, md5, size)
+        found = looks_like(part) if bad or not checked else ''
+        if not bad and not checked and not found and check:
+            bad = check(part)
+        if bad or found:
             _forget(part)
+            problems = [bad] if bad else []
             if found:
-                raise UserError('download-other', problems=[bad], hint=_AGAIN, url=url, dst=dst, found=found)
-            raise UserError('download-mismatch', problems=[bad], hint=_AGAIN, url=url, dst=dst)
+                raise UserError('download-other', problems=problems, hint=_AGAIN, url=url, dst=dst, found=found)
+            raise UserError('download-mismatch', problems=problems, hint=_AGAIN, url=url, dst=dst)
         part.replace(dst)
         _forget(part)
     return dst
@@ -111,6 +124,36 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
         if temporary:
             shutil.rmtree(temporary, ignore_errors=True)
     return target
+
+
+def _checked(url: str) -> str:
+    """An address as it is sent: its path in ASCII.
+
+    Raises:
+        UserError: It is none, or of another scheme than http and https.
+    """
+    try:
+        parts = urllib.parse.urlsplit(url)
+        # The port and the host are looked at only here; a host may be of any letters.
+        usable = parts.scheme in ('http', 'https') and bool(parts.hostname) and parts.port != 0
+        usable = usable and bool((parts.hostname or '').encode('idna')) and not re.search(r'[\s\x00-\x1f\x7f]', url)
+        path, query = (urllib.parse.quote(part, safe="%/:=&?~#+!$,;'@()*[]") for part in (parts.path, parts.query))
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError('download-address', url=url)
+    return urllib.parse.urlunsplit((parts.scheme, parts.netloc, path, query, ''))
+
+
+class _SameScheme(urllib.request.HTTPRedirectHandler):
+    """Follows redirects to the same scheme, or from http to https, only."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        scheme = urllib.parse.urlsplit(newurl).scheme
+        if scheme not in (urllib.parse.urlsplit(req.full_url).scheme, 'https'):
+            raise UserError('download-redirect', url=req.full_url, target=newurl)
+        fp.close()  # urllib would read all of an answer that nobody wants
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 class _NetworkError(Exception):
@@ -154,12 +197,13 @@ class _Fetch:
             if not self.checked:
                 request.add_header('If-Range', tag)
         try:
-            response = urllib.request.urlopen(request, timeout=self.timeout)
+            response = urllib.request.build_opener(_SameScheme).open(request, timeout=self.timeout)
         except urllib.error.HTTPError as error:
-            with error:
+            with contextlib.closing(error):
                 self._refused(error, have)
             return
-        except (OSError, http.client.HTTPException) as error:
+        # A ValueError where the server redirects to what is no address.
+        except (OSError, http.client.HTTPException, ValueError) as error:
             raise _NetworkError(getattr(error, 'reason', None) or error) from error
         with response:
             self._receive(response, have)
@@ -172,12 +216,19 @@ class _Fetch:
             # The server ignored the range, or the file there has changed: start again.
             have = 0
         length = response.headers.get('Content-Length', '')
-        total = have + int(length) if length.isdigit() else None
+        total = have + int(length) if length.isascii() and length.isdigit() else None
+        kind = response.headers.get_content_type()
+        facts: dict[str, Any] = dict(url=self.url, dst=self.dst, type=kind)
+        # All of these before the part is touched: a login page must not destroy it.
         if self.size is not None and total not in (None, self.size):
-            # Refused before the part is touched: a login page must not destroy it.
-            kind = response.headers.get_content_type()
-            facts: dict[str, Any] = dict(url=self.url, dst=self.dst, size=self.size, offered=total, type=kind)
-            raise UserError('download-size', hint='try a mirror, or ' + _BY_HAND, **facts)
+            raise UserError('download-size', hint=_MIRROR, size=self.size, offered=total, **facts)
+        if (packed := response.headers.get('Content-Encoding', 'identity')) != 'identity':
+            raise UserError('download-packed', hint=_MIRROR, packed=packed, **facts)
+        if not self.checked and kind in ('text/html', 'application/xhtml+xml'):
+            raise UserError('download-other', hint=_MIRROR, found='a web page (a login or an error page?)', **facts)
+        if not self.checked and self.size is None and total is None and not response.chunked:
+            raise UserError('download-no-length', hint=_MIRROR, **facts)
+        most = self.size or total or _MOST
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
         self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
@@ -188,11 +239,14 @@ class _Fetch:
         ):
             while True:
                 try:
-                    data = response.read1(CHUNK)
+                    data = response.read1(min(CHUNK, most + 1 - file.tell()))
                 except (OSError, http.client.HTTPException) as error:
                     raise _NetworkError(f'connection lost ({error})') from error
                 if not data:
                     break
+                if file.tell() + len(data) > most:
+                    _forget(self.part)
+                    raise UserError('download-endless', hint=_MIRROR, most=most, **facts)
                 file.write(data)
                 bar.update(len(data))
         # A server that goes away ends the stream quietly, so only the count shows it.
@@ -207,7 +261,9 @@ class _Fetch:
             raise _NetworkError('the kept part does not fit the file on the server')
         if error.code in (408, 425, 429) or error.code >= 500:
             raise _NetworkError(f'HTTP {error.code} {error.reason}')
-        facts: dict[str, Any] = dict(url=self.url, dst=self.dst, status=error.code, reason=error.reason)
+        facts: dict[str, Any] = dict(
+            url=self.url, dst=self.dst, status=error.code, reason=' '.join(str(error.reason).split())
+        )
         raise UserError('download-http', hint='check the address, or ' + _BY_HAND, **facts) from error
 
     def _tag(self) -> str:

@@ -12,13 +12,16 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from mmfinetune.utils.errors import Problem
-from mmfinetune.utils.files import find_files, looks_like, reason_of
+from mmfinetune.utils.files import find_files, looks_like, open_regular, reason_of
 
 # What OpenCV, with which training reads images, can decode.
 IMAGE_SUFFIXES = frozenset(
     '.jpg .jpeg .jpe .jfif .png .bmp .dib .tif .tiff .webp .jp2 .ppm .pgm .pbm .pnm'.split()  # noqa: SIM905
 )
 
+MOST_BYTES = 1 << 30  # of an image file
+# OpenCV, with which training reads images, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS, _WIDTH, _HEIGHT).
+MOST_PIXELS, MOST_SIDE = 1 << 30, 1 << 20
 _TAIL = 2048  # bytes; some cameras and editors put a few after the end mark
 _END_MARKS = {'JPEG': b'\xff\xd9', 'MPO': b'\xff\xd9', 'PNG': b'IEND'}
 
@@ -32,17 +35,23 @@ def image_size(path: str | Path) -> tuple[int, int]:
         Problem: The file is missing, empty, not an image or truncated, or OpenCV would not turn it.
     """
     path = Path(path)
-    with _decoding(path):
-        with Image.open(path) as image:
-            size, found, is_turned = image.size, image.format or '', orientation_of(image) >= 5
-        with path.open('rb') as file:
-            file.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
-            if not has_end(found, file.read()):
-                raise Problem('image-file-truncated', format=found)
+    with _decoding(path), open_regular(path, MOST_BYTES) as file:
+        image = Image.open(file)
+        if is_too_large(*image.size):
+            raise Problem('image-file-huge')
+        size, found, is_turned = image.size, image.format or '', orientation_of(image) >= 5
+        file.seek(-min(_TAIL, path.stat().st_size), os.SEEK_END)
+        if not has_end(found, file.read()):
+            raise Problem('image-file-truncated', format=found)
     if is_turned and found not in _END_MARKS:
         # OpenCV 4.12 does not turn WebP and does not decode a turned TIFF at all.
         raise Problem('image-file-turned', format=found)
     return size[::-1] if is_turned else size
+
+
+def is_too_large(width: int, height: int) -> bool:
+    """Whether OpenCV would refuse an image of this size."""
+    return width * height > MOST_PIXELS or max(width, height) > MOST_SIDE
 
 
 def read_pixels(path: str | Path, colours: bool = False) -> tuple[np.ndarray, str, str]:
@@ -52,11 +61,24 @@ def read_pixels(path: str | Path, colours: bool = False) -> tuple[np.ndarray, st
         Problem: The file is missing, empty, not an image or damaged.
     """
     path = Path(path)
-    with _decoding(path), Image.open(path) as opened:
+    with _decoding(path), open_image(path) as opened:
         image: Image.Image = opened
         if colours and image.mode in ('P', 'PA'):
             image = image.convert('RGBA' if image.mode == 'PA' else 'RGB')
         return np.asarray(image), image.mode, opened.format or ''
+
+
+def require_readable(path: Path, most: float = MOST_BYTES) -> None:
+    """Raise a `Problem` for a file that another library would hang at or fill the memory with."""
+    with _decoding(path), open_regular(path, most):
+        pass
+
+
+@contextlib.contextmanager
+def open_image(path: str | Path) -> Iterator[Image.Image]:
+    """Open an image with Pillow, see `open_regular`; raises all that Pillow and the file system do."""
+    with open_regular(path, MOST_BYTES) as file, Image.open(file) as image:
+        yield image
 
 
 def orientation_of(image: Image.Image) -> int:
@@ -83,7 +105,7 @@ def _decoding(path: Path) -> Iterator[None]:
         with warnings.catch_warnings():
             # Pillow warns of large images; their header alone is harmless.
             warnings.simplefilter('ignore')
-            if not path.stat().st_size:
+            if path.is_file() and not path.stat().st_size:
                 raise Problem('image-file-empty')
             yield
     except Problem:

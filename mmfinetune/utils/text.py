@@ -6,6 +6,7 @@ import csv
 import difflib
 import io
 import re
+import reprlib
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -84,3 +85,30 @@ def duration(seconds: float) -> str:
 def printable(text: str) -> str:
     """The text with what UTF-8 cannot hold (file names and JSON may have it) written out."""
     return text.encode(errors='backslashreplace').decode()
+
+
+def is_text(text: str) -> bool:
+    """Whether UTF-8 can hold it: a lone surrogate, which JSON and pickles may have, can be in no file name and no file."""
+    return not any('\ud800' <= c <= '\udfff' for c in text)
+
+
+class _Brief(reprlib.Repr):
+    """Ends in bounded time for whatever a foreign file may hold."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = self.maxlong = 60
+        self.maxlist = self.maxtuple = self.maxdict = self.maxset = 20
+
+    def repr_int(self, x: int, level: int) -> str:  # noqa: ARG002
+        # Python does not write integers of thousands of digits.
+        return repr(x) if abs(x) < 1 << 256 else f'an integer of {x.bit_length()} bits'
+
+
+_BRIEF = _Brief()
+
+
+def brief(value: object) -> str:
+    """A value as Python writes it, cut to 40 characters."""
+    text = _BRIEF.repr(value)
+    return text if len(text) <= 40 else text[:37] + '…'

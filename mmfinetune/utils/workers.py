@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import multiprocessing
+import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils import processes
+from mmfinetune.utils.errors import Message, UserError
 
 Item = TypeVar('Item')
 Result = TypeVar('Result')
 _work: Callable[[Any], Any]
+_done: Callable[[], None]
 
 
-def _start(work: Callable[[Any], Any]) -> None:
-    global _work
-    _work = work
+def _start(work: Callable[[Any], Any], parent: int, readers: processes.Readers, slot: Any) -> None:
+    global _work, _done
+    processes.end_with_parent(parent)
     # Ctrl-C reaches every process of the terminal; only the parent answers it.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with slot.get_lock():
+        mine = slot.value
+        slot.value += 1
+    _work, _done = work, readers.note(mine)
 
 
 def _do(chunk: Sequence[Any]) -> list[Any]:
-    return list(map(_work, chunk))
+    results = list(map(_work, chunk))
+    _done()
+    return results
+
+
+def _awaited(future: Future, readers: processes.Readers) -> Any:
+    """The result of a piece of work; says, and then ends, that none comes."""
+    start, told = time.monotonic(), False
+    while not wait([future], timeout=1).done:
+        waited = time.monotonic() - start
+        facts: dict[str, Any] = {'seconds': waited, 'files': ', '.join(readers.files()) or '?'}
+        if waited > processes.PATIENCE_S:
+            raise UserError('workers-hang', **facts)
+        if waited > processes.TELL_S and not told:
+            told = True
+            tqdm.write(f'note: {Message("workers-wait", **facts)}', file=sys.stderr)
+    return future.result()
 
 
 def in_order(
@@ -45,12 +70,20 @@ def in_order(
         **bar: For tqdm, e.g. ``desc`` and ``disable``.
 
     Raises:
-        UserError: A worker process was killed.
+        UserError: A worker process was killed, or hangs.
     """
     bar = dict(total=len(items), unit='img', **bar)
     chunks = (items[k : k + chunk] for k in range(0, len(items), chunk))
     workers = min(workers, -(-len(items) // chunk))
-    if workers <= 1:
+    # Forked processes share memory until they write to it, as the collector does: not to what is frozen.
+    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
+    pool: ProcessPoolExecutor | None = None
+    if workers > 1:
+        with contextlib.suppress(OSError):  # processes cannot share memory here: /dev/shm is full or read-only
+            readers = processes.Readers(workers)
+            initial = (work, os.getpid(), readers, context.Value('i', 0))
+            pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=initial)
+    if pool is None:
         with tqdm(**bar) as shown:
             for item in items:
                 yield work(item)
@@ -59,22 +92,24 @@ def in_order(
     # A thread of an earlier progress bar; forking with threads is unsafe.
     if tqdm.monitor:
         tqdm.monitor.exit()
-    # Forked processes share memory until they write to it, as the collector does: not to what is frozen.
-    context = multiprocessing.get_context('fork' if sys.platform == 'linux' else None)
     gc.freeze()
-    with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(work,)) as pool:
+    with pool:
         try:
             # So many that no worker waits, so few that the results of a large set fit in memory.
             waiting = [pool.submit(_do, part) for part in islice(chunks, 4 * workers)]
             # Made after the workers, since it starts that thread again.
             with tqdm(**bar) as shown:
                 while waiting:
-                    done = waiting.pop(0).result()
+                    done = _awaited(waiting.pop(0), readers)
                     waiting += [pool.submit(_do, part) for part in islice(chunks, 1)]
                     yield from done
                     shown.update(len(done))
-        except BrokenProcessPool as error:
-            raise UserError('worker-killed') from error
+        except BaseException as error:
+            # One that hangs would be waited for.
+            readers.kill()
+            if isinstance(error, BrokenProcessPool):
+                raise UserError('worker-killed') from error
+            raise
         finally:
             gc.unfreeze()
             pool.shutdown(wait=True, cancel_futures=True)

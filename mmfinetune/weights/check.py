@@ -150,8 +150,11 @@ def compare(model_cfg: Mapping, source: Source, weights_cfg: Mapping, classes: S
     from mmdet.registry import MODELS
 
     # A copy, since mmdet's detectors write into the config they are built from.
-    target = MODELS.build(copy.deepcopy(model_cfg)).state_dict()
-    plan = transfer.plan_transfer(target, source, weights_cfg, classes)
+    model = MODELS.build(copy.deepcopy(model_cfg))
+    target = model.state_dict()
+    plan = transfer.plan_transfer(target, source, weights_cfg, classes, dict(model.named_buffers()))
+    if plan.kept and classes and not source.classes:
+        source.note('weights-kept-unnamed', count=len(classes))
     problems = plan.problems + _input_problems(model_cfg, source)
     if plan.problems and source.origin == 'other':
         # What the file seems to be explains all the others.

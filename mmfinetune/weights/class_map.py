@@ -36,7 +36,9 @@ SYNONYMS = {
     'racket': 'tennis racket',
     'luggage': 'suitcase',
 }
-HEAD_INITS = ('reinit', 'remap')
+# What becomes of the heads: `KEEP` loads them as they are, and `AUTO` does where they are those of the data's classes.
+REINIT, REMAP, KEEP, AUTO = 'reinit', 'remap', 'keep', 'auto'
+HEAD_INITS = (REINIT, REMAP, KEEP, AUTO)
 
 
 def _plain(name: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mmfinetune.utils.dist import rank0_first
 from mmfinetune.utils.download import download
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import hash_in_name, looks_like, sha256_of
+from mmfinetune.weights import read
 from mmfinetune.weights.read import REPLACE
 
 PRETRAIN_DIR = Path('pretrain')
@@ -57,10 +58,10 @@ def search_places() -> list[Path]:
 
 
 def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
-    """Make a weights file available in ``pretrain/``.
+    """Find a weights file, or download it to ``pretrain/``.
 
-    The path itself is tried first, then :func:`search_places` by file name, then ``url``. A file
-    found in a cache, or downloaded, is verified before it is put in its place.
+    The path itself is tried first, then :func:`search_places` by file name, then ``url``. What is found is verified and
+    stays where it is.
 
     Args:
         checkpoint: Path as the config gives it; the file name may end in a SHA-256 prefix.
@@ -82,17 +83,11 @@ def find_weights(checkpoint: str | Path, url: str | None = None) -> Path:
         except UserError as error:
             damaged.append(error.message)
             continue
-        if candidate.resolve().parent == target.resolve().parent:
-            return candidate
-        print(f'Copying {candidate} to {target}')
-        target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(target.name + '.copy')
-        shutil.copyfile(candidate, part)
-        return part.replace(target)
+        return candidate
     if url is None:
         searched = [Message('weights-searched', path=path) for path in candidates]
         raise UserError('weights-nowhere', problems=searched + damaged, path=wanted)
-    return download(url, target, sha256=hash_in_name(wanted))
+    return download(url, target, sha256=hash_in_name(wanted), check=_damage)
 
 
 def locate(weights_cfg: Mapping) -> Path:
@@ -131,13 +126,24 @@ def is_url(address: str) -> bool:
     return address.startswith(('http://', 'https://'))
 
 
+def _damage(path: Path) -> Message | None:
+    """Why a file that nothing else is known of holds no weights."""
+    try:
+        read.load(path)
+    except UserError as error:
+        return error.message
+    return None
+
+
 def fetch(address: str) -> Path:
     """Weights at a URL, downloaded to ``pretrain/`` and verified.
 
     Raises:
         UserError: The download failed, or is not what its name says.
     """
-    name = address.split('?')[0].rstrip('/').rpartition('/')[2]
-    path = download(address, PRETRAIN_DIR / name, sha256=hash_in_name(name))
+    name = re.split('[?#]', address)[0].rstrip('/').rpartition('/')[2]
+    if name in ('', '.', '..') or '/' not in address.partition('://')[2]:
+        raise UserError('download-address', url=address)
+    path = download(address, PRETRAIN_DIR / name, sha256=hash_in_name(name), check=_damage)
     verify_file(path)
     return path

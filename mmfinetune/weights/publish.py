@@ -35,10 +35,8 @@ def publish(src: Path, stem: Path, overwrite: bool = False) -> Path:
     src = best_checkpoint(src) if src.is_dir() else src
     verify_file(src)
     loaded = read.read_checkpoint(src)
-    meta = loaded.get('meta', {})
-    # MMDetection 2.x wrote CLASSES, 3.x dataset_meta.
-    classes = meta.get('dataset_meta', {}).get('classes') or meta.get('CLASSES') or ()
-    slim = {'meta': {'dataset_meta': {'classes': tuple(classes)}}, 'state_dict': read.state_dict_of(loaded, src)}
+    classes = read.recorded_classes(loaded)
+    slim = {'meta': {'dataset_meta': {'classes': classes}}, 'state_dict': read.state_dict_of(loaded, src)}
     data = _torch_file(slim)
     target = stem.with_name(f'{stem.name}-{hashlib.sha256(data).hexdigest()[:8]}.pth')
     _check_free(target, overwrite)

@@ -6,20 +6,21 @@ import collections
 import json
 import pickle
 import re
-from collections.abc import Mapping
+import zipfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.text import brief, is_text
+from mmfinetune.weights.pickles import TORCH_MAGIC, require_bounded, require_room
 
 if TYPE_CHECKING:
     import torch
 
 
-# The number at the start of files by torch before 1.6, which were bare pickles too.
-_TORCH_MAGIC = b'\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.'
 REPLACE = 'delete it and run again to download it again, or pass another file with --weights'
 USE_OURS = 'use the weights of a Mask R-CNN with ResNet-50 and FPN, from the MMDetection zoo, torchvision or Detectron2'
 
@@ -34,7 +35,7 @@ def load(path: Path) -> dict:
         start = file.read(64)
     if path.suffix == '.safetensors' or (start[8:9] == b'{' and start[:2] != b'PK'):
         return _load_safetensors(path)
-    torch_file = start.startswith((b'PK', _TORCH_MAGIC))
+    torch_file = start.startswith((b'PK', TORCH_MAGIC))
     if not torch_file and (path.suffix == '.pkl' or start.startswith(b'\x80')):
         return load_numpy_pickle(path)
     return read_checkpoint(path)
@@ -47,17 +48,53 @@ def read_checkpoint(path: Path) -> dict:
         What the file holds; tensors are on the CPU.
 
     Raises:
-        UserError: Truncated, not a checkpoint, or a pickle that holds more than data.
+        UserError: Truncated, damaged, not a checkpoint, or a pickle that holds more than data.
     """
     import torch
 
     try:
+        require_bounded(path)
+        damaged = _damaged_part(path)
+        if damaged is not None:
+            raise UserError('weights-crc', path=path, part=damaged)
         with torch.serialization.safe_globals(_safe_globals()):
             loaded = torch.load(path, map_location='cpu', weights_only=True)
+    except UserError:
+        raise
     except Exception as error:
         # On garbage the unpickler raises whatever that leads it to, IndexError and TypeError too.
         raise _unreadable(path, error) from None
+    # Many tensors may share the numbers of one, and one may repeat a single number without end.
+    require_room(sum(t.numel() * max(t.element_size(), 4) for t in _tensors_in(loaded)), path)
     return _require_dict(loaded, path)
+
+
+def _tensors_in(loaded: object) -> Iterator[torch.Tensor]:
+    """All tensors that can be trained from, however deep, each once."""
+    import torch
+
+    left, seen = [loaded], set()
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        if isinstance(value, Mapping):
+            left += value.values()
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, torch.Tensor) and _is_dense(value):
+            yield value
+        seen.add(id(value))
+
+
+def _damaged_part(path: Path) -> str | None:
+    """The first part of a zip file that has changed since it was written, by its CRC, which torch does not check."""
+    with path.open('rb') as file:
+        if file.read(2) != b'PK':
+            return None
+        with zipfile.ZipFile(file) as archive:
+            # Under `torch.serialization.set_crc32_options(False)` all are 0.
+            return archive.testzip() if any(part.CRC for part in archive.infolist()) else None
 
 
 def _unreadable(path: Path, error: Exception) -> UserError:
@@ -88,21 +125,46 @@ def _safe_globals() -> list:
             raise pickle.UnpicklingError(f'GLOBAL builtins.getattr({owner!r}, {name!r})')
         return getattr(owner, name)
 
-    return [*(g for g in get_torch_safe_globals() if g is not getattr), (statistic, 'builtins.getattr')]
+    known = [g for g in get_torch_safe_globals() if g is not getattr]
+    settings = ((stand_in, f'{module}.{name}') for (module, name), stand_in in _SETTINGS.items())
+    return [*known, (statistic, 'builtins.getattr'), *settings]
+
+
+class _Namespace(dict):
+    """Stands in for a namespace while unpickling: its attributes as a dict."""
+
+    def __setstate__(self, state: dict) -> None:
+        self.update(state)
+
+
+def _path(*parts: str) -> str:
+    return '/'.join(parts)
+
+
+# What training scripts keep of their command line.
+_SETTINGS = {
+    ('argparse', 'Namespace'): _Namespace,
+    ('types', 'SimpleNamespace'): _Namespace,
+    **{
+        (module, name): _path
+        for module in ('pathlib', 'pathlib._local')
+        for name in ('PosixPath', 'PurePosixPath', 'WindowsPath', 'PureWindowsPath')
+    },
+}
 
 
 def _load_safetensors(path: Path) -> dict:
-    from safetensors import SafetensorError, safe_open
+    from safetensors import safe_open
 
     try:
         with safe_open(path, framework='pt', device='cpu') as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # see `read_checkpoint`
         raise _unreadable(path, error) from None
     try:
         classes = json.loads(metadata.get('classes', 'null'))
-    except ValueError:
+    except (ValueError, RecursionError):
         classes = None
     return {'state_dict': tensors, 'meta': {'CLASSES': classes} if classes else {}}
 
@@ -148,6 +210,8 @@ def _frombuffer(data: object, dtype: object, shape: object, order: str) -> _Arra
 
 
 def _scalar(dtype: object, data: object) -> float | int | bool:
+    if not isinstance(data, (bytes, str)) or len(data) > 8:
+        raise pickle.UnpicklingError('a number of more than 8 bytes')
     return _array(data, dtype, (), 'C').item()
 
 
@@ -159,6 +223,7 @@ def _encode(text: str, encoding: str = '') -> bytes:
 
 
 _HARMLESS = {
+    **_SETTINGS,
     ('collections', 'OrderedDict'): collections.OrderedDict,
     ('_codecs', 'encode'): _encode,
     ('numpy', 'dtype'): _Dtype,
@@ -193,9 +258,12 @@ def load_numpy_pickle(path: Path) -> dict:
     import torch
 
     try:
+        require_bounded(path)
         with path.open('rb') as file:
             # Detectron2 reads its files with this encoding too: some come from Python 2.
             loaded = _NumpyUnpickler(file, encoding='latin1').load()
+    except UserError:
+        raise
     except Exception as error:  # see `read_checkpoint`
         raise _unreadable(path, error) from None
     loaded = _require_dict(loaded, path)
@@ -207,7 +275,7 @@ def load_numpy_pickle(path: Path) -> dict:
         return torch.from_numpy(np.array(value.value, native))
 
     model = loaded.get('model', loaded)
-    return {'model': {str(k): tensor(v) for k, v in model.items()} if isinstance(model, Mapping) else {}}
+    return {'model': {k: tensor(v) for k, v in model.items()} if isinstance(model, Mapping) else {}}
 
 
 def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = None) -> dict[str, torch.Tensor]:
@@ -219,7 +287,7 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
         notes: Gets a note where a prefix was removed.
 
     Raises:
-        UserError: There are no weights in it.
+        UserError: There are no weights in it, or they are no dense numbers under names.
     """
     import torch
 
@@ -230,7 +298,11 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
         raise UserError('weights-optimizer', path=path)
     tensors = {k: v for k, v in inner.items() if isinstance(v, torch.Tensor)} if isinstance(inner, Mapping) else {}
     if not tensors:
-        raise UserError('weights-none-inside', path=path, keys=', '.join(map(str, list(loaded)[:8])) or 'none')
+        raise UserError('weights-none-inside', path=path, keys=', '.join(map(_shown_key, list(loaded)[:8])) or 'none')
+    if unnamed := [brief(k) for k in tensors if not isinstance(k, str) or not is_text(k)]:
+        raise UserError('weights-names', problems=unnamed, path=path)
+    if odd := [k for k, v in tensors.items() if not _is_dense(v)]:
+        raise UserError('weights-not-dense', problems=odd, path=path)
     if all(k.startswith('module.') for k in tensors):
         tensors = {k.removeprefix('module.'): v for k, v in tensors.items()}
         if notes is not None:
@@ -238,17 +310,40 @@ def state_dict_of(loaded: Mapping, path: Path, notes: list[Message] | None = Non
     return tensors
 
 
-def clean(tensors: Mapping[str, torch.Tensor], path: Path, notes: list[Message]) -> dict[str, torch.Tensor]:
-    """All floating tensors as dense fp32; a note tells of those that were not.
+def _shown_key(key: object) -> str:
+    return key if isinstance(key, str) and is_text(key) and len(key) < 80 else brief(key)
 
-    Raises:
-        UserError: Some are sparse, quantized or complex.
-    """
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether it holds its numbers, of a kind that weights and counts are stored as, in rows and columns."""
     import torch
 
-    odd = [k for k, v in tensors.items() if v.layout != torch.strided or v.is_quantized or v.is_complex()]
-    if odd:
-        raise UserError('weights-not-dense', problems=odd, path=path)
+    floats = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    known = (*floats, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool)
+    return tensor.layout == torch.strided and tensor.dtype in known and not (tensor.is_meta or tensor.is_nested)
+
+
+def recorded_classes(loaded: Mapping) -> tuple[str, ...]:
+    """The names of the classes that a file records; empty where it records none."""
+    meta = loaded.get('meta')
+    meta = meta if isinstance(meta, Mapping) else {}
+    data = meta.get('dataset_meta')
+    data = data if isinstance(data, Mapping) else {}
+    # MMDetection 2.x wrote CLASSES, 3.x dataset_meta.
+    for value in (data.get('classes'), data.get('CLASSES'), meta.get('CLASSES'), loaded.get('classes')):
+        if (
+            isinstance(value, (list, tuple))
+            and all(isinstance(name, str) and is_text(name) for name in value)
+            and value
+        ):
+            return tuple(value)
+    return ()
+
+
+def clean(tensors: Mapping[str, torch.Tensor], notes: list[Message]) -> dict[str, torch.Tensor]:
+    """All floating tensors as fp32; a note tells of those that were not."""
+    import torch
+
     for dtype, change in ((torch.float16, 'widened'), (torch.bfloat16, 'widened'), (torch.float64, 'rounded')):
         count = sum(v.dtype == dtype for v in tensors.values())
         if count:

@@ -159,7 +159,9 @@ def rename_all(source: Source, table: Mapping[str, str]) -> dict[str, torch.Tens
     tensors, left = rename(source.tensors, table)
     heads = [prefix + end for prefix in ROWS for end in ('weight', 'bias')]
     problems = [Message('weights-unknown-key', key=key) for key in left]
-    problems += [Message('weights-head-missing', key=key) for key in heads if key not in tensors]
+    problems += [
+        Message('weights-head-missing', key=key) for key in heads if key not in tensors or not tensors[key].dim()
+    ]
     if problems:
         raise UserError('weights-not-plain', problems=problems, hint=USE_OURS, path=source.path, origin=source.origin)
     return tensors

@@ -6,7 +6,7 @@ Nothing here builds a model: names, rows and BN numbers are all that differ betw
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mmfinetune.utils.errors import Message, UserError
@@ -71,7 +71,7 @@ def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool =
         raise UserError('weights-eps', eps=bn_eps)
     loaded = read.load(path)
     notes: list[Message] = []
-    tensors = read.clean(read.state_dict_of(loaded, path, notes), path, notes)
+    tensors = read.clean(read.state_dict_of(loaded, path, notes), notes)
     try:
         origin = _origin_of(tensors, path)
     except UserError as error:
@@ -86,10 +86,13 @@ def open_source(path: Path | str, bn_eps: float | None = None, any_model: bool =
     origin.convert(source, loaded, bn_eps)
     meta = loaded.get('meta')
     meta = meta if isinstance(meta, Mapping) else {}
-    if meta.get('origin') in {'mmdet run', OTHER.name, *(family.name for family in FAMILIES)}:
-        _restore(source, loaded, meta)
+    if meta.get('origin') in ('mmdet run', OTHER.name, *(family.name for family in FAMILIES)):
+        try:
+            _restore(source, loaded, meta)
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError('weights-record', path=path, reason=error) from None
     else:
-        _name_rows(source, loaded, meta)
+        _name_rows(source, loaded)
     return source
 
 
@@ -118,16 +121,13 @@ def _origin_of(keys: Mapping[str, object], path: Path) -> Origin:
     return origin
 
 
-def _name_rows(source: Source, loaded: Mapping, meta: Mapping) -> None:
+def _name_rows(source: Source, loaded: Mapping) -> None:
     """Find the names of the classes; a list of another length than the rows is not theirs."""
     head = source.tensors.get(FC_CLS + 'weight')
-    if head is None:
+    if head is None or not head.dim():
         return
     count = len(head) - 1
-    data = meta.get('dataset_meta')
-    data = data if isinstance(data, Mapping) else {}
-    lists = (data.get('classes'), data.get('CLASSES'), meta.get('CLASSES'), loaded.get('classes'))
-    names = next((tuple(map(str, value)) for value in lists if isinstance(value, (list, tuple)) and value), None)
+    names = read.recorded_classes(loaded) or None
     if names and len(names) != count:
         source.note('weights-names-unused', named=len(names), rows=count)
         names = None
@@ -144,14 +144,22 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
     """Take over what ``publish.save`` wrote."""
     source.origin = meta['origin']
     source.style, source.rgb = meta.get('style'), meta.get('rgb')
-    source.mean, source.std = (tuple(meta[k]) if meta.get(k) is not None else None for k in ('mean', 'std'))
-    classes = (meta.get('dataset_meta') or {}).get('classes')
-    source.classes = tuple(classes) if classes else None
+    if source.style not in (None, 'pytorch', 'caffe') or source.rgb not in (None, True, False):
+        raise ValueError('style or rgb')
+    source.mean, source.std = (_statistics(meta[k]) if meta.get(k) is not None else None for k in ('mean', 'std'))
+    source.classes = read.recorded_classes(loaded) or None
     source.notes.clear()
     for note in meta.get('notes', ()):
         if isinstance(note, str):  # a file of an earlier release
             source.note('weights-note', note=note)
         else:
-            source.notes.append(Message(*note))
+            code, text = map(str, note)
+            source.notes.append(Message(code, text))
     extra = loaded.get('extra')
     source.extra = dict(extra) if isinstance(extra, Mapping) else {}
+
+
+def _statistics(values: Sequence[float]) -> tuple[float, ...]:
+    if not isinstance(values, (list, tuple)):
+        raise ValueError('mean or std')
+    return tuple(map(float, values))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.weights.class_map import HEAD_INITS, ClassMap, match_classes
+from mmfinetune.weights.class_map import AUTO, HEAD_INITS, KEEP, REMAP, ClassMap, match_classes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ class Plan:
             ('reinit'); 'remapped': rows of known classes loaded, the others re-initialized;
             'untouched': outside the part that the file is for, or a count that files may lack;
             'missing' in the file; 'mismatched': of another shape in the file.
+        kept: Whether the heads are loaded as they are: row k is class k of the data.
         stds: Standard deviation for each weight that is drawn.
         dropped: File keys whose place in the model is re-initialized.
         ignored: File keys that the config says to ignore.
@@ -39,6 +40,7 @@ class Plan:
 
     into: str = ''
     class_map: ClassMap | None = None
+    kept: bool = False
     fates: dict[str, str] = field(default_factory=dict)
     stds: dict[str, float] = field(default_factory=dict)
     dropped: list[str] = field(default_factory=list)
@@ -56,7 +58,11 @@ class Plan:
 
 
 def plan_transfer(
-    target: Mapping[str, torch.Tensor], source: Source, weights_cfg: Mapping, classes: Sequence[str] = ()
+    target: Mapping[str, torch.Tensor],
+    source: Source,
+    weights_cfg: Mapping,
+    classes: Sequence[str] = (),
+    buffers: Collection[str] = (),
 ) -> Plan:
     """Decide for every tensor on both sides what happens to it.
 
@@ -66,7 +72,8 @@ def plan_transfer(
         weights_cfg: ``weights`` of the config: ``reinit`` (``{module: {'std': float}}``), ``into``
             (module that the file's keys belong under), ``ignore`` (prefixes of file keys that may
             remain unused), ``head_init`` and ``aliases``. {} to load the whole model.
-        classes: Classes of the data in label order; needed to remap.
+        classes: Classes of the data in label order; needed to remap and compared with those of heads that are kept.
+        buffers: The model's tensors that are not parameters.
 
     Raises:
         UserError: ``weights`` itself is wrong. What does not fit is in the plan's ``problems``.
@@ -75,12 +82,24 @@ def plan_transfer(
     plan = Plan(weights_cfg.get('into') or '', _class_map(source, weights_cfg, classes))
     unknown = [module for module in stds if not any(_is_under(key, module) for key in target)]
     plan.problems += [Message('weights-reinit-unknown', module=module) for module in unknown]
+    head_init = weights_cfg.get('head_init')
+    if head_init in (KEEP, AUTO):
+        others = _other_labels(source, weights_cfg, classes)
+        plan.kept = head_init == KEEP or (not others and _heads_fit(plan, target, source, stds))
+        plan.problems += others if plan.kept else []
+        stds = {} if plan.kept else stds
+    drawn = {key: module for key in target if (module := _innermost(key, stds)) is not None}
+    plan.stds = {
+        key: stds[module]
+        for key, module in drawn.items()
+        if target[key].dim() >= 2
+        and target[key].is_floating_point()
+        and not key.endswith('bias')
+        and key not in buffers
+    }
     for key, tensor in target.items():
-        drawn = _innermost(key, stds)
-        if drawn is not None and tensor.dim() >= 2 and tensor.is_floating_point():
-            plan.stds[key] = stds[drawn]
         theirs = source.tensors.get(plan.source_key(key)) if _is_under(key, plan.into) else None
-        plan.fates[key], problem = _fate_of(plan, key, tensor, theirs, drawn is not None)
+        plan.fates[key], problem = _fate_of(plan, key, tensor, theirs, key in drawn)
         if problem is not None:
             plan.problems.append(problem)
     ignore = weights_cfg.get('ignore') or ()
@@ -98,13 +117,34 @@ def plan_transfer(
     return plan
 
 
+def _other_labels(source: Source, weights_cfg: Mapping, classes: Sequence[str]) -> list[Message]:
+    """The labels that mean another class in the file than in the data, as far as both have names."""
+    # Where a person says so, 80 classes without names are those of the data, not COCO's.
+    assumed = weights_cfg['head_init'] == KEEP and any(note.code == 'weights-coco-assumed' for note in source.notes)
+    if not source.classes or not classes or assumed:
+        return []
+    found = match_classes(classes, source.classes, weights_cfg.get('aliases')).indices
+    theirs = [*source.classes, *([None] * len(classes))]
+    return [
+        Message('weights-label', label=label, data=ours, file=theirs[label] or 'none')
+        for label, (ours, row) in enumerate(zip(classes, found, strict=True))
+        if row != label
+    ]
+
+
+def _heads_fit(plan: Plan, target: Mapping[str, torch.Tensor], source: Source, modules: Iterable[str]) -> bool:
+    """Whether the file has all tensors of these modules, in the model's shapes."""
+    found = ((ours, source.tensors.get(plan.source_key(k))) for k, ours in target.items() if _innermost(k, modules))
+    return all(theirs is not None and theirs.shape == ours.shape for ours, theirs in found)
+
+
 def _fate_of(
     plan: Plan, key: str, ours: torch.Tensor, theirs: torch.Tensor | None, reinit: bool
 ) -> tuple[str, Message | None]:
     """The fate of a tensor of the model, and what is wrong with it."""
     if reinit:
         # Normalisation and buffers have no rows by class: they start as the model's own do.
-        if plan.class_map is None or not (key in plan.stds or key.endswith('bias')):
+        if plan.class_map is None or not _of_drawn_layer(plan, key):
             return REINIT, None
         problem = _remap_problem(key, ours, theirs, plan.class_map)
         return (MISMATCHED, problem) if problem else (REMAPPED, None)
@@ -114,6 +154,11 @@ def _fate_of(
     if not _is_under(key, plan.into) or key.endswith('num_batches_tracked'):
         return UNTOUCHED, None
     return MISSING, Message('weights-key-missing', key=key)
+
+
+def _of_drawn_layer(plan: Plan, key: str) -> bool:
+    """Whether a tensor is a weight that is drawn or the bias of one, not of a normalisation, nor a buffer."""
+    return key in plan.stds or (key.endswith('bias') and f'{key.removesuffix("bias")}weight' in plan.stds)
 
 
 def _shape_problem(key: str, ours: torch.Tensor, theirs: torch.Tensor) -> Message:
@@ -154,10 +199,10 @@ def initial_state(
         fate = plan.fates[key]
         if fate == LOADED:
             state[key] = source.tensors[plan.source_key(key)]
-        elif fate in (REINIT, REMAPPED) and key.endswith('bias'):
-            state[key] = torch.zeros(ours.shape)
-        elif fate in (REINIT, REMAPPED) and key in plan.stds:
+        elif key in plan.stds:
             state[key] = torch.normal(0.0, plan.stds[key], ours.shape, generator=generator)
+        elif fate in (REINIT, REMAPPED) and _of_drawn_layer(plan, key):
+            state[key] = torch.zeros(ours.shape)
         if fate == REMAPPED and plan.class_map is not None:
             theirs = source.tensors[plan.source_key(key)]
             for row, known in plan.class_map.rows(len(ours), len(theirs)) or ():
@@ -190,10 +235,10 @@ def _stds(reinit: Mapping) -> dict[str, float]:
 
 
 def _class_map(source: Source, weights_cfg: Mapping, classes: Sequence[str]) -> ClassMap | None:
-    head_init = weights_cfg.get('head_init') or 'reinit'
-    if head_init not in HEAD_INITS:
+    head_init = weights_cfg.get('head_init')
+    if head_init and head_init not in HEAD_INITS:
         raise UserError('weights-head-init', head_init=head_init)
-    if head_init != 'remap':
+    if head_init != REMAP:
         return None
     if not source.classes or not classes:
         raise UserError('weights-remap-classes', owner='the data' if source.classes else source.path)

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import difflib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, Problem, UserError
+from mmfinetune.utils.extras import warn
+from mmfinetune.utils.files import read_text
 
 
 def last_checkpoint(work_dir: Path) -> Path | None:
-    """The checkpoint that a run wrote last; None if there is none."""
+    """The checkpoint that a run wrote last; None if there is none, or nothing says which."""
     pointer = work_dir / 'last_checkpoint'
-    # The path in it is that of the machine that wrote it; the name is enough.
-    file = work_dir / Path(pointer.read_text().strip()).name if pointer.is_file() else None
-    return file if file is not None and file.is_file() else None
+    if not os.path.lexists(pointer):
+        return None
+    try:
+        # The path in it is that of the machine that wrote it; the name is enough.
+        file = work_dir / Path(read_text(pointer).strip()).name
+        return file if file.is_file() else None
+    except (OSError, Problem) as error:
+        warn(Message('last-checkpoint-unreadable', path=pointer, why=str(error)))
+        return None
 
 
 def candidates(work_dir: Path) -> list[Path]:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import runpy
+import subprocess
+import sys
 
 import pytest
 
 from mmfinetune.apis import cli, predict, train
 from mmfinetune.utils.text import table as text_table
+from tests.builders.locales import LOCALES, shell
 from tests.builders.runs import TOOLS
 
 NO_OPTIONS = ('check_platform',)  # it must run on any Python 3
@@ -148,3 +152,41 @@ def test_bad_values_are_refused_without_private_names(capsys, words):
     assert stop.value.code == cli.EXIT_USER_ERROR
     message = capsys.readouterr().err
     assert 'Traceback' not in message and 'invalid positive_int' not in message and 'invalid share' not in message
+
+
+# The same as a tool does: names of a file in UTF-8, read by pycocotools and printed.
+NAMES = """
+import sys
+from mmfinetune.apis.cli import run
+
+def main():
+    from pycocotools.coco import COCO
+    names = [c['name'] for c in COCO(sys.argv[1]).dataset['categories']]
+    assert names == ['nut', 'gr\\u00f6\\u00dfe', '\\u56fe', 'x\\udc80'], ascii(names)
+    print(*names, '\\u2026', sys.argv[2] == names[1])
+    print(*names, '\\u2026', file=sys.stderr)
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize('coding', LOCALES)
+def test_files_are_utf8_and_the_terminal_is_what_it_is(tmp_path, coding):
+    names = ['nut', 'größe', '图', 'x\udc80']
+    content = json.dumps({'categories': [{'id': k, 'name': n} for k, n in enumerate(names, 1)]}, ensure_ascii=False)
+    (tmp_path / 'a.json').write_bytes(content.replace('\udc80', '\\udc80').encode())
+    (tmp_path / 'tool.py').write_text(NAMES)
+    command = [sys.executable, tmp_path / 'tool.py', tmp_path / 'a.json', 'größe'.encode()]
+    done = subprocess.run(command, env=shell(coding, tmp_path), capture_output=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr.decode()
+    shown = ' '.join(names).encode(coding, 'backslashreplace') + ' …'.encode(coding, 'backslashreplace')
+    assert done.stdout.splitlines()[-1] == shown + b' True'
+    assert done.stderr.splitlines()[-1] == shown
+
+
+def test_a_program_that_calls_a_tool_is_not_started_again(monkeypatch):
+    monkeypatch.setattr(cli.locale, 'getpreferredencoding', lambda _: 'gbk')
+    monkeypatch.setattr(cli.os, 'execv', lambda *_: pytest.fail('started again'))
+    monkeypatch.setattr(sys, 'argv', ['tool.py'])
+    with pytest.raises(SystemExit):
+        cli.run(lambda: 0)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,9 @@ from PIL import Image
 from mmfinetune.apis import evaluate, run_weights
 from mmfinetune.apis.evaluate import Options
 from mmfinetune.config import load, paths
+from mmfinetune.evaluation import error_plots
+from mmfinetune.utils import extras
+from mmfinetune.utils.errors import Message
 from tests.builders.errors import refused
 from tests.builders.results import FOUND, THINGS, data_set, rows_of, write
 from tests.builders.runs import CONFIGS, REPO, FinishedRun, drive, files_in, forget_runs, train_tool
@@ -204,11 +208,20 @@ def test_results_that_cannot_be_written(saved, tmp_path):
         evaluate.run(saved)
 
 
-def test_image_that_cannot_be_read(saved, tmp_path):
+def test_pictures_that_cannot_be_drawn_cost_no_number(saved, tmp_path, monkeypatch, capsys):
     (tmp_path / 'image_2.png').write_bytes(b'no picture')
-    with refused('eval-image-unreadable', path=tmp_path / 'image_2.png'):
-        evaluate.run(saved)
-    assert not saved.out.exists()
+    monkeypatch.setattr(error_plots, 'tide_picture', lambda *_: next(iter(())))
+    monkeypatch.delenv(extras.STRICT)
+    said: list[Message] = []
+    monkeypatch.setattr(extras, 'warn', said.append)
+    assert evaluate.run(saved) == 0
+    assert [message.facts['what'] for message in said] == ['tide.png', 'worst/01_image_2.jpg']
+    assert 'StopIteration' in said[0].facts['why']
+    assert json.loads((saved.out / 'evaluation.json').read_text())
+    page = (saved.out / 'evaluation.md').read_text()
+    linked = set(re.findall(r'\]\(<?([^>)]+)', page))
+    assert linked == {'confusion.png', 'worst/02_image_1.jpg'}
+    assert linked <= set(files_in(saved.out))
 
 
 def test_several_processes_are_refused(saved, monkeypatch):

@@ -10,7 +10,8 @@ import pytest
 
 from mmfinetune.apis import media
 from mmfinetune.utils.errors import Problem
-from tests.builders.errors import codes, refused
+from tests.builders.disk import STRANGE, strange
+from tests.builders.errors import codes, faulty, refused
 
 
 def touch(folder: Path, *names: str) -> None:
@@ -201,3 +202,12 @@ def test_video_that_is_given_up_leaves_nothing(tmp_path):
     writer.write(np.zeros((48, 64, 3), np.uint8))
     writer.close(keep=False)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    for name in ('a.jpg', 'a.mp4', 'a.raw'):
+        path = strange(tmp_path / name, kind)
+        if name != 'a.mp4' or kind != 'endless':
+            with faulty('image-file-unreadable'):
+                (media.Video if name == 'a.mp4' else media.check_image)(path)

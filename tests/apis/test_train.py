@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -14,9 +17,12 @@ import torch
 from mmfinetune.apis import run_data, train
 from mmfinetune.data import demo
 from mmfinetune.engine import launch
+from mmfinetune.evaluation import run_results
+from mmfinetune.utils import extras
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
 from tests.builders.runs import (
+    CONFIGS,
     DEVKIT,
     EPOCH_STEPS,
     REPO,
@@ -24,6 +30,7 @@ from tests.builders.runs import (
     TRAIN_IMAGES,
     VAL_IMAGES,
     Outcome,
+    drive,
     files_in,
     make_site,
     random_state_dict,
@@ -197,8 +204,12 @@ def test_test_alone_gives_what_the_test_after_training_gave(in_finished_run):
 def test_test_of_a_named_file(in_finished_run, flag):
     file = in_finished_run.kept / 'tiny/epoch_2.pth'
     # --weights is how the last release named it.
+    config = Path('work_dirs/other/tiny.py')
+    config.parent.mkdir(exist_ok=True)
+    config.write_text('# of a run\n')
     outcome = train_tool('tiny.py', '--test', flag, file, '--work-dir', 'work_dirs/other')
     assert outcome.code == 0, outcome.err
+    assert config.read_text() == '# of a run\n'  # a test has no settings of training to write there
     assert ('note: ' in outcome.err) is (flag == '--weights')
     assert read_results(Path('work_dirs/other'))['checkpoint'] == str(file)
     assert not list(Path('work_dirs/other').glob('*.pth'))
@@ -341,6 +352,25 @@ def test_a_second_run_sets_the_first_aside(finished_run, tmp_path, monkeypatch):
     assert [s for s, _ in scalars(work_dir / train.LOG_DIR)['loss/train']] == [1, 2]
 
 
+@pytest.mark.parametrize('options', [['--train'], ['--train', '--resume'], ['--resume', 'auto'], ['--test'], []])
+def test_a_folder_in_which_a_run_is_going_on(in_finished_run, tmp_path, options):
+    work_dir = tmp_path / 'run'
+    shutil.copytree(in_finished_run.kept / 'tiny', work_dir)
+    hold = 'from mmfinetune.utils.run_lock import RunLock\nfrom pathlib import Path\nimport sys\n'
+    hold += 'with RunLock() as lock:\n    lock.take(Path(sys.argv[1]))\n    print("taken", flush=True)\n    sys.stdin.read()'
+    command = [sys.executable, '-c', hold, work_dir]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == 'taken\n'
+        before = files_in(work_dir)
+        assert_refused(
+            train_tool('tiny.py', *options, '--gpus', '1', '--work-dir', work_dir), 'run-going-on', other.pid
+        )
+        assert files_in(work_dir) == before
+        assert train_tool('tiny.py', '--dry-run', '--gpus', '1', '--work-dir', work_dir).code == 0
+        other.communicate()
+    assert not (work_dir / 'run.lock').exists()
+
+
 def test_earlier_runs_pile_up_even_within_a_second(tmp_path, capsys):
     for name in ('a', 'b', 'c'):
         (tmp_path / f'{name}.pth').touch()
@@ -381,6 +411,59 @@ def test_dry_run_prints_the_plan(in_site, args, lr, source):
     for name, share in GROUPS.items():
         assert re.search(rf'lr/{name} +{lr * share:g} += {share:g} x lr$', outcome.out, re.M), outcome.out
     assert not Path('work_dirs/dry').exists()
+
+
+DRY_RUNS = """
+import sys
+from mmfinetune.apis import train
+from mmfinetune.utils.errors import UserError
+for config in sys.argv[1:]:
+    demo = ('demo_data.num_train=4', 'demo_data.num_val=2') if '_demo' in config else ()
+    weights = {'check_weights': True, 'train': True}
+    for parts in ({}, {'train': True}, weights, {**weights, 'weights': 'http://127.0.0.1:9/a.pth'}):
+        try:
+            train.run(train.Options(config, dry_run=True, cfg_options=demo, **parts))
+            print(config, 'OK')
+        except UserError as error:
+            print(config, error.code)
+"""
+
+
+@pytest.mark.slow
+def test_dry_run_writes_nothing_anywhere(tmp_path):
+    places = {name: tmp_path / name for name in ('cwd', 'home', 'tmp')}
+    for place in places.values():
+        place.mkdir()
+    demo.make_voc(places['cwd'] / 'data', 8, 4, progress=False)
+    configs = sorted(str(path) for path in CONFIGS.glob('*.py'))
+    env = {**os.environ, 'HOME': str(places['home']), 'TMPDIR': str(places['tmp']), 'PYTHONDONTWRITEBYTECODE': '1'}
+    for name in ('XDG_CACHE_HOME', 'TORCH_HOME', 'MPLCONFIGDIR'):
+        env.pop(name, None)
+
+    def trees() -> list[str]:
+        repo = [p for p in files_in(REPO) if not p.startswith('.') and '__pycache__' not in p]
+        return [*map(str, sorted(tmp_path.rglob('*'))), *repo]
+
+    before = trees()
+    done = subprocess.run(
+        [sys.executable, '-c', DRY_RUNS, *configs],
+        cwd=places['cwd'],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert trees() == before
+    assert done.returncode == 0, done.stderr[-3000:]
+    ended = [line.split() for line in done.stdout.splitlines() if line.startswith(str(CONFIGS))]
+    assert {code for _, code in ended} == {
+        *('OK', 'weights-nowhere', 'weights-no-source', 'download-offline'),
+        *('config-without-weights', 'check-without-weights'),
+    }
+    assert len(ended) == 4 * len(configs)
+    # What it says is where training will have it.
+    assert '(data/demo/VOCdevkit/VOC2012/annotations/instances_train.json)' in done.stdout
+    assert str(places['tmp']) not in done.stdout
 
 
 def test_dry_run_counts_images_and_steps(in_site):
@@ -634,3 +717,58 @@ def test_torchrun_of_two(in_site, tmp_path):
     assert len([f for f in files if f.startswith('tensorboard_logs')]) == 1
     # MMEngine gathers results by way of files in the working folder, if it may.
     assert not (in_site / '.dist_test').exists()
+
+
+def test_nothing_that_is_shown_ends_a_run(finished_run, own_site, monkeypatch):
+    """Each file that comes with the results is blocked; resumed, trained, tested: exit code 0."""
+    monkeypatch.delenv(extras.STRICT)
+    work_dir = Path('work_dirs/tiny')
+    shutil.copytree(finished_run.kept / 'tiny', work_dir)
+    Path('tiny.py').write_text(
+        Path('tiny.py').read_text() + f'weights = dict(checkpoint={str(finished_run.weights)!r})\n'
+    )
+    for name in [*run_results._FILES, run_results.CLASS_BARS]:
+        path = work_dir / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        if name in ('figures', train.LOG_DIR):
+            path.write_text('in the way')
+        else:
+            (path / 'in the way').mkdir(parents=True)
+    outcome = train_tool('tiny.py', '--resume', work_dir / 'epoch_1.pth')
+    assert outcome.code == 0, outcome.err
+    assert 'Traceback' not in outcome.err + outcome.out
+    assert (work_dir / 'epoch_2.pth').is_file() and re.search(r'boxes +0\.\d{3}', outcome.out)
+    said = set(re.findall(r'WARNING - Skipped (\S+):', outcome.out))
+    assert said == {
+        *('TensorBoardHook.before_train', 'tables', 'images/train_batch', 'LoggerHook.after_train_iter'),
+        *('TensorBoardHook.after_train_epoch', 'TensorBoardHook.after_val_iter', 'LoggerHook.after_val_epoch'),
+        *(
+            'curves.png',
+            'per_class.png',
+            'summary.md',
+            'TensorBoardHook.after_train',
+            'TestPicturesHook.after_test_iter',
+        ),
+        str(work_dir.resolve() / train.TEST_RESULTS),
+    }
+    # What is not there is not pointed to.
+    assert outcome.last_lines(1) == [f'Results: {work_dir}']
+    assert 'all numbers' not in outcome.out
+
+
+def test_a_training_that_cannot_have_learned_says_so(finished_run, own_site):
+    """Fewer steps than the warm-up and AP 0: exit code 0, and commands that run."""
+    Path('tiny.py').write_text(Path('tiny.py').read_text() + 'param_scheduler[0].update(end=500)\n')
+    outcome = train_tool(
+        'tiny.py', '--train', '--work-dir', 'work_dirs/short', '--cfg-options', 'train_cfg.max_epochs=1'
+    )
+    assert outcome.code == 0, outcome.err
+    told = outcome.out[outcome.out.index('Diagnosis:') :].splitlines()
+    assert [line[:4] for line in told if line.startswith('  ')] == ['  - ', '  - ', '  1.', '  2.', '  3.']
+    assert 'had reached 0.01' in told[1]
+    commands = re.findall(r'python tools/(.*)', '\n'.join(told))
+    assert len(commands) >= 2
+    for command in commands:
+        tool, *args = shlex.split(command)
+        done = drive(tool.removesuffix('.py'), *args)
+        assert done.code in (0, 1), (command, done.err)

@@ -53,7 +53,7 @@ def transfer(
     """Give a model the weights of a file by these settings of ``weights``, if all of it fits."""
     source = opened(file) if isinstance(file, Path) else file
     target = model.state_dict()
-    plan = plan_transfer(target, source, weights_cfg, classes)
+    plan = plan_transfer(target, source, weights_cfg, classes, dict(model.named_buffers()))
     check = WeightCheck(source, plan, target, plan.problems)
     check.require_good()
     check.apply(model, seed)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
 
 from mmfinetune.config import load, old_names
+from mmfinetune.config.keys import check_keys
+from tests.builders.errors import codes, refused
 from tests.builders.runs import CONFIGS
 
+MAIN = CONFIGS / 'mask_rcnn_voc_pretrained.py'
 FLAT = CONFIGS / 'mask_rcnn_voc_pretrained_simple.py'
 # As the release before had it, word for word.
 OLD_HOOKS = """
@@ -127,3 +131,94 @@ def test_every_name_of_the_table_is_known():
         assert HOOKS.get(plain['type']) and default[name].type == plain['type'] and plain.keys() <= default[name].keys()
     assert all(HOOKS.get(kind) or VISBACKENDS.get(kind) for kind in old_names.TYPES.values())
     assert {entry[0] for entry in old_names.HOOKS.values() if entry} == old_names._PLAIN.keys()
+
+
+# MMDetection 2.x
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        'data = dict(samples_per_gpu=2, train=dict())',
+        "optimizer = dict(type='SGD', lr=0.02)",
+        'optimizer_config = dict(grad_clip=None)',
+        "lr_config = dict(policy='step', step=[8, 11])",
+        "runner = dict(type='EpochBasedRunner', max_epochs=12)",
+        'total_epochs = 12',
+        "evaluation = dict(metric=['bbox', 'segm'])",
+        'checkpoint_config = dict(interval=1)',
+        "log_config = dict(interval=50, hooks=[dict(type='TextLoggerHook')])",
+        "workflow = [('train', 1)]",
+        "dist_params = dict(backend='nccl')",
+        "resume_from = 'x.pth'",
+        'seed = 3',
+    ],
+)
+def test_settings_of_2x(tmp_path, text):
+    path = tmp_path / 'mine.py'
+    # Also where it does not register the toolkit, as a config of 2.x will not.
+    for base in (f'_base_ = {str(MAIN)!r}\n', ''):
+        path.write_text(base + text)
+        with refused('config-of-2x') as caught:
+            load.load(path)
+        assert [(p.code, p.facts['key']) for p in caught.value.problems] == [('config-2x', text.split()[0])]
+
+
+def test_helpers_may_have_names_of_2x(tmp_path):
+    path = tmp_path / 'mine.py'
+    path.write_text(
+        f"_base_ = {str(MAIN)!r}\noptimizer = dict(type='AdamW', lr=1e-4, _delete_=True)\n"
+        'optim_wrapper = dict(optimizer=optimizer)\n'
+    )
+    assert load.load(path).optim_wrapper.optimizer.type == 'AdamW'
+
+
+PIPELINE = "train_dataloader = dict(dataset=dict(pipeline=[dict(type='LoadImage'), {}]))"
+
+
+@pytest.mark.parametrize(
+    ('text', 'problem'),
+    [
+        ("train_dataloader = dict(dataset=dict(metainfo=dict(CLASSES=('a',))))", 'config-2x'),
+        (PIPELINE.format("dict(type='DefaultFormatBundle')"), 'config-2x'),
+        (PIPELINE.format("dict(type='Collect', keys=['img'])"), 'config-2x'),
+        (PIPELINE.format("dict(type='ImageToTensor', keys=['img'])"), 'config-2x'),
+        (PIPELINE.format("dict(type='MultiScaleFlipAug', transforms=[])"), 'config-2x'),
+        (PIPELINE.format("dict(type='Normalize', mean=[0, 0, 0], std=[1, 1, 1])"), 'config-normalized-twice'),
+        ("custom_hooks = [dict(type='TextLoggerHook')]", 'config-2x'),
+    ],
+)
+def test_spellings_of_2x_that_no_class_refuses(tmp_path, text, problem):
+    path = tmp_path / 'mine.py'
+    path.write_text(f'_base_ = {str(MAIN)!r}\n{text}')
+    with refused('config-of-2x') as caught:
+        load.load(path)
+    assert codes(caught.value.problems) == [problem]
+
+
+@pytest.mark.parametrize(
+    ('place', 'value'),
+    [
+        ('train_dataloader.samples_per_gpu', 2),
+        ('train_dataloader.workers_per_gpu', 2),
+        ('train_dataloader.dataset.img_prefix', 'x'),
+        ('train_dataloader.dataset.classes', ['a']),
+        ('train_dataloader.dataset.pipeline.3.img_scale', (9, 9)),
+        ('train_dataloader.dataset.pipeline.4.flip_ratio', 0.5),
+        ('model.pretrained', 'torchvision://resnet50'),
+        ('optim_wrapper.grad_clip', None),
+        ('val_evaluator.interval', 1),
+        ('train_cfg.rpn', {'debug': False}),
+    ],
+)
+def test_arguments_of_2x(loaded, place, value):
+    cfg = copy.deepcopy(loaded(MAIN.name))
+    cfg.merge_from_dict({place: value})
+    assert [(p.code, p.facts['key']) for p in check_keys(cfg)] == [('config-2x', place)]
+
+
+@pytest.mark.parametrize('key', ['data.samples_per_gpu', 'optimizer.lr', 'total_epochs', 'runner.max_epochs'])
+def test_overrides_of_2x(key):
+    with refused('config-wrong-settings') as caught:
+        load.load(MAIN, [f'{key}=1'])
+    assert codes(caught.value.problems) == ['config-2x']

@@ -18,6 +18,11 @@ from tests.builders.errors import refused
 
 ROOT = Path(__file__).parents[2]
 MAIN = 'configs/mask_rcnn_voc_pretrained.py'
+HEAD_STDS = {
+    'roi_head.bbox_head.fc_cls': 0.01,
+    'roi_head.bbox_head.fc_reg': 0.001,
+    'roi_head.mask_head.conv_logits': 0.001,
+}
 
 
 @pytest.fixture
@@ -60,6 +65,18 @@ def test_lr_of_the_command_line_is_not_scaled():
     assert planned(4, lr=0.5).cfg.optim_wrapper.optimizer.lr == 0.5
 
 
+@pytest.mark.parametrize('setting', ["optim_wrapper.paramwise_cfg = 'all'", "model.type = '.'"])
+def test_a_value_of_a_kind_that_nobody_foresees_is_a_message(setting, tmp_path):
+    key, _, value = setting.partition(' = ')
+    nested = value
+    for part in reversed(key.split('.')[1:]):
+        nested = f'dict({part}={nested})'
+    path = tmp_path / 'c.py'
+    path.write_text(f"_base_ = '{ROOT / MAIN}'\n{key.split('.')[0]} = {nested}\n")
+    with refused('config-value', path=str(path)):
+        planned(config=path)
+
+
 @pytest.mark.parametrize('lr', [-1.0, float('nan'), float('inf')])
 def test_lr_that_no_optimizer_takes(lr):
     with refused('config-wrong-settings') as caught:
@@ -94,6 +111,58 @@ def test_auto_is_found_later():
 def test_weights_and_heads():
     weights = planned(weights='mine.pth', head_init='remap').cfg.weights
     assert (weights.checkpoint, weights.url, weights.fallbacks, weights.head_init) == ('mine.pth', None, [], 'remap')
+
+
+# `load_from`
+
+
+@pytest.mark.parametrize('config', [MAIN, 'configs/mask_rcnn_voc_scratch.py'])
+def test_load_from_is_weights(config, capsys):
+    cfg = planned(config=ROOT / config, dry_run=True, cfg_options=['load_from=mine.pth']).cfg
+    assert cfg.load_from is None and not cfg.resume
+    weights = cfg.weights
+    assert (weights.checkpoint, weights.url, weights.head_init) == ('mine.pth', None, 'auto')
+    assert {k: v['std'] for k, v in weights.reinit.items()} == HEAD_STDS and 'into' not in weights
+    assert 'mine.pth' in capsys.readouterr().out
+
+
+def test_load_from_of_a_url_and_with_other_options(capsys):
+    url = 'https://download.openmmlab.com/x/mask_rcnn-d4b0c5d6.pth'
+    options = [f'load_from={url}', "weights.aliases={'dog': 'cat'}"]
+    weights = planned(dry_run=True, head_init='keep', cfg_options=options).cfg.weights
+    assert (weights.checkpoint, weights.url, weights.head_init) == ('pretrain/mask_rcnn-d4b0c5d6.pth', url, 'keep')
+    assert weights.aliases.dog == 'cat'
+    remapped = planned(cfg_options=['load_from=a.pth', 'weights.head_init=remap']).cfg.weights
+    assert (remapped.checkpoint, remapped.head_init) == ('a.pth', 'remap')
+
+
+def test_weights_of_the_command_line_win_over_load_from(capsys):
+    cfg = planned(dry_run=True, weights='mine.pth', cfg_options=['load_from=other.pth']).cfg
+    assert (cfg.weights.checkpoint, cfg.load_from) == ('mine.pth', None)
+    assert 'load_from is not used' in capsys.readouterr().out
+
+
+def test_a_model_with_other_heads_has_none_to_draw():
+    options = ['load_from=a.pth', 'model.roi_head.mask_head=None', 'weights=None']
+    assert set(planned(cfg_options=options).cfg.weights.reinit) == {*HEAD_STDS} - {'roi_head.mask_head.conv_logits'}
+
+
+@pytest.mark.parametrize('name', ['s3://a/b.pth', 'torchvision://none', '5'])
+def test_load_from_what_cannot_be_read(name):
+    if name == '5':
+        assert planned(cfg_options=[f'load_from={name}']).cfg.weights.checkpoint == '5'
+        return
+    with refused('weights-address', address=name):
+        planned(cfg_options=[f'load_from={name}'])
+
+
+def test_resume_in_a_config_is_resume(tmp_path, capsys):
+    options = ['resume=True', f'load_from={tmp_path / "none.pth"}']
+    with refused('resume-missing'):
+        planned(train=True, cfg_options=options)
+    cfg = planned(train=True, work_dir=str(tmp_path), cfg_options=options[:1]).cfg
+    assert 'nothing to resume' in capsys.readouterr().out and not cfg.resume
+    assert not planned(test=True, cfg_options=options).cfg.resume
 
 
 @pytest.mark.parametrize('options', [{'weights': 'a.pth'}, {'head_init': 'remap'}])

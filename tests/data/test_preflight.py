@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from mmfinetune.data import preflight
 from mmfinetune.data.preflight import Split, read_split
 from mmfinetune.utils.errors import UserError
 from tests.builders.coco import CocoData
@@ -52,6 +53,15 @@ def test_missing_iscrowd_is_not_a_crowd(data):
     data.annotations[2]['iscrowd'] = 0
     del data.annotations[0]['iscrowd']
     assert read(data).usable == 2
+
+
+def test_names_that_mmdet_would_read_in_another_encoding(data, monkeypatch):
+    monkeypatch.setattr(preflight.locale, 'getpreferredencoding', lambda _: 'gbk')
+    data.categories[1]['name'] = 'größe'
+    assert read(data, None).classes == ('cat', 'größe')  # escaped
+    data.path.write_text(data.path.read_text().encode().decode('unicode_escape'), encoding='utf-8')
+    with refused('coco-locale', path=data.path, encoding='gbk'):
+        read_split(data.path, data.root, None)
 
 
 def test_no_file(tmp_path):

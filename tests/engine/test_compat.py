@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -20,6 +21,24 @@ from mmfinetune.engine import compat
 from mmfinetune.utils import event_files
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
+
+
+class Unsendable:
+    def __reduce__(self):
+        raise RuntimeError('unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)')
+
+
+def test_an_object_that_a_queue_cannot_send():
+    queue, seen = multiprocessing.Queue(), []
+    before = compat.queues.Queue._on_queue_feeder_error
+    try:
+        compat.when_not_sent(lambda *facts: seen.append(facts) or facts[0].put('instead'))
+        queue.put(Unsendable())
+        assert queue.get(timeout=20) == 'instead'
+    finally:
+        compat.queues.Queue._on_queue_feeder_error = staticmethod(before)
+    ((at, error, item),) = seen
+    assert at is queue and isinstance(item, Unsendable) and compat.is_out_of_shared_memory(error)
 
 
 class Deadly(Dataset):
@@ -126,3 +145,12 @@ def test_a_closed_writer_opens_its_file_again(tmp_path):
         writer.close()
     events = [event for path in tmp_path.iterdir() for _, event in event_files.read_records(path.read_bytes())]
     assert sorted(event.step for event in events if event.summary.value) == [1, 2]
+
+
+def test_a_data_set_without_images(tmp_path):
+    from mmdet.datasets import CocoDataset
+
+    (tmp_path / 'none.json').write_text(json.dumps({'images': [], 'annotations': [], 'categories': []}))
+    with pytest.raises(ValueError, match='array') as caught:
+        CocoDataset(ann_file=str(tmp_path / 'none.json'), pipeline=[])
+    assert compat.is_empty_dataset(caught.value)

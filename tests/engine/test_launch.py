@@ -24,6 +24,7 @@ from mmengine.config import Config
 
 from mmfinetune.engine import compat, launch
 from tests.builders.errors import refused
+from tests.builders.processes import alive, wait_for
 from tests.builders.runs import REPO, TOOLS
 
 DIST_TRAIN = TOOLS / 'dist_train.sh'
@@ -56,19 +57,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return probe.getsockname()[1]
-
-
-def wait_for(condition: Callable[[], object], seconds: float = 120) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, 'waited in vain'
-        time.sleep(0.05)
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[0] != 'Z'
-    return False
 
 
 # How many processes
@@ -366,7 +354,7 @@ def test_a_stop_is_told_by_the_run_itself(start):
     assert done.err.startswith('Stopped by SIGTERM') and 'epoch_1.pth' in done.err
 
 
-@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
     def stop() -> None:
         wait_for(lambda: len(list(Path.cwd().glob('ready*'))) == 2)
@@ -375,7 +363,7 @@ def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
     threading.Thread(target=stop, daemon=True).start()
     done = start("""
         asked = []
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, lambda number, frame: asked.append(number))
         Path(f'ready{rank}').touch()
         while not asked:

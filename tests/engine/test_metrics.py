@@ -497,3 +497,18 @@ def test_real_coco(real_data):
     assert 0.2 < expected['coco/segm_mAP'] < 0.9
     for engine in ENGINES:
         assert evaluate(path, predictions, names, engine=engine) == pytest.approx(expected, rel=0, abs=1e-9), engine
+
+
+def test_ground_truth_is_that_of_the_images_seen(data, tmp_path):
+    """``indices`` of a data set leaves images out; a wrapper gives them several times."""
+    path, predictions = data
+    some = predictions[: len(predictions) // 2]
+    whole = json.loads(path.read_text())
+    ids = {sample['img_id'] for sample in some}
+    whole['images'] = [image for image in whole['images'] if image['id'] in ids]
+    whole['annotations'] = [a for a in whole['annotations'] if a['image_id'] in ids]
+    (tmp_path / 'some.json').write_text(json.dumps(whole))
+    expected = evaluate(tmp_path / 'some.json', some)
+    assert evaluate(path, some) == expected
+    assert evaluate(path, [*some, *some]) == expected
+    assert expected != evaluate(*data)

@@ -133,7 +133,7 @@ def processes(nursery, site, monkeypatch) -> Callable:
             process.start()
             out.close()  # so that the other end tells when the process has died
         try:
-            return [into.recv() if into.poll(120) else pytest.fail('no answer') for into, _ in pipes]
+            return [into.recv() if into.poll(300) else pytest.fail('no answer') for into, _ in pipes]
         finally:
             for process in started:
                 process.join(10)

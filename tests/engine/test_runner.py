@@ -8,10 +8,15 @@ import pytest
 import torch
 from mmdet.registry import RUNNERS
 from mmengine.hooks import EMAHook
+from mmengine.registry import VISBACKENDS
+from mmengine.visualization import LocalVisBackend
 from torch import nn
 
 import mmfinetune.engine.runner as engine_runner
+from mmfinetune.engine.hooks.pictures import TestPicturesHook
 from mmfinetune.engine.runner import INITIAL_WEIGHTS, FineTuningRunner
+from mmfinetune.utils import extras
+from mmfinetune.utils.errors import Message
 from mmfinetune.weights.check import WeightCheck
 from mmfinetune.weights.transfer import plan_transfer
 from tests.builders.runs import forget_runs
@@ -31,6 +36,17 @@ def start(tmp_path: Path) -> WeightCheck:
     plan = plan_transfer(target, source, {'reinit': {HEAD: {'std': 0.01}}})
     assert not plan.problems
     return WeightCheck(source, plan, target, [])
+
+
+@VISBACKENDS.register_module(force=True)
+class LostServer(LocalVisBackend):
+    def add_scalars(self, *args, **kwargs) -> None:
+        raise ConnectionError('the server is gone')
+
+
+class FailingPictures(TestPicturesHook):
+    def after_test_iter(self, *args, **kwargs) -> None:
+        next(iter(()))  # as a font that is not found once did
 
 
 def build(work_dir: Path, start: WeightCheck | None, **changes) -> FineTuningRunner:
@@ -144,3 +160,29 @@ def test_ema_starts_from_the_weights(tmp_path, start, begin):
     )
     runner.train()
     assert (averaged[0] == 2).all()
+
+
+def test_what_only_shows_a_run_never_ends_it(tmp_path, monkeypatch):
+    forget_runs()
+    cfg = make_cfg(
+        tmp_path,
+        train_cfg={'max_epochs': 1},
+        visualizer=dict(type='Visualizer', name='lost', vis_backends=[dict(type='LostServer', save_dir=str(tmp_path))]),
+    )
+    cfg.test_dataloader, cfg.test_evaluator, cfg.test_cfg = cfg.val_dataloader, cfg.val_evaluator, dict(type='TestLoop')
+    runner = FineTuningRunner.from_cfg(cfg)
+    runner.register_hook(FailingPictures())
+    monkeypatch.delenv(extras.STRICT)
+    said: list[Message] = []
+    monkeypatch.setattr(extras, 'warn', said.append)
+    runner.train()
+    assert runner.epoch == 1 and (tmp_path / 'epoch_1.pth').is_file()
+    assert {m.facts['what'] for m in said} == {'LoggerHook.after_train_iter', 'LoggerHook.after_val_epoch'}
+    assert {str(m.facts['why']) for m in said} == {'the server is gone'}
+    said.clear()
+    assert runner.test()
+    assert {m.facts['what'] for m in said} == {'FailingPictures.after_test_iter'}
+    # What decides on the run is not among them.
+    runner.register_hook(DoAt(lambda _: 1 / 0, point='before_test'))
+    with pytest.raises(ZeroDivisionError):
+        runner.test()

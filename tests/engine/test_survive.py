@@ -10,6 +10,7 @@ import os
 import random
 import re
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from mmfinetune.weights import work_dir as weights_work_dir
 from tests.builders import voc
 from tests.builders.disk import nearly_full
 from tests.builders.errors import refused
+from tests.builders.processes import marked, wait_for
 from tests.builders.runs import TOOLS, Outcome, drive, inside, make_site, write_tiny_config
 from tests.builders.toy import assert_same_checkpoint, names
 
@@ -483,3 +485,86 @@ def test_memory_of_workers_stays_flat(site, tmp_path):
     print('MiB of each worker, epochs 2 to 15:', [[round(mb, 1) for mb in row] for row in used])
     for worker in zip(*used[2:], strict=True):
         assert max(worker) < worker[0] + 5
+
+
+MARK = 'MMFINETUNE_TEST_MARK'
+
+
+def is_rank(pid: int) -> bool:
+    """Whether a process, or the one that it was forked from, is one of several."""
+    return b'\0RANK=' in Path(f'/proc/{pid}/environ').read_bytes()
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f'/proc/{pid}/stat').read_text().rpartition(')')[2].split()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('start', ('alone', 'launcher', 'torchrun'))
+@pytest.mark.parametrize('killed', ('first', 'rank', 'loader'))
+def test_no_process_is_left_when_one_is_killed(site, tmp_path, start, killed):
+    mark, log = f'{MARK}={tmp_path}', tmp_path / 'log'
+    tool = [str(TOOLS / 'train_pretrained.py'), 'tiny.py', '--train', '--work-dir', str(tmp_path / 'run')]
+    command = {
+        'alone': [sys.executable, *tool, '--gpus', '1'],
+        'launcher': [sys.executable, *tool, '--gpus', '2'],
+        'torchrun': [
+            sys.executable,
+            '-m',
+            'torch.distributed.run',
+            '--nproc_per_node',
+            '2',
+            '--master_port',
+            '0',
+            *tool,
+        ],
+    }[start]
+    environment = {**os.environ, MARK: str(tmp_path), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
+    with log.open('w') as out:
+        first = subprocess.Popen(command, cwd=site, env=environment, stdout=out, stderr=out)
+    try:
+        wait_for(lambda: re.search(r'Epoch\(train\)\s+\[1\]\[\s*2/', log.read_text()) or first.poll(), PATIENCE)
+        assert first.poll() is None, log.read_text()[-2000:]
+        ranks = (
+            [first.pid]
+            if start == 'alone'
+            else [pid for pid in marked(mark) if is_rank(pid) and not is_rank(parent_of(pid))]
+        )
+        loaders = [pid for pid in marked(mark) if parent_of(pid) in ranks]
+        assert len(ranks) == (1 if start == 'alone' else 2) and len(loaders) >= 2 * len(ranks)
+        victim = {'first': first.pid, 'rank': max(ranks), 'loader': min(loaders)}[killed]
+        os.kill(victim, signal.SIGKILL)
+        begin = time.monotonic()
+        wait_for(lambda: first.poll() is not None and not marked(mark), 60)
+        took = time.monotonic() - begin
+        print(f'{start}, {killed} killed: 0 processes after {took:.1f} s')
+        assert took < (5 if killed == 'first' else 15)
+        whole_files(tmp_path / 'run')
+    finally:
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.slow
+def test_twenty_double_starts(site, tmp_path):
+    rng, work_dir, outcomes = random.Random(0), tmp_path / 'run', collections.Counter()
+    short = ['--cfg-options', 'train_cfg.max_epochs=1', 'default_hooks.results=None', 'default_hooks.tensorboard=None']
+    for number in range(20):
+        if number % 4 == 0:
+            shutil.rmtree(work_dir, ignore_errors=True)
+        kept = {path.name: path.read_bytes() for path in work_dir.rglob('epoch_1.pth')}
+        runs = []
+        for _ in range(2):
+            options = rng.choice((['--train'], ['--train', '--resume', 'auto'])) + short
+            runs.append(Run(site, *options, work_dir=work_dir))
+            runs[-1].log = tmp_path / f'{number}_{len(runs)}'
+            time.sleep(rng.choice((0, 0, 0.5, 3)))
+        codes = sorted(run.end() for run in runs)
+        outcomes[tuple(codes)] += 1
+        assert codes in ([0, 2], [0, 0]), [run.process.exitcode for run in runs]
+        assert 'epoch_1.pth' in whole_files(work_dir) and not (work_dir / 'run.lock').exists()
+        # What an earlier run has left is set aside or goes on, but is not lost.
+        now = [path.read_bytes() for path in work_dir.rglob('epoch_1.pth')]
+        assert all(data in now for data in kept.values())
+    print('exit codes of 20 double starts:', dict(outcomes))
+    assert outcomes[0, 2] >= 15

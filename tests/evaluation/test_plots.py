@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import math
+import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -16,6 +18,7 @@ from PIL import Image
 from mmfinetune.evaluation import plots
 from mmfinetune.evaluation.history import History
 from mmfinetune.utils import fonts
+from tests.builders.runs import REPO
 
 # Matplotlib brings a font along that has this letter, which its default font lacks.
 BOLD_A, OTHER_FONT = '\U0001d504', 'STIXGeneral'
@@ -186,6 +189,32 @@ def test_a_font_installed_since_matplotlib_looked_is_found(monkeypatch, tmp_path
     monkeypatch.setattr(font_manager, 'findSystemFonts', lambda: [str(new), str(broken)])
     monkeypatch.setattr(fonts, 'WIDE_FONTS', ('new.ttf',))
     assert OTHER_FONT in plots._families()
+
+
+def test_an_environment_that_is_reached_through_links(tmp_path):
+    import matplotlib
+
+    # The files of a package store: links, and what they lead to has another name.
+    package = Path(matplotlib.__file__).parent
+    for path in package.rglob('*'):
+        link = tmp_path / 'env/matplotlib' / path.relative_to(package)
+        if path.is_dir():
+            link.mkdir(parents=True, exist_ok=True)
+        else:
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    for number, font in enumerate((tmp_path / 'env').rglob('DejaVuSans*.ttf')):
+        shutil.copy(font, tmp_path / f'{number:08x}')
+        font.unlink()
+        font.symlink_to(tmp_path / f'{number:08x}')
+    code = (
+        'import matplotlib, mmfinetune.evaluation.plots as plots; from mmfinetune.utils import fonts; '
+        'print(matplotlib.__file__, plots._families()[0], plots.class_bars({"a": {"segm_AP": 0.5}})[1:4], '
+        'fonts.font_for(12, "a").getname()[0])'
+    )
+    env = {**os.environ, 'PYTHONPATH': f'{tmp_path}/env:{REPO}', 'MPLCONFIGDIR': str(tmp_path / 'cache')}
+    done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env)
+    assert done.stdout == f"{tmp_path}/env/matplotlib/__init__.py DejaVu Sans b'PNG' DejaVu Sans\n"
 
 
 def test_import_is_cheap():

@@ -77,7 +77,8 @@ def test_page():
     assert '| a\\|b' in page
     assert '![' not in page  # no picture was made
     found.pictures = {1: 'worst/01_image 1.jpg'}
-    page = render.markdown(found)
+    page = render.markdown(found, ['tide.png'])
+    assert '](tide.png)' in page and 'confusion.png' not in page
     assert '2. `image_1.png`: 1 error, F1 0.500. confused: dog predicted as cow' in page
     assert '![confused: dog predicted as cow](<worst/01_image 1.jpg>)' in page
     # All tables have rows of one width.

@@ -7,6 +7,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -354,6 +355,26 @@ def test_help_imports_nothing_heavy(tool):
     imported = {line.rpartition('|')[2].strip() for line in outcome.err.splitlines()}
     assert 'mmfinetune.apis.cli' in imported
     assert not imported & {'torch', 'torchvision', 'mmengine', 'mmcv', 'mmdet', 'tensorboard'}
+
+
+def test_backend_of_a_notebooks_kernel_does_not_reach_the_tools():
+    env = {**os.environ, 'MPLBACKEND': 'module://no_such_package.backend_inline'}
+    for first, backend in (('mmfinetune', 'agg'), ('mmfinetune.apis.cli', 'agg'), ('os', 'no_such_package')):
+        code = f'import {first}, matplotlib; print(matplotlib.get_backend())'
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=False, env=env)
+        assert backend in (done.stdout or done.stderr).lower()
+    # A kernel's own environment has its backend; a script may open windows.
+    for own in ('module://mmfinetune.utils.text', 'pdf'):
+        code = 'import mmfinetune, os; print(os.environ["MPLBACKEND"])'
+        env = {**os.environ, 'MPLBACKEND': own}
+        done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True, env=env)
+        assert done.stdout.strip() == own
+
+
+@pytest.mark.parametrize('tool', WITH_HELP)
+def test_nothing_comes_before_the_backend(tool):
+    lines = (TOOLS / f'{tool}.py').read_text().splitlines()
+    assert next(line for line in lines if 'from mmfinetune' in line).startswith('from mmfinetune.apis.cli import')
 
 
 def test_help_names_every_flag_of_the_issue():

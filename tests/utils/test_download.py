@@ -1,17 +1,21 @@
 from __future__ import annotations
 
+import contextlib
+import gzip
 import hashlib
 import io
 import socket
 import tarfile
 import threading
+import time
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
 from mmfinetune.utils import download
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import sha256_of
 from tests.builders.errors import refused
 
@@ -262,6 +266,168 @@ def test_full_disk(server, tmp_path, monkeypatch):
     monkeypatch.setattr(download.shutil, 'disk_usage', lambda path: type('Usage', (), {'free': 1000}))
     with refused('disk-full', free=1e-6):
         fetch(server, tmp_path / 'model.bin')
+
+
+@contextlib.contextmanager
+def answering(*answers: bytes, endless: bytes = b'') -> Iterator[str]:
+    """A server that gives these answers, one a connection and the last again and again, and then closes it."""
+    with socket.socket() as listening:
+        listening.bind(('127.0.0.1', 0))
+        listening.listen()
+        left = list(answers)
+
+        def serve() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = listening.accept()
+                    with connection, contextlib.suppress(OSError):
+                        connection.recv(1 << 16)
+                        connection.sendall(left.pop(0) if len(left) > 1 else left[0])
+                        while endless:
+                            connection.sendall(endless)
+
+        thread = threading.Thread(target=serve, daemon=True)
+        thread.start()
+        yield f'http://127.0.0.1:{listening.getsockname()[1]}/model.pth'
+        listening.shutdown(socket.SHUT_RDWR)
+    thread.join()
+
+
+def head(*lines: str, status: str = '200 OK') -> bytes:
+    return '\r\n'.join([f'HTTP/1.1 {status}', *lines, '', '']).encode()
+
+
+CHUNK = b'8000\r\n' + bytes(0x8000) + b'\r\n'
+
+
+@pytest.mark.parametrize('known', [dict(sha256=SHA), dict(md5=MD5), {}])
+def test_more_than_the_known_size_is_not_taken(known, tmp_path):
+    start = time.perf_counter()
+    for headers in (['Transfer-Encoding: chunked'], ['Connection: close']):
+        with answering(head(*headers), endless=CHUNK) as url, refused('download-endless', most=len(DATA)) as caught:
+            download.download(url, tmp_path / 'm', size=len(DATA), progress=False, wait=0, **known)
+        assert url in caught.value.hint
+    assert names(tmp_path) == []
+    assert time.perf_counter() - start < 10
+
+
+def test_an_endless_answer_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(download, '_MOST', 1 << 20)
+    with answering(head('Transfer-Encoding: chunked'), endless=CHUNK) as url, refused('download-endless', most=1 << 20):
+        download.download(url, tmp_path / 'm', sha256=SHA, progress=False, wait=0)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    'target',
+    ['ftp://127.0.0.1/model.pth', 'file:///etc/passwd', 'http://[::1', 'data:,x', 'http://a b/', '//', 'http://'],
+)
+def test_redirects_to_other_schemes_and_to_no_address(target, tmp_path):
+    answer = head(f'Location: {target}', 'Content-Length: 0', status='302 Found')
+    with answering(answer) as url, pytest.raises(UserError) as caught:
+        download.download(url, tmp_path / 'm', progress=False, wait=0, retries=1)
+    assert caught.value.code in ('download-redirect', 'download-http', 'download-failed')
+    assert caught.value.code == 'download-redirect' or not target.startswith('ftp')
+    assert names(tmp_path) == []
+
+
+def test_redirects_from_https_to_http_are_refused_and_the_other_way_allowed():
+    def redirected(here: str, there: str):
+        request = download.urllib.request.Request(here)
+        return download._SameScheme().redirect_request(request, io.BytesIO(), 302, 'Found', {}, there)
+
+    for here, there in (('https://a/x', 'http://a/x'), ('https://a/x', 'ftp://a/x'), ('http://a/x', 'ftp://a/x')):
+        with refused('download-redirect', url=here, target=there):
+            redirected(here, there)
+    for here, there in (('http://a/x', 'https://b/x'), ('http://a/x', 'http://b/y'), ('https://a/x', 'https://b/y')):
+        assert redirected(here, there).full_url == there
+
+
+def test_the_body_of_a_redirect_is_not_read(server, tmp_path):
+    moved = head(f'Location: {server.url}', 'Connection: close', status='302 Found')
+    with answering(moved, endless=bytes(1 << 16)) as url:
+        path = download.download(url, tmp_path / 'm', sha256=SHA, progress=False, wait=0, retries=0)
+    assert path.read_bytes() == DATA
+
+
+def test_redirects_in_a_circle_end(tmp_path):
+    answer = head('Location: /model.pth', 'Content-Length: 0', status='302 Found')
+    with answering(answer) as url, refused('download-http', status=302):
+        download.download(url, tmp_path / 'm', progress=False, wait=0)
+
+
+@pytest.mark.parametrize(
+    'url',
+    [
+        'http://[::1',
+        'http://[::1/a.pth',
+        'https://[::1',
+        'http://',
+        'http:///a.pth',
+        'https:',
+        'http://host:port/a.pth',
+        'http://host:99999/a.pth',
+        'http://a b/a.pth',
+        'http://a..b/a.pth',
+        f'http://{"a" * 70}.de/a.pth',
+        'http://host/a\n.pth',
+        'http://host/a\0.pth',
+        'http://host/\ud800.pth',
+        'http://\ud800/a.pth',
+        'ftp://host/a.pth',
+        '',
+        'a.pth',
+    ],
+)
+def test_what_is_no_address(url, tmp_path):
+    start = time.perf_counter()
+    with refused('download-address', url=url):
+        download.download(url, tmp_path / 'm')
+    assert time.perf_counter() - start < 1
+
+
+def test_letters_beyond_ascii_are_sent_as_browsers_send_them(server, tmp_path):
+    url = server.url.replace('model.bin', 'größe%20a.pth?x=ü#part')
+    assert download.download(url, tmp_path / 'm', sha256=SHA, progress=False, wait=0).read_bytes() == DATA
+
+
+PAGE = b'<!DOCTYPE html><html>Please log in</html>'
+
+
+@pytest.mark.parametrize(
+    ('answer', 'code'),
+    [
+        (head('Content-Type: text/html', 'Content-Length: 9') + b'\x80\x02}X\0\0\0\0.', 'download-other'),
+        (head(f'Content-Length: {len(PAGE)}') + PAGE, 'download-other'),
+        (head(f'Content-Length: {len(PAGE) + 3}') + b'\xef\xbb\xbf' + PAGE, 'download-other'),
+        (head('Content-Length: 20') + b'<?xml version="1.0"?', 'download-other'),
+        (head('Content-Length: 0'), 'download-other'),
+        (head('Content-Length: 90') + b'short', 'download-failed'),
+        (head('Transfer-Encoding: chunked') + b'5\r\nshort\r\n', 'download-failed'),
+        (head('Connection: close') + DATA, 'download-no-length'),
+        (head('Content-Encoding: gzip', f'Content-Length: {len(gzip.compress(DATA))}') + gzip.compress(DATA), 'download-packed'),
+        (head(f'Content-Length: {len(gzip.compress(DATA))}') + gzip.compress(DATA), 'download-other'),
+        (head('Content-Length: \xb2') + DATA, 'download-no-length'),
+        (b'no HTTP at all', 'download-failed'),
+        (b'', 'download-failed'),
+    ],
+)  # fmt: skip
+def test_without_a_checksum_what_cannot_be_the_file_is_refused(answer, code, tmp_path):
+    with answering(answer) as url, refused(code):
+        download.download(url, tmp_path / 'm', progress=False, wait=0, retries=1)
+    assert [name for name in names(tmp_path) if '.part' not in name] == []
+
+
+def test_without_a_checksum_the_caller_says_what_the_file_must_be(server, tmp_path):
+    def check(path: Path) -> Message | None:
+        return None if path.read_bytes() == DATA else Message('weights-text', 'no')
+
+    assert fetch(server, tmp_path / 'model.bin', check=check).read_bytes() == DATA
+    server.body = b'Not Found'
+    with refused('download-mismatch') as caught:
+        fetch(server, tmp_path / 'other.bin', check=check)
+    assert caught.value.problems == [Message('weights-text', 'no')]
+    assert names(tmp_path) == ['model.bin']
 
 
 def make_tar(path: Path, members: dict[str, bytes | tarfile.TarInfo]) -> Path:

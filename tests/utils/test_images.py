@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmfinetune.data.check.images import look_at
 from mmfinetune.utils.images import image_size, read_pixels
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import faulty
 
 
@@ -92,3 +94,22 @@ def test_pixels_are_those_stored(tmp_path, colours, mode):
         read_pixels(tmp_path / 'b.png')
     with faulty('image-file-unreadable'):
         read_pixels(cut(noise(tmp_path / 'c.png'), 0.6))
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    path = strange(tmp_path / 'a.png', kind)
+    for read in (image_size, read_pixels):
+        with faulty('image-file-unreadable'):
+            read(path)
+
+
+def test_what_opencv_refuses(tmp_path):
+    path = tmp_path / 'a.png'
+    Image.new('1', ((1 << 20) + 1, 1)).save(path)
+    assert look_at(path).problem == 'image-unreadable'
+    with faulty('image-file-huge'):
+        image_size(path)
+    Image.new('1', (1 << 20, 1)).save(path)
+    assert look_at(path).problem == ''
+    assert image_size(path) == (1 << 20, 1)

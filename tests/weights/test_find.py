@@ -1,4 +1,4 @@
-"""Weights files are verified, found in caches, copied and downloaded."""
+"""Weights files are verified, found in caches and downloaded."""
 
 from __future__ import annotations
 
@@ -149,13 +149,10 @@ def test_damaged_own_path_is_an_error_though_a_cache_has_it(home):
 
 
 @pytest.mark.parametrize('place', ['torch/hub/checkpoints', 'cache/mim', 'work'])
-def test_copy_into_pretrain(home, place):
+def test_found_in_a_cache_it_stays_there(home, place):
     source = put(home / place / NAME)
-    found = find_weights(f'pretrain/{NAME}')
-    assert found == Path('pretrain') / NAME
-    assert found.read_bytes() == GOOD
-    assert source.is_file()
-    assert names_in(Path('pretrain')) == [NAME]
+    assert find_weights(f'pretrain/{NAME}') == source
+    assert not Path('pretrain').exists()
 
 
 def test_caches_without_their_variables(home, monkeypatch):
@@ -186,13 +183,6 @@ def test_damaged_file_in_a_cache_is_passed_over(home):
     put(home / 'torch/hub/checkpoints' / NAME, GOOD[:-1])
     put(home / 'cache/mim' / NAME)
     assert find_weights(f'pretrain/{NAME}').read_bytes() == GOOD
-
-
-def test_copy_goes_where_the_config_says_if_the_folder_is_there(home):
-    put(home / 'cache/mim' / NAME)
-    (home / 'shared').mkdir()
-    assert find_weights(home / 'shared' / NAME) == home / 'shared' / NAME
-    assert not Path('pretrain').exists()
 
 
 def test_download(home, server):

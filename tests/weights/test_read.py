@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import pickle
 import random
 import shutil
+import types
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import torch
 
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import read
+from mmfinetune.weights.publish import publish
 from mmfinetune.weights.read import read_checkpoint, state_dict_of
 from mmfinetune.weights.sources import open_source
 from tests.builders.errors import refused
@@ -50,6 +53,49 @@ def test_pickle_of_any_protocol_runs_nothing(tmp_path, protocol):
     with pytest.raises(UserError) as caught:
         read_checkpoint(path)
     assert caught.value.facts['path'] == path
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize('last', [False, True], ids=['tensor', 'last tensor'])
+def test_a_changed_byte_in_a_tensor_is_found(tmp_path, last):
+    path = tmp_path / 'a.pth'
+    torch.save({'state_dict': {'a': torch.full((1000,), 3.0), 'b': torch.full((1000,), 5.0)}}, path)
+    data = bytearray(path.read_bytes())
+    value = torch.tensor(5.0 if last else 3.0).numpy().tobytes()
+    data[data.index(value * 1000) + 2000] ^= 1
+    path.write_bytes(data)
+    assert torch.load(path)['state_dict']['b' if last else 'a'].unique().numel() > 1  # torch reads it
+    with refused('weights-crc', path=path, part=f'a/data/{int(last)}'):
+        read_checkpoint(path)
+
+
+def test_a_file_without_crcs_is_read(tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({'state_dict': {'a': torch.ones(1000)}}, path)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert read_checkpoint(path)['state_dict']['a'].sum() == 1000
+
+
+@pytest.mark.parametrize('write', [torch.save, partial(write_pickle, 2)], ids=['pth', 'pkl'])
+def test_settings_of_a_script_are_plain_values(tmp_path, write):
+    args = argparse.Namespace(lr=0.02, names=['a'], out=Path('runs/1'), inner=types.SimpleNamespace(amp=True))
+    path = tmp_path / ('a.pth' if write is torch.save else 'a.pkl')
+    write({'model': {'a': torch.ones(1) if write is torch.save else np.ones(1)}, 'args': args}, path)
+    if write is torch.save:
+        assert read.load(path)['args'] == {'lr': 0.02, 'names': ['a'], 'out': 'runs/1', 'inner': {'amp': True}}
+    assert read.load(path)['model']['a'] == 1
+
+
+@pytest.mark.parametrize('write', [torch.save, partial(write_pickle, 2)], ids=['pth', 'pkl'])
+def test_code_in_settings_does_not_run(tmp_path, write):
+    trace = tmp_path / 'trace'
+    path = tmp_path / ('a.pth' if write is torch.save else 'a.pkl')
+    write({'model': {}, 'args': argparse.Namespace(x=Evil(os.mkdir, str(trace)))}, path)
+    with refused('weights-code', culprit='posix.mkdir'):
+        read.load(path)
     assert not trace.exists()
 
 
@@ -256,3 +302,107 @@ def test_crafted_array_pickles_end_in_a_message(data, tmp_path):
     path.write_bytes(data)
     with refused('weights-unreadable', path=path):
         open_source(path)
+
+
+@pytest.mark.parametrize(
+    ('extra', 'code', 'problems'),
+    [
+        ({5: torch.ones(1)}, 'weights-names', ['5']),
+        ({(1, 2): torch.ones(1), None: torch.ones(1)}, 'weights-names', ['(1, 2)', 'None']),
+        ({1 << 2000: torch.ones(1)}, 'weights-names', ['an integer of 2001 bits']),
+        ({'a\ud800': torch.ones(1)}, 'weights-names', [r"'a\ud800'"]),
+        ({'x': torch.empty(1 << 40, device='meta')}, 'weights-not-dense', ['x']),
+        (
+            {'x': torch.ones(2).to(torch.float8_e4m3fn), 'y': torch.ones(2).to(torch.uint16)},
+            'weights-not-dense',
+            ['x', 'y'],
+        ),
+        ({'x': torch.ones(2, dtype=torch.complex64)}, 'weights-not-dense', ['x']),
+    ],
+)
+def test_tensors_that_are_no_weights(extra, code, problems, tmp_path):
+    path = tmp_path / 'a.pth'
+    torch.save({'state_dict': {**mmdet_state(3), **extra}}, path)
+    for use in (open_source, lambda p: publish(p, tmp_path / 'out')):
+        with refused(code, path=path) as caught:
+            use(path)
+        assert caught.value.problems == problems
+
+
+def nested(levels: int) -> list:
+    value: list = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    'classes',
+    [nested(100), 5, [1, 2, 3], ['a', 'b', ['c']], ['a', 'b', '\ud800'], {'a': 1}, 'abc', [], [1 << 2000] * 3],
+)
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda c: {'meta': {'dataset_meta': {'classes': c}}},
+        lambda c: {'meta': {'CLASSES': c}},
+        lambda c: {'meta': {'dataset_meta': c}},
+        lambda c: {'meta': c},
+        lambda c: {'classes': c},
+    ],
+)
+def test_what_is_no_list_of_names_is_no_record_of_classes(classes, wrap, tmp_path):
+    torch.save({'state_dict': mmdet_state(3), **wrap(classes)}, tmp_path / 'a.pth')
+    source = open_source(tmp_path / 'a.pth')
+    assert source.classes is None
+    assert '\n'.join(source.lines())
+    assert read.read_checkpoint(publish(tmp_path / 'a.pth', tmp_path / 'b'))['meta']['dataset_meta']['classes'] == ()
+
+
+@pytest.mark.parametrize(
+    'meta',
+    [
+        {'mean': 5},
+        {'mean': '123'},
+        {'std': ['a', 'b', 'c']},
+        {'mean': [10**400] * 3},
+        {'style': 'x'},
+        {'style': ['pytorch']},
+        {'rgb': 'yes'},
+        {'notes': 5},
+        {'notes': [5]},
+        {'notes': [('a', 'b', 'c')]},
+    ],
+)
+def test_a_record_of_the_origin_that_is_none(meta, tmp_path):
+    torch.save({'state_dict': mmdet_state(3), 'meta': {'origin': 'mmdet', **meta}}, tmp_path / 'a.pth')
+    with refused('weights-record', path=tmp_path / 'a.pth'):
+        open_source(tmp_path / 'a.pth')
+
+
+@pytest.mark.parametrize('origin', [['mmdet'], 5, {}, 'nobody'])
+def test_an_origin_that_is_none(origin, tmp_path):
+    torch.save({'state_dict': mmdet_state(3), 'meta': {'origin': origin}}, tmp_path / 'a.pth')
+    assert open_source(tmp_path / 'a.pth').origin == 'mmdet'
+
+
+@pytest.mark.parametrize('classes', ['[' * 100_000, '["\\ud800"]', '5', '{', 'null'])
+def test_classes_of_safetensors_that_are_none(classes, tmp_path):
+    from safetensors.torch import save_file
+
+    save_file(mmdet_state(3), tmp_path / 'a.safetensors', {'classes': classes})
+    assert open_source(tmp_path / 'a.safetensors').classes is None
+
+
+@pytest.mark.parametrize(
+    'content',
+    [
+        (1 << 62).to_bytes(8, 'little') + b'{',
+        (8).to_bytes(8, 'little') + b'{"a": 1}',
+        (60).to_bytes(8, 'little') + b'{"a":{"dtype":"F32","shape":[1099511627776],"data_offsets":[0,4]}}',
+        (100_008).to_bytes(8, 'little') + b'{"a":' + b'[' * 100_003,
+    ],
+)
+def test_crafted_safetensors(content, tmp_path):
+    (tmp_path / 'a.safetensors').write_bytes(content)
+    with refused('weights-unreadable', path=tmp_path / 'a.safetensors'):
+        open_source(tmp_path / 'a.safetensors')

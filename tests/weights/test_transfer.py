@@ -132,10 +132,13 @@ class NormedHead(nn.Module):
         self.conv = nn.Conv2d(2, 4, 3)
         self.bn, self.gn, self.ln = nn.BatchNorm2d(4), nn.GroupNorm(2, 4), nn.LayerNorm(4)
         self.fc = nn.Linear(4, 3)
+        self.register_buffer('anchors', torch.rand(3, 4))
 
 
-def test_normalisation_in_a_drawn_module_starts_as_the_models_own():
+def test_normalisation_and_buffers_in_a_drawn_module_start_as_the_models_own():
     model = nn.ModuleDict({'head': NormedHead()})
+    with torch.no_grad():
+        model['head'].gn.bias.fill_(0.5)
     fresh = {k: v.clone() for k, v in model.state_dict().items()}
     damaged = {k: torch.full_like(v, 7) for k, v in fresh.items()}
     plan = transfer(model, source_of(damaged), reinit=reinit('head'))
@@ -152,6 +155,49 @@ def test_normalisation_in_a_drawn_module_starts_as_the_models_own():
     model.eval()
     with torch.no_grad():
         assert model['head'].bn(model['head'].conv(torch.randn(2, 2, 5, 5))).isfinite().all()
+
+
+def test_rows_are_remapped_next_to_a_normalisation():
+    model = nn.ModuleDict({'head': nn.ModuleDict({'bn': nn.BatchNorm1d(4), 'fc_cls': nn.Linear(4, 3)})})
+    theirs = {k: torch.full_like(v, 7) for k, v in model.state_dict().items()}
+    source = source_of(theirs, classes=('dog', 'cat'))
+    plan = transfer(model, source, ('cat', 'dog'), reinit=reinit('head'), head_init='remap')
+    assert [k for k, fate in plan.fates.items() if fate == 'remapped'] == ['head.fc_cls.weight', 'head.fc_cls.bias']
+    assert (model['head']['fc_cls'].weight == 7).all() and (model['head']['bn'].weight == 1).all()
+
+
+# Heads that are kept
+
+
+def heads(rows: int, value: float = 7) -> dict[str, torch.Tensor]:
+    return {'a.weight': torch.full((2, 2), value), 'head.weight': torch.full((rows, 2), value)}
+
+
+@pytest.mark.parametrize(('head_init', 'rows'), [('keep', 3), ('auto', 3), ('auto', 81)])
+@pytest.mark.parametrize('names', [('cat', 'dog'), None, ('dog', 'cat')], ids=['same', 'none', 'other order'])
+def test_heads_of_the_same_classes_are_kept(head_init, rows, names):
+    fits = rows == 3 and names != ('dog', 'cat')
+    cfg = {'reinit': reinit('head'), 'head_init': head_init}
+    plan = plan_transfer(heads(3), source_of(heads(rows), classes=names), cfg, ('cat', 'dog'))
+    assert plan.kept == (fits or head_init == 'keep')
+    assert plan.fates['head.weight'] == ('loaded' if plan.kept else 'reinit')
+    assert facts_of(plan.problems) == (
+        [] if fits or not plan.kept else [('weights-label', 0, 'cat', 'dog'), ('weights-label', 1, 'dog', 'cat')]
+    )
+
+
+def test_heads_of_another_number_of_classes_cannot_be_kept():
+    cfg = {'reinit': reinit('head'), 'head_init': 'keep'}
+    plan = plan_transfer(heads(3), source_of(heads(81)), cfg, ('cat', 'dog'))
+    assert facts_of(plan.problems) == [('weights-shape', 'head.weight', (3, 2), (81, 2))]
+
+
+def test_classes_that_were_only_assumed_do_not_contradict():
+    source = source_of(heads(3), classes=('person', 'bicycle'))
+    source.note('weights-coco-assumed')
+    cfg = {'reinit': reinit('head'), 'head_init': 'keep'}
+    assert not plan_transfer(heads(3), source, cfg, ('cat', 'dog')).problems
+    assert not plan_transfer(heads(3), source, {**cfg, 'head_init': 'auto'}, ('cat', 'dog')).kept
 
 
 def test_initial_state_changes_nothing():

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mmfinetune.weights import work_dir
 from mmfinetune.weights.work_dir import RunFiles, best_checkpoint, candidates, find_run
-from tests.builders.errors import refused
+from tests.builders.errors import codes, refused
 
 
 def make_run(folder: Path, *checkpoints: str, config: str = 'cfg.py') -> Path:
@@ -152,6 +153,21 @@ def test_candidates_to_resume_from(saved, pointer, expected):
     if pointer is not None:
         (saved / 'last_checkpoint').write_text(pointer)
     assert [path.name for path in candidates(saved)] == expected
+
+
+@pytest.mark.parametrize('pointer', [b'\xff\xfe\xfa', b'\x80abc', b'x' * 5000, b'epoch_1\0.pth', 'a folder'])
+def test_a_pointer_that_is_no_text_is_told_and_not_followed(saved, monkeypatch, pointer):
+    told: list = []
+    monkeypatch.setattr(work_dir, 'warn', told.append)
+    if pointer == 'a folder':
+        (saved / 'last_checkpoint').mkdir()
+    else:
+        (saved / 'last_checkpoint').write_bytes(pointer)
+    assert [path.name for path in candidates(saved)] == ['iter_30.pth', 'epoch_2.pth', 'epoch_1.pth']
+    # Python itself says that there is no file of a name with a NUL in it.
+    expected = [] if pointer == b'epoch_1\0.pth' else ['last-checkpoint-unreadable']
+    assert codes(told) == expected and all(m.facts['path'] == saved / 'last_checkpoint' for m in told)
+    assert best_checkpoint(saved).name == 'best_coco_segm_mAP_epoch_2.pth'
 
 
 def test_no_candidates(tmp_path):

@@ -13,10 +13,10 @@ from typing import Any
 
 from mmfinetune.data.check.findings import Report
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_bytes, sha256_of
+from mmfinetune.utils.files import MOST_JSON, atomic_write_bytes, sha256_of
 
 # Of the checks; a new one makes earlier results invalid.
-VERSION = 2
+VERSION = 3
 _KEPT = 50  # results
 
 
@@ -74,7 +74,7 @@ class Cache:
         with contextlib.suppress(OSError, UnicodeDecodeError):
             if len(text := known.read_text()) == 64:
                 return text
-        digest = sha256_of(path)
+        digest = sha256_of(path, MOST_JSON)
         with contextlib.suppress(UserError):
             atomic_write_bytes(known, digest.encode())
         return digest

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import io
 import os
+import unicodedata
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,12 +16,10 @@ import numpy as np
 from PIL import Image, ImageFile, UnidentifiedImageError
 
 from mmfinetune.data.check.table import Table
-from mmfinetune.utils.files import looks_like, reason_of
-from mmfinetune.utils.images import has_end, orientation_of
+from mmfinetune.utils.files import looks_like, read_regular, reason_of
+from mmfinetune.utils.images import MOST_BYTES, has_end, is_too_large, open_image, orientation_of
 from mmfinetune.utils.workers import in_order
 
-# OpenCV, which training reads with, refuses larger ones (CV_IO_MAX_IMAGE_PIXELS).
-_MOST_PIXELS = 1 << 30
 _CHUNK = 32  # images per task of a worker
 # Upper-case suffixes that name each of Pillow's formats.
 _SUFFIXES = {
@@ -74,9 +73,7 @@ class ImageFacts:
 def look_at(path: Path) -> ImageFacts:
     """Read and decode an image; never raises."""
     try:
-        if path.is_dir():
-            return ImageFacts('image-unreadable')
-        content = path.read_bytes()
+        content = read_regular(path, MOST_BYTES)
     except FileNotFoundError:
         return ImageFacts('image-missing')
     except (OSError, ValueError, RuntimeError) as error:
@@ -92,9 +89,11 @@ def look_at(path: Path) -> ImageFacts:
             warnings.simplefilter('ignore')
             facts.width, facts.height = image.size
             facts.mode, facts.format = image.mode, image.format or ''
-            if facts.width * facts.height > _MOST_PIXELS:
+            if is_too_large(facts.width, facts.height):
                 size = f'{facts.width}x{facts.height}'
-                return ImageFacts('image-unreadable', f'{size}: more than 2^30 pixels, which OpenCV refuses')
+                return ImageFacts(
+                    'image-unreadable', f'{size}: more than 2^30 pixels or 2^20 a side, which OpenCV refuses'
+                )
             with contextlib.suppress(Exception):  # cameras and phones write EXIF in many damaged ways
                 facts.turned = orientation_of(image)
             # All bytes are still decoded, but a JPEG to an eighth of its size at once.
@@ -144,7 +143,8 @@ def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
             continue
         fact = facts[table.root / name]
         if fact.problem:
-            found.setdefault(fact.problem, {})[row] = fact.detail
+            detail = _other_form(table.root, name) if fact.problem == 'image-missing' else ''
+            found.setdefault(fact.problem, {})[row] = detail or fact.detail
             continue
         for code, detail in _problems_of(fact, name, int(table.widths[row]), int(table.heights[row])):
             found.setdefault(code, {})[row] = detail
@@ -153,6 +153,13 @@ def check_images(table: Table, facts: dict[Path, ImageFacts]) -> None:
             found.setdefault('image-duplicate', {})[row] = f'the same as {table.files[other]}'
     for code, details in found.items():
         table.marks.add(code, list(details), details)
+
+
+def _other_form(root: Path, name: str) -> str:
+    """Where a missing file is: under a name that looks the same, with accents as one character or as two."""
+    names = {form: unicodedata.normalize(form, name) for form in ('NFC', 'NFD')}
+    form = next((form for form, other in names.items() if other != name and (root / other).is_file()), '')
+    return form and f'its name is there in Unicode form {form}; tools/prepare_data.py SRC OUT reads it'
 
 
 def _problems_of(fact: ImageFacts, name: str, width: int, height: int) -> Iterator[tuple[str, str]]:
@@ -200,7 +207,7 @@ def _near(first: dict[Path, ImageFacts], second: dict[Path, ImageFacts]) -> list
 
 def _same_picture(one: Path, two: Path) -> bool:
     try:
-        with Image.open(one) as a, Image.open(two) as b:
+        with open_image(one) as a, open_image(two) as b:
             if abs(a.width * b.height - b.width * a.height) > 0.05 * a.width * b.height:
                 return False
             pixels = [np.asarray(image.convert('RGB').resize((_LOOK_SIDE,) * 2), np.float32) for image in (a, b)]

@@ -12,6 +12,8 @@ SEVERITIES = ('error', 'warning', 'note')
 BOX_TOLERANCE_PX, BOX_TOLERANCE_SHARE = 2.0, 0.02
 AREA_TOLERANCE = 0.10
 CROSSING_SHARE = 0.05
+# Masks are of another picture if in so many images they reach farther than so many times the size.
+BEYOND, BEYOND_LEAST, BEYOND_SHARE = 1.1, 3, 0.8
 TINY_PX = 10
 DUPLICATE_IOU = 0.95
 RARE = 10

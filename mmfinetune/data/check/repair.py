@@ -15,17 +15,18 @@ from mmfinetune.data import coco_json
 from mmfinetune.data.check.findings import Report
 from mmfinetune.data.check.images import ImageFacts, look_at
 from mmfinetune.data.check.run import Options, Splits, check, examine
-from mmfinetune.data.check.shapes import clip, measure, reaches_beyond, turn, usable_polygons
+from mmfinetune.data.check.shapes import clip, frame_of, measure, turn, usable_polygons
 from mmfinetune.data.check.table import Table
 from mmfinetune.data.layout import Prepared
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes, reason_of
+from mmfinetune.utils.text import brief
 
 CHANGES = 'changes.json'
 _PASSES = 3
 # What only a person can fix.
 _UNREADABLE = ('no-file', 'file-unreadable', 'not-json', 'nesting', 'top-level', 'section-missing', 'section-type')
-_BY_HAND = (*_UNREADABLE, 'no-images', 'no-categories', 'category-name')
+_BY_HAND = (*_UNREADABLE, 'no-images', 'no-categories', 'category-name', 'labels-relative', 'labels-larger')
 _BAD_IMAGES = ('image-missing', 'image-unreadable', 'image-truncated', 'image-size', 'file-name')
 _BAD_OBJECTS = ('image-id-unknown', 'category-id-unknown', 'mask-missing', 'rle-size', 'rle-counts', 'mask-empty')
 _BAD_SHAPES = ('mask-type', 'polygon-points', 'polygon-odd', 'polygon-number')
@@ -98,7 +99,7 @@ def _repair_all(
     """Repair until a check is content; one repair can bring another fault to light."""
     for number in range(_PASSES):
         known = len(changes)
-        paths = _write(tables, part, classes, changes, first=number == 0)
+        paths = _write(tables, part, classes, changes, options.exif_masks, first=number == 0)
         report, tables = examine(_copied(paths, part), classes, options, keep=True)
         if report.good or len(changes) == known:
             break
@@ -112,14 +113,19 @@ def _copied(paths: dict[str, Path], folder: Path) -> Splits:
 
 
 def _write(
-    tables: Sequence[Table], out: Path, classes: Sequence[str] | None, changes: list[dict], first: bool
+    tables: Sequence[Table],
+    out: Path,
+    classes: Sequence[str] | None,
+    changes: list[dict],
+    exif_masks: str | None,
+    first: bool,
 ) -> dict[str, Path]:
     """Write the repaired files of all tables and link their images; paths by split."""
     folders = _link(list(dict.fromkeys(t.root.resolve() for t in tables)), out) if first else {}
     contents, paths, from_config = {}, {}, classes is not None
     for table in tables:
         name = table.name.partition(',')[0]
-        repair = _Repair(table, classes, from_config, changes)
+        repair = _Repair(table, classes, from_config, changes, exif_masks)
         data = repair.run()
         classes = classes or [c['name'] for c in data['categories']]
         if first:
@@ -173,6 +179,7 @@ class _Repair:
     classes: Sequence[str] | None  # expected; those of this file if None
     from_config: bool  # not from another file
     changes: list[dict]
+    exif_masks: str | None  # which picture masks are drawn on that do not tell
 
     def run(self) -> dict:
         """The repaired content of the file."""
@@ -195,7 +202,7 @@ class _Repair:
         if annotation is not None:
             number = table.annotations[annotation].get('id', f'position {annotation}')
             if not isinstance(number, (int, str)):
-                number = coco_json.shown_value(number)  # NaN and infinity are not JSON
+                number = brief(number)  # NaN and infinity are not JSON
             if table.image_rows[annotation] >= 0:
                 image = int(table.image_rows[annotation])
         name = None if image is None else table.files[image]
@@ -330,13 +337,11 @@ class _Repair:
     def _turn(self, entries: list[dict], images: dict[int, dict], dropped: dict[int, str]) -> tuple[set[int], set[int]]:
         """Correct sizes of images that EXIF turns; rows of objects turned too, and of those for the next pass."""
         turned, later = set(), set()
-        for image in self.table.marks.marked('image-exif') & set(images):
+        for image, frame in self._frames(entries, set(images)).items():
             facts = self._look_at(image)
-            stored = facts.width, facts.height
             images[image]['width'], images[image]['height'] = facts.upright
             rows = np.flatnonzero(self.table.image_rows == image).tolist()
-            if any(reaches_beyond(entries[row].get('segmentation'), *stored) for row in rows):
-                # Objects reach out of the stored frame, so they were drawn on the upright image.
+            if frame == 'upright':
                 self._note('size corrected, the masks are upright already', image)
                 later.update(rows)
                 for row in rows:
@@ -346,6 +351,23 @@ class _Repair:
             self._note('size corrected, masks turned like the image', image)
             for row in rows:
                 if row not in dropped:
-                    entries[row]['segmentation'] = turn(entries[row]['segmentation'], facts.turned, *stored)
+                    shape = entries[row]['segmentation']
+                    entries[row]['segmentation'] = turn(shape, facts.turned, facts.width, facts.height)
                     turned.add(row)
         return turned, later
+
+    def _frames(self, entries: list[dict], kept: set[int]) -> dict[int, str]:
+        """Which picture the masks of each image that EXIF turns were drawn on.
+
+        Masks that leave one of the two tell; those of the same file are of one kind. The rest is for a person.
+        """
+        frames = {}
+        for image in sorted(self.table.marks.marked('image-exif') & kept):
+            facts = self._look_at(image)
+            shapes = [entries[row].get('segmentation') for row in np.flatnonzero(self.table.image_rows == image)]
+            frames[image] = frame_of(shapes, facts.width, facts.height) if shapes else 'upright'
+        found = {frame for image, frame in frames.items() if frame and (self.table.image_rows == image).any()}
+        usual = self.exif_masks or (found.pop() if len(found) == 1 else '')
+        if unclear := [self.table.files[image] for image, frame in frames.items() if not (frame or usual)]:
+            raise UserError('fix-exif', problems=unclear, path=self.table.path)
+        return {image: frame or usual for image, frame in frames.items()}

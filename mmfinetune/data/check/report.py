@@ -10,6 +10,7 @@ import numpy as np
 
 from mmfinetune.data.check.findings import Example, Report
 from mmfinetune.data.check.kinds import SEVERITIES
+from mmfinetune.utils.images import open_image
 from mmfinetune.utils.masks import check_rle, to_rle
 from mmfinetune.utils.text import plural
 
@@ -118,10 +119,10 @@ def picture(example: Example) -> str:
 
 def _read(path: str) -> np.ndarray | None:
     """An image (H, W, 3) as training reads it, RGB."""
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return np.asarray(ImageOps.exif_transpose(image).convert('RGB'))
     # A finding may be about an image that no decoder likes.
     except Exception:

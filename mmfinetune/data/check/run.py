@@ -21,6 +21,7 @@ from mmfinetune.data.check.findings import Example, Finding, Report, SplitStats
 from mmfinetune.data.check.images import ImageFacts, check_images, read_images, similar
 from mmfinetune.data.check.kinds import IMBALANCE, KINDS, RARE, SEVERITIES
 from mmfinetune.data.check.masks import Masks, check_masks
+from mmfinetune.data.check.scale import check_scale
 from mmfinetune.data.check.table import Table, read_table
 from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.files import shown
@@ -44,6 +45,8 @@ class Options:
         max_examples: Places kept of each finding.
         cache: Whether to take the result of an earlier check of the same files.
         progress: Whether to show progress bars on a terminal.
+        exif_masks: For a repair: masks of images that EXIF turns are drawn on the 'stored' or the 'upright' picture,
+            where they do not tell themselves.
     """
 
     images: bool = True
@@ -51,6 +54,7 @@ class Options:
     max_examples: int = 5
     cache: bool = True
     progress: bool = True
+    exif_masks: str | None = None
 
 
 def check(splits: Splits, classes: Sequence[str] | None = None, options: Options = Options()) -> Report:
@@ -81,6 +85,7 @@ def examine(
     """`check` without the cache, and the tables that it read; they `keep` their annotations, most of the memory."""
     # Most configs test on the validation split.
     names = {place: ', '.join(n for n, p in splits.items() if p == place) for place in splits.values()}
+    of_splits = [{n.partition('.')[0] for n, p in splits.items() if p == place} for place in names]
     tables: list[Table] = []
     stats: list[SplitStats] = []
     findings: list[Finding] = []
@@ -90,6 +95,7 @@ def examine(
         if root is None:
             table.root = guess_image_root(path, table.files)
         masks = check_masks(table, options.progress)
+        check_scale(table, masks)
         facts.append({})
         if options.images:
             paths = [table.root / name for name in table.files if name is not None]
@@ -103,8 +109,12 @@ def examine(
         if not keep:
             table.annotations = []
         tables.append(table)
+    for table, of in zip(tables, of_splits, strict=True):
+        findings += _trained_on(table, of, options.max_examples)
     for one, two in itertools.combinations(range(len(tables)), 2):
-        findings += _between(tables[one], tables[two], facts[one], facts[two], options.max_examples)
+        # Two parts of a training split may well share images.
+        if len(of_splits[one] | of_splits[two]) > 1:
+            findings += _between(tables[one], tables[two], facts[one], facts[two], options.max_examples)
     # Errors first, then as the kinds are listed.
     codes = list(KINDS)
     findings.sort(key=lambda f: (SEVERITIES.index(f.severity), codes.index(f.code), f.split))
@@ -146,13 +156,17 @@ def _of_table(table: Table, most: int) -> list[Finding]:
     if not empty.all():
         marks.add('image-empty', np.flatnonzero(empty))
     if not _usable(table).any():
-        example = Example(detail=f'{table.path}: {len(table.annotations)} annotations')
+        crowds = f', {table.crowd.sum():,} of them crowd regions' if table.crowd.any() else ''
+        example = Example(detail=f'{table.path}: {len(table.annotations):,} annotations{crowds}')
         findings['no-objects'] = Finding('no-objects', table.name, 1, [example])
     for code, rows in marks.rows.items():
         finding = findings[code] = Finding(code, table.name, len(rows))
         for row in marks.worst(code, most):
             example_of = {'images': _image_example, 'annotations': _annotation_example}.get(finding.kind.unit)
             example = example_of(table, row) if example_of else Example()
+            objects: Any = np.flatnonzero(table.image_rows == row) if code.startswith('image-exif') else ()
+            if len(objects):  # what is to be looked at
+                example = _annotation_example(table, int(objects[0]))
             example.detail = marks.detail(code, row)
             finding.examples.append(example)
     return list(findings.values())
@@ -219,6 +233,15 @@ def _difference(found: list[str], expected: list[str]) -> str:
             more = f', … ({len(names)})' if len(names) > 5 else ''
             words.append(f'{verb} {", ".join(map(repr, names[:5]))}{more}')
     return '; '.join(words)
+
+
+def _trained_on(table: Table, of_splits: set[str], most: int) -> list[Finding]:
+    """A finding if one file is both trained on and evaluated."""
+    others = sorted(of_splits - {'train'})
+    if 'train' not in of_splits or not others or not table.images:
+        return []
+    examples = [Example(str(name), detail='the same annotation file') for name in table.files[:most]]
+    return [Finding('leak-content', f'train / {", ".join(others)}', len(table.images), examples)]
 
 
 def _between(

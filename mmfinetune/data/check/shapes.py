@@ -73,8 +73,20 @@ def turn(shape: Any, orientation: int, width: int, height: int) -> Any:
     return mask_to_rle(turn_mask(mask_api.decode(to_rle(shape, height, width)), orientation))
 
 
-def reaches_beyond(shape: Any, width: int, height: int) -> bool:
-    """Whether a mask leaves the stored frame of an image, or says that it is not one of it."""
+def frame_of(shapes: Iterable[Any], width: int, height: int) -> str:
+    """Which picture masks were drawn on, of an image that EXIF turns from this stored size.
+
+    Returns:
+        'upright' or 'stored' if a mask leaves the other frame; empty if the masks do not tell.
+    """
+    shapes = list(shapes)
+    upright = any(_reaches_beyond(shape, width, height) for shape in shapes)
+    stored = any(_reaches_beyond(shape, height, width) for shape in shapes)
+    return '' if upright == stored else 'upright' if upright else 'stored'
+
+
+def _reaches_beyond(shape: Any, width: int, height: int) -> bool:
+    """Whether a mask leaves a frame, or says that it is one of the frame turned."""
     if isinstance(shape, dict):
         return shape.get('size') == [width, height]
     points = np.reshape([value for part in usable_polygons(shape) or () for value in part], (-1, 2))

@@ -14,7 +14,8 @@ import numpy as np
 from mmfinetune.data import coco_json
 from mmfinetune.data.check.findings import Marks
 from mmfinetune.data.check.kinds import BOX_TOLERANCE_PX
-from mmfinetune.data.coco_json import is_text, name_problem, shown_value
+from mmfinetune.data.coco_json import name_problem
+from mmfinetune.utils.text import brief, is_text
 
 BACKGROUND = ('background', '_background_', '__background__', '__ignore__')
 _LARGEST_ID = 2**63 - 1
@@ -106,7 +107,7 @@ def _check_ids(table: Table, name: str, entries: list[dict]) -> dict[Any, int]:
     }
 
     def word(i: int) -> str:
-        return f'position {i}' if values[i] is _MISSING else f'id {shown_value(values[i])}'
+        return f'position {i}' if values[i] is _MISSING else f'id {brief(values[i])}'
 
     for code, found in wrong.items():
         table.marks.add(f'{name}-id-{code}', found, word)
@@ -119,7 +120,7 @@ def _check_categories(table: Table) -> dict[Any, int]:
         name = entry.get('name')
         if not isinstance(name, str) or not name.strip() or not is_text(name):
             if entry:
-                marks.add('category-name', [i], {i: f'id {shown_value(entry.get("id"))}'})
+                marks.add('category-name', [i], {i: f'id {brief(entry.get("id"))}'})
         elif name in table.classes:
             marks.add('category-name-duplicate', [i], {i: f'{name!r}'})
         else:
@@ -144,7 +145,7 @@ def _check_images(table: Table) -> dict[Any, int]:
             continue
         table.files.append(name)
         if name in seen:
-            ids = (shown_value(table.images[k].get('id')) for k in (seen[name], i))
+            ids = (brief(table.images[k].get('id')) for k in (seen[name], i))
             marks.add('image-listed-twice', [i], {i: f'ids {" and ".join(ids)}'})
         seen.setdefault(name, i)
         if name[0] in '/\\' or '..' in name or name[1:2] == ':':
@@ -157,7 +158,7 @@ def _check_images(table: Table) -> dict[Any, int]:
         wrong = [i for i, v in enumerate(values) if type(v) is not int or not 0 < v < 1 << 31]
         for i in wrong:
             if table.images[i]:
-                marks.add('image-size-invalid', [i], {i: f'{key} {shown_value(values[i])}'})
+                marks.add('image-size-invalid', [i], {i: f'{key} {brief(values[i])}'})
             values[i] = 0
         sizes.append(np.array(values, np.int64))
     usable = np.minimum(*sizes) > 0
@@ -175,7 +176,7 @@ def _check_annotations(table: Table, images: dict[Any, int], categories: dict[An
     marks.add('iscrowd-missing', [i for i, entry in enumerate(entries) if entry and 'iscrowd' not in entry])
     crowd = [entry.get('iscrowd', 0) for entry in entries]
     wrong = [i for i, value in enumerate(crowd) if type(value) is not int or value not in (0, 1)]
-    marks.add('iscrowd-value', wrong, lambda i: f'iscrowd {shown_value(crowd[i])}')
+    marks.add('iscrowd-value', wrong, lambda i: f'iscrowd {brief(crowd[i])}')
     table.crowd = np.array(list(map(bool, crowd)), bool)
     table.areas = _check_areas(marks, entries)
     table.boxes = _check_boxes(table)
@@ -185,7 +186,7 @@ def _linked_rows(table: Table, section: str, rows_by_id: dict[Any, int]) -> np.n
     values = [entry.get(f'{section}_id') for entry in table.annotations]
     rows = np.array([-1 if isinstance(v, (list, dict)) else rows_by_id.get(v, -1) for v in values], np.int64)
     unknown = [i for i in np.flatnonzero(rows < 0).tolist() if table.annotations[i]]
-    table.marks.add(f'{section}-id-unknown', unknown, lambda i: f'{section}_id {shown_value(values[i])}')
+    table.marks.add(f'{section}-id-unknown', unknown, lambda i: f'{section}_id {brief(values[i])}')
     return rows
 
 
@@ -197,9 +198,7 @@ def _check_areas(marks: Marks, entries: list[dict]) -> np.ndarray:
     values = [entry.get('area') for entry in entries]
     areas = np.array([v if _is_number(v) else np.nan for v in values], np.float64)
     invalid = [i for i in np.flatnonzero(np.isnan(areas)) if entries[i]]
-    marks.add(
-        'area-invalid', invalid, lambda i: f'area {shown_value(values[i])}' if 'area' in entries[i] else 'no area'
-    )
+    marks.add('area-invalid', invalid, lambda i: f'area {brief(values[i])}' if 'area' in entries[i] else 'no area')
     marks.add('area-zero', np.flatnonzero(areas <= 0), lambda i: f'area {areas[i]:g}')
     return np.where(areas > 0, areas, np.nan)
 
@@ -210,7 +209,7 @@ def _check_boxes(table: Table) -> np.ndarray:
     values = [entry.get('bbox') for entry in entries]
     boxes = _as_array(values)
     invalid = [i for i in np.flatnonzero(np.isnan(boxes[:, 0])) if entries[i]]
-    marks.add('box-invalid', invalid, lambda i: f'bbox {shown_value(values[i])}' if 'bbox' in entries[i] else 'no bbox')
+    marks.add('box-invalid', invalid, lambda i: f'bbox {brief(values[i])}' if 'bbox' in entries[i] else 'no bbox')
     x, y, w, h = boxes.T
     degenerate = (w <= 0) | (h <= 0)
     tiny = ~degenerate & ((w < 1) | (h < 1))
@@ -221,7 +220,7 @@ def _check_boxes(table: Table) -> np.ndarray:
     over = checked & ~outside & (np.maximum.reduce([-x, -y, x + w - width, y + h - height]) > BOX_TOLERANCE_PX)
 
     def detail(i: int) -> str:
-        text = f'bbox {shown_value([round(float(v), 2) for v in boxes[i]])}'
+        text = f'bbox {brief([round(float(v), 2) for v in boxes[i]])}'
         return f'{text} in {width[i]}x{height[i]}' if width[i] else text
 
     wrong = {'box-degenerate': degenerate, 'box-tiny': tiny, 'box-outside': outside, 'box-over-edge': over}

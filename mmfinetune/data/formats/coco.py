@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import os
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mmfinetune.data import coco_json
-from mmfinetune.data.coco_json import shown_value
+from mmfinetune.data.coco_json import as_id
 from mmfinetune.data.formats.coco_files import (
     candidates,
     choose_files,
@@ -22,13 +24,13 @@ from mmfinetune.data.formats.coco_files import (
 )
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import natural_key, shown
-from mmfinetune.utils.images import image_size
+from mmfinetune.utils.files import is_within, is_writable, natural_key, shown
+from mmfinetune.utils.images import MOST_SIDE, image_size, require_readable
+from mmfinetune.utils.text import brief, is_text
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
 _SAMPLES = 20  # image names that are looked up to find the folder of the images
-_MAX_SIDE = 1 << 20  # pixels; OpenCV reads no larger images
 _MAX_ID = 1 << 53  # what every JSON reader keeps exact
 
 
@@ -66,26 +68,44 @@ class CocoReader(Reader):
     annotation ids are always new. Boxes and areas are not read but made from the masks.
     """
 
-    hint = 'correct the annotation files (for boxes to treat as rectangular masks use --boxes-as-masks)'
+    hint = (
+        'correct the annotation files (for boxes to treat as rectangular masks use --boxes-as-masks; what '
+        '`python tools/check_dataset.py FILE --fix OUT` can correct, sizes before EXIF turned the images too, it does)'
+    )
 
     def __init__(self, root: Path, files: list[_File], options: dict[str, Any]) -> None:
         super().__init__(root, list(dict.fromkeys(name for file in files for name in file.names.values())))
         self._files = files
-        self._boxes = bool(options.get('boxes_as_masks'))
+        self._by_end: dict[str, set[str]] | None = None  # image names by their last part
+        self._boxes, self._relative = bool(options.get('boxes_as_masks')), bool(options.get('relative'))
+        self._crowd_as_objects = bool(options.get('crowd_as_objects'))
         self._trust_sizes = bool(options.get('trust_sizes'))
+        self._roots = [root, *filter(None, [options.get('image_root')])]
         self._keeps_ids = [all(isinstance(i, int) and 0 <= i < _MAX_ID for i in file.ids) for file in files]
         self.category_ids = _common_ids(files)
+        self._leave_out_root()
         for file in files:
             name, data = shown(file.path, root), file.coco.data
             self.supercategories |= file.groups
             wanted = (('info', dict), ('licenses', list))
-            self.headers[file.split] = {key: data[key] for key, kind in wanted if isinstance(data.get(key), kind)}
+            self.headers[file.split] = {
+                key: data[key] for key, kind in wanted if isinstance(data.get(key), kind) and is_writable(data[key])
+            }
             self.problems += [stray.at(name) for stray in file.strays]
             ids = {as_id(annotation.get('id')) for annotation in file.coco.annotations} - {None}
             if repeated := len(file.coco.annotations) - len(ids):
                 self.notes.append(Message('coco-ids-new', place=name, count=repeated))
             if missing := [category for category in self.classes if category not in file.names.values()]:
                 self.notes.append(Message('coco-categories-added', place=name, names=', '.join(missing)))
+
+    def _leave_out_root(self) -> None:
+        """Leave out categories without objects that only stand above the others, as Roboflow writes one."""
+        used = {file.names.get(as_id(a.get('category_id'))) for file in self._files for a in file.coco.annotations}
+        above = {group for file in self._files for name, group in file.groups.items() if group != name}
+        roots = [name for name in self.classes if name in above and name not in used]
+        if roots and len(roots) < len(self.classes):
+            self.classes = [name for name in self.classes if name not in roots]
+            self.notes.append(Message('coco-root-category', names=', '.join(roots)))
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
@@ -100,9 +120,16 @@ class CocoReader(Reader):
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> CocoReader:
-        """See `Reader.open`. Options: `boxes_as_masks`, `image_root`, `trust_sizes`."""
+        """See `Reader.open`.
+
+        Options: `boxes_as_masks`, `image_root`, `trust_sizes`, `relative` (coordinates from 0 to 1),
+        `crowd_as_objects` (`iscrowd` is not what COCO means by it).
+        """
         root, chosen = cls._choose(root)
         files = [_read(path, split, bool(options.get('boxes_as_masks'))) for split, path in chosen.items()]
+        for file in files:
+            if not options.get('relative') and _is_relative(file.coco):
+                file.problems.append(Message('coco-relative'))
         if problems := [line.at(shown(file.path, root)) for file in files for line in file.problems]:
             raise UserError('coco-files', problems=problems, path=root)
         reader = cls(root, files, options)
@@ -135,16 +162,37 @@ class CocoReader(Reader):
                 name: Any = image.get('file_name')
                 where = f'{shown(file.path, self.root)}: image {file.ids[place]}'
                 if not is_usable(name):
-                    self.problems.append(Message('coco-image-name', place=where, name=shown_value(name)))
+                    self.problems.append(Message('coco-image-name', place=where, name=brief(name)))
                     continue
                 path = file.image_root / name
-                if not self._trust_sizes and (found := find_image(file.image_root, name, self.root)[0]) != path:
-                    path, elsewhere = found, elsewhere + 1
+                if not self._trust_sizes or not is_within(path, file.image_root, self.root):
+                    found, is_there = find_image(file.image_root, name, self.root)
+                    if self._trust_sizes and not is_there:
+                        self.problems.append(Message('coco-image-outside', place=where, name=name))
+                        continue
+                    by_end = is_there and str(found) != os.path.normpath(path)
+                    if by_end and (other := self._other_of(found.relative_to(file.image_root), name)):
+                        facts = dict(found=shown(found, self.root), other=other)
+                        self.problems.append(Message('coco-image-ambiguous', place=where, **facts))
+                        continue
+                    path, elsewhere = found, elsewhere + (found != path)
                 own.append(Item(f'{where} ({name})', path, (number, place), file.split))
             items += sorted(own, key=lambda item: natural_key(item.image))
         if elsewhere:
             self.notes.append(Message('coco-images-elsewhere', count=elsewhere))
         return items
+
+    def _other_of(self, end: Path, name: str) -> str:
+        """Another image name that ends in this path: to choose one of two cameras', say, would be a guess."""
+        if self._by_end is None:
+            self._by_end = {}
+            for file in self._files:
+                for image in file.coco.images:
+                    other: Any = image.get('file_name')
+                    if is_usable(other):
+                        self._by_end.setdefault(PurePosixPath(_slashes(other)).name, set()).add(other)
+        others = sorted(self._by_end[PurePosixPath(_slashes(name)).name] - {name})
+        return next((other for other in others if f'/{_slashes(other)}'.endswith(f'/{end.as_posix()}')), '')
 
     def read(self, item: Item) -> Record:
         number, place = item.label
@@ -156,9 +204,9 @@ class CocoReader(Reader):
         with record.collecting(item.key):
             record.width, record.height = self._size(item.image, image)
             for annotation in file.annotations[place]:
-                name = f'annotation {shown_value(annotation.get("id"))}'
+                name = f'annotation {brief(annotation.get("id"))}'
                 with record.collecting(f'{item.key}: {name}'):
-                    record.instances.append(self._instance(annotation, file.names, name))
+                    record.instances.append(self._instance(annotation, file.names, name, (record.width, record.height)))
         return record
 
     def _size(self, path: Path, image: dict[str, Any]) -> tuple[int, int]:
@@ -168,10 +216,11 @@ class CocoReader(Reader):
         if width is not None or height is not None:
             named = _positive(width), _positive(height)
             if 0 in named:
-                raise Problem('coco-size', width=shown_value(width), height=shown_value(height))
+                raise Problem('coco-size', width=brief(width), height=brief(height))
         if self._trust_sizes:
             if not named:
                 raise Problem('coco-no-size')
+            self._check_trusted(path)
             return named
         try:
             size = image_size(path)
@@ -183,14 +232,28 @@ class CocoReader(Reader):
             raise Problem(code, image=shown(path, self.root), **sizes)
         return size
 
-    def _instance(self, annotation: dict[str, Any], names: dict[Any, str], place: str) -> Instance:
+    def _check_trusted(self, path: Path) -> None:
+        """Refuse what cannot be the image that was measured; raises Problem. It may be missing yet."""
+        if not path.exists():
+            return
+        try:
+            require_readable(path)
+            # One's own data may have links (DVC, a folder on another disk); a stranger's could lead to any file.
+            if not is_within(os.path.realpath(path), *self._roots):
+                image_size(path)
+        except Problem as problem:
+            raise problem.at(shown(path, self.root)) from None
+
+    def _instance(
+        self, annotation: dict[str, Any], names: dict[Any, str], place: str, size: tuple[int, int]
+    ) -> Instance:
         """An annotation as an instance; raises Problem."""
         category = as_id(annotation.get('category_id'))
         if category not in names:
-            raise Problem('coco-category-unknown', category=shown_value(annotation.get('category_id')))
+            raise Problem('coco-category-unknown', category=brief(annotation.get('category_id')))
         iscrowd = annotation.get('iscrowd') or 0
         if iscrowd not in (0, 1):
-            raise Problem('coco-iscrowd', value=shown_value(iscrowd))
+            raise Problem('coco-iscrowd', value=brief(iscrowd))
         shape = annotation.get('segmentation')
         if isinstance(shape, list) and shape and not isinstance(shape[0], list):
             shape = [shape]
@@ -201,7 +264,10 @@ class CocoReader(Reader):
                 raise Problem('coco-only-box')
             shape = [_rectangle(annotation.get('bbox'))]
         if not isinstance(shape, (list, dict)):
-            raise Problem('coco-segmentation', value=shown_value(shape))
+            raise Problem('coco-segmentation', value=brief(shape))
+        if self._relative and isinstance(shape, list):
+            shape = [_scaled(polygon, size) for polygon in shape]
+        iscrowd = iscrowd and not self._crowd_as_objects
         extra = {key: value for key, value in annotation.items() if key not in _CORE}
         return Instance(names[category], shape, bool(iscrowd), place, extra)
 
@@ -221,15 +287,6 @@ class Coco2017Reader(CocoReader):
         return root, found
 
 
-def as_id(value: Any) -> int | str | None:
-    """An id as an integer if it can be read as one, a string if it is one, else None."""
-    if isinstance(value, float):
-        return int(value) if value.is_integer() else None
-    if isinstance(value, str):
-        return int(value) if value.isascii() and value.isdigit() else value or None
-    return value if type(value) is int else None
-
-
 def _read(path: Path, split: str | None, boxes: bool) -> _File:
     """Read an annotation file; what makes all of it useless is in `problems`."""
     coco = coco_json.read(path)
@@ -240,7 +297,7 @@ def _read(path: Path, split: str | None, boxes: bool) -> _File:
     _read_categories(file)
     for image in coco.images:
         if (image_id := as_id(image.get('id'))) is None:
-            facts = dict(name=shown_value(image.get('file_name')), value=shown_value(image.get('id')))
+            facts = dict(name=brief(image.get('file_name')), value=brief(image.get('id')))
             file.problems.append(Message('coco-image-id', **facts))
         file.ids.append(image_id)
     for image_id, count in Counter(file.ids).items():
@@ -254,7 +311,7 @@ def _read(path: Path, split: str | None, boxes: bool) -> _File:
         if owner in by_id:
             by_id[owner].append(annotation)
         else:
-            facts = dict(value=shown_value(annotation.get('id')), image=shown_value(annotation.get('image_id')))
+            facts = dict(value=brief(annotation.get('id')), image=brief(annotation.get('image_id')))
             file.strays.append(Message('coco-stray', **facts))
     file.annotations = list(by_id.values())
     return file
@@ -264,7 +321,7 @@ def _read_categories(file: _File) -> None:
     for category in file.coco.categories:
         category_id, name = as_id(category.get('id')), category.get('name')
         if category_id is None or not isinstance(name, str) or not name.strip():
-            file.problems.append(Message('coco-category', category=shown_value(category)))
+            file.problems.append(Message('coco-category', category=brief(category)))
             continue
         name = name.strip()
         if category_id in file.names:
@@ -273,8 +330,8 @@ def _read_categories(file: _File) -> None:
         elif name in file.names.values():
             file.problems.append(Message('coco-category-repeated', name=name))
         file.names[category_id] = name
-        if isinstance(category.get('supercategory'), str):
-            file.groups[name] = category['supercategory']
+        if isinstance(group := category.get('supercategory'), str) and is_text(group):
+            file.groups[name] = group
 
 
 def _common_ids(files: Sequence[_File]) -> dict[str, int]:
@@ -288,7 +345,7 @@ def _positive(value: Any) -> int:
     """A side of an image in pixels; 0 if it cannot be one."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
-    return value if type(value) is int and 0 < value <= _MAX_SIDE else 0
+    return value if type(value) is int and 0 < value <= MOST_SIDE else 0
 
 
 def _flat(polygon: Any) -> Any:
@@ -298,11 +355,37 @@ def _flat(polygon: Any) -> Any:
     return polygon
 
 
+def _is_relative(coco: coco_json.Coco) -> bool:
+    """Whether all polygons have coordinates from 0 to 1."""
+    shapes = (annotation.get('segmentation') for annotation in coco.annotations)
+    parts = (part for shape in shapes if isinstance(shape, list) for part in shape)
+    values = [value for part in itertools.islice(parts, _SAMPLES) for value in _numbers_in(part)]
+    if not values or not all(0 <= value <= 1 for value in values):
+        return False
+    return all(0 <= value <= 1 for part in parts for value in _numbers_in(part))
+
+
+def _numbers_in(part: Any) -> list:
+    flat = _flat(part) if isinstance(part, list) else [part]
+    return [value for value in flat if type(value) in (int, float)]
+
+
+def _scaled(polygon: Any, size: tuple[int, int]) -> Any:
+    """A polygon of parts of the image's size in pixels; what is not one as it is, to be refused later."""
+    if not isinstance(polygon, list) or any(type(value) not in (int, float) for value in polygon):
+        return polygon
+    return [value * size[i % 2] for i, value in enumerate(polygon)]
+
+
+def _slashes(name: str) -> str:
+    return name.replace('\\', '/')
+
+
 def _rectangle(box: Any) -> list[float]:
     """A box x, y, width, height as a polygon; raises Problem."""
     numbers = isinstance(box, list) and all(type(value) in (int, float) and math.isfinite(value) for value in box)
     if not numbers or len(box) != 4:
-        raise Problem('coco-box', box=shown_value(box))
+        raise Problem('coco-box', box=brief(box))
     x, y, width, height = box
     if width <= 0 or height <= 0:
         raise Problem('coco-box-empty', width=width, height=height)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote
@@ -116,7 +117,9 @@ def find_image(folder: Path, name: str, root: Path) -> tuple[Path, bool]:
     path = Path(os.path.normpath(folder / name))
     if str(path).startswith(inside) and path.is_file():
         return path, True
-    for spelling in dict.fromkeys((name, name.replace('\\', '/'), unquote(name))):
+    # File systems and tools write accents as one character or as two.
+    composed = [unicodedata.normalize(form, name) for form in ('NFC', 'NFD')]
+    for spelling in dict.fromkeys((name, name.replace('\\', '/'), unquote(name), *composed)):
         parts = [part for part in PurePosixPath(spelling).parts if part not in ('..', '/')]
         for first in range(len(parts)):
             if (end := folder.joinpath(*parts[first:])).is_file():

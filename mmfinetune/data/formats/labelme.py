@@ -7,6 +7,7 @@ import binascii
 import contextlib
 import io
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -20,9 +21,10 @@ from tqdm import tqdm
 from mmfinetune.data.formats.folders import IMAGE_FOLDERS, NO_CLASS, apart, find_class_list, split_of
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import find_files, read_json, shown
+from mmfinetune.utils.files import find_files, is_within, read_json, read_regular, shown
 from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
 from mmfinetune.utils.masks import as_json, check_polygon, mask_to_rle, to_rle
+from mmfinetune.utils.text import brief
 
 # Number of points that each shape with an area may have. X-AnyLabeling, which writes the same
 # files, gives a rectangle four corners and calls a turned one 'rotation'.
@@ -73,6 +75,7 @@ class LabelmeReader(Reader):
     ) -> None:
         super().__init__(root, classes)
         self.notes, self._class_list, self._items = notes, class_list, items
+        self._ambiguous: set[Path] = set()  # files whose image, found by its name alone, is that of others too
 
     @classmethod
     def detect(cls, root: Path) -> str | None:
@@ -85,7 +88,9 @@ class LabelmeReader(Reader):
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> LabelmeReader:
-        """See `Reader.open`; looks into every JSON file once, for its image and its labels."""
+        """See `Reader.open`. Options: `image_root`, a folder outside the data set with the images.
+
+        Looks into every JSON file once, for its image and its labels."""
         root = Path(os.path.normpath(root))  # as the paths of images are
         paths = find_files(root, {'.json'})
         heads, notes = {}, []
@@ -102,12 +107,19 @@ class LabelmeReader(Reader):
         if not classes:
             lines = [head.problem.at(shown(path, root)) for path, head in heads.items() if head.problem]
             raise UserError('labelme-no-shapes', problems=lines, path=root, count=len(heads))
-        images = find_images(root)
-        items = _items(root, heads, images)
+        roots = [root, *map(Path, map(os.path.normpath, filter(None, [options.get('image_root')])))]
+        images = list(dict.fromkeys(image for folder in roots for image in find_images(folder)))
+        items = _items(roots, heads, images)
         if left := set(images) - {item.image for item in items}:
             # LabelMe writes a file for an image without objects too, once somebody saves it.
             notes.append(Message('labelme-unlabelled', count=len(left), images=len(images)))
-        return cls(root, classes, listed and listed[0], items, notes)
+        reader = cls(root, classes, listed and listed[0], items, notes)
+        claims = Counter(item.image for item in items)
+        for item in items:
+            path = item.label.parent / _posix(heads[item.label].image_path)
+            if claims[item.image] > 1 and item.image != Path(os.path.normpath(path)):
+                reader._ambiguous.add(item.label)  # of one of two cameras, say
+        return reader
 
     def items(self) -> list[Item]:
         return self._items
@@ -119,9 +131,15 @@ class LabelmeReader(Reader):
             data = read_json(item.label)
             if not isinstance(data, dict) or not isinstance(data.get('shapes'), list):
                 raise Problem('labelme-shapes')
+            if item.label in self._ambiguous:
+                raise Problem(
+                    'labelme-image-ambiguous', image=data.get('imagePath'), found=shown(item.image, self.root)
+                )
             if record.problems and not item.image.exists():
                 image = data.get('imagePath') or None
                 code = 'labelme-image-missing' if image else 'labelme-image-unknown'
+                if isinstance(image, str) and os.path.exists(item.label.parent / _posix(image)):  # noqa: PTH110 (long names)
+                    code = 'labelme-image-outside'
                 raise Problem('labelme-image-embedded' if data.get('imageData') else code, image=image)
         except Problem as problem:
             # Without the JSON nobody knows the name of the image.
@@ -166,11 +184,10 @@ class LabelmeReader(Reader):
 
 def _is_labelme(path: Path) -> bool:
     # COCO's own JSON files have hundreds of MB, which takes long to parse.
-    if path.stat().st_size > _MOST_BYTES or b'"shapes"' not in path.read_bytes():
-        return False
     data = None
-    with contextlib.suppress(Problem):
-        data = read_json(path)
+    with contextlib.suppress(OSError, Problem):
+        if b'"shapes"' in read_regular(path, _MOST_BYTES):
+            data = read_json(path)
     return isinstance(data, dict) and isinstance(data.get('shapes'), list)
 
 
@@ -192,23 +209,28 @@ def _head(path: Path) -> _Head | None:
     return head
 
 
-def _items(root: Path, heads: dict[Path, _Head], images: list[Path]) -> list[Item]:
+def _items(roots: list[Path], heads: dict[Path, _Head], images: list[Path]) -> list[Item]:
     by_stem: dict[str, list[Path]] = {}
     for image in images:
         by_stem.setdefault(image.stem, []).append(image)
     return [
-        Item(shown(path, root), _find_image(path, head.image_path, by_stem), path, split_of(folders))
+        Item(shown(path, roots[0]), _find_image(path, head.image_path, by_stem, roots), path, split_of(folders))
         for path, head in heads.items()
-        for folders in [path.relative_to(root).parts[:-1]]
+        for folders in [path.relative_to(roots[0]).parts[:-1]]
     ]
 
 
-def _candidates(path: Path, image_path: str) -> Iterator[Path]:
+def _posix(image_path: str) -> PurePosixPath:
     # Written on Windows it has backslashes, which are not separators elsewhere.
-    given = PurePosixPath(PureWindowsPath(image_path).as_posix()) if image_path else None
+    return PurePosixPath(PureWindowsPath(image_path).as_posix())
+
+
+def _candidates(path: Path, image_path: str, roots: list[Path]) -> Iterator[Path]:
+    given = _posix(image_path) if image_path else None
     if given:
-        yield path.parent / given
-        yield path.parent / given.name
+        named = [folder / given for folder in (path.parent, *roots[1:])]
+        yield from (place for place in named if is_within(place, *roots))
+        yield from (folder / given.name for folder in (path.parent, *roots[1:]))
     suffixes = sorted(IMAGE_SUFFIXES)
     suffixes += [suffix.upper() for suffix in suffixes]
     yield from (path.with_suffix(suffix) for suffix in suffixes)
@@ -220,12 +242,12 @@ def _candidates(path: Path, image_path: str) -> Iterator[Path]:
         yield from (twin / f'{path.stem}{suffix}' for suffix in suffixes)
 
 
-def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]]) -> Path:
+def _find_image(path: Path, image_path: str, by_stem: dict[str, list[Path]], roots: list[Path]) -> Path:
     """The image of a JSON file: where it says, next to it, in the folder of images, anywhere.
 
     The last only if one image of the whole data set has that name.
     """
-    for candidate in _candidates(path, image_path):
+    for candidate in _candidates(path, image_path, roots):
         # A name too long for a file system is an error, not just missing.
         with contextlib.suppress(OSError):
             if candidate.is_file():
@@ -239,7 +261,7 @@ def _check_size(record: Record, data: dict, name: str) -> None:
     said, size = (data.get('imageWidth'), data.get('imageHeight')), (record.width, record.height)
     if None not in said and said != size:
         code = 'labelme-size-turned' if said == size[::-1] else 'labelme-size'
-        facts = dict(image=record.image.name, said=f'{said[0]}x{said[1]}', size=f'{size[0]}x{size[1]}')
+        facts = dict(image=record.image.name, said='x'.join(map(brief, said)), size=f'{size[0]}x{size[1]}')
         record.problems.append(Message(code, place=name, **facts))
 
 
@@ -254,7 +276,8 @@ def _label(shape: Any) -> str:
 
 def _kind(shape: dict) -> str:
     # Old files have polygons only and do not say so.
-    return str(shape.get('shape_type') or 'polygon')
+    kind = shape.get('shape_type') or 'polygon'
+    return kind if isinstance(kind, str) and len(kind) < 40 else brief(kind)
 
 
 def _part(shape: dict, kind: str, width: int, height: int) -> list[float] | dict:

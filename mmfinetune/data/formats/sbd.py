@@ -13,7 +13,8 @@ from mmfinetune.data.formats.voc import VOID
 from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import reason_of, shown
+from mmfinetune.utils.files import open_regular, reason_of, shown
+from mmfinetune.utils.images import MOST_BYTES
 from mmfinetune.utils.masks import masks_to_rles
 
 SBD_URL = 'https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz'
@@ -134,12 +135,13 @@ def _read_mat(path: Path) -> tuple[np.ndarray, list[int]]:
     """
     from scipy.io import loadmat
 
-    if not path.is_file():
-        raise Problem('sbd-mat-missing')
     try:
         # Boundaries next to them are many sparse matrices that nothing here needs.
-        found = loadmat(path, squeeze_me=True, struct_as_record=False, variable_names=['GTinst'])['GTinst']
+        with open_regular(path, MOST_BYTES) as file:
+            found = loadmat(file, squeeze_me=True, struct_as_record=False, variable_names=['GTinst'])['GTinst']
         objects, labels = np.asarray(found.Segmentation), np.atleast_1d(found.Categories)
+    except FileNotFoundError:
+        raise Problem('sbd-mat-missing') from None
     # scipy's reader raises many kinds on damaged files.
     except Exception as error:
         raise Problem('sbd-mat-unreadable', type=type(error).__name__, reason=reason_of(error)) from None

@@ -13,6 +13,7 @@ from mmfinetune.data.formats.folders import read_ids
 from mmfinetune.data.formats.voc_devkit import VOC_URL, find_devkit
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
+from mmfinetune.utils.files import MOST_TEXT, read_regular, reason_of
 from mmfinetune.utils.images import read_pixels
 from mmfinetune.utils.masks import masks_to_rles
 
@@ -113,12 +114,12 @@ class VocReader(Reader):
     def _listed(self, name: str, problems: list[Message]) -> list[dict] | None:
         """The objects of an XML: name, difficult, truncated; None after a problem."""
         try:
-            root = ElementTree.parse(self.root / name).getroot()
+            root = ElementTree.fromstring(read_regular(self.root / name, MOST_TEXT))
         except FileNotFoundError:
             problems.append(Message('voc-xml-missing', place=name))
             return None
         except (OSError, ElementTree.ParseError, ValueError, LookupError) as error:
-            problems.append(Message('voc-xml-unreadable', place=name, reason=error))
+            problems.append(Message('voc-xml-unreadable', place=name, reason=reason_of(error)))
             return None
         listed = []
         # Boxes and <size> are not read: the mask and the image say both more exactly.

@@ -13,9 +13,12 @@ from typing import Any
 from mmfinetune.data.formats.folders import CLASS_LISTS, find_class_list, split_of
 from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
-from mmfinetune.utils.files import find_files, natural_key, read_text, shown
+from mmfinetune.utils.files import find_files, is_within, natural_key, read_text, read_yaml, shown
 from mmfinetune.utils.images import find_images
+from mmfinetune.utils.text import brief, is_text
 
+_MAX_CLASSES = 100_000
+_MAX_PATH = 4096  # characters
 _SPLIT_KEYS = {'train': 'train', 'val': 'val', 'validation': 'val', 'valid': 'val', 'test': 'test'}
 # How far out of 0..1 a coordinate may be: what Ultralytics itself lets pass (verify_image_label).
 _SLACK = 0.01
@@ -52,18 +55,26 @@ class YoloReader(Reader):
 
     @classmethod
     def open(cls, root: Path, options: dict[str, Any]) -> YoloReader:
-        """See `Reader.open`. Options: `boxes_as_masks`, `classes` if the data set names none."""
+        """See `Reader.open`.
+
+        Options: `boxes_as_masks`, `classes` if the data set names none, `image_root`, where it names images elsewhere.
+        """
         notes: list[Message] = []
         root = Path(os.path.normpath(root))  # as the paths of images are
         path = root if root.is_file() else _only_yaml(root)
         if path:
             root = path.parent
             data = _load_yaml(path)
-            classes, splits = _names(data, path), _images_of_splits(data, path)
+            if 'kpt_shape' in data:
+                raise UserError('yolo-pose', path=path)
+            classes, splits = _names(data, path), _images_of_splits(data, path, options.get('image_root'))
             # Ultralytics' own VOC.yaml is such a one.
             if 'test' in splits and set(splits['test']) == set(splits.get('val', ())):
                 notes.append(Message('yolo-test-is-val'))
                 del splits['test']
+            paths = [image for images in splits.values() for image in images]
+            if elsewhere := [image for image in paths if not is_within(image, root)]:
+                notes.append(Message('yolo-elsewhere', count=len(elsewhere), folder=elsewhere[0].parent))
         else:
             classes, splits = _listed_classes(root, options), {}
             for image in find_images(root):
@@ -80,7 +91,7 @@ class YoloReader(Reader):
         """Note what belongs to no single image: images without labels, labels without an image."""
         images = [image for images in self._splits.values() for image in images]
         labels = {image: _label_path(image, self.root) for image in images}
-        there = {label for label in labels.values() if label.is_file()}
+        there = {label for label in labels.values() if os.path.lexists(label)}
         if not there:
             image, label = shown(images[0], self.root), shown(labels[images[0]], self.root)
             raise UserError('yolo-no-labels', path=self.root, count=len(images), image=image, label=label)
@@ -105,7 +116,7 @@ class YoloReader(Reader):
 
     def read(self, item: Item) -> Record:
         record = self.start(item)
-        if record.problems or not item.label.is_file():
+        if record.problems or not os.path.lexists(item.label):
             return record
         name = shown(item.label, self.root)
         lines: list[str] = []
@@ -207,16 +218,10 @@ def _only_yaml(root: Path) -> Path | None:
 
 
 def _load_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
     try:
-        data = yaml.safe_load(read_text(path))
+        data = read_yaml(path)
     except Problem as problem:
         raise UserError('yolo-unreadable', problems=[problem.message], path=path) from None
-    except yaml.YAMLError as error:
-        mark = getattr(error, 'problem_mark', None)
-        facts = dict(path=path, line=mark.line + 1 if mark else None, reason=getattr(error, 'problem', None) or error)
-        raise UserError('yolo-syntax', **facts) from None
     if not isinstance(data, dict):
         raise UserError('yolo-no-keys', path=path)
     return data
@@ -225,14 +230,14 @@ def _load_yaml(path: Path) -> dict[str, Any]:
 def _names(data: dict[str, Any], path: Path) -> list[str]:
     """The classes of a data.yaml in label order; raises UserError."""
     names, count = data.get('names'), data.get('nc')
-    if names is None and isinstance(count, int) and count > 0:
+    if names is None and isinstance(count, int) and 0 < count <= _MAX_CLASSES:
         return [f'class_{number}' for number in range(count)]
     problems = []
     if isinstance(names, dict):
         wanted = list(range(len(names)))
         try:
             names = {int(key): name for key, name in names.items()}
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             names = {}
         if sorted(names) != wanted:
             problems.append(Message('yolo-name-keys', last=len(wanted) - 1))
@@ -240,18 +245,24 @@ def _names(data: dict[str, Any], path: Path) -> list[str]:
     if not isinstance(names, list) or not names:
         problems.append(Message('yolo-names'))
         names = []
-    for name in names:
-        # YAML reads no, yes, on, off as truth values.
-        if isinstance(name, bool) or not isinstance(name, (str, int, float)) or name == '':
-            problems.append(Message('yolo-name', name=name))
+    problems += [Message('yolo-name', name=brief(name)) for name in names if not _is_name(name)]
+    if problems:
+        raise UserError('yolo-classes', problems=problems, path=path)
     names = [str(name).strip() for name in names]
     repeated = ((name, times) for name, times in Counter(names).items() if times > 1)
     problems += [Message('yolo-name-repeated', name=name, times=times) for name, times in repeated]
     if count is not None and names and count != len(names):
-        problems.append(Message('yolo-count', nc=count, names=len(names)))
+        problems.append(Message('yolo-count', nc=brief(count), names=len(names)))
     if problems:
         raise UserError('yolo-classes', problems=problems, path=path)
     return names
+
+
+def _is_name(name: Any) -> bool:
+    # YAML reads no, yes, on, off as truth values.
+    if isinstance(name, (int, float)):
+        return not isinstance(name, bool) and abs(name) < _MAX_CLASSES
+    return isinstance(name, str) and name != '' and is_text(name)
 
 
 def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
@@ -262,31 +273,33 @@ def _listed_classes(root: Path, options: dict[str, Any]) -> list[str]:
     raise UserError('yolo-no-classes', path=root)
 
 
-def _images_of_splits(data: dict[str, Any], path: Path) -> dict[str | None, list[Path]]:
-    """The images of each split of a data.yaml.
+def _images_of_splits(data: dict[str, Any], path: Path, images: Path | None) -> dict[str | None, list[Path]]:
+    """The images of each split of a data.yaml, all in its folder, in what it calls its `path`, or in `images`.
 
     Raises:
-        UserError: Folders, lists or listed images that are missing.
+        UserError: Folders, lists or listed images that are missing or elsewhere.
     """
     splits: dict[str | None, list[Path]] = {}
     problems: list[Message] = []
-    bases = _bases(data.get('path'), path)
+    bases = [*filter(None, [images]), *_bases(data.get('path'), path)]
     for key, split in _SPLIT_KEYS.items():
         entries = data.get(key)
         if not entries or split in splits:
             continue
         found: dict[Path, None] = {}
         for entry in entries if isinstance(entries, list) else [entries]:
-            place = _resolve(bases, entry) if isinstance(entry, str) else None
+            place = _resolve(bases, entry, bases) if isinstance(entry, str) else None
             if place is None:
-                problems.append(Message('yolo-entry-missing', key=key, entry=entry))
+                problems.append(Message('yolo-entry-missing', key=key, entry=_shown(entry)))
+            elif not is_within(place, *bases):
+                problems.append(Message('yolo-entry-outside', key=key, entry=_shown(entry), found=place))
             elif place.is_dir():
                 found |= dict.fromkeys(find_images(place))
             else:
                 found |= dict.fromkeys(_listed_images(place, bases, problems))
         splits[split] = list(found)
         if not found and not problems:
-            problems.append(Message('yolo-entry-empty', key=key, entries=entries))
+            problems.append(Message('yolo-entry-empty', key=key, entries=_shown(entries)))
     if not splits:
         problems.append(Message('yolo-no-splits'))
     if problems:
@@ -299,20 +312,28 @@ def _bases(given: Any, path: Path) -> list[Path]:
 
     `path` in it is often that of another machine, or relative to a folder of Ultralytics' own.
     """
-    bases = [path.parent / str(given), path.parent.parent / str(given)] if given else []
-    return [base for base in dict.fromkeys([*bases, path.parent]) if base.is_dir()]
+    bases = [path.parent / given, path.parent.parent / given] if isinstance(given, str) and given else []
+    return [base for base in dict.fromkeys([*bases, path.parent]) if os.path.isdir(base)]  # noqa: PTH112 (no name is too long for it)
 
 
-def _resolve(bases: Iterable[Path], entry: str) -> Path | None:
+def _shown(entry: Any) -> str:
+    return entry if isinstance(entry, str) and len(entry) <= _MAX_PATH else brief(entry)
+
+
+def _resolve(bases: Iterable[Path], entry: str, roots: list[Path]) -> Path | None:
+    """What an entry means, in one of the roots if possible; None if there is nothing of that name."""
+    found = None
     entry = entry.strip().replace('\\', '/')
     # Roboflow writes ../train/images for a folder next to the data.yaml; Ultralytics accepts it too.
     for name in (entry, entry.removeprefix('../')):
         for base in bases:
-            place = Path(base, name)
-            if place.exists():
-                # Not resolve(): a linked data set keeps its own name.
-                return Path(os.path.normpath(place))
-    return None
+            # Not resolve(): a linked data set keeps its own name.
+            place = Path(os.path.normpath(base / name))
+            if os.path.exists(place):  # noqa: PTH110 (no name is too long for it)
+                if is_within(place, *roots):
+                    return place
+                found = found or place
+    return found
 
 
 def _listed_images(path: Path, bases: list[Path], problems: list[Message]) -> list[Path]:
@@ -329,11 +350,12 @@ def _listed_images(path: Path, bases: list[Path], problems: list[Message]) -> li
         name = line.replace('\\', '/')
         parts = Path(name).parts
         # A list written elsewhere has other folders in front; a bare name is too little to go by.
-        tails = ['/'.join(parts[start:]) for start in range(1, len(parts) - 1)]
+        tails = ['/'.join(parts[start:]) for start in range(1, len(parts) - 1)] if len(name) <= _MAX_PATH else []
         places = [path.parent, *bases]
-        image = next((place for tail in (name, *tails) if (place := _resolve(places, tail)) and place.is_file()), None)
-        if image is None:
-            problems.append(Message('yolo-listed-missing', path=path, line=number, name=line))
-        else:
+        tries = (place for tail in (name, *tails) if (place := _resolve(places, tail, bases)) and place.is_file())
+        if image := next((place for place in tries if is_within(place, *bases)), None):
             images.append(image)
+        else:
+            code = 'yolo-listed-outside' if _resolve(places, name, bases) else 'yolo-listed-missing'
+            problems.append(Message(code, path=path, line=number, name=_shown(line)))
     return images

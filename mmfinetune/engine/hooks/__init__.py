@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mmengine.logging import print_log
 
-from mmfinetune.utils.errors import Message
+from mmfinetune.utils.extras import warn
+
+__all__ = ['EXTRAS', 'PRIORITY', 'loss_of', 'warn']
 
 # Lower comes first at each point of a run. MMEngine's own are here to show what lies between.
 PRIORITY = {
@@ -24,11 +24,8 @@ PRIORITY = {
     'SafeCheckpointHook': 90,  # saves it
     'ResultsHook': 95,  # links the best checkpoint
 }
-
-
-def warn(message: Message) -> None:
-    """Log a warning."""
-    print_log(str(message), logger='current', level=logging.WARNING)
+# They only show what a run does; where one fails, the run continues.
+EXTRAS = {'LoggerHook', 'TensorBoardHook', 'ResultsHook', 'TestPicturesHook', 'DetVisualizationHook'}
 
 
 def loss_of(outputs: Mapping[str, Any] | None) -> float | None:

@@ -20,9 +20,9 @@ from mmfinetune.config.resume import BatchSetup, check_version
 from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import KEY, run_state, update_run_state, upgrade
-from mmfinetune.utils.dist import bare_model
+from mmfinetune.utils.dist import bare_model, rank0_first
 from mmfinetune.utils.errors import UserError
-from mmfinetune.utils.files import atomic_write_bytes
+from mmfinetune.utils.files import atomic_write_bytes, require_folder
 from mmfinetune.weights import read
 
 
@@ -83,6 +83,7 @@ class SafeCheckpointHook(Hook):
         work_dir = Path(runner.work_dir)
         folder = Path(self.out_dir, work_dir.name) if self.out_dir else work_dir
         folder.mkdir(parents=True, exist_ok=True)
+        self._work_dir = work_dir.stat()
         self.files = Checkpoints(folder, self.pattern, self.max_keep_ckpts, is_main_process())
         if self.files.writes:
             # Of writes that were killed; see `atomic_write_all`.
@@ -96,11 +97,12 @@ class SafeCheckpointHook(Hook):
         self._is_training = True
 
     def _best_there(self, runner: Runner) -> dict[str, dict[str, Any]]:
-        """The best scores whose files are there; another would leave the run without a best checkpoint."""
+        """The best scores whose files can be read; another would leave the run without a best checkpoint."""
         found = run_state(runner).best.copy()
         for metric, entry in run_state(runner).best.items():
-            if not (self.files.folder / entry['file']).is_file():
-                runner.logger.warning(f'{entry["file"]} is not there: the next validation makes a new best checkpoint')
+            why = rank0_first(partial(_why_unreadable, self.files.folder / entry['file']))
+            if why:
+                runner.logger.warning(f'{why}: the next validation makes a new best checkpoint')
                 del found[metric]
         return found
 
@@ -110,6 +112,8 @@ class SafeCheckpointHook(Hook):
         self.files.require_room(saves, full, bool(self.every_n_iters) * full + bool(self.best_rules) * weights)
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
+        if self.every_n_train_iters(runner, 10):
+            require_folder(runner.work_dir, self._work_dir)
         if self.by_epoch:
             due = self.every_n_iters and runner.iter + 1 - self._saved_at >= self.every_n_iters
             # The last step of an epoch is followed by the epoch's own checkpoint.
@@ -147,6 +151,7 @@ class SafeCheckpointHook(Hook):
         old = best.get(metric, {})
         if not CheckpointHook.rule_map[rule](score, old.get('score', CheckpointHook.init_value_map[rule])):
             return
+        require_folder(runner.work_dir, self._work_dir)
         number = runner.epoch if self.by_epoch else runner.iter
         name = f'best_{metric}_{self.pattern.format(number)}'.replace('/', '_')
         update_run_state(runner, best={**best, metric: {'score': float(score), 'file': name}})
@@ -169,7 +174,14 @@ class SafeCheckpointHook(Hook):
 
     def save_step(self, runner: Runner) -> None:
         """Save after a step, with an epoch that may be unfinished."""
-        done = runner.iter + 1
+        self._save_steps(runner, runner.iter + 1)
+
+    def save_between_steps(self, runner: Runner) -> None:
+        """Save before a step, unless what was done is saved already."""
+        if self._saved_at != runner.iter:
+            self._save_steps(runner, runner.iter)
+
+    def _save_steps(self, runner: Runner, done: int) -> None:
         runner.logger.info(f'Saving checkpoint at {done} iterations')
         if self.by_epoch:
             self._save_as(runner, WITHIN_EPOCH.format(done), runner.epoch, done, self.files.within_epoch())
@@ -191,6 +203,7 @@ class SafeCheckpointHook(Hook):
         update_run_state(runner, outdated=[])
 
     def _save_as(self, runner: Runner, name: str, epoch: int, iteration: int, replaces: Sequence[str]) -> None:
+        require_folder(runner.work_dir, self._work_dir)
         self._gradients = _waiting_gradients(runner)
         update_run_state(runner, last=name)
         self.files.point_to(name, Path(runner.work_dir))
@@ -215,6 +228,16 @@ class SafeCheckpointHook(Hook):
         parameters = dict(bare_model(runner).named_parameters())
         for name, gradient in checkpoint.get(KEY, {}).get('gradients', {}).items():
             parameters[name].grad = gradient.to(parameters[name])
+
+
+def _why_unreadable(path: Path) -> str:
+    if not path.is_file():
+        return f'{path.name} is not there'
+    try:
+        read.read_checkpoint(path)
+    except UserError as error:
+        return str(error.message)
+    return ''
 
 
 def _rules(metrics: str | Sequence[str], **arguments: Any) -> dict[str, Any]:

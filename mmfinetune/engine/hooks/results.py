@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 import platform
 import shlex
 import sys
 import time
-import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -23,6 +21,7 @@ from mmengine.hooks import Hook
 from mmengine.runner import IterBasedTrainLoop, Runner
 
 import mmfinetune
+from mmfinetune.config import views
 from mmfinetune.engine.hooks import PRIORITY, warn
 from mmfinetune.engine.hooks.checkpoint import checkpoint_hook
 from mmfinetune.engine.runner import INITIAL_WEIGHTS
@@ -30,11 +29,9 @@ from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.evaluation import plots, run_results
 from mmfinetune.evaluation.history import History
 from mmfinetune.evaluation.run_results import CLASS_BARS, CURVES, RESULTS, SUMMARY, RunFacts
-from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.errors import Message
+from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, atomic_write_text
-
-# Set by the tests: what cannot be written is an error.
-STRICT = 'MMFINETUNE_STRICT_RESULTS'
 
 
 @HOOKS.register_module()
@@ -171,15 +168,10 @@ class RunFiles:
 
 
 def _try_all(jobs: Mapping[str, Callable[[], object]]) -> None:
-    """Do them; a failure is a warning, since hours of training are worth more than a table."""
+    """Do them; one that fails keeps no other from being done."""
     for what, work in jobs.items():
-        try:
+        with extra(what):
             work()
-        except Exception as error:
-            if os.environ.get(STRICT):
-                raise
-            why = error if isinstance(error, (UserError, OSError)) else traceback.format_exc()
-            warn(Message('results-not-written', what=what, why=why))
 
 
 def _trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[str, float]:
@@ -285,4 +277,7 @@ def _data_row(runner: Runner, split: str) -> list[str]:
         objects = f'{sum(len(dataset.get_data_info(i)["instances"]) for i in range(count)):,}'
     except (AttributeError, KeyError, TypeError, NotImplementedError):
         objects = '-'  # a data set of another kind than MMEngine's
-    return [split, f'{count:,}', objects, str(len(classes)), str(getattr(dataset, 'ann_file', '-'))]
+    files = dict.fromkeys(
+        str(views.annotation_file(d)) for _, d in views.parts_of(runner.cfg, split) if 'ann_file' in d
+    )
+    return [split, f'{count:,}', objects, str(len(classes)), ', '.join(files) or '-']

@@ -1,30 +1,36 @@
-"""SIGTERM and Ctrl-C save the run before it ends."""
+"""SIGTERM, SIGHUP and Ctrl-C save the run before it ends."""
 
 from __future__ import annotations
 
 import contextlib
 import math
 import os
+import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, barrier
+from mmengine.dist import all_reduce, barrier, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
 from mmfinetune.engine.hooks.checkpoint import SafeCheckpointHook, checkpoint_hook
+from mmfinetune.engine.launch import STOP_TIMEOUT_S
+from mmfinetune.engine.loader import WatchedLoader
 from mmfinetune.engine.state import run_state
 from mmfinetune.utils.errors import Stopped
+
+# A process that waits for another one that is gone does not come to the end of its step. Before the launcher kills it.
+GRACE_S = STOP_TIMEOUT_S - 20
 
 
 @contextlib.contextmanager
 def stoppable(runner: Runner) -> Iterator[None]:
-    """Let SIGTERM and SIGINT (Slurm's preemption, Ctrl-C) save the runner's training, then end it by `Stopped`."""
+    """Let SIGTERM, SIGHUP and SIGINT (Slurm, a closed terminal, Ctrl-C) save the training, then end it by `Stopped`."""
     hook = _Stop()
     runner.register_hook(hook, priority='LOWEST')
     try:
@@ -43,21 +49,27 @@ class _Stop(Hook):
         self._signal = 0
         self._since = math.inf
         self._before: dict[int, Any] = {}
+        self._wakeup = _Wakeup()
 
     def before_train(self, runner: Runner) -> None:
         if threading.current_thread() is not threading.main_thread():
             return
-        for number in (signal.SIGTERM, signal.SIGINT):
+        numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+        if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:  # nohup
+            numbers.remove(signal.SIGHUP)
+        for number in numbers:
             self._before[number] = signal.signal(number, self._note)
-        for loop in (runner.train_loop, runner.val_loop):
-            if loop is not None:
-                loop.dataloader.worker_init_fn = partial(_ignore_signals_in_worker, then=loop.dataloader.worker_init_fn)
+        self._wakeup.begin(numbers)
+        for loop, save in ((runner.train_loop, self._save_between_steps), (runner.val_loop, self._save_epoch)):
+            if loop is not None and isinstance(loop.dataloader, WatchedLoader):
+                loop.dataloader.on_wait = partial(self._stop_in_wait, runner, save)
 
     def release(self) -> None:
         """Give the signals back to whoever handled them before."""
-        for number, handler in self._before.items():
+        self._wakeup.end()
+        while self._before:  # a signal in between comes here too
+            number, handler = self._before.popitem()
             signal.signal(number, handler)
-        self._before.clear()
 
     def after_train(self, runner: Runner) -> None:
         self.release()
@@ -71,7 +83,9 @@ class _Stop(Hook):
             # In this order, as another signal may come in between.
             self._since = time.monotonic()
             self._signal = number
-        os.write(2, b'\nStopping: the run is saved after this step (Ctrl-C again: at once)\n')
+        leave_closed_terminal()
+        with contextlib.suppress(OSError):
+            os.write(2, b'\nStopping: the run is saved after this step (Ctrl-C again: at once)\n')
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
         # After the last step of an epoch its checkpoint is about to be saved.
@@ -82,10 +96,23 @@ class _Stop(Hook):
         self._stop_if_asked(runner, lambda hook: hook.save_epoch(runner, runner.epoch + 1))
 
     def after_val_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        self._stop_if_asked(runner, lambda hook: hook.save_epoch(runner, runner.epoch))
+        self._stop_if_asked(runner, partial(self._save_epoch, runner))
 
     def after_val(self, runner: Runner) -> None:
-        self._stop_if_asked(runner, lambda hook: hook.save_epoch(runner, runner.epoch))
+        self._stop_if_asked(runner, partial(self._save_epoch, runner))
+
+    def _save_epoch(self, runner: Runner, hook: SafeCheckpointHook) -> None:
+        hook.save_epoch(runner, runner.epoch)
+
+    def _save_between_steps(self, runner: Runner, hook: SafeCheckpointHook) -> None:
+        hook.save_between_steps(runner)
+
+    def _stop_in_wait(self, runner: Runner, save: Callable[[Runner, SafeCheckpointHook], None]) -> None:
+        """While no batch comes, perhaps none ever."""
+        if self._signal and get_world_size() == 1:
+            self._stop_if_asked(runner, partial(save, runner))
+        elif self._signal:  # the others are in their step, and cannot be asked to save
+            raise self._stopped(runner, self._signal)
 
     def _stop_if_asked(self, runner: Runner, save: Callable[[SafeCheckpointHook], None]) -> None:
         if not self._before:  # outside of training
@@ -94,30 +121,66 @@ class _Stop(Hook):
         all_reduce(number, 'max')  # that of any process; does nothing in a single one
         if not number:
             return
+        self._wakeup.end()
+        leave_closed_terminal()
         hook = checkpoint_hook(runner)
         if hook is not None:
             save(hook)
         # The launcher kills all as soon as one has left.
         barrier()
-        last = run_state(runner).last
-        raise Stopped(int(number), hook.files.folder / last if hook is not None and last else None)
+        raise self._stopped(runner, int(number))
+
+    def _stopped(self, runner: Runner, number: int) -> Stopped:
+        hook, last = checkpoint_hook(runner), run_state(runner).last
+        return Stopped(number, hook.files.folder / last if hook is not None and last else None)
 
 
-def _ignore_signals_in_worker(worker: int, then: Callable[[int], None] | None) -> None:
-    """Begin a worker that loads data: it leaves at no signal but that of the main process.
+class _Wakeup:
+    """Ends the process some time after a signal if its main thread does not come to it.
 
-    Ctrl-C, Slurm and torchrun signal all processes of a run, and the step needs its batch.
+    That may wait in PyTorch for another process of the run, where no handler of Python is called.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, 'sigwaitinfo'):  # not on macOS
-        # A handler could not tell who sent it.
-        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
-        threading.Thread(target=_exit_on_parent_sigterm, daemon=True).start()
-    if then is not None:
-        then(worker)
+
+    def __init__(self) -> None:
+        self._reader = self._writer = self._before = -1
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(self._reader, numbers), daemon=True).start()
+
+    def end(self) -> None:
+        """Do not end the process any more."""
+        if self._writer >= 0:
+            signal.set_wakeup_fd(self._before)
+            writer, self._writer = self._writer, -1
+            os.close(writer)  # the thread reads the end of the file, and leaves
+
+    @staticmethod
+    def _watch(reader: int, numbers: Sequence[int]) -> None:
+        end, asked = math.inf, 0
+        with open(reader, 'rb', buffering=0) as signals:
+            while select.select([signals], [], [], None if math.isinf(end) else max(0.0, end - time.monotonic()))[0]:
+                found = signals.read(1)
+                if not found:
+                    return
+                if found[0] in numbers and not asked:
+                    asked, end = found[0], time.monotonic() + GRACE_S
+        with contextlib.suppress(OSError):
+            os.write(
+                2, f'Stopped by {signal.Signals(asked).name}: the step did not end, so nothing was saved\n'.encode()
+            )
+        os._exit(128 + asked)
 
 
-def _exit_on_parent_sigterm() -> None:
-    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != os.getppid():
-        pass
-    os._exit(0)
+def leave_closed_terminal() -> None:
+    """Write to nowhere what went to a terminal, or a pipe, that is closed: an error there would end the run unsaved."""
+    outputs = select.poll()
+    for descriptor in (1, 2):
+        outputs.register(descriptor, select.POLLOUT)
+    for descriptor, events in outputs.poll(0):
+        if events & (select.POLLERR | select.POLLHUP | select.POLLNVAL):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -22,6 +22,7 @@ from mmfinetune.engine.vis_backends import TensorBoardBackend
 from mmfinetune.evaluation import tensorboard as curves
 from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils.dist import bare_model
+from mmfinetune.utils.extras import extra
 
 _PAIR = 800  # px, long side of each of two pictures next to each other
 
@@ -85,7 +86,8 @@ class TensorBoardHook(Hook):
 
         def show(_module: nn.Module, _args: tuple, batch: dict) -> None:
             cfg = runner.cfg.model.get('data_preprocessor') or {}
-            tensorboard.add_image(curves.TRAIN_BATCH, batch_picture(batch, class_names(runner), cfg), runner.iter)
+            with extra(curves.TRAIN_BATCH):  # in the model's forward pass
+                tensorboard.add_image(curves.TRAIN_BATCH, batch_picture(batch, class_names(runner), cfg), runner.iter)
 
         # As it leaves the preprocessor, which might draw random numbers a second time.
         model: Any = bare_model(runner)

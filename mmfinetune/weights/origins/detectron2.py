@@ -46,7 +46,7 @@ def _convert(source: Source, _loaded: Mapping, _bn_eps: float | None) -> None:
         source.note('weights-left-out', keys=', '.join(given))
     source.tensors = rename_all(source, _NAMES)
     source.style, source.rgb, source.mean, source.std = 'caffe', False, BGR_MEAN, ONES
-    if 'pixel_mean' in given and 'pixel_std' in given:
+    if [given[k].numel() for k in ('pixel_mean', 'pixel_std') if k in given] == [3, 3]:
         # Rounded, since fp32 has 103.53 as 103.52999877929688.
         mean, std = (tuple(round(x, 4) for x in given[k].flatten().tolist()) for k in ('pixel_mean', 'pixel_std'))
         source.mean, source.std, source.rgb = mean, std, mean[0] > mean[-1]

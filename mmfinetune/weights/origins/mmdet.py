@@ -7,19 +7,22 @@ from collections.abc import Iterator, Mapping
 
 from mmfinetune.weights.source import Origin, Source
 
+_MAX_CONFIG = 1 << 17  # characters; whole configs have some ten thousand
+
 
 def _convert(source: Source, loaded: Mapping, _bn_eps: float | None) -> None:
     if 'optimizer' in loaded or 'message_hub' in loaded:
         source.origin = 'mmdet run'
     meta = loaded.get('meta')
-    text = (meta.get('cfg') or meta.get('config')) if isinstance(meta, Mapping) else None  # 3.x, 2.x
-    for settings in _dicts(text if isinstance(text, str) else ''):
+    texts = (meta.get('cfg'), meta.get('config')) if isinstance(meta, Mapping) else ()  # 3.x, 2.x
+    text = next((text for text in texts if isinstance(text, str) and text), '')
+    for settings in _dicts(text if len(text) < _MAX_CONFIG else ''):
         if source.style is None and 'depth' in settings and settings.get('style') in ('pytorch', 'caffe'):
             source.style = settings['style']
         if source.mean is None and {'mean', 'std'} <= set(settings):
             try:
                 source.mean, source.std = (tuple(map(float, settings[k])) for k in ('mean', 'std'))
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 continue
             # BGR is what cv2 reads; 2.x says to_rgb, 3.x bgr_to_rgb.
             source.rgb = bool(settings.get('to_rgb', settings.get('bgr_to_rgb', False)))

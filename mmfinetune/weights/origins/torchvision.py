@@ -128,7 +128,11 @@ def _fold(weight: torch.Tensor, var: torch.Tensor, eps: float) -> tuple[torch.Te
 
 
 def _bn_layers(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    return [k.removesuffix('running_var') for k in tensors if k.endswith('.running_var')]
+    layers = [k.removesuffix('running_var') for k in tensors if k.endswith('.running_var')]
+    # Others are no layers; the comparison with the model says so.
+    return [
+        k for k in layers if k + 'weight' in tensors and tensors[k + 'weight'].shape == tensors[k + 'running_var'].shape
+    ]
 
 
 def fold_all(source: Source, eps: float) -> None:

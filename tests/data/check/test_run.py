@@ -24,6 +24,7 @@ from mmfinetune.data.check.run import Options, check
 from mmfinetune.data.check.shapes import clip, turn_mask, turn_polygons
 from mmfinetune.utils.masks import run_lengths
 from tests.builders import voc
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, refused
 
 PLAIN = Options(cache=False, workers=1)
@@ -302,7 +303,38 @@ def test_every_code_is_planted_somewhere():
     from tests.data.formats.test_malformed import ENTRIES, FILES, IMAGES
 
     planted = {row[0] for row in PLANTED + IN_IMAGES} | {r[2] for r in FILES + ENTRIES + IMAGES}
-    assert set(KINDS) - planted <= {'no-file', 'file-unreadable'}
+    elsewhere = {'labels-larger', 'labels-relative', 'image-pipeline'}  # below, and with a config
+    assert set(KINDS) - planted - elsewhere <= {'no-file', 'file-unreadable'}
+
+
+def scaled_labels(site: Site, factor: float, images: int) -> None:
+    """Rectangles of 0.5 to 0.9 of each image, multiplied in the first training images."""
+    for data in site.data.values():
+        place = {image['id']: k for k, image in enumerate(data['images'])}
+        for entry in data['annotations']:
+            low, high = (224 * part * (factor if place[entry['image_id']] < images else 1) for part in (0.5, 0.9))
+            outline = [low, low, high, low, high, high, low, high, low, (low + high) / 2]
+            side = high - low
+            entry.update(segmentation=[outline], bbox=[low, low, side, side], area=side * side)
+
+
+@pytest.mark.parametrize(('images', 'found'), [(240, True), (200, True), (150, False), (2, False)])
+def test_labels_of_larger_pictures(site, tmp_path, images, found):
+    scaled_labels(site, 1.5, images)
+    codes = {f.code for f in site.check(images=False).findings if f.split == 'train'}
+    assert ('labels-larger' in codes) == found
+    assert 'polygon-over-edge' in codes
+    if images == 240:
+        with refused('fix-by-hand'):
+            repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
+
+
+def test_relative_labels(site, tmp_path):
+    scaled_labels(site, 1 / 224, 10**6)
+    report = site.check(images=False)
+    assert {f.split for f in report.of('error') if f.code == 'labels-relative'} == {'train', 'val'}
+    with refused('fix-by-hand'):
+        repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
 
 
 @pytest.mark.parametrize('size', [[65536, 65536], [224, 224]])
@@ -633,6 +665,41 @@ def test_exif_is_repaired_by_where_the_masks_are(site, tmp_path, drawn_upright):
     assert fixed.report.good
 
 
+def turned(site: Site, row: int, shape: list[float]) -> None:
+    """Make a training image one that EXIF turns from 300x200, with one object."""
+    site.redraw('train', row, noise(300, 200), exif=exif(6))
+    data, image = train(site), train(site)['images'][row]
+    image.update(width=300, height=200)
+    kept = next(a for a in data['annotations'] if a['image_id'] == image['id'])
+    x, y = np.reshape(shape, (-1, 2)).T
+    kept.update(segmentation=[shape], bbox=[float(v) for v in (x.min(), y.min(), np.ptp(x), np.ptp(y))], area=3200.0)
+    data['annotations'] = [a for a in data['annotations'] if a['image_id'] != image['id'] or a is kept]
+
+
+def test_exif_is_not_repaired_by_a_guess(site, tmp_path):
+    inside = [20.0, 20.0, 100.0, 20.0, 100.0, 100.0]
+    turned(site, 0, inside)
+    with refused('fix-exif') as caught:
+        repair.fix(site.save(), tmp_path / 'out', None, PLAIN)
+    assert caught.value.problems == [train(site)['images'][0]['file_name']]
+    assert not (tmp_path / 'out').exists()
+    (finding,) = [f for f in site.check().findings if f.code == 'image-exif']
+    assert finding.examples[0].shape == [inside]  # what --html shows
+    masks = {}
+    for answer in ('upright', 'stored'):
+        fixed = repair.fix(site.save(), tmp_path / answer, None, replace(PLAIN, exif_masks=answer))
+        done = json.loads(fixed.paths['train'].read_text())
+        assert (done['images'][0]['width'], done['images'][0]['height']) == (200, 300)
+        masks[answer] = next(a for a in done['annotations'] if a['image_id'] == done['images'][0]['id'])['segmentation']
+    assert masks == {'upright': [inside], 'stored': turn_polygons([inside], 6, 300, 200)}
+    # Masks of one file are of one kind: one that leaves a picture tells for all, and is believed for its own.
+    turned(site, 1, [20.0, 210.0, 100.0, 210.0, 100.0, 290.0])
+    for number, options in enumerate((PLAIN, replace(PLAIN, exif_masks='upright'))):
+        fixed = repair.fix(site.save(), tmp_path / str(number), None, options)
+        done = json.loads(fixed.paths['train'].read_text())['annotations']
+        assert next(a for a in done if a['image_id'] == train(site)['images'][0]['id'])['segmentation'] == [inside]
+
+
 def test_clip_keeps_holes():
     # A frame drawn as one ring with a slit, half of it outside.
     frame = [-20, 10, 40, 10, 40, 70, -20, 70, -20, 10, -5, 25, -5, 55, 25, 55, 25, 25, -5, 25]
@@ -659,3 +726,26 @@ def test_real_voc_has_no_error_and_no_warning_but_classes(real_data, tmp_path):
     report = check({s: (p, devkit) for s, p in voc.annotation_paths(tmp_path).items()}, None, PLAIN)
     assert report.good
     assert {f.code for f in report.of('warning')} <= {'class-absent'}
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_a_finding(site, kind):
+    name = train(site)['images'][2]['file_name']
+    strange(site.image('train', 2), kind)
+    (finding,) = [f for f in site.check().findings if f.severity == 'error']
+    assert (finding.code, finding.examples[0].file) == ('image-unreadable', name)
+    splits = site.save()
+    strange(splits['val'][0], kind)
+    assert {f.code for f in check(splits, None, Options(workers=1)).of('error')} == {
+        'image-unreadable',
+        'file-unreadable',
+    }
+
+
+def test_a_missing_image_of_the_same_look_is_told(site):
+    path = site.image('train', 0)
+    path.rename(path.with_name('Pru\u0308fung.jpg'))
+    train(site)['images'][0]['file_name'] = 'JPEGImages/Prüfung.jpg'
+    (finding,) = site.check().findings
+    assert finding.code == 'image-missing'
+    assert 'NFD' in finding.examples[0].detail

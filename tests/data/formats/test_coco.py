@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from mmfinetune.data.formats.coco import Coco2017Reader, CocoReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.masks import mask_to_rle
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
 W, H = 48, 32
@@ -516,12 +518,151 @@ def test_image_names_of_other_machines(site, spelling):
     assert (site / 'out/images/sub/a b.jpg').is_file()
 
 
-def test_nothing_outside_the_data_set_is_taken(site):
+@pytest.mark.parametrize('trusted', [False, True])
+@pytest.mark.parametrize('placing', ['link', 'copy', 'reference'])
+def test_nothing_outside_the_data_set_is_taken(site, trusted, placing):
     Image.new('RGB', (W, H)).save(site / 'secret.jpg')
-    for name in ('../../secret.jpg', str(site / 'secret.jpg')):
+    for name in ('../../secret.jpg', 'sub/../../../secret.jpg', str(site / 'secret.jpg'), '/dev/zero', '/etc/passwd'):
         with refused('prepare-problems') as caught:
-            run(site, put('file_name', name, 'images'))
-        assert codes(caught.value.problems) == ['image-file-missing']
+            run(site, put('file_name', name, 'images'), trust_sizes=trusted, placing=placing)
+        assert codes(caught.value.problems) == ['coco-image-outside' if trusted else 'image-file-missing']
+        assert not (site / 'out').exists()
+    run(site, trust_sizes=trusted, placing=placing, skip_bad=True)
+    assert sorted(p.name for p in (site / 'out/images').iterdir() if p.name != 'img0.jpg') == ['img1.jpg', 'img2.jpg']
+
+
+def test_trusted_names_of_other_machines_are_found_by_their_end(site):
+    summary, data = run(site, put('file_name', '/home/someone/images/img0.jpg', 'images'), trust_sizes=True)
+    assert sorted(i['file_name'] for i in data['images']) == ['img0.jpg', 'img1.jpg', 'img2.jpg']
+    assert codes(summary.notes) == ['coco-images-elsewhere']
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+@pytest.mark.parametrize('trusted', [False, True])
+def test_what_is_no_file_is_no_image(site, kind, trusted):
+    strange(site / 'src/images/img1.jpg', kind)
+    with refused('prepare-problems') as caught:
+        run(site, trust_sizes=trusted, placing='copy')
+    assert codes(caught.value.problems) == ['image-file-unreadable']
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_no_annotation_file(site, kind):
+    path = strange(site / 'src/annotations/instances_train.json', kind)
+    with pytest.raises(UserError):
+        run(site)
+    with pytest.raises(UserError):
+        prepare(path, site / 'out', 'coco', progress=False)
+
+
+def test_links_of_ones_own_work_and_those_to_other_files_do_not(site):
+    (site / 'src/images').rename(site / 'disk')
+    (site / 'src/images').symlink_to('../disk')
+    for trusted in (False, True):
+        _, data = run(site, trust_sizes=trusted, overwrite=trusted)
+        assert len(data['images']) == 3
+        assert (site / 'out/images/img0.jpg').read_bytes() == (site / 'disk/img0.jpg').read_bytes()
+    (site / 'key').write_text('secret')
+    (site / 'disk/img1.jpg').unlink()
+    (site / 'disk/img1.jpg').symlink_to('../key')
+    for trusted in (False, True):
+        with refused('prepare-problems') as caught:
+            run(site, trust_sizes=trusted, overwrite=True)
+        assert codes(caught.value.problems) == ['image-file-unknown']
+
+
+def rename(*names: str):
+    def change(data):
+        for image, name in zip(data['images'], names, strict=True):
+            image['file_name'] = name
+
+    return change
+
+
+def test_a_name_that_several_images_may_have_is_not_matched(site):
+    with refused('prepare-problems') as caught:
+        run(site, rename('cam1/img0.jpg', 'cam2/img0.jpg', 'img2.jpg'))
+    others = [(p.code, p.facts['found'], p.facts['other']) for p in caught.value.problems]
+    path = 'images/img0.jpg'
+    assert others == [('coco-image-ambiguous', path, f'cam{k}/img0.jpg') for k in (2, 1)]
+    _, data = run(site, skip_bad=True)
+    assert [i['file_name'] for i in data['images']] == ['img2.jpg']
+    # One of the two is there: the file without a folder may be the other one or not.
+    (site / 'src/images/cam1').mkdir()
+    (site / 'src/images/img1.jpg').rename(site / 'src/images/cam1/img0.jpg')
+    summary, data = run(site, skip_bad=True, overwrite=True)
+    assert [i['file_name'] for i in data['images']] == ['cam1/img0.jpg', 'img2.jpg']
+    assert codes(summary.problems) == ['coco-image-ambiguous']
+    # Folders in front that differ are no reason, as long as the rest tells.
+    _, data = run(site, rename('/old/cam1/img0.jpg', '/old/img2.jpg', '/old/x/img0.jpg'), skip_bad=True, overwrite=True)
+    assert [i['file_name'] for i in data['images']] == ['cam1/img0.jpg', 'img2.jpg']
+
+
+@pytest.mark.parametrize('form', ['NFC', 'NFD'])
+def test_accents_written_in_two_ways(site, form):
+    other = {'NFC': 'NFD', 'NFD': 'NFC'}[form]
+    (site / 'src/images/img0.jpg').rename(site / 'src/images' / unicodedata.normalize(other, 'Prüfung.jpg'))
+    _, data = run(site, put('file_name', unicodedata.normalize(form, 'Prüfung.jpg'), 'images'))
+    assert unicodedata.normalize(other, 'Prüfung.jpg') in [i['file_name'] for i in data['images']]
+    assert (site / 'out/images' / unicodedata.normalize(other, 'Prüfung.jpg')).is_file()
+
+
+def test_relative_coordinates_are_read_if_asked_for(site):
+    def change(data):
+        data['annotations'] = [a for a in data['annotations'] if isinstance(a['segmentation'], list)]
+        for annotation in data['annotations']:
+            for polygon in annotation['segmentation']:
+                polygon[:] = [value / (W, H)[i % 2] for i, value in enumerate(polygon)]
+
+    with refused('coco-files') as caught:
+        run(site, change)
+    assert codes(caught.value.problems) == ['coco-relative']
+    _, data = run(site, relative=True)
+    assert np.allclose(data['annotations'][0]['segmentation'], [TRIANGLE])
+    assert np.allclose(data['annotations'][1]['segmentation'][1], SQUARE)
+
+
+@pytest.mark.parametrize('images', [2, 3])
+def test_labels_of_larger_pictures(site, images):
+    def change(data):
+        data['annotations'] = [a for a in data['annotations'] if isinstance(a['segmentation'], list)]
+        for annotation in data['annotations']:
+            if annotation['image_id'] < 10 + images:
+                annotation['segmentation'] = [[1.8 * v for v in polygon] for polygon in annotation['segmentation']]
+
+    if images == 2:
+        run(site, change)
+        return
+    with refused('prepare-labels-larger', beyond=3, images=3):
+        run(site, change)
+    assert not (site / 'out').exists()
+
+
+def test_crowd_regions_alone_are_objects_if_asked_for(site):
+    def change(data):
+        for annotation in data['annotations']:
+            annotation['iscrowd'] = 1
+
+    with refused('prepare-only-crowds', crowds=15):
+        run(site, change)
+    summary, data = run(site, crowd_as_objects=True)
+    assert {a['iscrowd'] for a in data['annotations']} == {0}
+    assert summary.splits['train'].objects == 15
+
+
+def test_a_root_category_is_left_out(site):
+    def change(data):
+        data['categories'].insert(0, {'id': 0, 'name': 'animal', 'supercategory': 'none'})
+
+    summary, data = run(site, change)
+    assert [c['name'] for c in data['categories']] == ['cat', 'dog']
+    assert [c['id'] for c in data['categories']] == [2, 7]
+    assert summary.notes == [message('coco-root-category', names='animal')]
+
+    def used(data):
+        data['annotations'][0]['category_id'] = 0
+
+    assert [c['name'] for c in run(site, used, overwrite=True)[1]['categories']] == ['animal', 'cat', 'dog']
 
 
 @pytest.mark.parametrize(
@@ -712,3 +853,29 @@ def test_real_coco_masks_stay_the_same(real_data, tmp_path):
                 assert b['bbox'] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
                 count += 1
     assert count == 909
+
+
+def test_what_cannot_be_written_again_is_left_out(site):
+    """Half characters, depths and numbers of any length, wherever nobody needs them."""
+    deep: list = []
+    for _ in range(600):
+        deep = [deep]
+
+    def change(data):
+        data['info']['description'] = '\ud800'
+        data['licenses'].append(math.nan)
+        data['images'][0]['photographer'] = deep
+        data['images'][1]['photographer'] = '\ud800'
+        data['categories'][0]['supercategory'] = 'a\ud800'
+        data['annotations'][0]['id'] = '9' * 5000
+
+    _, coco = run(site, change)
+    assert coco['licenses'] == [] and 'supercategory' not in coco['categories'][0]
+    assert [set(image) for image in coco['images']][2] >= {'id', 'file_name', 'license'}
+    assert len(coco['annotations']) == 15
+
+
+@pytest.mark.parametrize('key', ['image_id', 'category_id'])
+def test_ids_of_thousands_of_digits(site, key):
+    with refused('prepare-problems'):
+        run(site, lambda d: d['annotations'][0].update({key: '9' * 5000}))

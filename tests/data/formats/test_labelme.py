@@ -14,6 +14,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.formats.labelme import LabelmeReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
 WIDTH, HEIGHT = 60, 40
@@ -300,6 +301,48 @@ def test_image_is_found(tmp_path, json_name, image_name, said):
     assert len(record.instances) == 1
 
 
+def test_a_name_that_several_images_have_is_not_matched(tmp_path):
+    image(tmp_path / 'src/0.jpg')
+    image(tmp_path / 'src/1.jpg')
+    for name, path in (('a', 'cam1/0.jpg'), ('b', 'cam2/0.jpg'), ('c', '/old/1.jpg')):
+        write(tmp_path / f'src/{name}.json', shape(), image_path=path)
+    a, b, c = read(tmp_path / 'src')
+    assert (codes(a.problems), codes(b.problems), c.problems) == (*[['labelme-image-ambiguous']] * 2, [])
+    summary = prepare(tmp_path / 'src', tmp_path / 'out', skip_bad=True, workers=1, progress=False)
+    assert summary.splits['all'].images == 1
+    # The one that names the file as it is has it.
+    write(tmp_path / 'src/a.json', shape(), image_path='0.jpg')
+    assert [codes(record.problems) for record in read(tmp_path / 'src')] == [[], ['labelme-image-ambiguous'], []]
+
+
+def test_no_image_outside_the_data_set_is_taken(tmp_path):
+    outside, root = image(tmp_path / 'b.jpg'), tmp_path / 'set'
+    image(root / 'a.jpg')
+    write(root / 'a.json', shape())
+    for name in ('../b.jpg', '..\\b.jpg', str(outside), '../set/../b.jpg'):
+        write(root / 'c.json', shape(), image_path=name)
+        _, record = read(root)
+        assert record.problems == [message('labelme-image-outside', place='c.json', image=name)]
+        _, record = read(root, image_root=tmp_path)
+        assert (record.problems, record.image) == ([], outside)
+    write(root / 'c.json', shape(), image_path='/dev/zero')
+    assert codes(read(root)[1].problems) == ['labelme-image-outside']
+    # The last folder of a name that was written elsewhere may be a convention, and the file next to this one.
+    write(root / 'labels/d.json', shape(), image_path='../images/b.jpg')
+    image(root / 'images/b.jpg')
+    assert read(root / 'labels')[0].problems == []
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_what_is_no_file_is_not_waited_for(tmp_path, kind):
+    image(tmp_path / 'a.jpg')
+    write(tmp_path / 'a.json', shape())
+    strange(tmp_path / 'b.json', kind)
+    assert LabelmeReader.detect(tmp_path) is None or kind == 'folder'
+    problems = [problem for record in read(tmp_path) for problem in record.problems]
+    assert codes(problems) == ([] if kind == 'folder' else ['text-file-unreadable'])
+
+
 def test_a_path_written_on_windows_tells_which_of_two(tmp_path):
     image(tmp_path / 'one/a.jpg')
     wanted = image(tmp_path / 'two/a.jpg')
@@ -475,3 +518,11 @@ def test_real_files(real_data):
     assert [record.problems + record.notes for record in records] == [[], [], []]
     sofa = records[1].instances[-1]
     assert (sofa.category, len(sofa.segmentation)) == ('sofa', 4)
+
+
+def test_messages_stay_short_whatever_the_file_holds(tmp_path):
+    long: list = [['x' * 9000] * 50] * 50
+    problems = one(tmp_path, shape(kind=long), shape(kind='y' * 9000)).problems
+    problems += one(tmp_path, shape(), imageWidth=long).problems
+    assert codes(problems) == ['labelme-shape-unknown', 'labelme-shape-unknown', 'labelme-size']
+    assert max(len(str(problem)) for problem in problems) < 300

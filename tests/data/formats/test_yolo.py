@@ -12,6 +12,7 @@ from pycocotools import mask as mask_api
 from mmfinetune.data.formats.yolo import YoloReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
+from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
 WIDTH, HEIGHT = 80, 40
@@ -245,6 +246,56 @@ def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
         source = YoloReader.open(root, {})
         record = source.read(source.items()[0])
         assert (record.problems, len(record.instances)) == ([], 1)
+        assert codes(source.notes) == ['yolo-elsewhere']
+
+
+@pytest.mark.parametrize(
+    'name', ['../other/images', '{tmp}/other/images', 'images/../../other/images', '/dev', '/dev/zero']
+)
+def test_nothing_outside_the_data_set_is_taken(tmp_path, name):
+    site(tmp_path / 'other', SQUARE)
+    name = name.format(tmp=tmp_path)
+    root = site(tmp_path / 'set', SQUARE, yaml=f'names: [cat]\ntrain: {name}')
+    with refused('yolo-images') as caught:
+        YoloReader.open(root, {})
+    assert codes(caught.value.problems) == ['yolo-entry-outside']
+    if 'other' in name:
+        (record,) = read(root, image_root=tmp_path / 'other')
+        assert record.image == tmp_path / 'other/images/a.jpg'
+        assert len(record.instances) == 1
+
+
+def test_no_listed_image_outside_the_data_set_is_taken(tmp_path):
+    outside = image(tmp_path / 'b.jpg')
+    root = site(tmp_path / 'set', SQUARE, yaml='names: [cat]\ntrain: list.txt')
+    path = write(root / 'list.txt', f'images/a.jpg\n../b.jpg\n{outside}\n/etc/hostname')
+    with refused('yolo-images') as caught:
+        YoloReader.open(root, {})
+    names = {2: '../b.jpg', 3: str(outside), 4: '/etc/hostname'}
+    assert caught.value.problems == [
+        message('yolo-listed-outside', path=path, line=k, name=n) for k, n in names.items()
+    ]
+    write(path, 'images/a.jpg\n../b.jpg')
+    assert len(read(root, image_root=tmp_path)) == 2
+
+
+def test_ones_own_links_work(tmp_path):
+    site(tmp_path / 'disk', SQUARE)
+    root = site(tmp_path / 'set', SQUARE)
+    for name in ('images', 'labels'):
+        (root / name).rename(tmp_path / name)
+        (root / name).symlink_to(tmp_path / 'disk' / name)
+    (record,) = read(root)
+    assert (record.problems, len(record.instances)) == ([], 1)
+
+
+@pytest.mark.parametrize('kind', STRANGE)
+def test_labels_that_are_no_files(tmp_path, kind):
+    site(tmp_path, SQUARE)
+    image(tmp_path / 'images/b.jpg')
+    strange(tmp_path / 'labels/b.txt', kind)
+    (_, record) = read(tmp_path)
+    assert codes(record.problems) == ['text-file-unreadable']
 
 
 @pytest.mark.parametrize(
@@ -265,12 +316,17 @@ def test_class_names(tmp_path, text, names):
 @pytest.mark.parametrize(
     'text, problems',
     [
-        ('names: [cat, dog]\nnc: 3', [message('yolo-count', nc=3, names=2)]),
+        ('names: [cat, dog]\nnc: 3', [message('yolo-count', nc='3', names=2)]),
         ('names: {0: cat, 2: dog}', [message('yolo-name-keys', last=1)]),
         ('names: {a: cat}', [message('yolo-name-keys', last=0)]),
-        ('names: [yes, cat]', [message('yolo-name', name=True)]),
+        ('names: [yes, cat]', [message('yolo-name', name='True')]),
         ('names: [cat, cat]', [message('yolo-name-repeated', name='cat', times=2)]),
         ('names: cat', [message('yolo-names')]),
+        ('nc: 999999999999', [message('yolo-names')]),
+        ('names: {.inf: cat}', [message('yolo-name-keys', last=0)]),
+        ('names: [[a, [b]], cat]', [message('yolo-name', name="['a', ['b']]")]),
+        ('names: [0x' + 'f' * 5000 + ']', [message('yolo-name', name='an integer of 20000 bits')]),
+        ('names: [cat]\nnc: 0x' + 'f' * 5000, [message('yolo-count', nc='an integer of 20000 bits', names=1)]),
         ('names: []', [message('yolo-names')]),
         ('colour: red', [message('yolo-names')]),
     ],
@@ -285,7 +341,11 @@ def test_bad_class_names(tmp_path, text, problems):
 @pytest.mark.parametrize(
     'text, code, problems',
     [
-        ('names: [cat\ntrain: images', 'yolo-syntax', []),
+        (
+            'names: [cat\ntrain: images',
+            'yolo-unreadable',
+            [message('yaml-syntax', line=2, reason="did not find expected ',' or ']'")],
+        ),
         ('- cat', 'yolo-no-keys', []),
         ('names: [cat]', 'yolo-images', [message('yolo-no-splits')]),
         (
@@ -296,9 +356,24 @@ def test_bad_class_names(tmp_path, text, problems):
                 message('yolo-entry-missing', key='val', entry='gone2'),
             ],
         ),
-        ('names: [cat]\ntrain: 7', 'yolo-images', [message('yolo-entry-missing', key='train', entry=7)]),
+        ('names: [cat]\ntrain: 7', 'yolo-images', [message('yolo-entry-missing', key='train', entry='7')]),
         ('names: [cat]\ntrain: empty', 'yolo-images', [message('yolo-entry-empty', key='train', entries='empty')]),
         ('names: [cat]\ntrain: list.txt', 'yolo-images', None),
+        (
+            'names: [cat]\ntrain: ' + 'a' * 9000,
+            'yolo-images',
+            [message('yolo-entry-missing', key='train', entry="'" + 'a' * 27 + '...' + 'a' * 6 + '…')],
+        ),
+        (
+            'names: [cat]\npath: ' + 'a' * 9000 + '\ntrain: gone',
+            'yolo-images',
+            [message('yolo-entry-missing', key='train', entry='gone')],
+        ),
+        (
+            'names: [cat]\npath: [1, 2]\ntrain: "a\\0b"',
+            'yolo-images',
+            [message('yolo-entry-missing', key='train', entry='a\0b')],
+        ),
     ],
 )
 def test_bad_yaml(tmp_path, text, code, problems):
@@ -313,7 +388,6 @@ def test_bad_yaml(tmp_path, text, code, problems):
         missing = {2: 'images/gone.jpg', 3: 'x.jpg', 4: '/home/her/top.jpg'}
         problems = [message('yolo-listed-missing', path=lines, line=k, name=name) for k, name in missing.items()]
     assert caught.value.problems == problems
-    assert code != 'yolo-syntax' or caught.value.facts['line'] == 2
 
 
 def test_which_of_several_yaml_files(tmp_path):
@@ -399,3 +473,9 @@ def test_prepared_json_has_the_polygons_pixels(tmp_path):
     assert (pixels(dog['segmentation']) == wanted).all()
     assert dog['area'] == wanted.sum()
     assert (tmp_path / 'out/images' / data['images'][0]['file_name']).is_file()
+
+
+def test_pose_labels_are_refused(tmp_path):
+    site(tmp_path, SQUARE, yaml='names: [cat]\ntrain: images\nkpt_shape: [17, 3]')
+    with refused('yolo-pose', path=tmp_path / 'data.yaml'):
+        YoloReader.open(tmp_path, {})

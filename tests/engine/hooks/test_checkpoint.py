@@ -6,6 +6,8 @@ import contextlib
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -281,10 +283,103 @@ def test_first_ctrl_c_saves_and_the_second_does_not_wait(tmp_path):
     assert names(tmp_path) == ['best_score_epoch_1.pth', 'epoch_1.pth']
 
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
 def test_signals_are_given_back_after_the_run(tmp_path):
-    before = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+    before = [signal.getsignal(n) for n in SIGNALS]
     train(make_cfg(tmp_path))
-    assert [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)] == before
+    assert [signal.getsignal(n) for n in SIGNALS] == before and signal.set_wakeup_fd(-1) == -1
+
+
+def test_a_signal_while_signals_are_given_back(monkeypatch):
+    hook = stop_hook._Stop()
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    hook._before = dict(before)
+    real = signal.signal
+
+    def interrupted(number, handler):
+        if hook._before:
+            hook.release()
+        return real(number, handler)
+
+    monkeypatch.setattr(stop_hook.signal, 'signal', interrupted)
+    hook.release()
+    assert not hook._before and before == {number: signal.getsignal(number) for number in SIGNALS}
+
+
+def test_a_closed_terminal_saves_the_run_unless_it_was_started_with_nohup(tmp_path):
+    assert stop(make_cfg(tmp_path / 'a'), 6, number=signal.SIGHUP).checkpoint.name == 'iter_7.pth'
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert train(make_cfg(tmp_path / 'b'), DoAt(signal.SIGHUP, 6)).iter == 20
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+CLOSED = """
+import os, pty, signal, sys
+from mmfinetune.engine.hooks.stop import leave_closed_terminal
+main, side = pty.openpty()
+reader, writer = os.pipe()
+os.dup2(side, 1)
+os.dup2(writer, 2)
+os.close(side), os.close(writer)
+leave_closed_terminal()
+assert os.isatty(1)
+os.close(main), os.close(reader)
+leave_closed_terminal()
+os.write(1, b'nobody reads this')
+os.write(2, b'nor this')
+os._exit(7)
+"""
+
+
+def test_outputs_that_nobody_reads_any_more():
+    assert subprocess.run([sys.executable, '-c', CLOSED], check=False).returncode == 7
+
+
+STUCK = """
+import os, signal, sys, threading, time
+from mmfinetune.engine.hooks import stop
+stop.GRACE_S = 0.5
+hook = stop._Wakeup()
+signal.signal(signal.SIGTERM, lambda *_: None)
+hook.begin([signal.SIGTERM])
+if sys.argv[1] == 'ends':
+    os.kill(os.getpid(), signal.SIGTERM)
+    hook.end()
+    time.sleep(1)
+    os._exit(0)
+# In C, where no handler of Python is called: SIGTERM comes to another thread while this one waits.
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+import ctypes
+libc = ctypes.CDLL(None)
+while True:
+    libc.usleep(600_000_000)
+"""
+
+
+@pytest.mark.parametrize(('kind', 'code'), (('stuck', 143), ('ends', 0)))
+def test_a_step_that_never_ends(kind, code):
+    done = subprocess.run([sys.executable, '-c', STUCK, kind], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert ('Stopped by SIGTERM' in done.stderr) == bool(code)
+
+
+@pytest.mark.parametrize('another', (False, True))
+@pytest.mark.parametrize('point', ('after_train_iter', 'before_val_epoch'))
+def test_a_work_dir_that_is_removed_under_the_run(tmp_path, another, point):
+    def remove(runner) -> None:
+        shutil.rmtree(runner.work_dir)
+        if another:
+            Path(runner.work_dir).mkdir()
+
+    work_dir = tmp_path / 'run'
+    with refused('work-dir-gone', work_dir=str(work_dir)):
+        train(make_cfg(work_dir), DoAt(remove, point=point))
+    assert not list(tmp_path.rglob('*.pth'))
 
 
 def test_stop_without_a_hook_that_saves(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from PIL import Image
 from mmfinetune.engine.hooks import results
 from mmfinetune.engine.hooks.results import ResultsHook
 from mmfinetune.evaluation.history import History
+from mmfinetune.utils import extras
 from mmfinetune.utils.errors import Message, UserError
 from tests.builders.runs import (
     EPOCH_STEPS,
@@ -105,6 +107,14 @@ def records(work_dir: Path) -> list[dict]:
         for path in sorted(work_dir.glob('*/vis_data/scalars.json'))
         for line in path.read_text().splitlines()
     ]
+
+
+def test_log_within_a_validation_shows_nothing_of_the_one_before(run):
+    lines = re.findall(r'Epoch\(val\) +\[(\d)\]\[(\d)/(\d)\](.*)', max(run.glob('*/*.log')).read_text())
+    within = [rest for _, step, total, rest in lines if 'coco/' not in rest]
+    assert len(within) >= 3 and not [rest for rest in within if 'loss' in rest]
+    shown = [float(re.findall(r'val/loss: ([\d.]+)', rest)[0]) for *_, rest in lines if 'coco/' in rest]
+    assert shown == [round(float(row['val/loss']), 4) for row in rows(run)]
 
 
 def test_row_holds_what_the_logs_hold(run):
@@ -206,9 +216,10 @@ def test_what_cannot_be_read_or_written_does_not_end_the_training(run, tmp_path,
         (folder / name).unlink()
         (folder / name).mkdir()
     monkeypatch.setattr(plots, 'class_bars', lambda *_: 1 / 0)
-    monkeypatch.delenv(results.STRICT)
+    monkeypatch.delenv(extras.STRICT)
     said: list[Message] = []
-    monkeypatch.setattr(results, 'warn', said.append)
+    for module in (results, extras):
+        monkeypatch.setattr(module, 'warn', said.append)
     train(site, 'tiny.py', 'run', '--resume', 'work_dirs/run/epoch_2.pth')
     (aside,) = [message.facts for message in said if message.code == 'results-set-aside']
     assert (aside['path'].name, aside['kept']) == ('results.csv', 'results.csv.bak')

@@ -1,0 +1,1 @@
+"""Mutated files of other people against all that reads them: ``python -m tests.fuzz --help``."""
