@@ -72,8 +72,9 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
         world = max(gpus, launch.join_group(cfg))
         # Before anything is read that another run may change. A new folder is made when all is known to be right.
         work_dir = Path(options.work_dir or cfg.work_dir)
-        if (options.trains or options.tests) and not trial and work_dir.is_dir():
-            rank0_first(lambda: lock.take(work_dir))
+        if (options.trains or options.tests) and not trial:
+            # One process looks for all, or they would not wait for the same.
+            rank0_first(lambda: lock.take(work_dir) if work_dir.is_dir() else None)
         return world
 
     def planned(options: Options) -> RunPlan:

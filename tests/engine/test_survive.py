@@ -508,16 +508,7 @@ def test_no_process_is_left_when_one_is_killed(site, tmp_path, start, killed):
     command = {
         'alone': [sys.executable, *tool, '--gpus', '1'],
         'launcher': [sys.executable, *tool, '--gpus', '2'],
-        'torchrun': [
-            sys.executable,
-            '-m',
-            'torch.distributed.run',
-            '--nproc_per_node',
-            '2',
-            '--master_port',
-            '0',
-            *tool,
-        ],
+        'torchrun': [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node', '2', '--standalone', *tool],
     }[start]
     environment = {**os.environ, MARK: str(tmp_path), 'OMP_NUM_THREADS': '1', 'CUDA_VISIBLE_DEVICES': ''}
     with log.open('w') as out:
