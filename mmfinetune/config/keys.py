@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config import old_names, views
+from mmfinetune.data.layout import SPLITS
 from mmfinetune.utils.errors import Message
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def check_values(cfg: Config) -> list[Message]:
 def check_data(cfg: Config) -> list[Message]:
     """Find data settings of a kind that would crash a run, or make its numbers wrong."""
     problems: list[Message] = []
-    for split in views.SPLITS:
+    for split in SPLITS:
         for place, dataset in views.parts_of(cfg, split):
             problems += _check_dataset(dataset, place)
         if split != 'train':

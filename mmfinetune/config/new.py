@@ -228,7 +228,7 @@ def _loaders(places: Places, batch_size: int | None, negatives: bool, tiny: bool
     filters = [*(['filter_empty_gt=False'] if negatives else []), *(['min_size=1'] if tiny else [])]
     kept = f'filter_cfg=dict({", ".join(filters)}), ' if filters else ''
     lines = []
-    for split in (s for s in ('train', 'val', 'test') if s in places.splits):
+    for split in (s for s in SPLITS if s in places.splits):
         first, more = (batch, kept) if split == 'train' else ('', '')
         file = f'annotations/{file_name(split)}'
         lines.append(f'{split}_dataloader = dict({first}dataset=dict(ann_file={file!r}, {more}**dataset))')

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 from mmfinetune.config import views
 from mmfinetune.config.keys import dicts
 from mmfinetune.data.formats import voc_devkit
+from mmfinetune.data.layout import SPLITS
 from mmfinetune.utils.errors import Message, UserError
 
 if TYPE_CHECKING:
     from mmengine.config import Config
 
 ANNOTATIONS = 'annotations'
-SPLITS = ('test', 'val', 'train')
 
 
 def set_data_root(cfg: Config, root: Path) -> None:
@@ -90,11 +90,11 @@ def select_split(cfg: Config, split: str) -> None:
     Raises:
         UserError: The config does not have it, or not as one annotation file.
     """
-    loaders = {s: cfg.get(f'{s}_dataloader') for s in SPLITS}
+    loaders = {s: cfg.get(f'{s}_dataloader') for s in reversed(SPLITS)}  # that of the test is named first
     files = {views.annotation_file(d): d for n, d in views.dataset_configs(cfg).items() if views.split_of(n) == split}
     if len(files) != 1:
         raise UserError(
-            'config-no-split', split=split, others=', '.join(s for s in SPLITS if s != split and loaders[s])
+            'config-no-split', split=split, others=', '.join(s for s in loaders if s != split and loaders[s])
         )
     chosen = next(iter(files.values()))
     if split == 'train':

@@ -63,17 +63,18 @@ class Source:
         return {_place(target).partition('.')[0]: target.lineno for target in targets}
 
     @cached_property
+    def _used(self) -> list[ast.AST]:
+        return [node for _, value in self.statements for node in ast.walk(value)]
+
+    @cached_property
     def read(self) -> set[str]:
         """Names that it uses, of its own and of its bases."""
-        nodes = [node for _, value in self.statements for node in ast.walk(value)]
-        return {n.id for n in nodes if isinstance(n, ast.Name)} | self._of_bases(nodes)
+        return {n.id for n in self._used if isinstance(n, ast.Name)} | self.read_of_bases
 
     @cached_property
     def read_of_bases(self) -> set[str]:
-        return self._of_bases([node for _, value in self.statements for node in ast.walk(value)])
-
-    def _of_bases(self, nodes: list[ast.AST]) -> set[str]:
-        names = {n.attr for n in nodes if isinstance(n, ast.Attribute) and _is_base(n.value)}
+        """Names of its bases that it uses as theirs: ``_base_.name``."""
+        names = {n.attr for n in self._used if isinstance(n, ast.Attribute) and _is_base(n.value)}
         return names | set(_OF_BASE.findall(self.text))
 
     def uses(self) -> Iterator[tuple[str, str, bool]]:

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mmfinetune.data.layout import SPLITS
+
 if TYPE_CHECKING:
     from mmengine.config import Config
-
-
-SPLITS = ('train', 'val', 'test')
 
 
 def evaluators(cfg: Config, split: str) -> list:
