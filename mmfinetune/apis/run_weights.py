@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfinetune.config import views
+from mmfinetune.config.resolve import set_roi_align
+from mmfinetune.utils.errors import Message
 from mmfinetune.weights import check, find, sources
+from mmfinetune.weights.origins import torchvision
 
 if TYPE_CHECKING:
     from mmengine.config import Config
@@ -23,13 +28,19 @@ def start_of(cfg: Config) -> check.WeightCheck:
 
 
 def checkpoint_of(cfg: Config, file: Path) -> check.WeightCheck:
-    """A checkpoint of the config's whole model.
+    """A checkpoint of the config's whole model, which pools regions as the model in the file does.
+
+    Args:
+        cfg: Changed in place.
+        file: The checkpoint.
 
     Raises:
         UserError: The file does not exist, cannot be read, or does not fit the model.
     """
     checked = _compare(cfg, file, {})
     checked.require_good()
+    if checked.source.origin == torchvision.ORIGIN.name and set_roi_align(cfg) and os.environ.get('RANK', '0') == '0':
+        print(f'note: {Message("weights-roi-align-set", path=file)}', file=sys.stderr, flush=True)
     return checked
 
 

@@ -284,6 +284,7 @@ def _test(plan: RunPlan, trained: Runner | None, lock: RunLock) -> None:
         file = start.source.path
         if start.plan.class_map is not None:
             say('\n'.join(start.plan.class_map.lines()))
+        say('\n'.join(f'note: {note}' for note in start.source.notes if note.code == 'weights-roi-align'))
     else:
         file = plan.checkpoint or weights_work_dir.best_checkpoint(Path(cfg.work_dir))
         start = run_weights.checkpoint_of(cfg, file)

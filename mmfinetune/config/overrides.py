@@ -137,7 +137,9 @@ def merge(
         elif isinstance(parent, list) and not (isinstance(value, Mapping) and isinstance(there, Mapping)):
             parent[int(dotted.rpartition('.')[2])] = value
         elif isinstance(value, Mapping) and not isinstance(there, Mapping):
-            cfg.merge_from_dict({dotted: {**value, '_delete_': True}})
+            # MMEngine takes the mark away only where there was something to replace.
+            replace = {'_delete_': True} if dotted.rpartition('.')[2] in parent else {}
+            cfg.merge_from_dict({dotted: {**value, **replace}})
         else:
             cfg.merge_from_dict({dotted: value})
         changed.update(_leaves(dotted, value))

@@ -6,6 +6,8 @@ files: `apis.train` notes in ``weights.checkpoint`` which of several places the 
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmfinetune.config import lr, paths, views
 from mmfinetune.config.load import judging, load, require_valid
 from mmfinetune.config.resume import AUTO, set_resume
-from mmfinetune.utils.dist import rank0_first, say
+from mmfinetune.utils.dist import rank0_first
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import class_map, data_only, find
 
@@ -107,8 +109,8 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
         of_config = resume_of_config(cfg)
         resume = options.resume or (options.trains and of_config)
         note = set_load_from(cfg, options.weights)
-        if note and (options.trains or options.check_weights or options.dry_run):
-            say(note)
+        if note and os.environ.get('RANK', '0') == '0' and (options.trains or options.check_weights or options.dry_run):
+            print(note, file=sys.stderr, flush=True)
         set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
         set_batch(cfg, options.batch_size, options.accumulate, options.amp)
         set_saving(cfg, options.save_every)
@@ -243,6 +245,20 @@ def set_saving(cfg: Config, every: int | None) -> None:
     if hook.get('type') != 'SafeCheckpointHook':
         raise UserError('save-every-other-hook', type=hook.get('type'))
     hook['every_n_iters'] = every
+
+
+def set_roi_align(cfg: Config) -> bool:
+    """Pool regions as models of torchvision are trained to, unless the config says how.
+
+    Returns:
+        Whether it did not.
+    """
+    head = cfg.model.get('roi_head') or {}
+    layers = [(head.get(name) or {}).get('roi_layer') for name in ('bbox_roi_extractor', 'mask_roi_extractor')]
+    chosen = [layer for layer in layers if layer and layer.get('type') == 'RoIAlign' and 'aligned' not in layer]
+    for layer in chosen:
+        layer.update(sampling_ratio=2, aligned=False)
+    return bool(chosen)
 
 
 def set_test_only(cfg: Config) -> None:

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 # Statistics on 0..255 inputs. torchvision's are 255 x (0.485, 0.456, 0.406) and 255 x
 # (0.229, 0.224, 0.225) on 0..1 inputs, which is the same normalisation: conv1 need not change.
 RGB_MEAN, RGB_STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+# Of the models that Caffe2 trained, in caffe style.
+BGR_MEAN, ONES = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
 BN_EPS = 1e-5  # of every BN layer in MMDetection's ResNet
 FC_CLS, FC_REG = 'roi_head.bbox_head.fc_cls.', 'roi_head.bbox_head.fc_reg.'
 MASK_LOGITS = 'roi_head.mask_head.conv_logits.'

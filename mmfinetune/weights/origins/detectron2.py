@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mmfinetune.weights.source import FC_CLS, FC_REG, MASK_LOGITS, Origin, Source, rename_all
-
-BGR_MEAN, ONES = (103.53, 116.28, 123.675), (1.0, 1.0, 1.0)
+from mmfinetune.weights.source import BGR_MEAN, FC_CLS, FC_REG, MASK_LOGITS, ONES, Origin, Source, rename_all
 
 _NAMES = {
     'backbone.bottom_up.stem.conv1.norm.': 'backbone.bn1.',

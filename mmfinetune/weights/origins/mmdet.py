@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator, Mapping
 
-from mmfinetune.weights.source import Origin, Source
+from mmfinetune.weights.source import BGR_MEAN, ONES, Origin, Source
 
 _MAX_CONFIG = 1 << 17  # characters; whole configs have some ten thousand
 
@@ -26,8 +27,10 @@ def _convert(source: Source, loaded: Mapping, _bn_eps: float | None) -> None:
                 continue
             # BGR is what cv2 reads; 2.x says to_rgb, 3.x bgr_to_rgb.
             source.rgb = bool(settings.get('to_rgb', settings.get('bgr_to_rgb', False)))
-    if source.style is None and '_caffe_' in source.path.name:
+    if source.style is None and re.search(r'[-_]caffe[-_]', source.path.name):
         source.style = 'caffe'
+        if source.mean is None:
+            source.rgb, source.mean, source.std = False, BGR_MEAN, ONES
         source.note('weights-caffe-by-name')
 
 

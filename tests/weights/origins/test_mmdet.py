@@ -63,11 +63,14 @@ def test_config_in_the_file_tells_the_normalisation(key, text, expected, tmp_pat
     same_source(open_source(save(source, tmp_path / 'again.pth')), source)
 
 
-def test_caffe_in_the_name(tmp_path):
-    path = tmp_path / 'mask_rcnn_r50_caffe_fpn_1x.pth'
+@pytest.mark.parametrize('name', ['mask_rcnn_r50_caffe_fpn_1x.pth', 'mask-rcnn_r50-caffe_fpn_1x.pth'])
+def test_caffe_in_the_name(tmp_path, name):
+    path = tmp_path / name
     torch.save({'state_dict': mmdet_state()}, path)
     source = open_source(path)
     assert (source.style, source.classes) == ('caffe', COCO_CLASSES)
+    # The cure for the style alone would leave the wrong inputs.
+    assert (source.rgb, source.mean, source.std) == (False, (103.53, 116.28, 123.675), (1.0, 1.0, 1.0))
     assert 'weights-caffe-by-name' in codes(source.notes)
     with refused('torchvision-style', style='caffe'):
         convert_file(path, tmp_path / 'tv.pth', 'torchvision')
