@@ -59,6 +59,11 @@ def main() -> int:
         help='continue from this checkpoint, or from the last of the work dir; `auto`: start where there is none',
     )
     parser.add_argument(
+        '--new-schedule',
+        action='store_true',
+        help="with --resume: use the config's optimizer settings and schedule from there on, not the checkpoint's",
+    )
+    parser.add_argument(
         '--save-every', type=positive_int, metavar='N', help='save every N steps too, not only every epoch'
     )
     parser.add_argument('--no-check', dest='check', action='store_false', help='skip the check of the data set')

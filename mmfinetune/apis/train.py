@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from mmfinetune.apis import run_data, run_weights
 from mmfinetune.apis.diagnose import diagnose
 from mmfinetune.apis.testing import test_runner
-from mmfinetune.config import load, paths, views
+from mmfinetune.config import load, paths, schedule, views
 from mmfinetune.config.resolve import AUTO, LOG_DIR, Options, RunPlan, resolve
 from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, compat, launch
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from mmengine.config import Config
     from mmengine.runner import Runner
 
+    from mmfinetune.engine.runner import FineTuningRunner
     from mmfinetune.weights.check import WeightCheck
 
 EARLIER = 'earlier_runs'
@@ -96,11 +97,18 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
     if options.batch_size == AUTO:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
-    say(rank0_first(lambda: summary(plan, splits)))
+    runner, course = None, None
+    if options.trains:
+        runner = _build(plan, start, lock)
+        course = schedule.course_of(runner)
+    elif options.dry_run:
+        course = _rehearse(plan)
+    say(summary(plan, splits, course))
     if options.dry_run:
         say('Dry run: nothing was trained.')
         return 0
-    runner = _train(plan.cfg, start, lock) if options.trains else None
+    if runner is not None:
+        _train(plan.cfg, runner)
     if options.tests:
         _test(plan, runner, lock)
     if runner is not None:
@@ -137,7 +145,9 @@ def check_early(options: Options) -> None:
         raise UserError('resume-missing', path=options.resume)
     if options.gpus and launch.is_worker() and not launch.was_launched():
         raise UserError('gpus-already-started')
-    if resumes and options.lr is not None:
+    if options.new_schedule and not resumes:
+        raise UserError('new-schedule-without-resume')
+    if resumes and options.lr is not None and not options.new_schedule:
         raise UserError('resume-with-lr')
     if resumes and options.batch_size == AUTO:
         raise UserError('resume-with-auto-batch')
@@ -158,35 +168,44 @@ def _prepare(plan: RunPlan) -> dict[str, Split]:
     return run_data.prepare_data(plan.cfg, options.trains or options.dry_run, full, keeps)
 
 
-def summary(plan: RunPlan, splits: Mapping[str, Split]) -> str:
+def summary(plan: RunPlan, splits: Mapping[str, Split], course: schedule.Course | None) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
     width = max(5, *map(len, splits))
     lines = [
         f'Data:  {name:{width}} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
         for name, s in splits.items()
     ]
-    cfg, world = plan.cfg, plan.world
-    if not any(views.split_of(name) == 'train' for name in splits):
+    cfg = plan.cfg
+    if course is None:
         return '\n'.join(lines)
-    size = batch_size.epoch_size(cfg, world)
     parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
     kinds = {sum(s.images for s in parts): 'images', sum(s.usable for s in parts): 'images with objects'}
-    kind = kinds.get(size.samples, 'samples')  # with `indices`, or wrappers that repeat
-    line = f'{size.samples:,} {kind} / ({world} GPU x {cfg.train_dataloader.batch_size}) = {size.steps:,} an epoch'
-    if epochs := cfg.train_cfg.get('max_epochs'):
-        line += f' x {epochs} epochs = {size.steps * epochs:,}'
-    elif steps := cfg.train_cfg.get('max_iters'):
-        line += f', {steps:,} in all'
-    lines.append(f'Steps: {line}')
-    return '\n'.join([*lines, *plan.rates.lines(), *(f'Schedule for this batch: {line}' for line in plan.adapted)])
+    kind = kinds.get(course.samples, 'samples')  # with `indices`, or wrappers that repeat
+    lines += plan.resumed
+    line = f'{course.samples:,} {kind} / ({plan.world} GPU x {cfg.train_dataloader.batch_size}) = {course.steps:,} an epoch'
+    line += f' x {course.epochs} epochs = {course.total:,}' if course.epochs else f', {course.total:,} in all'
+    lines += [f'Steps: {line}', *plan.rates.lines(), course.line(plan.rates.lr)]
+    lines += [f'Schedule for this batch: {line}' for line in plan.adapted]
+    lines += [f'warning: {message}' for message in course.warnings(cfg.get('param_scheduler'), plan.rates.lr)]
+    return '\n'.join(lines)
 
 
-def _move_earlier_run(work_dir: Path) -> None:
-    """Set an earlier run aside, or its curves and best checkpoint would mix with the new ones."""
+def _rehearse(plan: RunPlan) -> schedule.Course:
+    from mmfinetune.engine.runner import rehearse
+
+    return rehearse(plan.cfg, plan.world)
+
+
+def _move_earlier_run(work_dir: Path, log_dir: Path) -> None:
+    """Set an earlier run aside, or its curves and best checkpoint would mix with those of the run that logs here."""
     if not work_dir.is_dir():
         return
     # A test of the untrained model is epoch 0 of the run to come.
-    old = [p for p in work_dir.iterdir() if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT, run_lock.NAME)]
+    old = [
+        p
+        for p in work_dir.iterdir()
+        if p.name not in (EARLIER, paths.ANNOTATIONS, ZERO_SHOT, run_lock.NAME, log_dir.name)
+    ]
     if any(p.suffix == '.pth' for p in old) or (work_dir / LOG_DIR).exists():
         stamp = work_dir / EARLIER / time.strftime('%Y%m%d_%H%M%S')
         more = (stamp.with_name(f'{stamp.name}_{count}') for count in itertools.count(2))
@@ -197,36 +216,58 @@ def _move_earlier_run(work_dir: Path) -> None:
         say(f'{work_dir} held an earlier run: it is now in {target}. To continue a run instead, pass --resume.')
 
 
-def _train(cfg: Config, start: WeightCheck | None, lock: RunLock) -> Runner:
+def _build(plan: RunPlan, start: WeightCheck | None, lock: RunLock) -> FineTuningRunner:
+    """Build all of a run. What cannot start leaves no logs, and does not move an earlier run out of its way."""
+    from mmengine.dist import barrier, is_main_process
+
+    from mmfinetune.engine.runner import FineTuningRunner
+
+    cfg = plan.cfg
+    if cfg.resume:
+        run_weights.checkpoint_of(cfg, Path(cfg.load_from))
+    elif cfg.get('weights'):
+        start = start or run_weights.start_of(cfg)
+        start.require_good()
+        cfg.weights.checkpoint = str(start.source.path)
+    rank0_first(lambda: lock.take(Path(cfg.work_dir)))
+    barrier()
+    work_dir = Path(cfg.work_dir)
+    before = set(work_dir.glob('*'))
+    try:
+        with _explaining(cfg):
+            runner = FineTuningRunner.from_cfg(cfg)
+            runner.start, runner.new_schedule = start, plan.options.new_schedule
+            runner.build()
+    except BaseException:
+        if is_main_process():
+            for path in set(work_dir.glob('*')) - before:
+                shutil.rmtree(path, ignore_errors=True)
+        raise
+    return runner
+
+
+def _train(cfg: Config, runner: FineTuningRunner) -> None:
     from mmengine.dist import barrier
 
     from mmfinetune.engine.hooks.stop import stoppable
-    from mmfinetune.engine.runner import FineTuningRunner
 
-    # What cannot start must not leave logs, nor move an earlier run out of its way.
-    if cfg.resume:
-        run_weights.checkpoint_of(cfg, Path(cfg.load_from))
-    else:
-        if cfg.get('weights'):
-            start = start or run_weights.start_of(cfg)
-            start.require_good()
-            cfg.weights.checkpoint = str(start.source.path)
-    rank0_first(lambda: lock.take(Path(cfg.work_dir)))
     if not cfg.resume:
-        rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir)))
+        rank0_first(lambda: _move_earlier_run(Path(cfg.work_dir), Path(runner.log_dir)))
     barrier()
-    runner = FineTuningRunner.from_cfg(cfg)
-    runner.start = start
+    with _explaining(cfg), stoppable(runner):
+        runner.train()
+    say(f'Trained; checkpoints in {cfg.work_dir}')
+
+
+@contextlib.contextmanager
+def _explaining(cfg: Config) -> Iterator[None]:
     try:
-        with stoppable(runner):
-            runner.train()
+        yield
     except Exception as error:
         explained = _explained(error, cfg)
         if explained is error:
             raise
         raise explained from error
-    say(f'Trained; checkpoints in {cfg.work_dir}')
-    return runner
 
 
 def _explained(error: Exception, cfg: Config) -> Exception:

@@ -6,18 +6,20 @@ files: `apis.train` notes in ``weights.checkpoint`` which of several places the 
 
 from __future__ import annotations
 
+import importlib.util
+import inspect
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.config import lr, paths, views
 from mmfinetune.config.load import judging, load, require_valid
-from mmfinetune.config.resume import AUTO, set_resume
+from mmfinetune.config.resume import AUTO, set_resume, set_schedule
 from mmfinetune.utils.dist import rank0_first
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.weights import class_map, data_only, find
 
 if TYPE_CHECKING:
@@ -27,6 +29,15 @@ LOG_DIR = 'tensorboard_logs'
 BOARD = 'TensorBoardBackend'
 _OF_TRAINING = ('train_dataloader', 'train_cfg', 'optim_wrapper', 'param_scheduler', 'auto_scale_lr')
 _OF_VALIDATION = ('val_dataloader', 'val_cfg', 'val_evaluator')
+# The packages of MMEngine's backends, which import them as late as at the first record.
+LOGGERS = {
+    'WandbVisBackend': ('wandb',),
+    'MLflowVisBackend': ('mlflow',),
+    'ClearMLVisBackend': ('clearml',),
+    'NeptuneVisBackend': ('neptune',),
+    'DVCLiveVisBackend': ('dvclive', 'pygit2'),
+    'AimVisBackend': ('aim',),
+}
 AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
 
 
@@ -47,6 +58,7 @@ class Options:
     data_root: str | Path | None = None
     work_dir: str | None = None
     resume: str | bool = False
+    new_schedule: bool = False
     gpus: str | None = None
     batch_size: int | str | None = None
     accumulate: int | None = None
@@ -81,6 +93,7 @@ class RunPlan:
         checkpoint: File to test, if the command line names one.
         rates: Learning rates, and how they come about.
         adapted: A line for each setting in steps that follows the batch size.
+        resumed: What is used of a checkpoint that is resumed, and what of the config, one line each.
     """
 
     options: Options
@@ -89,6 +102,7 @@ class RunPlan:
     checkpoint: Path | None
     rates: lr.LrPlan
     adapted: list[str]
+    resumed: list[str]
 
 
 def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
@@ -103,27 +117,35 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
     """
     cfg = load(options.config, options.cfg_options)
     world = join(cfg)
+    trains = options.trains or options.dry_run
     with judging(options.config):
         set_processes(cfg, world)
         set_folders(cfg, options.work_dir, options.data_root)
         of_config = resume_of_config(cfg)
-        resume = options.resume or (options.trains and of_config)
+        resume = options.resume or (trains and of_config)
         note = set_load_from(cfg, options.weights)
-        if note and os.environ.get('RANK', '0') == '0' and (options.trains or options.check_weights or options.dry_run):
+        if note and os.environ.get('RANK', '0') == '0' and (trains or options.check_weights):
             print(note, file=sys.stderr, flush=True)
         set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
         set_batch(cfg, options.batch_size, options.accumulate, options.amp)
+        if trains:
+            require_amp(cfg)
+            require_loggers(cfg)
         set_saving(cfg, options.save_every)
-        if resume:
-            set_resume(cfg, resume, world)
+        if resume and options.lr is not None and not options.new_schedule:
+            raise UserError('resume-with-lr')
+        run = set_resume(cfg, resume, world) if resume else None
         paths.check_heads(cfg)
         require_valid(cfg, options.config)  # numbers of the command line, before they are computed with
         rates = lr.plan_lr(cfg, world, options.lr, options.scale_lr)
         adapted = lr.adapt_schedule(cfg, world, options.scale_lr)
         lr.set_rates(cfg, rates)
+        resumed = set_schedule(cfg, run, options.new_schedule) if run else []
+        if cfg.optim_wrapper.optimizer.lr != rates.lr:
+            rates = replace(lr.plan_lr(cfg, world, scale=False), source="the checkpoint's")
         require_valid(cfg, options.config)
     checkpoint = Path(_fetched(options.checkpoint, not options.dry_run)) if options.checkpoint else None
-    return RunPlan(options, cfg, world, checkpoint, rates, adapted)
+    return RunPlan(options, cfg, world, checkpoint, rates, adapted, resumed)
 
 
 def set_processes(cfg: Config, world: int) -> None:
@@ -145,8 +167,8 @@ def set_folders(cfg: Config, work_dir: str | None, data_root: str | Path | None)
     """Where results go, and where the data are."""
     if work_dir:
         cfg.work_dir = work_dir
-    for backend in (cfg.get('visualizer') or {}).get('vis_backends') or []:
-        if backend['type'] in (BOARD, 'TensorboardVisBackend'):
+    for backend in views.vis_backends(cfg):
+        if backend.get('type') in (BOARD, 'TensorboardVisBackend'):
             backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR)
     if data_root:
         paths.set_data_root(cfg, Path(data_root))
@@ -225,16 +247,37 @@ def set_batch(cfg: Config, batch_size: int | str | None, accumulate: int | None,
         cfg.optim_wrapper.accumulative_counts = accumulate
     if not amp:
         return
-    import torch
-
-    if not torch.cuda.is_available():
-        raise UserError('amp-no-gpu')
-    if amp == 'bf16' and not torch.cuda.is_bf16_supported():
-        raise UserError('amp-no-bfloat16')
     # bfloat16 has the range of float32: nothing underflows that a scale could save, and a scaler
     # would silently leave out each step whose gradient is NaN.
     scale = 'dynamic' if amp == 'fp16' else dict(enabled=False)
     cfg.optim_wrapper.update(type='AmpOptimWrapper', dtype=AMP_DTYPES[amp], loss_scale=scale)
+
+
+def require_amp(cfg: Config) -> None:
+    """Refuse to train in mixed precision, whoever asks for it, where this machine cannot."""
+    if cfg.optim_wrapper.get('type') != 'AmpOptimWrapper':
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError('amp-no-gpu')
+    if cfg.optim_wrapper.get('dtype') == 'bfloat16' and not torch.cuda.is_bf16_supported():
+        raise UserError('amp-no-bfloat16')
+
+
+def require_loggers(cfg: Config) -> None:
+    """Refuse a config that logs to what is not installed here."""
+    from mmdet.registry import VISBACKENDS
+
+    missing = []
+    for backend in views.vis_backends(cfg):
+        bases = inspect.getmro(VISBACKENDS.get(backend.get('type')) or object)
+        packages = [name for base in bases for name in LOGGERS.get(base.__name__, ())]
+        lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+        if lacking:
+            missing.append(Message('logger-missing', type=backend['type'], packages=' '.join(lacking)))
+    if missing:
+        raise UserError('loggers-missing', problems=missing)
 
 
 def set_saving(cfg: Config, every: int | None) -> None:
@@ -278,3 +321,12 @@ def set_detection(cfg: Config, work_dir: str) -> None:
     cfg.visualizer = dict(type='Visualizer', vis_backends=[], name='evaluation')
     cfg.log_level = 'WARNING'
     cfg.work_dir = work_dir
+
+
+def set_rehearsal(cfg: Config, work_dir: str, world: int) -> None:
+    """Let a runner be built in one process, elsewhere and silently."""
+    cfg.visualizer = dict(type='Visualizer', vis_backends=[])
+    # One process with the images of all has as many steps.
+    cfg.train_dataloader.batch_size *= world
+    cfg.launcher, cfg.model_wrapper_cfg = 'none', None
+    cfg.work_dir, cfg.log_level, cfg.experiment_name = work_dir, 'ERROR', 'rehearsal'

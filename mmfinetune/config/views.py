@@ -42,6 +42,12 @@ def parts_of(cfg: Config, split: str) -> list[tuple[str, Any]]:
     return list(parts((cfg.get(f'{split}_dataloader') or {}).get('dataset'), f'{split}_dataloader.dataset'))
 
 
+def vis_backends(cfg: Config) -> list:
+    """The configs of the visualizer's backends, whether the config has none, one or a list."""
+    found = (cfg.get('visualizer') or {}).get('vis_backends') or []
+    return found if isinstance(found, list) else [found]
+
+
 def dataset_configs(cfg: Config) -> dict[str, Any]:
     """The data sets that have an annotation file, by split; the parts of one split are ``train.1``, ``train.2``, …."""
     found = {}

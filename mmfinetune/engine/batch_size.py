@@ -1,17 +1,14 @@
-"""What a training takes, measured on what it builds: the largest batch that fits the GPU, the steps of an epoch."""
+"""What a training takes, measured on what it builds: the largest batch that fits the GPU."""
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import gc
-import io
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from mmfinetune.engine import compat
+from mmfinetune.utils.building import building
 from mmfinetune.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -75,7 +72,8 @@ def worst_samples(cfg: Config, count: int = 16) -> list[dict]:
     from mmengine.registry import init_default_scope
 
     init_default_scope('mmdet')
-    dataset = DATASETS.build(copy.deepcopy(cfg.train_dataloader.dataset))
+    with building('train_dataloader.dataset'):
+        dataset = DATASETS.build(copy.deepcopy(cfg.train_dataloader.dataset))
     infos = [dataset.get_data_info(i) for i in range(len(dataset))]
     # Sorted and taken evenly: extremes and what is in between. With a limit on both sides the
     # largest image is neither the widest nor the squarest.
@@ -109,7 +107,8 @@ def train_steps(cfg: Config, batch: list[dict], device: str, steps: int = 2) -> 
     from mmengine.dataset import pseudo_collate
     from mmengine.optim import build_optim_wrapper
 
-    model = MODELS.build(copy.deepcopy(cfg.model)).to(device)
+    with building('model'):
+        model = MODELS.build(copy.deepcopy(cfg.model)).to(device)
     model.train()
     settings = copy.deepcopy(cfg.optim_wrapper)
     # Steps too small to matter, and each one an update.
@@ -136,51 +135,3 @@ def _peak_of_steps(cfg: Config, batch: list[dict]) -> int:
         # Of DistributedDataParallel, which sends gradients in copies.
         used += sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     return used
-
-
-@dataclass(frozen=True)
-class EpochSize:
-    """Size of an epoch.
-
-    Attributes:
-        samples: Length of the data set: images, as often as wrappers repeat them.
-        steps: Steps of an epoch in each process.
-    """
-
-    samples: int
-    steps: int
-
-
-def epoch_size(cfg: Config, world: int) -> EpochSize:
-    """Build the training data of a config and count.
-
-    Args:
-        cfg: Resolved config.
-        world: Number of processes that will train; fewer may run yet.
-
-    Raises:
-        UserError: They cannot be built, or give no step.
-    """
-    from mmengine.dist import get_world_size
-    from mmengine.registry import init_default_scope
-    from mmengine.runner import Runner
-
-    init_default_scope(cfg.get('default_scope') or 'mmdet')
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints what it loads
-            loader = Runner.build_dataloader(cfg.train_dataloader, seed=0)
-        batches = loader.batch_sampler
-        steps = len(loader)
-        if world != get_world_size():
-            steps = math.ceil(len(batches.sampler) / world) / batches.batch_size
-            steps = math.floor(steps) if batches.drop_last else math.ceil(steps)
-        size = EpochSize(len(loader.dataset), steps)
-    except UserError:
-        raise
-    except Exception as error:  # whatever classes raise of arguments that they do not take together
-        if compat.is_empty_dataset(error):
-            raise UserError('train-no-steps', samples=0, batch=cfg.train_dataloader.batch_size * world) from None
-        raise UserError('train-data-unbuildable', kind=type(error).__name__, why=str(error)) from error
-    if not size.steps:
-        raise UserError('train-no-steps', samples=size.samples, batch=batches.batch_size * world)
-    return size

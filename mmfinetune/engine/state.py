@@ -30,6 +30,7 @@ class RunState:
         kept: Epochs (or steps) whose checkpoints are kept, the oldest first.
         outdated: Files to remove, for a run that is killed before it comes to that.
         batch_setup: See `mmfinetune.config.resume.BatchSetup`.
+        settings: See `mmfinetune.config.resume.settings_of`.
     """
 
     version: int = VERSION
@@ -41,6 +42,7 @@ class RunState:
     kept: list[int] = field(default_factory=list)
     outdated: list[str] = field(default_factory=list)
     batch_setup: dict[str, int] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def run_state(runner: Runner) -> RunState:

@@ -15,6 +15,7 @@ from mmengine.registry import init_default_scope
 from mmengine.structures import InstanceData
 
 from mmfinetune.engine.training_dataset import random_state_kept, seed_everything
+from mmfinetune.utils.building import building
 from mmfinetune.utils.errors import UserError
 
 _DRAWS = 4  # of random transforms
@@ -59,7 +60,8 @@ def unfit_sizes(pipeline: Sequence[Any], sizes: Iterable[tuple[int, int]]) -> di
     if not found:
         return {}
     init_default_scope('mmdet')
-    steps = Compose(found[1])
+    with building('pipeline'):
+        steps = Compose(found[1])
     sizes = list(sizes)
     reasons = {size: reason for size in sizes if (reason := _why_not(steps, *size))}
     return {} if len(reasons) == len(sizes) and _why_not(steps, *_USUAL) else reasons

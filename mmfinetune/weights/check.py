@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mmfinetune.utils.building import building
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.text import table
 from mmfinetune.weights import transfer
@@ -149,8 +150,9 @@ def compare(model_cfg: Mapping, source: Source, weights_cfg: Mapping, classes: S
     """
     from mmdet.registry import MODELS
 
-    # A copy, since mmdet's detectors write into the config they are built from.
-    model = MODELS.build(copy.deepcopy(model_cfg))
+    with building('model'):
+        # A copy, since mmdet's detectors write into the config they are built from.
+        model = MODELS.build(copy.deepcopy(model_cfg))
     target = model.state_dict()
     plan = transfer.plan_transfer(target, source, weights_cfg, classes, dict(model.named_buffers()))
     if plan.kept and classes and not source.classes:

@@ -374,7 +374,7 @@ def test_a_folder_in_which_a_run_is_going_on(in_finished_run, tmp_path, options)
 def test_earlier_runs_pile_up_even_within_a_second(tmp_path, capsys):
     for name in ('a', 'b', 'c'):
         (tmp_path / f'{name}.pth').touch()
-        train._move_earlier_run(tmp_path)
+        train._move_earlier_run(tmp_path, tmp_path / 'logs')
     assert len(list((tmp_path / train.EARLIER).iterdir())) == 3
     assert sorted(p.name for p in tmp_path.rglob('*.pth')) == ['a.pth', 'b.pth', 'c.pth']
     assert not list(tmp_path.glob('*.pth'))
@@ -383,7 +383,7 @@ def test_earlier_runs_pile_up_even_within_a_second(tmp_path, capsys):
 
 def test_a_folder_without_a_run_is_left_as_it_is(tmp_path):
     (tmp_path / 'notes.txt').write_text('mine')
-    train._move_earlier_run(tmp_path)
+    train._move_earlier_run(tmp_path, tmp_path / 'logs')
     assert files_in(tmp_path) == ['notes.txt']
 
 

@@ -239,13 +239,17 @@ def test_a_scaler_that_is_off_hides_no_bad_gradient():
 
 
 def test_amp_needs_a_gpu_that_can(cfg, monkeypatch):
+    resolve.require_amp(cfg)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    resolve.set_batch(cfg, None, None, 'fp16')
     with refused('amp-no-gpu'):
-        resolve.set_batch(cfg, None, None, 'fp16')
+        resolve.require_amp(cfg)
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
     monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda: False)
+    resolve.require_amp(cfg)
+    resolve.set_batch(cfg, None, None, 'bf16')
     with refused('amp-no-bfloat16'):
-        resolve.set_batch(cfg, None, None, 'bf16')
+        resolve.require_amp(cfg)
 
 
 # One line of --cfg-options each

@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmfinetune.config.resume import BatchSetup, set_resume
+from mmfinetune.config.resume import VERSION, BatchSetup, set_resume
 from tests.builders.errors import codes, refused
 
 BEFORE = {'processes': 2, 'batch_size': 2, 'accumulation': 3}
@@ -96,9 +96,9 @@ def test_a_damaged_newest_checkpoint_is_named(cfg, tmp_path, capsys):
 
 
 def test_a_checkpoint_of_a_newer_version_is_refused(cfg, tmp_path):
-    info = {'runtime_info': {'mmfinetune': {'version': 2, 'batch_setup': {'of_another': 'kind'}}}}
+    info = {'runtime_info': {'mmfinetune': {'version': VERSION + 1, 'batch_setup': {'of_another': 'kind'}}}}
     path = save_run(tmp_path / 'epoch_1.pth', message_hub=info)
-    with refused('resume-newer-version', path=path, version=2, known=1):
+    with refused('resume-newer-version', path=path, version=VERSION + 1, known=VERSION):
         set_resume(cfg, str(path), 1)
 
 

@@ -6,12 +6,13 @@ import copy
 import json
 
 import pytest
-from mmengine.config import Config
-from mmengine.runner import Runner
 
-from mmfinetune.engine import batch_size
+from mmfinetune.config.schedule import Course
+from mmfinetune.engine.runner import rehearse
 from tests.builders.coco import CocoData
 from tests.builders.errors import refused
+from tests.builders.runs import forget_runs
+from tests.builders.toy import make_cfg
 
 
 @pytest.fixture
@@ -28,9 +29,23 @@ def dataset(tmp_path) -> dict:
     }
 
 
-def config(dataset: dict, **loader) -> Config:
+def course(folder, dataset: dict, world: int = 1, **loader) -> Course:
+    forget_runs()
+    cfg = make_cfg(folder)
+    cfg.default_scope = 'mmdet'
     loader = {'batch_size': 2, 'num_workers': 0, 'sampler': {'type': 'DefaultSampler', 'shuffle': True}, **loader}
-    return Config({'default_scope': 'mmdet', 'train_dataloader': {**loader, 'dataset': dataset}})
+    cfg.train_dataloader = {**loader, 'dataset': dataset}
+    before = copy.deepcopy(cfg.to_dict())
+    try:
+        return rehearse(cfg, world)
+    finally:
+        assert cfg.to_dict() == before
+
+
+def why(folder, dataset: dict, **loader) -> str:
+    with refused('config-cannot-build') as caught:
+        course(folder, dataset, **loader)
+    return caught.value.problems[0].facts['kind']
 
 
 def repeated(dataset: dict, times: int) -> dict:
@@ -53,12 +68,9 @@ def joined(*datasets: dict) -> dict:
         (lambda d: {'type': 'ClassBalancedDataset', 'oversample_thr': 1.0, 'dataset': d}, 5, 3),
     ],
 )
-def test_wrappers(dataset, make, samples, steps):
-    cfg = config(make(dataset))
-    before = copy.deepcopy(cfg.to_dict())
-    assert batch_size.epoch_size(cfg, 1) == batch_size.EpochSize(samples, steps)
-    assert cfg.to_dict() == before
-    assert len(Runner.build_dataloader(cfg.train_dataloader, seed=0)) == steps
+def test_wrappers(tmp_path, dataset, make, samples, steps):
+    found = course(tmp_path, make(dataset))
+    assert (found.samples, found.steps, found.total) == (samples, steps, 4 * steps)
 
 
 @pytest.mark.parametrize(
@@ -70,47 +82,51 @@ def test_wrappers(dataset, make, samples, steps):
         ({'num_batch_per_epoch': 3}, 3),
     ],
 )
-def test_loaders(dataset, loader, steps):
-    assert batch_size.epoch_size(config(repeated(dataset, 3), **loader), 1).steps == steps
+def test_loaders(tmp_path, dataset, loader, steps):
+    assert course(tmp_path, repeated(dataset, 3), **loader).steps == steps
 
 
-def test_a_sampler_of_mmdetection(dataset):
-    assert batch_size.epoch_size(config(dataset, sampler={'type': 'ClassAwareSampler'}), 1).steps == 2
+def test_a_sampler_of_mmdetection(tmp_path, dataset):
+    assert course(tmp_path, dataset, sampler={'type': 'ClassAwareSampler'}).steps == 2
 
 
 @pytest.mark.parametrize(('world', 'last', 'steps'), [(2, False, 3), (4, False, 2), (4, True, 1)])
-def test_processes_that_do_not_run_yet(dataset, world, last, steps):
-    assert batch_size.epoch_size(config(repeated(dataset, 3), drop_last=last), world).steps == steps
+def test_processes_that_do_not_run_yet(tmp_path, dataset, world, last, steps):
+    assert course(tmp_path, repeated(dataset, 3), world, drop_last=last).steps == steps
 
 
-def test_no_step(dataset):
+def test_no_step(tmp_path, dataset):
     with refused('train-no-steps', samples=3, batch=4):
-        batch_size.epoch_size(config(dataset, batch_size=4, drop_last=True), 1)
+        course(tmp_path, dataset, batch_size=4, drop_last=True)
     with refused('train-no-steps', samples=0):
-        batch_size.epoch_size(config({**dataset, 'filter_cfg': {'min_size': 50}}), 1)
+        course(tmp_path, {**dataset, 'filter_cfg': {'min_size': 50}})
 
 
 @pytest.mark.parametrize(
-    'change',
+    ('change', 'kind'),
     [
-        {'data_prefix': {'image': 'x'}},
-        {'type': 'NoSuchDataset'},
-        {'type': 'ClassBalancedDataset', 'oversample_thr': 1.0},
+        ({'data_prefix': {'image': 'x'}}, 'KeyError'),
+        ({'type': 'NoSuchDataset'}, 'KeyError'),
+        ({'type': 'ClassBalancedDataset', 'oversample_thr': 1.0}, 'TypeError'),
     ],
 )
-def test_data_that_cannot_be_built(dataset, change):
-    with refused('train-data-unbuildable'):
-        batch_size.epoch_size(config({**dataset, **change}), 1)
+def test_data_that_cannot_be_built(tmp_path, dataset, change, kind):
+    assert why(tmp_path, {**dataset, **change}) == kind
 
 
-def test_a_sampler_that_does_not_know_a_wrapper(dataset):
-    with refused('train-data-unbuildable', kind='AttributeError'):
-        batch_size.epoch_size(config(joined(dataset, dataset), sampler={'type': 'ClassAwareSampler'}), 1)
+def test_a_sampler_that_does_not_know_a_wrapper(tmp_path, dataset):
+    assert why(tmp_path, joined(dataset, dataset), sampler={'type': 'ClassAwareSampler'}) == 'AttributeError'
 
 
-def test_one_more_class_list(dataset, tmp_path):
+def test_one_more_class_list(tmp_path, dataset):
     """MMEngine's own ConcatDataset insists on equal metainfo."""
     other = {**dataset, 'metainfo': {'classes': ('dog', 'cat')}}
-    with refused('train-data-unbuildable', kind='ValueError'):
-        batch_size.epoch_size(config({'type': 'mmengine.ConcatDataset', 'datasets': [dataset, other]}), 1)
+    assert why(tmp_path, {'type': 'mmengine.ConcatDataset', 'datasets': [dataset, other]}) == 'ValueError'
     assert json.loads((tmp_path / 'instances.json').read_text())['images']
+
+
+@pytest.mark.parametrize(
+    'loader', [{'num_workers': 0, 'persistent_workers': True}, {'num_workers': 0, 'prefetch_factor': 2}]
+)
+def test_arguments_of_a_loader_that_exclude_each_other(tmp_path, dataset, loader):
+    assert why(tmp_path, dataset, **loader) == 'ValueError'

@@ -16,7 +16,7 @@ from mmengine.dist import all_reduce, get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, Hook
 from mmengine.runner import Runner
 
-from mmfinetune.config.resume import BatchSetup, check_version
+from mmfinetune.config.resume import VERSION, BatchSetup, check_version, settings_of
 from mmfinetune.engine.checkpoints import BACKEND, WITHIN_EPOCH, Checkpoints
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.state import KEY, run_state, update_run_state, upgrade
@@ -91,7 +91,8 @@ class SafeCheckpointHook(Hook):
                 path.unlink(missing_ok=True)
         self.files.remove(run_state(runner).outdated)
         setup = vars(BatchSetup.of_config(runner.cfg, get_world_size()))
-        update_run_state(runner, outdated=[], best=self._best_there(runner), batch_setup=setup)
+        changes = {'batch_setup': setup, 'settings': settings_of(runner.cfg)}
+        update_run_state(runner, version=VERSION, outdated=[], best=self._best_there(runner), **changes)
         self._saved_at = runner.iter
         self._require_room(runner)
         self._is_training = True

@@ -223,8 +223,10 @@ def test_what_a_checkpoint_says_of_its_run(whole):
     assert (loaded['meta']['epoch'], loaded['meta']['iter']) == (4, 20)
     assert {'state_dict', 'optimizer', 'param_schedulers', 'message_hub', 'meta'} == loaded.keys()
     state = loaded['message_hub']['runtime_info']['mmfinetune']
+    settings = state.pop('settings')
+    assert settings['optim_wrapper']['optimizer']['lr'] == 0.05 and settings['param_scheduler'][1]['milestones'] == [2]
     assert state == {
-        'version': 1,
+        'version': 2,
         'epoch_start': {'epoch': 3, 'iter': 15},
         'validated_epoch': 4,
         'early_stop': {},
