@@ -9,7 +9,7 @@ import pytest
 import torch
 from mmengine.config import Config
 
-from mmfinetune.config.resume import VERSION, BatchSetup, set_resume
+from mmfinetune.config.resume import VERSION, BatchSetup, set_resume, set_schedule, settings_of
 from tests.builders.errors import codes, refused
 
 BEFORE = {'processes': 2, 'batch_size': 2, 'accumulation': 3}
@@ -113,3 +113,49 @@ def test_a_checkpoint_with_code_is_refused(cfg, tmp_path):
     path = save_run(tmp_path / 'epoch_1.pth', meta={'config': 'import os'})
     with refused('resume-holds-code', path=path):
         set_resume(cfg, str(path), 1)
+
+
+def saved_settings(cfg, folder, **changes):
+    """A checkpoint whose run had other settings than `cfg`."""
+    settings = {**settings_of(cfg), **changes}
+    info = {'runtime_info': {'mmfinetune': {'version': VERSION, 'settings': settings}}}
+    return save_run(folder / 'epoch_1.pth', message_hub=info)
+
+
+MULTI_STEP = [{'type': 'MultiStepLR', 'milestones': [8]}]
+
+
+@pytest.mark.parametrize('new', [False, True])
+def test_a_schedule_that_has_changed(cfg, tmp_path, new):
+    optimizer = {'type': 'SGD', 'lr': 0.5}
+    path = saved_settings(
+        cfg,
+        tmp_path,
+        param_scheduler=MULTI_STEP,
+        optim_wrapper={**settings_of(cfg)['optim_wrapper'], 'optimizer': optimizer},
+    )
+    before = settings_of(cfg)
+    lines = set_schedule(cfg, set_resume(cfg, str(path), 1), new)
+    assert len([line for line in lines if 'not used' in line]) == (0 if new else 2)
+    if new:
+        assert settings_of(cfg) == before
+    else:
+        assert cfg.param_scheduler[0].milestones == [8] and cfg.optim_wrapper.optimizer.lr == 0.5
+
+
+def test_equal_settings_are_not_told(cfg, tmp_path):
+    lines = set_schedule(cfg, set_resume(cfg, str(saved_settings(cfg, tmp_path)), 1), False)
+    assert len(lines) == 1
+
+
+def test_a_longer_run_is_told(cfg, tmp_path):
+    path = saved_settings(cfg, tmp_path, train_cfg={'max_epochs': 2})
+    lines = set_schedule(cfg, set_resume(cfg, str(path), 1), False)
+    assert any('it was 2' in line for line in lines)
+
+
+def test_another_optimizer_is_refused(cfg, tmp_path):
+    other = {**settings_of(cfg)['optim_wrapper'], 'optimizer': {'type': 'AdamW', 'lr': 0.1}}
+    path = saved_settings(cfg, tmp_path, optim_wrapper=other)
+    with refused('resume-other-optimizer'):
+        set_schedule(cfg, set_resume(cfg, str(path), 1), False)

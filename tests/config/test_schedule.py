@@ -126,3 +126,24 @@ def test_without_the_hook_nothing_is_stepped(tmp_path):
     runner = FineTuningRunner.from_cfg(cfg)
     runner.build()
     assert schedule.course_of(runner).factors == pytest.approx([0.1] * 20)
+
+
+@pytest.mark.parametrize('new', [False, True])
+def test_a_run_that_is_resumed_with_another_schedule(tmp_path, new):
+    first = build(tmp_path, [{'type': 'MultiStepLR', 'milestones': [2], 'gamma': 0.1}])
+    first.train()
+    forget_runs()
+    cfg = first.cfg.copy()
+    cfg.param_scheduler = [{'type': 'ExponentialLR', 'gamma': 0.5}]
+    cfg.train_cfg.max_epochs, cfg.resume, cfg.load_from = 6, True, str(tmp_path / 'epoch_4.pth')
+    runner = FineTuningRunner.from_cfg(cfg)
+    runner.new_schedule = new
+    runner.build()
+    course = schedule.course_of(runner)
+    runner.train()
+    base = runner.group_settings[0]['lr']
+    assert runner.iter == course.total == 30
+    # Without --new-schedule the plan puts the checkpoint's settings into the config: the states do not fit others.
+    if new:
+        seen = runner.message_hub.get_scalar('train/lr').data[0][-10:]
+        assert seen.tolist() == pytest.approx([factor * base for factor in course.factors[-10:]])
