@@ -127,7 +127,7 @@ MULTI_STEP = [{'type': 'MultiStepLR', 'milestones': [8]}]
 
 @pytest.mark.parametrize('new', [False, True])
 def test_a_schedule_that_has_changed(cfg, tmp_path, new):
-    optimizer = {'type': 'SGD', 'lr': 0.5}
+    optimizer = {**settings_of(cfg)['optim_wrapper']['optimizer'], 'lr': 0.5}
     path = saved_settings(
         cfg,
         tmp_path,
