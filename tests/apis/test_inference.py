@@ -10,6 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from pycocotools import mask as mask_api
 
@@ -70,7 +71,9 @@ def test_predictions_are_those_of_the_test_of_the_run(finished_run, images, pred
     for image_id, ours in zip(images, found, strict=True):
         boxes = sorted(rows['bbox'][image_id], key=lambda r: -r['score'])
         assert len(ours) == len(boxes) > 5
-        np.testing.assert_allclose(ours.scores, [r['score'] for r in boxes], rtol=1e-6)
+        np.testing.assert_allclose(
+            ours.scores, [r['score'] for r in boxes], rtol=1e-4 if torch.cuda.is_available() else 1e-6
+        )
         xywh = np.concatenate([ours.boxes[:, :2], ours.boxes[:, 2:] - ours.boxes[:, :2]], 1)
         np.testing.assert_allclose(xywh, [r['bbox'] for r in boxes], atol=1e-3)
         assert [predictor.category_ids[k] for k in ours.labels] == [r['category_id'] for r in boxes]

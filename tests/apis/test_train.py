@@ -285,7 +285,7 @@ def test_resume_starts_from_the_weights_of_the_checkpoint(in_finished_run):
         )
     saved = read(file)['state_dict']
     assert set(seen) == set(saved)
-    assert all(torch.equal(value, saved[key]) for key, value in seen.items())
+    assert all(torch.equal(value.cpu(), saved[key]) for key, value in seen.items())
 
 
 @pytest.mark.parametrize('by_path', [True, False], ids=['path', 'last of the work dir'])

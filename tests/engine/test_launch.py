@@ -585,6 +585,7 @@ def machines(folder: Path, *args: str | Path, count: int = 2, **env: str) -> lis
                 'NODE_RANK': str(rank),
                 'MASTER_ADDR': '127.0.0.1',
                 'OMP_NUM_THREADS': '1',
+                'CUDA_VISIBLE_DEVICES': '',  # more processes than a machine has GPUs
                 **env,
             },
         )

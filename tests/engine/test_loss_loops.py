@@ -90,8 +90,10 @@ def test_equals_hand_written_computation(site, tmp_path, batch):
         again = runner.val()
         expected = by_hand(runner.model, cfg)
     assert set(expected) == set(TERMS)
+    # A GPU convolves in TF32, and adds up batches of other sizes in another order.
+    near = {'rel': 1e-3} if torch.cuda.is_available() else {'abs': 1e-5}
     for term in TERMS:
-        assert found[f'val/{term}'] == pytest.approx(expected[term], abs=1e-5), term
+        assert found[f'val/{term}'] == pytest.approx(expected[term], **near), term
         assert found[f'val/{term}'] == again[f'val/{term}']
     assert expected['loss'] > 1
 
