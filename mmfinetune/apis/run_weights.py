@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mmfinetune.config import views
 from mmfinetune.config.resolve import set_roi_align
+from mmfinetune.utils.dist import say
 from mmfinetune.utils.errors import Message
 from mmfinetune.weights import check, find, sources
 from mmfinetune.weights.origins import torchvision
@@ -39,8 +38,8 @@ def checkpoint_of(cfg: Config, file: Path) -> check.WeightCheck:
     """
     checked = _compare(cfg, file, {})
     checked.require_good()
-    if checked.source.origin == torchvision.ORIGIN.name and set_roi_align(cfg) and os.environ.get('RANK', '0') == '0':
-        print(f'note: {Message("weights-roi-align-set", path=file)}', file=sys.stderr, flush=True)
+    if checked.source.origin == torchvision.ORIGIN.name and set_roi_align(cfg):
+        say(f'note: {Message("weights-roi-align-set", path=file)}', aside=True)
     return checked
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import os
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mmfinetune.config import lr, paths, views
 from mmfinetune.config.load import judging, load, require_valid
 from mmfinetune.config.resume import AUTO, set_resume, set_schedule
-from mmfinetune.utils.dist import rank0_first
+from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.weights import class_map, data_only, find
 
@@ -124,8 +122,8 @@ def resolve(options: Options, join: Callable[[Config], int]) -> RunPlan:
         of_config = resume_of_config(cfg)
         resume = options.resume or (trains and of_config)
         note = set_load_from(cfg, options.weights)
-        if note and os.environ.get('RANK', '0') == '0' and (trains or options.check_weights):
-            print(note, file=sys.stderr, flush=True)
+        if note and (trains or options.check_weights):
+            say(note, aside=True)
         set_start(cfg, options.weights, options.head_init, download=not options.dry_run)
         set_batch(cfg, options.batch_size, options.accumulate, options.amp)
         if trains:

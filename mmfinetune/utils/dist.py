@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -19,12 +20,12 @@ def bare_model(runner: Runner) -> nn.Module:
     return runner.model.module if is_model_wrapper(runner.model) else runner.model
 
 
-def say(text: str) -> None:
-    """Print once, whatever the number of processes."""
+def say(text: str, aside: bool = False) -> None:
+    """Print once, whatever the number of processes; ``aside`` to stderr, where it is no part of a tool's output."""
     from mmengine.dist import is_main_process
 
     if is_main_process():
-        print(text, flush=True)
+        print(text, file=sys.stderr if aside else sys.stdout, flush=True)
 
 
 def rank0_first(work: Callable[[], Any]) -> Any:
