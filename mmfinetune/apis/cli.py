@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import locale
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,15 +18,14 @@ from typing import Any, NoReturn
 
 from mmfinetune.engine import launch
 from mmfinetune.evaluation.stats import SCORE_THR
-from mmfinetune.utils.errors import Stopped, UserError
-from mmfinetune.utils.processes import Readers
+from mmfinetune.utils.errors import Stopped, UserError, stopped_by
+from mmfinetune.utils.processes import Readers, interruptible
 
 # Pictures go to files, whatever a desktop or a notebook's kernel asks of its children.
 os.environ['MPLBACKEND'] = 'Agg'
 
 EXIT_USER_ERROR = 2
 EXIT_CRASH = os.EX_SOFTWARE
-EXIT_INTERRUPTED = 130
 # Of all tools; in each --help and in docs/tools.md.
 EXIT_CODES = {
     '0': 'done',
@@ -191,8 +191,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     _insist_on_utf8()
     launch.follow_launcher()
     try:
-        code = _call(main)
-        launch.leave_group()
+        with interruptible():
+            code = _call(main)
+            launch.leave_group()
         sys.stdout.flush()
     except UserError as error:
         text = f'error[{error.code}]: {error}'
@@ -200,13 +201,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             print(text, file=sys.stderr, flush=True)
         code = EXIT_USER_ERROR
     except Stopped as stop:
-        if os.environ.get('RANK', '0') == '0':
-            with contextlib.suppress(OSError):  # the terminal is closed
-                print(stop, file=sys.stderr, flush=True)
-        code = 128 + stop.number
-    except KeyboardInterrupt:
-        print('interrupted', file=sys.stderr, flush=True)
-        code = EXIT_INTERRUPTED
+        code = _stopped(stop.number, str(stop), stop)
+    except KeyboardInterrupt as stop:
+        number = int(stop.args[0]) if stop.args else signal.SIGINT
+        code = _stopped(number, stopped_by(number), stop)
     except BrokenPipeError:
         # `tool | head`: the reader has left, and flushing stdout at exit would fail again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -216,6 +214,14 @@ def run(main: Callable[[], int | None]) -> NoReturn:
             traceback.print_exc()
         code = EXIT_CRASH
     sys.exit(code)
+
+
+def _stopped(number: int, text: str, stop: BaseException) -> int:
+    """Say, once for all processes, that they were stopped; the exit code."""
+    if not launch.report(text, stop) and os.environ.get('RANK', '0') == '0':
+        with contextlib.suppress(OSError):  # the terminal is closed
+            print(text, file=sys.stderr, flush=True)
+    return 128 + number
 
 
 def _call(main: Callable[[], int | None]) -> int:

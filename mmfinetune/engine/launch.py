@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.engine import compat
-from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.errors import UserError, stopped_by
 from mmfinetune.utils.processes import end_with_parent
 from mmfinetune.utils.text import plural
 
@@ -192,10 +192,10 @@ def launch(count: int, argv: Sequence[str]) -> int:
         except ChildFailedError as error:
             return _show(error.failures, alone=node.count == 1)
         except SignalException as error:
-            # What went wrong while they stopped, a full disk for example.
-            errors = sorted(filter(None, map(compat.read_error_file, Path(folder).rglob('error.json'))))
-            if errors:
-                print(errors[0][1], file=sys.stderr, flush=True)
+            # What went wrong while they stopped, a full disk for example, or where they did.
+            found = sorted(filter(None, map(compat.read_error_file, Path(folder).rglob('error.json'))))
+            stop, told = stopped_by(error.sigval), [text for _, text in found]
+            _say(next(iter([*(text for text in told if not text.startswith(stop)), *told]), stop))
             return 128 + int(error.sigval)
         except (DistNetworkError, RendezvousError) as error:
             raise _no_meeting(error, node.host, node.port) from error
@@ -265,7 +265,8 @@ def _show(failures: dict[int, Any], alone: bool = True) -> int:
     rank, failure = min(failures.items(), key=lambda item: (*_blame(item[1], started), item[0]))
     found = compat.read_error_file(failure.error_file)
     if failure.exitcode in (128 + signal.SIGTERM, 128 + signal.SIGINT, 128 + signal.SIGHUP):
-        return failure.exitcode  # the run has printed itself where it stopped
+        _say(found[1] if found else stopped_by(failure.exitcode - 128))
+        return failure.exitcode
     error = None
     if failure.exitcode < 0:
         error = UserError('run-process-killed', rank=rank, signal=signal.Signals(-failure.exitcode).name)
@@ -273,10 +274,14 @@ def _show(failures: dict[int, Any], alone: bool = True) -> int:
         error = UserError('run-process-ended', rank=rank, exit=failure.exitcode)
     elif not alone and compat.is_connection_lost(found[1]):
         error = UserError('run-machine-lost', reason=found[1].strip().splitlines()[-1])
-    text = f'error[{error.code}]: {error}' if error else (found or ('', ''))[1]
-    print(text, file=sys.stderr, flush=True)
+    _say(f'error[{error.code}]: {error}' if error else (found or ('', ''))[1])
     # 1 is a tool's answer, and a signal no exit code: both are crashes here.
     return failure.exitcode if failure.exitcode > 1 else os.EX_SOFTWARE
+
+
+def _say(text: str) -> None:
+    with contextlib.suppress(OSError):  # the terminal is closed
+        print(text, file=sys.stderr, flush=True)
 
 
 def report(text: str, error: BaseException) -> bool:
@@ -285,7 +290,8 @@ def report(text: str, error: BaseException) -> bool:
     if file:
         compat.write_error_file(file, text, error)
     # Under torchrun, which shows one error in its summary, rank 0 speaks for all.
-    return was_launched() or (bool(file) and os.environ.get('RANK', '0') != '0')
+    launcher_lives = os.environ.get(LAUNCHED) == str(os.getppid())
+    return launcher_lives or (bool(file) and os.environ.get('RANK', '0') != '0')
 
 
 def follow_launcher() -> None:

@@ -119,6 +119,11 @@ class UserError(Exception):
         return Exception.__new__, (type(self), *self.args), self.__dict__
 
 
+def stopped_by(number: int) -> str:
+    """What is said first of a stop by a signal."""
+    return f'Stopped by {signal.Signals(number).name}'
+
+
 class Stopped(Exception):
     """A run that was asked to stop, and has.
 
@@ -132,4 +137,4 @@ class Stopped(Exception):
         where = 'before the first checkpoint: nothing is saved'
         if checkpoint:
             where = f'saved in {checkpoint}; continue with --resume'
-        super().__init__(f'Stopped by {signal.Signals(number).name}, {where}')
+        super().__init__(f'{stopped_by(number)}, {where}')

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import math
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.sharedctypes import RawArray
-from typing import ClassVar
+from typing import Any, ClassVar
+
+from mmfinetune.utils.errors import Stopped, stopped_by
 
 # Seconds without any result: after the first the user is told, after the second the work ends.
 TELL_S, PATIENCE_S = 30.0, 600.0
+# Seconds that a main thread may take to answer a signal; and within which a second one is the same again.
+_ANSWER_S, _AGAIN_S = 20.0, 1.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -97,3 +104,76 @@ class Readers:
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for readers in cls._all:
                 readers.kill()
+
+
+class Wakeup:
+    """Ends the process some time after a signal if its main thread does not come to it.
+
+    That may wait in PyTorch for another process of the run, where no handler of Python is called.
+
+    Args:
+        grace: Seconds that it has.
+        why: What is said then.
+    """
+
+    def __init__(self, grace: float, why: str) -> None:
+        self._grace, self._why = grace, why
+        self._reader = self._writer = self._before = -1
+
+    def begin(self, numbers: Sequence[int]) -> None:
+        """Watch for these signals."""
+        self._reader, self._writer = os.pipe()
+        os.set_blocking(self._writer, False)
+        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(self._reader, numbers), daemon=True).start()
+
+    def end(self) -> None:
+        """Do not end the process any more."""
+        if self._writer >= 0:
+            signal.set_wakeup_fd(self._before)
+            writer, self._writer = self._writer, -1
+            os.close(writer)  # the thread reads the end of the file, and leaves
+
+    def _watch(self, reader: int, numbers: Sequence[int]) -> None:
+        end, asked = math.inf, 0
+        with open(reader, 'rb', buffering=0) as signals:
+            while select.select([signals], [], [], None if math.isinf(end) else max(0.0, end - time.monotonic()))[0]:
+                found = signals.read(1)
+                if not found:
+                    return
+                if found[0] in numbers and not asked:
+                    asked, end = found[0], time.monotonic() + self._grace
+        with contextlib.suppress(OSError):
+            os.write(2, f'{stopped_by(asked)}: {self._why}\n'.encode())
+        os._exit(128 + asked)
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP raise KeyboardInterrupt as Ctrl-C does, with the number of the signal.
+
+    What is cleaned up after an error is cleaned up then too: locks, half-made folders, child processes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGHUP]
+    numbers = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]  # nohup
+    wakeup, last = Wakeup(_ANSWER_S, 'it did not end by itself'), -math.inf
+
+    def interrupt(number: int, frame: Any) -> None:  # noqa: ARG001
+        nonlocal last
+        wakeup.end()
+        # It comes twice where a launcher passes it on, and must not interrupt the cleaning up, nor a run that has saved.
+        again, last = time.monotonic() - last < _AGAIN_S, time.monotonic()
+        if not again and not isinstance(sys.exc_info()[1], Stopped):
+            raise KeyboardInterrupt(number)
+
+    before = {number: signal.signal(number, interrupt) for number in numbers}
+    wakeup.begin(numbers)
+    try:
+        yield
+    finally:
+        wakeup.end()
+        for number, handler in before.items():
+            signal.signal(number, handler)

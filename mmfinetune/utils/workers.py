@@ -29,8 +29,9 @@ _done: Callable[[], None]
 def _start(work: Callable[[Any], Any], parent: int, readers: processes.Readers, slot: Any) -> None:
     global _work, _done
     processes.end_with_parent(parent)
-    # Ctrl-C reaches every process of the terminal; only the parent answers it.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches every process of the terminal, and Slurm signals all; only the parent answers.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     with slot.get_lock():
         mine = slot.value
         slot.value += 1

@@ -23,6 +23,7 @@ import torch
 from mmengine.config import Config
 
 from mmfinetune.engine import compat, launch
+from mmfinetune.utils.errors import Stopped
 from tests.builders.errors import refused
 from tests.builders.processes import alive, wait_for
 from tests.builders.runs import REPO, TOOLS
@@ -354,6 +355,30 @@ def test_a_stop_is_told_by_the_run_itself(start):
     assert done.err.startswith('Stopped by SIGTERM') and 'epoch_1.pth' in done.err
 
 
+def test_a_stop_is_told_where_the_others_were_ended_before_they_could(start):
+    done = start("""
+        if rank == 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            time.sleep(600)
+        raise Stopped(15, Path('epoch_1.pth'))
+        """)
+    assert (done.code, done.err.count('Stopped by SIGTERM'), done.err.count('epoch_1.pth')) == (143, 1, 1)
+
+
+def test_a_stop_before_a_process_listens_is_told(start):
+    def stop() -> None:
+        wait_for(lambda: len(list(Path.cwd().glob('ready*'))) == 2)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop, daemon=True).start()
+    done = start("""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        Path(f'ready{rank}').touch()
+        time.sleep(600)
+        """)
+    assert (done.code, done.err) == (143, 'Stopped by SIGTERM\n')
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
     def stop() -> None:
@@ -374,7 +399,7 @@ def test_a_signal_is_passed_on_and_the_end_awaited(start, number):
         """)
     assert done.code == 128 + number
     assert Path('saved0').exists() and Path('saved1').exists()
-    assert done.err.startswith(f'Stopped by {number.name}') and 'epoch_1.pth' in done.err
+    assert done.err == f'{Stopped(number, Path("epoch_1.pth"))}\n'
 
 
 def test_what_goes_wrong_in_a_stop_is_told(start):

@@ -423,7 +423,7 @@ def test_run_tells_code_message_problems_and_hint(capsys):
 def test_run_on_ctrl_c(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.run(lambda: _raise(KeyboardInterrupt()))
-    assert stop.value.code == 130 and capsys.readouterr().err == 'interrupted\n'
+    assert stop.value.code == 130 and capsys.readouterr().err == 'Stopped by SIGINT\n'
 
 
 def test_run_leaves_crashes_their_traceback(capsys):

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from mmfinetune.utils import processes, workers
+from mmfinetune.utils.errors import Stopped
 from tests.builders.errors import refused
 from tests.builders.processes import alive, wait_for
 
@@ -102,3 +103,88 @@ def test_no_shared_memory_no_processes(monkeypatch):
 
     monkeypatch.setattr(processes, 'RawArray', refuse)
     assert list(workers.in_order(str, range(9), workers=3, chunk=2, disable=True)) == [*map(str, range(9))]
+
+
+STUCK = """
+import os, signal, sys, threading, time
+from mmfinetune.utils.processes import Wakeup
+hook = Wakeup(0.5, 'nothing was saved')
+signal.signal(signal.SIGTERM, lambda *_: None)
+hook.begin([signal.SIGTERM])
+if sys.argv[1] == 'ends':
+    os.kill(os.getpid(), signal.SIGTERM)
+    hook.end()
+    time.sleep(1)
+    os._exit(0)
+# In C, where no handler of Python is called: SIGTERM comes to another thread while this one waits.
+threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+import ctypes
+libc = ctypes.CDLL(None)
+while True:
+    libc.usleep(600_000_000)
+"""
+
+
+@pytest.mark.parametrize(('kind', 'code'), (('stuck', 143), ('ends', 0)))
+def test_a_step_that_never_ends(kind, code):
+    done = subprocess.run([sys.executable, '-c', STUCK, kind], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert ('Stopped by SIGTERM' in done.stderr) == bool(code)
+
+
+INTERRUPTED = """
+import signal, sys, time
+from mmfinetune.utils.processes import interruptible
+wait = lambda: print(flush=True) or time.sleep(600)
+with interruptible():
+    try:
+        wait()
+    except KeyboardInterrupt as first:
+        try:
+            if sys.argv[1] == 'twice':
+                signal.raise_signal(signal.SIGINT)  # at once: the same
+            print(first.args[0], flush=True)
+            time.sleep(1.1)
+            wait()
+        except KeyboardInterrupt as second:
+            print(second.args[0], flush=True)
+"""
+
+
+@pytest.mark.parametrize('number', (signal.SIGTERM, signal.SIGHUP, signal.SIGINT))
+@pytest.mark.parametrize('kind', ('once', 'twice'))
+def test_signals_interrupt_as_ctrl_c_does(number, kind):
+    child = subprocess.Popen([sys.executable, '-c', INTERRUPTED, kind], stdout=subprocess.PIPE, text=True)
+    assert child.stdout.readline() == '\n'
+    child.send_signal(number)
+    assert child.stdout.readline() == f'{int(number)}\n'
+    assert child.stdout.readline() == '\n'
+    child.send_signal(signal.SIGTERM)  # the clean-up hangs
+    assert child.stdout.readline() == f'{int(signal.SIGTERM)}\n'
+    assert child.wait(10) == 0
+    child.stdout.close()
+
+
+def test_signals_are_as_before_after_the_block():
+    numbers = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+    before = [signal.getsignal(number) for number in numbers]
+    with processes.interruptible():
+        assert signal.getsignal(signal.SIGTERM) is not before[0]
+    assert [signal.getsignal(number) for number in numbers] == before
+
+
+def test_hangups_that_are_ignored_stay_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        with processes.interruptible():
+            assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_has_saved_is_not_interrupted():
+    with processes.interruptible():
+        try:
+            raise Stopped(signal.SIGTERM, None)
+        except Stopped:
+            signal.raise_signal(signal.SIGTERM)

@@ -9,7 +9,7 @@ import select
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from mmfinetune.engine.launch import STOP_TIMEOUT_S
 from mmfinetune.engine.loader import WatchedLoader
 from mmfinetune.engine.state import run_state
 from mmfinetune.utils.errors import Stopped
+from mmfinetune.utils.processes import Wakeup
 
 # A process that waits for another one that is gone does not come to the end of its step. Before the launcher kills it.
 GRACE_S = STOP_TIMEOUT_S - 20
@@ -49,7 +50,7 @@ class _Stop(Hook):
         self._signal = 0
         self._since = math.inf
         self._before: dict[int, Any] = {}
-        self._wakeup = _Wakeup()
+        self._wakeup = Wakeup(GRACE_S, 'the step did not end, so nothing was saved')
 
     def before_train(self, runner: Runner) -> None:
         if threading.current_thread() is not threading.main_thread():
@@ -133,45 +134,6 @@ class _Stop(Hook):
     def _stopped(self, runner: Runner, number: int) -> Stopped:
         hook, last = checkpoint_hook(runner), run_state(runner).last
         return Stopped(number, hook.files.folder / last if hook is not None and last else None)
-
-
-class _Wakeup:
-    """Ends the process some time after a signal if its main thread does not come to it.
-
-    That may wait in PyTorch for another process of the run, where no handler of Python is called.
-    """
-
-    def __init__(self) -> None:
-        self._reader = self._writer = self._before = -1
-
-    def begin(self, numbers: Sequence[int]) -> None:
-        self._reader, self._writer = os.pipe()
-        os.set_blocking(self._writer, False)
-        self._before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        threading.Thread(target=self._watch, args=(self._reader, numbers), daemon=True).start()
-
-    def end(self) -> None:
-        """Do not end the process any more."""
-        if self._writer >= 0:
-            signal.set_wakeup_fd(self._before)
-            writer, self._writer = self._writer, -1
-            os.close(writer)  # the thread reads the end of the file, and leaves
-
-    @staticmethod
-    def _watch(reader: int, numbers: Sequence[int]) -> None:
-        end, asked = math.inf, 0
-        with open(reader, 'rb', buffering=0) as signals:
-            while select.select([signals], [], [], None if math.isinf(end) else max(0.0, end - time.monotonic()))[0]:
-                found = signals.read(1)
-                if not found:
-                    return
-                if found[0] in numbers and not asked:
-                    asked, end = found[0], time.monotonic() + GRACE_S
-        with contextlib.suppress(OSError):
-            os.write(
-                2, f'Stopped by {signal.Signals(asked).name}: the step did not end, so nothing was saved\n'.encode()
-            )
-        os._exit(128 + asked)
 
 
 def leave_closed_terminal() -> None:

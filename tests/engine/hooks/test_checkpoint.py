@@ -342,34 +342,6 @@ def test_outputs_that_nobody_reads_any_more():
     assert subprocess.run([sys.executable, '-c', CLOSED], check=False).returncode == 7
 
 
-STUCK = """
-import os, signal, sys, threading, time
-from mmfinetune.engine.hooks import stop
-stop.GRACE_S = 0.5
-hook = stop._Wakeup()
-signal.signal(signal.SIGTERM, lambda *_: None)
-hook.begin([signal.SIGTERM])
-if sys.argv[1] == 'ends':
-    os.kill(os.getpid(), signal.SIGTERM)
-    hook.end()
-    time.sleep(1)
-    os._exit(0)
-# In C, where no handler of Python is called: SIGTERM comes to another thread while this one waits.
-threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-import ctypes
-libc = ctypes.CDLL(None)
-while True:
-    libc.usleep(600_000_000)
-"""
-
-
-@pytest.mark.parametrize(('kind', 'code'), (('stuck', 143), ('ends', 0)))
-def test_a_step_that_never_ends(kind, code):
-    done = subprocess.run([sys.executable, '-c', STUCK, kind], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == code
-    assert ('Stopped by SIGTERM' in done.stderr) == bool(code)
-
-
 @pytest.mark.parametrize('another', (False, True))
 @pytest.mark.parametrize('point', ('after_train_iter', 'before_val_epoch'))
 def test_a_work_dir_that_is_removed_under_the_run(tmp_path, another, point):
