@@ -134,7 +134,7 @@ def test_r50_on_real_images(real_data, tmp_path, monkeypatch):
     files = files_in(work_dir)
     assert {'epoch_1.pth', 'last_checkpoint', 'test_results.json'} <= set(files)
     assert any(f.startswith('best_') for f in files)
-    assert any(f.startswith('tensorboard_logs/events') for f in files)
+    assert any(f.startswith('tensorboard_logs/mask_rcnn_pretrained/train/events') for f in files)
     assert any(f.startswith('figures/') for f in files)
     metrics = read_results(work_dir)['metrics']
     assert 0 <= metrics['coco/segm_mAP'] <= metrics['coco/segm_mAP_50'] <= 1

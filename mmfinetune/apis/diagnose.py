@@ -13,6 +13,7 @@ import numpy as np
 from mmfinetune.apis.run_data import splits_of_config
 from mmfinetune.config.resolve import LOG_DIR, Options
 from mmfinetune.evaluation import diagnosis
+from mmfinetune.evaluation.tensorboard import TRAIN_BATCH
 from mmfinetune.utils.dist import say
 from mmfinetune.utils.extras import extra
 
@@ -83,4 +84,4 @@ def _commands(runner: Runner, options: Options) -> dict[str, str]:
         'errors': ['evaluate.py', folder],
     }
     shown = {name: 'python tools/' + shlex.join(map(str, parts)) for name, parts in commands.items()}
-    return {**shown, 'pictures': f'tensorboard --logdir {shlex.quote(str(folder / LOG_DIR))} (images/train_batch)'}
+    return {**shown, 'pictures': f'tensorboard --logdir {shlex.quote(str(folder / LOG_DIR))} ({TRAIN_BATCH})'}

@@ -167,7 +167,8 @@ def set_folders(cfg: Config, work_dir: str | None, data_root: str | Path | None)
         cfg.work_dir = work_dir
     for backend in views.vis_backends(cfg):
         if backend.get('type') in (BOARD, 'TensorboardVisBackend'):
-            backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR)
+            # With the name of the run, which TensorBoard shows from here on.
+            backend['save_dir'] = str(Path(cfg.work_dir) / LOG_DIR / Path(cfg.work_dir).resolve().name)
     if data_root:
         paths.set_data_root(cfg, Path(data_root))
     paths.redirect_annotations(cfg)

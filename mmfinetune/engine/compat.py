@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmdet.datasets.api_wrappers import COCO
     from mmdet.evaluation.metrics import CocoMetric
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from torch.utils.tensorboard import SummaryWriter
 
 # Where a process that torchrun started leaves its error.
 ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
@@ -34,11 +32,6 @@ _PORT_TAKEN = ('EADDRINUSE', 'address already in use')
 def truth_of(metric: CocoMetric) -> COCO | None:
     """The ground truth that a metric has read; None without ``ann_file``."""
     return metric._coco_api
-
-
-def write_summary(writer: SummaryWriter, summary: Summary, step: int) -> None:
-    """Write one of TensorBoard's own messages; opens the file again where the writer is closed."""
-    writer._get_file_writer().add_summary(summary, step)
 
 
 def when_not_sent(act: Callable[[Any, Exception, Any], None]) -> None:

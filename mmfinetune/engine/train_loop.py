@@ -97,7 +97,7 @@ class ExactTrainLoop(BaseLoop):
         """Train and validate."""
         with translate_system_errors(self.runner.work_dir):
             self.runner.call_hook('before_train')
-            if self._iter and run_state(self.runner).epoch_start.get('epoch') != self._epoch:
+            if self.missed_validation:
                 self._catch_up_validation()
             while self._epoch < self.max_epochs and not self.stop_training:
                 self._run_epoch()
@@ -114,10 +114,14 @@ class ExactTrainLoop(BaseLoop):
             and (self._epoch % self.val_interval == 0 or self._epoch == self.max_epochs)
         )
 
+    @property
+    def missed_validation(self) -> bool:
+        """Whether the run was stopped after an epoch that is still to be validated."""
+        state = run_state(self.runner)
+        ended = self._iter > 0 and state.epoch_start.get('epoch') != self._epoch
+        return ended and state.validated_epoch != self._epoch and self._is_validation_due()
+
     def _catch_up_validation(self) -> None:
-        """Validate the epoch after which the run was stopped, if that is not done."""
-        if not self._is_validation_due() or run_state(self.runner).validated_epoch == self._epoch:
-            return
         print_log(f'Epoch {self._epoch} was trained but not validated: validating it now', logger='current')
         # As RuntimeInfoHook leaves them after the epoch; metrics may look at them.
         self.runner.message_hub.update_info_dict({'epoch': self._epoch - 1, 'iter': self._iter - 1})

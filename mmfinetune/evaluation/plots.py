@@ -133,7 +133,10 @@ def lines(axes: Axes, curves: Sequence[Mapping[int, float]], title: str, xlabel:
     for number, curve in enumerate(curves):
         style: dict[str, Any] = {'color': COLOURS[number % len(COLOURS)], 'marker': MARKERS[number % len(MARKERS)]}
         # Markers of a long history would hide its line.
-        style |= {'markevery': math.ceil(len(curve) / 20) or 1, 'linewidth': 1.8, 'markersize': 5.5}
+        # A curve shows on both sides of those that are equal and drawn over it.
+        over = sum(_are_equal(curve, other) for other in curves[number + 1 :])
+        style |= {'linewidth': 1.8 + 2.4 * over, 'markersize': 5.5 + 4 * over}
+        style['markevery'] = math.ceil(len(curve) / 20) or 1
         handles += axes.plot(list(curve), list(curve.values()), **style)
     axes.set_title(_writable(title), parse_math=False)
     axes.set_xlabel(xlabel)
@@ -141,6 +144,12 @@ def lines(axes: Axes, curves: Sequence[Mapping[int, float]], title: str, xlabel:
     axes.grid(alpha=0.3)
     axes.spines[['top', 'right']].set_visible(False)
     return handles
+
+
+def _are_equal(curve: Mapping[int, float], other: Mapping[int, float]) -> bool:
+    """Whether two curves look the same where both have values."""
+    both = [(value, other[x]) for x, value in curve.items() if math.isfinite(value + other.get(x, math.nan))]
+    return bool(both) and all(math.isclose(a, b, rel_tol=0.01) for a, b in both)
 
 
 def bar_style(axes: Axes) -> None:

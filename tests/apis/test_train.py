@@ -20,6 +20,7 @@ from mmfinetune.engine import launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.utils import extras
 from mmfinetune.utils.errors import UserError
+from tests.builders.curves import curves
 from tests.builders.errors import refused
 from tests.builders.runs import (
     CONFIGS,
@@ -48,31 +49,19 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*out of bounds')
 GROUPS = {'backbone': 0.1, 'neck': 0.5, 'rpn_head': 1.0, 'roi_head': 1.0}
 TERMS = ('loss_cls', 'loss_bbox', 'loss_mask', 'loss_rpn_cls', 'loss_rpn_bbox')
 TAGS = {
-    'loss/train',
-    'loss/val',
-    *(f'train/{term}' for term in TERMS),
-    *(f'val/{term}' for term in TERMS),
-    'train/grad_norm',
-    'time/iter',
-    'time/data',
-    'time/eta_hours',
-    'mAP/segm',
-    'mAP/segm_50',
-    'mAP/bbox',
-    'mAP/bbox_50',
-    *(f'lr/{group}' for group in GROUPS),
+    *(f'{run}/1_loss/{term}' for run in ('train', 'val') for term in ('loss', *TERMS)),
+    'train/4_other/grad_norm',
+    'train/7_time/iter',
+    'train/7_time/data',
+    'train/7_time/eta_hours',
+    'val/2_mAP/segm',
+    'val/2_mAP/segm_50',
+    'val/2_mAP/bbox',
+    'val/2_mAP/bbox_50',
+    *(f'train/3_lr/{group}' for group in GROUPS),
 }
 HEADS = ('roi_head.bbox_head.fc_cls', 'roi_head.bbox_head.fc_reg', 'roi_head.mask_head.conv_logits')
 RUN_PARTS = ('meta', 'optimizer', 'message_hub')
-
-
-def scalars(log_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of each TensorBoard tag, all event files of a folder together."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(log_dir))
-    events.Reload()
-    return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()['scalars']}
 
 
 def read(path: Path) -> dict:
@@ -132,7 +121,7 @@ def test_default_trains_then_tests(finished_run):
     files = files_in(finished_run.work_dir)
     assert {'epoch_1.pth', 'epoch_2.pth', 'last_checkpoint', 'test_results.json'} <= set(files)
     assert any(re.match(r'best_coco_segm_mAP_epoch_\d\.pth', f) for f in files)
-    assert any(f.startswith('tensorboard_logs/events') for f in files)
+    assert any(f.startswith('tensorboard_logs/tiny/train/events') for f in files)
     # num_images of the config, the first of the held-out ones.
     assert [f for f in files if f.startswith('figures')] == [f'figures/demo_val_{i:04d}.png' for i in range(3)]
     assert not [f for f in files if f.startswith(train.EARLIER)]
@@ -154,9 +143,9 @@ def test_numbers_are_printed_once_and_written(finished_run):
 
 
 def test_last_lines_say_where_the_results_are(finished_run):
-    results, curves = finished_run.outcome.last_lines()
+    results, viewer = finished_run.outcome.last_lines()
     assert results == 'Results: work_dirs/tiny (pictures in figures/)'
-    assert curves == 'Curves:  tensorboard --logdir work_dirs/tiny/tensorboard_logs'
+    assert viewer == 'Curves:  tensorboard --logdir work_dirs/tiny/tensorboard_logs'
 
 
 def test_weights_are_reported(finished_run):
@@ -167,21 +156,23 @@ def test_weights_are_reported(finished_run):
 
 
 def test_curves(finished_run):
-    curves = scalars(finished_run.kept / 'tiny/tensorboard_logs')
-    assert set(curves) >= TAGS
+    found = curves(finished_run.kept / 'tiny/tensorboard_logs')
+    assert set(found) >= TAGS
     # Four groups and no more, e.g. not the one in which the wrapper keeps the base lr.
-    assert {t for t in curves if t.startswith('lr/')} == {f'lr/{group}' for group in (*GROUPS, 'base')}
-    assert [step for step, _ in curves['loss/train']] == [1, 2, 3, 4]
-    assert [step for step, _ in curves['mAP/segm']] == [1, 2]
-    assert all(value == value for _, value in curves['loss/train'])
+    assert {t for t in found if '/3_lr/' in t} == {f'train/3_lr/{group}' for group in (*GROUPS, 'base')}
+    assert [step for step, _ in found['train/1_loss/loss']] == [1, 2, 3, 4]
+    assert [step for step, _ in found['val/2_mAP/segm']] == [2, 4]
+    assert all(value == value for _, value in found['train/1_loss/loss'])
 
 
 def test_each_group_has_its_share_of_the_lr_at_every_step(finished_run):
-    curves = scalars(finished_run.kept / 'tiny/tensorboard_logs')
+    found = curves(finished_run.kept / 'tiny/tensorboard_logs')
     # 0.02, warmed up from half of it over the first 2 steps.
-    assert [v for _, v in curves['lr/roi_head']] == pytest.approx([0.01, 0.02, 0.02, 0.02])
+    assert [v for _, v in found['train/3_lr/roi_head']] == pytest.approx([0.01, 0.02, 0.02, 0.02])
     for name, share in GROUPS.items():
-        assert [v for _, v in curves[f'lr/{name}']] == pytest.approx([share * v for _, v in curves['lr/roi_head']])
+        assert [v for _, v in found[f'train/3_lr/{name}']] == pytest.approx(
+            [share * v for _, v in found['train/3_lr/roi_head']]
+        )
 
 
 def test_test_alone_gives_what_the_test_after_training_gave(in_finished_run):
@@ -262,10 +253,10 @@ def test_resume_goes_on(in_site):
     assert not (work_dir / train.EARLIER).exists()
     after = read(work_dir / 'epoch_2.pth')
     assert (before['meta']['iter'], after['meta']['iter']) == (EPOCH_STEPS, 2 * EPOCH_STEPS)
-    curves = scalars(work_dir / train.LOG_DIR)
-    assert [step for step, _ in curves['loss/train']] == [1, 2, 3, 4]
+    found = curves(work_dir / train.LOG_DIR)
+    assert [step for step, _ in found['train/1_loss/loss']] == [1, 2, 3, 4]
     # The warm-up is over and does not start again.
-    assert [v for _, v in curves['lr/roi_head']] == pytest.approx([0.01, 0.02, 0.02, 0.02])
+    assert [v for _, v in found['train/3_lr/roi_head']] == pytest.approx([0.01, 0.02, 0.02, 0.02])
 
 
 def test_resume_starts_from_the_weights_of_the_checkpoint(in_finished_run):
@@ -349,7 +340,7 @@ def test_a_second_run_sets_the_first_aside(finished_run, tmp_path, monkeypatch):
     # Nothing of the first is left to be taken for the second's.
     assert not (work_dir / 'epoch_2.pth').exists()
     assert not (work_dir / 'test_results.json').exists()
-    assert [s for s, _ in scalars(work_dir / train.LOG_DIR)['loss/train']] == [1, 2]
+    assert [s for s, _ in curves(work_dir / train.LOG_DIR)['train/1_loss/loss']] == [1, 2]
 
 
 @pytest.mark.parametrize('options', [['--train'], ['--train', '--resume'], ['--resume', 'auto'], ['--test'], []])
@@ -714,7 +705,7 @@ def test_torchrun_of_two(in_site, tmp_path):
     assert outcome.out.count('segm AP50 =') == 1 and outcome.out.count('Results: ') == 1
     files = files_in(tmp_path / 'run')
     assert {'epoch_1.pth', 'test_results.json'} <= set(files)
-    assert len([f for f in files if f.startswith('tensorboard_logs')]) == 1
+    assert len([f for f in files if f.startswith('tensorboard_logs')]) == 2
     # MMEngine gathers results by way of files in the working folder, if it may.
     assert not (in_site / '.dist_test').exists()
 
@@ -740,8 +731,8 @@ def test_nothing_that_is_shown_ends_a_run(finished_run, own_site, monkeypatch):
     assert (work_dir / 'epoch_2.pth').is_file() and re.search(r'boxes +0\.\d{3}', outcome.out)
     said = set(re.findall(r'WARNING - Skipped (\S+):', outcome.out))
     assert said == {
-        *('TensorBoardHook.before_train', 'tables', 'images/train_batch', 'LoggerHook.after_train_iter'),
-        *('TensorBoardHook.after_train_epoch', 'TensorBoardHook.after_val_iter', 'LoggerHook.after_val_epoch'),
+        *('TensorBoardHook.before_train', 'tables', '8_images/train_batch', 'LoggerHook.after_train_iter'),
+        *('TensorBoardHook.after_train_iter', 'TensorBoardHook.after_val_iter', 'LoggerHook.after_val_epoch'),
         *(
             'curves.png',
             'per_class.png',

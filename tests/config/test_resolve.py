@@ -49,7 +49,7 @@ def test_the_command_line_wins_over_the_config(tmp_path):
     cfg = plan.cfg
     assert BatchSetup.of_config(cfg, plan.world) == BatchSetup(processes=2, batch_size=1, accumulation=4)
     assert (cfg.work_dir, cfg.train_cfg.max_epochs) == (str(tmp_path / 'w'), 3)
-    assert cfg.visualizer.vis_backends[1].save_dir == str(tmp_path / 'w' / resolve.LOG_DIR)
+    assert cfg.visualizer.vis_backends[1].save_dir == str(tmp_path / 'w' / resolve.LOG_DIR / 'w')
     assert cfg.default_hooks.checkpoint.every_n_iters == 7
 
 

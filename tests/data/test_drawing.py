@@ -36,10 +36,29 @@ def test_palette_does_not_depend_on_its_length():
     assert palette(0) == []
 
 
-def test_palette_colours_are_far_apart():
-    lab = cv2.cvtColor(np.array([palette(20)], np.float32) / 255, cv2.COLOR_RGB2LAB)[0]
-    apart = np.linalg.norm(lab[:, None] - lab[None], axis=2)[~np.eye(20, dtype=bool)]
-    assert apart.min() > 25  # 2.3 is what an eye just tells apart
+# What linear RGB becomes without one kind of cones: Viénot, Brettel and Mollon, Color Research & Application 24, 1999.
+VIENOT = {
+    'normal': np.eye(3),
+    'deuteranopia': np.array([(0.29275, 0.70725, 0), (0.29275, 0.70725, 0), (-0.02234, 0.02234, 1)]),
+    'protanopia': np.array([(0.11238, 0.88762, 0), (0.11238, 0.88762, 0), (0.00401, -0.00401, 1)]),
+}
+
+
+# 2.3 is what an eye just tells apart.
+@pytest.mark.parametrize(
+    ('vision', 'apart'),
+    [('normal', {8: 43, 20: 24}), ('deuteranopia', {8: 31, 20: 15}), ('protanopia', {8: 30, 20: 16})],
+)
+def test_palette_colours_are_far_apart_for_all_readers(vision, apart):
+    """By another simulation than the one with which they are chosen."""
+    linear = (np.array(palette(20)) / 255) ** 2.2
+    seen = (linear @ VIENOT[vision].T).clip(0, 1) ** (1 / 2.2)
+    lab = cv2.cvtColor(seen[None].astype(np.float32), cv2.COLOR_RGB2LAB)[0]
+    distances = np.linalg.norm(lab[:, None] - lab[None], axis=2) + 1e9 * np.eye(20)
+    assert {count: int(distances[:count, :count].min()) for count in apart} == apart
+
+
+def test_palette_has_a_colour_for_each_of_many_classes():
     assert len(set(palette(80))) == 80
 
 

@@ -13,12 +13,9 @@ import pytest
 import torch
 from mmdet.evaluation.metrics import CocoMetric
 from mmengine.runner import BaseLoop, Runner
-from tensorboard.compat.proto.summary_pb2 import Summary
 from torch.utils.data import DataLoader, Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 from mmfinetune.engine import compat
-from mmfinetune.utils import event_files
 from mmfinetune.utils.errors import UserError
 from tests.builders.errors import refused
 
@@ -136,15 +133,6 @@ def test_a_metric_has_its_ground_truth(tmp_path):
     path.write_text(json.dumps({'images': [{'id': 3}], 'annotations': [], 'categories': [{'id': 1, 'name': 'a'}]}))
     assert compat.truth_of(CocoMetric(ann_file=str(path))).get_img_ids() == [3]
     assert compat.truth_of(CocoMetric()) is None
-
-
-def test_a_closed_writer_opens_its_file_again(tmp_path):
-    writer = SummaryWriter(str(tmp_path))
-    for step in (1, 2):
-        compat.write_summary(writer, Summary(value=[Summary.Value(tag='a', simple_value=1)]), step)
-        writer.close()
-    events = [event for path in tmp_path.iterdir() for _, event in event_files.read_records(path.read_bytes())]
-    assert sorted(event.step for event in events if event.summary.value) == [1, 2]
 
 
 def test_a_data_set_without_images(tmp_path):

@@ -22,11 +22,11 @@ import pytest
 
 from mmfinetune.data import demo
 from mmfinetune.engine import checkpoints
-from mmfinetune.utils import event_files
 from mmfinetune.utils.errors import UserError
 from mmfinetune.weights import read
 from mmfinetune.weights import work_dir as weights_work_dir
 from tests.builders import voc
+from tests.builders.curves import curves
 from tests.builders.disk import nearly_full
 from tests.builders.errors import refused
 from tests.builders.processes import marked, wait_for
@@ -158,15 +158,10 @@ def uninterrupted(site) -> Path:
     return folder
 
 
-def curves(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
-    """All points of TensorBoard, as they are in the files; times aside."""
-    points = collections.defaultdict(list)
-    for path in sorted((work_dir / 'tensorboard_logs').glob('events.out.tfevents.*')):
-        for _, event in event_files.read_records(path.read_bytes()):
-            for value in event.summary.value:
-                if value.HasField('simple_value') and not value.tag.startswith(('time/', '_')):
-                    points[value.tag].append((event.step, value.simple_value))
-    return dict(points)
+def curves_of(work_dir: Path) -> dict[str, list[tuple[int, float]]]:
+    """All points that TensorBoard shows; times aside."""
+    found = curves(work_dir / 'tensorboard_logs')
+    return {tag: points for tag, points in found.items() if '/7_time/' not in tag}
 
 
 def rows(work_dir: Path) -> list[dict[str, str]]:
@@ -182,7 +177,7 @@ def assert_same_run(work_dir: Path, other: Path) -> None:
         assert_same_checkpoint(other / name, work_dir / name)
     assert names(work_dir) == names(other)
     assert rows(work_dir) == rows(other)
-    found, expected = curves(work_dir), curves(other)
+    found, expected = curves_of(work_dir), curves_of(other)
     assert found.keys() == expected.keys()
     for tag, points in expected.items():
         assert found[tag] == points, tag

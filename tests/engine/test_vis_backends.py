@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -21,12 +22,12 @@ import numpy as np
 import pytest
 import torch
 from mmengine.config import Config
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from mmengine.logging import MessageHub
 
 from mmfinetune.data.classes import VOC_CLASSES
 from mmfinetune.engine.vis_backends import MLflowBackend, TensorBoardBackend
-from mmfinetune.evaluation.tensorboard import HIGHER, LAYOUT, best_tag
-from mmfinetune.utils import event_files
+from mmfinetune.evaluation.tensorboard import HIGHER, best_tag, tag_of
+from tests.builders.curves import curves, order_files, read, steps, texts
 from tests.builders.runs import (
     EPOCH_STEPS,
     REPO,
@@ -40,7 +41,7 @@ from tests.builders.runs import (
 )
 
 RUN = Path('work_dirs/tiny')
-LOGS = RUN / 'tensorboard_logs'
+LOGS = RUN / 'tensorboard_logs/tiny'
 BACKENDS = """
 visualizer = dict(vis_backends=[dict(type='LocalVisBackend'), {}])
 """
@@ -75,80 +76,56 @@ def site(tmp_path_factory) -> Path:
     return folder
 
 
-def read(folder: Path) -> EventAccumulator:
-    events = EventAccumulator(str(folder), size_guidance=dict.fromkeys(('scalars', 'images', 'tensors'), 0))
-    events.Reload()
-    return events
-
-
-def steps(folder: Path) -> dict[str, list[int]]:
-    """Steps of all scalars and images, in the order in which they lie in the files."""
-    events = read(folder)
-    tags = events.Tags()
-    return {
-        **{tag: [e.step for e in events.Scalars(tag)] for tag in tags['scalars']},
-        **{tag: [e.step for e in events.Images(tag)] for tag in tags['images']},
-    }
-
-
+TERMS = {f'1_loss/{name}' for name in ('loss', 'loss_rpn_cls', 'loss_rpn_bbox', 'loss_cls', 'loss_bbox', 'loss_mask')}
+SHARED = TERMS | {'4_other/acc', '7_time/data', '7_time/iter'}
 TRAIN_TAGS = {
-    *(['gpu/memory_MB'] if torch.cuda.is_available() else []),
-    'loss/train',
-    'train/loss_rpn_cls',
-    'train/loss_rpn_bbox',
-    'train/loss_cls',
-    'train/loss_bbox',
-    'train/loss_mask',
-    'train/acc',
-    'train/grad_norm',
-    'lr/base',
-    'lr/backbone',
-    'lr/neck',
-    'lr/rpn_head',
-    'lr/roi_head',
-    'time/data',
-    'time/iter',
-    'time/eta_hours',
-    'time/epoch',
+    *(['7_time/gpu_memory_MB'] if torch.cuda.is_available() else []),
+    *SHARED,
+    '4_other/grad_norm',
+    *(f'3_lr/{part}' for part in ('base', 'backbone', 'neck', 'rpn_head', 'roi_head')),
+    '7_time/eta_hours',
+    '7_time/epoch',
 }
-EPOCH_TAGS = {
-    'loss/train_epoch',
-    'loss/val',
-    'val/loss_rpn_cls',
-    'val/loss_rpn_bbox',
-    'val/loss_cls',
-    'val/loss_bbox',
-    'val/loss_mask',
-    'val/acc',
-    'time/val_data',
-    'time/val_iter',
-    'best/mAP_segm',
-    'best/mAP_segm_50',
-    'best/mAP_bbox',
-    'best/loss_val',
+VAL_TAGS = {
+    *SHARED,
+    *(f'6_best/{name}' for name in ('mAP_segm', 'mAP_segm_50', 'mAP_bbox', 'loss')),
     # Nothing in 96 px is large.
-    *(f'mAP/{kind}{end}' for kind in ('bbox', 'segm') for end in ('', '_50', '_75', '_s', '_m')),
-    *(f'AR/{kind}_{end}' for kind in ('bbox', 'segm') for end in ('1', '10', '100', 's_100', 'm_100')),
+    *(f'2_mAP/{kind}{end}' for kind in ('bbox', 'segm') for end in ('', '_50', '_75', '_s', '_m')),
+    *(f'5_AR/{kind}_{end}' for kind in ('bbox', 'segm') for end in ('1', '10', '100', 's_100', 'm_100')),
 }
 
 
-def test_every_curve_has_its_tag_and_its_axis(site):
+def expected(epochs: int) -> dict[str, list[int]]:
+    """The steps of all curves but those of classes: training and validation on one axis."""
+    ends = [EPOCH_STEPS * (epoch + 1) for epoch in range(epochs)]
+    return {f'train/{tag}': [*range(1, ends[-1] + 1)] for tag in TRAIN_TAGS} | {f'val/{tag}': ends for tag in VAL_TAGS}
+
+
+def classes_aside(found: dict[str, list]) -> dict[str, list]:
+    return {tag: points for tag, points in found.items() if '/9_' not in tag and '/8_' not in tag}
+
+
+def test_every_curve_has_its_sub_run_its_tag_and_its_axis(site):
     found = steps(site / LOGS)
-    expected = {tag: [1, 2, 3, 4] for tag in TRAIN_TAGS} | {tag: [1, 2] for tag in EPOCH_TAGS}
-    classes = {tag for tag in found if tag.startswith('AP_class')}
-    assert {tag: found[tag] for tag in found if tag not in classes and not tag.startswith('images/')} == expected
-    assert classes and all(found[tag] == [1, 2] for tag in classes)
-    assert {tag.partition('/')[2] for tag in classes} <= set(VOC_CLASSES)
-    assert {tag.partition('/')[0] for tag in classes} == {'AP_class', 'AP_class_bbox'}
+    assert classes_aside(found) == expected(2)
+    classes = {tag for tag in found if '/9_' in tag}
+    assert classes and all(found[tag] == [2, 4] for tag in classes)
+    assert {tag.split('/', 2)[2] for tag in classes} <= set(VOC_CLASSES)
+    assert {tag.rpartition('/')[0] for tag in classes} == {'val/9_class_AP', 'val/9_class_AP_bbox'}
+
+
+def test_the_name_of_the_run_is_there_from_any_folder(site):
+    for logdir, prefix in ((site / 'work_dirs', 'tiny/tensorboard_logs/'), (site / RUN / 'tensorboard_logs', '')):
+        runs = {str(path.parent.relative_to(logdir)) for path in logdir.rglob('events.out.tfevents.*')}
+        assert runs == {f'{prefix}tiny/train', f'{prefix}tiny/val'}
 
 
 def test_test_leaves_no_trace_among_the_curves(site):
     assert (site / RUN / 'test_results.json').is_file()
-    assert len(list((site / LOGS).iterdir())) == 1
-    before = (site / LOGS).stat().st_mtime_ns
+    before = [(path, path.stat().st_mtime_ns) for path in sorted((site / LOGS).rglob('*'))]
+    assert len(before) == 4  # two folders, and a file in each
     train(site, '--test')
-    assert (site / LOGS).stat().st_mtime_ns == before
-    assert len(list((site / LOGS).iterdir())) == 1
+    assert [(path, path.stat().st_mtime_ns) for path in sorted((site / LOGS).rglob('*'))] == before
 
 
 def scalars(site: Path) -> list[dict]:
@@ -195,52 +172,49 @@ def test_other_backends_keep_the_names(site):
 
 
 def test_curves_have_the_numbers_of_the_log(site):
-    records, events = scalars(site), read(site / LOGS)
+    records, found = scalars(site), curves(site / LOGS)
+    values = {tag: [value for _, value in points] for tag, points in found.items()}
     training = [r for r in records if 'iter' in r]
     validation = [r for r in records if 'iter' not in r]
     for tag, name, part in (
-        ('loss/train', 'loss', training),
-        ('lr/neck', 'lr/neck', training),
-        ('train/grad_norm', 'grad_norm', training),
-        ('loss/val', 'val/loss', validation),
-        ('mAP/segm', 'coco/segm_mAP', validation),
-        ('AR/bbox_10', 'coco/bbox_AR@10', validation),
+        ('train/3_lr/neck', 'lr/neck', training),
+        ('train/4_other/grad_norm', 'grad_norm', training),
+        ('val/1_loss/loss', 'val/loss', validation),
+        ('val/2_mAP/segm', 'coco/segm_mAP', validation),
+        ('val/5_AR/bbox_10', 'coco/bbox_AR@10', validation),
     ):
-        assert [e.value for e in events.Scalars(tag)] == pytest.approx([r[name] for r in part]), tag
-    # Of so few steps the logger's window holds all that went before.
-    by_step = np.array([e.value for e in events.Scalars('loss/train')]) * [1, 2, 3, 4]
-    assert [e.value for e in events.Scalars('loss/train_epoch')] == pytest.approx(
-        [by_step[1] / 2, (by_step[3] - by_step[1]) / 2], rel=1e-4
-    )
-    assert [e.value for e in events.Scalars('time/eta_hours')][-1] == 0
-    losses = [e.value for e in events.Scalars('loss/val')]
-    assert [e.value for e in events.Scalars('best/loss_val')] == [losses[0], min(losses)]
+        assert values[tag] == pytest.approx([r[name] for r in part]), tag
+    # Of so few steps the logger's window holds all that went before; the curve has each step.
+    means = np.cumsum(values['train/1_loss/loss']) / [1, 2, 3, 4]
+    assert means == pytest.approx([r['loss'] for r in training], rel=1e-4)
+    assert values['train/7_time/eta_hours'][-1] == 0
+    losses = values['val/1_loss/loss']
+    assert values['val/6_best/loss'] == [losses[0], min(losses)]
+
+
+FIRST, LAST = '8_images/val/demo_val_0000', f'8_images/val/demo_val_{VAL_IMAGES - 1:04}'
 
 
 def test_pictures(site):
-    events = read(site / LOGS)
-    tags = sorted(events.Tags()['images'])
-    first, last = 'images/val/demo_val_0000', f'images/val/demo_val_{VAL_IMAGES - 1:04}'
-    assert tags == ['images/train_batch', first, last]
-    assert [e.step for e in events.Images(first)] == [1, 2]
-    (batch,) = events.Images('images/train_batch')
-    assert batch.step == 0
+    found = steps(site / LOGS)
+    assert {tag: points for tag, points in found.items() if '/8_' in tag} == {
+        'train/8_images/train_batch': [1],
+        f'val/{FIRST}': [2, 4],
+        f'val/{LAST}': [2, 4],
+    }
+    (batch,) = read(site / LOGS / 'train').Images('8_images/train_batch')
     image = cv2.imdecode(np.frombuffer(batch.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
     assert image.shape == (batch.height, batch.width, 3)
     assert batch.width > 4 * 400  # four images of a batch in a row
 
 
-def text_of(folder: Path, tag: str) -> list[tuple[int, str]]:
-    return [(e.step, e.tensor_proto.string_val[0].decode()) for e in read(folder).Tensors(f'{tag}/text_summary')]
-
-
 def test_texts(site):
-    ((step, config),) = text_of(site / LOGS, 'config')
-    assert step == 0
+    ((step, config),) = texts(site / LOGS, 'config')
+    assert step == 1
     namespace: dict = {}
     exec(re.sub(r'^~~~~.*$', '', config, flags=re.M), namespace)
     assert namespace['train_cfg']['max_epochs'] == 2
-    ((step, weights),) = text_of(site / LOGS, 'weights')
+    ((step, weights),) = texts(site / LOGS, 'weights')
     assert 're-init' in weights and 'roi_head.bbox_head.fc_cls.weight' in weights
     with inside(site):
         report = train_tool('tiny.py', '--check-weights').out
@@ -263,7 +237,7 @@ def server(site) -> Iterator[str]:
             '-m',
             'tensorboard.main',
             '--logdir',
-            str(site / LOGS),
+            str(site / LOGS.parent),
             '--host',
             '127.0.0.1',
             '--port',
@@ -313,40 +287,30 @@ def ask(address: str, body: dict | None = None):
 
 def test_tensorboard_shows_all_of_it(site, server):
     plugins = f'{server}/data/plugin'
-    (curves,) = ask(f'{plugins}/scalars/tags').values()
-    assert set(curves) >= TRAIN_TAGS | EPOCH_TAGS
-    assert any(tag.startswith('AP_class/') for tag in curves)
-    points = ask(f'{plugins}/scalars/scalars?run=.&tag=loss/val')
-    assert [step for _, step, _ in points] == [1, 2]
+    assert {
+        run: set(tags) >= wanted
+        for run, tags in ask(f'{plugins}/scalars/tags').items()
+        for wanted in [TRAIN_TAGS if run == 'tiny/train' else VAL_TAGS]
+    } == {'tiny/train': True, 'tiny/val': True}
+    for run, expected in (('train', [1, 2, 3, 4]), ('val', [2, 4])):
+        points = ask(f'{plugins}/scalars/scalars?run=tiny/{run}&tag=1_loss/loss')
+        assert [step for _, step, _ in points] == expected
 
-    (images,) = ask(f'{plugins}/images/tags').values()
-    assert set(images) == {'images/train_batch', 'images/val/demo_val_0000', f'images/val/demo_val_{VAL_IMAGES - 1:04}'}
-    (entry,) = ask(f'{plugins}/images/images?run=.&tag=images/train_batch&sample=0')
+    images = ask(f'{plugins}/images/tags')
+    assert {run: set(tags) for run, tags in images.items()} == {
+        'tiny/train': {'8_images/train_batch'},
+        'tiny/val': {FIRST, LAST},
+    }
+    (entry,) = ask(f'{plugins}/images/images?run=tiny/train&tag=8_images/train_batch&sample=0')
     with urllib.request.urlopen(f'{plugins}/images/individualImage?{entry["query"]}') as picture:
         assert picture.headers.get_content_type() == 'image/jpeg'
         shown = cv2.imdecode(np.frombuffer(picture.read(), np.uint8), cv2.IMREAD_COLOR)
     assert shown.shape[1] > 4 * 400  # four images of a batch in a row
 
-    (texts,) = ask(f'{plugins}/text/tags').values()
-    assert set(texts) == {'config/text_summary', 'weights/text_summary'}
-    (shown,) = ask(f'{plugins}/text/text?run=.&tag=config/text_summary')
+    (tags,) = ask(f'{plugins}/text/tags').values()
+    assert set(tags) == {'config/text_summary', 'weights/text_summary'}
+    (shown,) = ask(f'{plugins}/text/text?run=tiny/train&tag=config/text_summary')
     assert shown['text'].count('<code') == 1
-
-    layout = ask(f'{plugins}/custom_scalars/layout')
-    charts = {
-        (category['title'], chart['title']): chart['multiline']['tag']
-        for category in layout['category']
-        for chart in category['chart']
-    }
-    assert charts == {(category, title): tags for category, titles in LAYOUT.items() for title, tags in titles.items()}
-    for tags, expected in (
-        (charts['loss', 'training (mean of the epoch) and validation'], [['loss/train_epoch'], ['loss/val']]),
-        (charts['AP', 'boxes, masks, masks at IoU 0.5'], [['mAP/bbox'], ['mAP/segm'], ['mAP/segm_50']]),
-        (charts['learning rate', 'parts of the model'], [sorted(tag for tag in TRAIN_TAGS if tag.startswith('lr/'))]),
-    ):
-        answers = [ask(f'{plugins}/custom_scalars/scalars?run=.&tag={urllib.request.quote(tag)}') for tag in tags]
-        assert all(answer['regex_valid'] for answer in answers)
-        assert [sorted(answer['tag_to_events']) for answer in answers] == expected
 
     groups = ask(
         f'{plugins}/hparams/session_groups',
@@ -373,43 +337,50 @@ def test_tensorboard_shows_all_of_it(site, server):
         'weights_sha256': weights.stem[-8:],  # its name ends with it
     }
     metrics = {value['name']['tag']: (value['trainingStep'], value['value']) for value in group['metricValues']}
-    assert set(metrics) == {*HIGHER, *map(best_tag, HIGHER)}
-    losses = read(site / LOGS).Scalars('loss/val')
-    assert metrics['loss/val'] == (2, pytest.approx(losses[-1].value))
-    assert metrics['best/loss_val'][1] == pytest.approx(min(e.value for e in losses))
+    assert set(metrics) == {*map(tag_of, HIGHER), *map(best_tag, HIGHER)}
+    losses = [value for _, value in curves(site / LOGS)['val/1_loss/loss']]
+    assert metrics['1_loss/loss'] == (4, pytest.approx(losses[-1]))
+    assert metrics['6_best/loss'][1] == pytest.approx(min(losses))
 
 
 # ---- Resuming -------------------------------------------------------------------------------
 
 
+def rewound(site: Path, folder: Path) -> None:
+    """A copy of the run whose newest checkpoint is that of the first epoch."""
+    copy_site(site, folder)
+    shutil.copytree(site / RUN, folder / RUN)
+    (folder / RUN / 'epoch_2.pth').unlink()
+    (folder / RUN / 'last_checkpoint').write_text(str(folder / RUN / 'epoch_1.pth'))
+
+
 def test_resumed_run_has_the_same_curves(site, tmp_path):
-    whole = steps(site / LOGS)
-    copy_site(site, tmp_path)
-    shutil.copytree(site / RUN, tmp_path / RUN)
-    (tmp_path / RUN / 'epoch_2.pth').unlink()
-    (tmp_path / RUN / 'last_checkpoint').write_text(str(tmp_path / RUN / 'epoch_1.pth'))
-    (log,) = (tmp_path / LOGS).iterdir()
-    # As a writer leaves it that was killed.
-    log.write_bytes(log.read_bytes() + b'\x20\x00\x00\x00\x00')
-    early = [e.value for e in read(site / LOGS).Scalars('loss/train')][:EPOCH_STEPS]
+    whole = curves(site / LOGS)
+    rewound(site, tmp_path)
+    for log in (tmp_path / LOGS).rglob('events*'):
+        log.write_bytes(log.read_bytes() + b'\x20\x00\x00\x00\x00')  # as a writer leaves it that was killed
     train(tmp_path, '--train', '--resume')
-    resumed = steps(tmp_path / LOGS)
-    assert resumed.pop('images/train_batch') == [0, EPOCH_STEPS]
-    assert resumed == {tag: s for tag, s in whole.items() if tag != 'images/train_batch'}
-    assert [e.value for e in read(tmp_path / LOGS).Scalars('loss/train')][:EPOCH_STEPS] == early
-    assert [step for step, _ in text_of(tmp_path / LOGS, 'config')] == [0, EPOCH_STEPS]
-    # And no reader of the files meets a point twice.
-    found = [
-        (value.tag, event.step)
-        for path in (tmp_path / LOGS).iterdir()
-        for _, event in event_files.read_records(path.read_bytes())
-        for value in event.summary.value
-    ]
-    assert len(found) == len(set(found))
+    assert not [tag for tag, points in curves(tmp_path / LOGS).items() if '7_time' not in tag and points != whole[tag]]
+    found = steps(tmp_path / LOGS)
+    assert found.pop('train/8_images/train_batch') == [1, 3]
+    assert found == {tag: points for tag, points in steps(site / LOGS).items() if tag != 'train/8_images/train_batch'}
+    assert [step for step, _ in texts(tmp_path / LOGS, 'config')] == [1, 3]
+
+
+def test_resumed_run_that_has_another_name_keeps_its_curves(site, tmp_path):
+    rewound(site, tmp_path)
+    (tmp_path / RUN).rename(tmp_path / 'work_dirs/other')
+    checkpoint = 'work_dirs/other/epoch_1.pth'
+    train(tmp_path, '--train', '--resume', checkpoint, '--work-dir', 'work_dirs/other')
+    logs = tmp_path / 'work_dirs/other/tensorboard_logs'
+    assert [path.name for path in logs.iterdir()] == ['other']
+    assert classes_aside(steps(logs / 'other')) == expected(2)
 
 
 @pytest.mark.slow
-def test_killed_run_has_no_gap(site, tmp_path):
+@pytest.mark.parametrize('last', [{'step': 2 * EPOCH_STEPS + 1, 'iter': 2 * EPOCH_STEPS + 1}, {'step': 2}])
+def test_killed_run_has_no_gap_and_no_double_point(site, tmp_path, last):
+    """Killed in the third epoch, of which nothing is saved; or where the validation of the second is just written."""
     copy_site(site, tmp_path)
     configure(tmp_path, epochs=4)
     command = [sys.executable, str(REPO / 'tools/train_pretrained.py'), 'tiny.py', '--train']
@@ -421,19 +392,19 @@ def test_killed_run_has_no_gap(site, tmp_path):
         env={**os.environ, 'OMP_NUM_THREADS': '1'},
     )
     deadline = time.monotonic() + 120
-    # In the third epoch, of which nothing is saved.
-    while (
-        not any(record['step'] == 2 * EPOCH_STEPS + 1 for record in scalars(tmp_path)) and time.monotonic() < deadline
-    ):
+
+    def is_there() -> bool:
+        return any(
+            last['step'] == record['step'] and last.get('iter') == record.get('iter') for record in scalars(tmp_path)
+        )
+
+    while not is_there() and time.monotonic() < deadline:
         time.sleep(0.02)
     process.send_signal(signal.SIGKILL)
     process.wait(20)
     assert not (tmp_path / RUN / 'epoch_3.pth').exists()
     train(tmp_path, '--train', '--resume')
-    found = steps(tmp_path / LOGS)
-    assert {tag: found[tag] for tag in TRAIN_TAGS} == {tag: [*range(1, 9)] for tag in TRAIN_TAGS}
-    assert found['loss/train_epoch'] == [1, 2, 3, 4]
-    assert {tag: found[tag] for tag in EPOCH_TAGS} == {tag: [1, 2, 3, 4] for tag in EPOCH_TAGS}
+    assert classes_aside(steps(tmp_path / LOGS)) == expected(4)
 
 
 # ---- Without it -----------------------------------------------------------------------------
@@ -510,93 +481,125 @@ def test_file_is_opened_by_the_first_value(tmp_path):
     assert not (tmp_path / 'logs').exists()
     backend.add_scalar('loss', 1.0, 1)
     backend.close()
-    assert steps(tmp_path / 'logs') == {'loss/train': [1]}
-    assert text_of(tmp_path / 'logs', 'config') == [(0, '~~~~python\na = 1\n\n~~~~')]
+    assert steps(tmp_path / 'logs') == {'train/1_loss/loss': [1]}
+    assert texts(tmp_path / 'logs', 'config') == [(1, '~~~~python\na = 1\n\n~~~~')]
 
 
-def test_what_is_plotted_is_on_the_disk(tmp_path):
+@pytest.fixture
+def hub(monkeypatch) -> MessageHub:
+    """The message hub of a run, and event files whose names tell their order although they are made at once."""
+    order_files(monkeypatch)
+    return MessageHub.get_instance(f'vis_backends_{next(_NUMBERS)}')
+
+
+_NUMBERS = itertools.count()
+
+
+def train_step(backend: TensorBoardBackend, hub: MessageHub, step: int, loss: float, count: int = 1) -> None:
+    hub.update_info('iter', step - 1)
+    hub.update_scalar('train/loss', loss, count)
+    backend.add_losses(['loss'], step)
+
+
+def validate(backend: TensorBoardBackend, hub: MessageHub, **metrics: float) -> None:
+    record = {name.replace('__', '/'): value for name, value in metrics.items()}
+    for name, value in record.items():
+        hub.update_scalar(f'val/{name}', value)
+    backend.add_scalars(record, 99)
+
+
+def test_what_is_plotted_is_on_the_disk(tmp_path, hub):
     backend = TensorBoardBackend(str(tmp_path))
     for step in (1, 2, 3):
-        backend.add_scalars({'loss': 1.0, 'iter': step}, step)
-        assert steps(tmp_path)['loss/train'] == [*range(1, step + 1)]
+        train_step(backend, hub, step, 1.0)
+        assert steps(tmp_path)['train/1_loss/loss'] == [*range(1, step + 1)]
+    validate(backend, hub, val__loss=1.0)
+    assert steps(tmp_path)['val/1_loss/loss'] == [3]
     backend.close()
 
 
-def test_best_so_far_goes_on_after_resuming(tmp_path):
-    def validate(backend, epoch, value, loss):
-        backend.add_scalars({'loss': loss, 'iter': epoch}, epoch)
-        backend.add_scalars({'coco/segm_mAP': value, 'val/loss': loss}, epoch)
-
+def test_losses_are_those_of_the_steps_and_not_of_the_record(tmp_path, hub):
     backend = TensorBoardBackend(str(tmp_path))
-    for epoch, (value, loss) in enumerate([(0.3, 2.0), (0.5, 1.0), (0.9, 0.1)], 1):
-        validate(backend, epoch, value, loss)
+    for step in range(1, 131):
+        train_step(backend, hub, step, float(step), count=step != 128)
+        if step % 20 == 0:
+            backend.add_scalars({'loss': -1.0, 'lr': 0.1, 'iter': step}, step)
     backend.close()
+    found = curves(tmp_path)
+    assert found['train/1_loss/loss'] == [
+        *((step, step) for step in range(1, 65)),
+        *((step, step - 0.5) for step in range(66, 127, 2)),
+        (128, 127),  # the other was skipped
+    ]
+    assert [step for step, _ in found['train/3_lr/all']] == [20, 40, 60, 80, 100, 120]
+
+
+def test_records_alone_have_all_curves(tmp_path, hub):
     backend = TensorBoardBackend(str(tmp_path))
-    backend.resume(step=2, epoch=2)
-    validate(backend, 3, 0.4, float('nan'))
-    validate(backend, 4, -1.0, 0.5)
+    backend.add_scalars({'loss': 2.0, 'iter': 20}, 20)
     backend.close()
-    events = read(tmp_path)
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars('best/mAP_segm')] == [(1, 0.3), (2, 0.5), (3, 0.5)]
-    assert [(e.step, round(e.value, 4)) for e in events.Scalars('best/loss_val')] == [(1, 2.0), (2, 1.0), (4, 0.5)]
-    assert [e.step for e in events.Scalars('loss/val')] == [1, 2, 3, 4]
+    assert curves(tmp_path) == {'train/1_loss/loss': [(20, 2.0)]}
 
 
-def test_epoch_validated_again_has_one_point(tmp_path):
+def test_best_so_far_is_that_of_the_runs_history(tmp_path, hub):
     backend = TensorBoardBackend(str(tmp_path))
-    image = np.zeros((4, 6, 3), np.uint8)
-    for step in (1, 2):
-        backend.add_scalars({'coco/segm_mAP': 0.1 * step}, step)
-        backend.add_image('images/val/a', image, step)
+    for step, (value, loss) in enumerate([(0.3, 2.0), (0.5, 1.0), (0.4, float('nan')), (-1.0, 0.5)], 1):
+        hub.update_info('iter', step - 1)
+        validate(backend, hub, coco__segm_mAP=value, val__loss=loss)
     backend.close()
-    backend = TensorBoardBackend(str(tmp_path))
-    backend.resume(step=20, epoch=2)
-    for step in (2, 3):
-        backend.add_scalars({'coco/segm_mAP': 0.1 * step}, step)
-        backend.add_image('images/val/a', image, step)
-    backend.close()
-    assert steps(tmp_path) == {'mAP/segm': [1, 2, 3], 'best/mAP_segm': [1, 2, 3], 'images/val/a': [1, 2, 3]}
+    found = {tag: [(step, round(value, 4)) for step, value in points] for tag, points in curves(tmp_path).items()}
+    assert found['val/6_best/mAP_segm'] == [(1, 0.3), (2, 0.5), (3, 0.5)]
+    assert found['val/6_best/loss'] == [(1, 2.0), (2, 1.0), (3, 1.0), (4, 0.5)]
 
 
-def test_running_tensorboard_forgets_what_is_written_again(tmp_path):
-    backend = TensorBoardBackend(str(tmp_path))
+@pytest.mark.parametrize('again', [True, False])
+def test_resumed_curves_have_each_point_once(tmp_path, hub, again):
+    """Also in a TensorBoard that runs already; the validation of the last step is made again, or not."""
+    backend, image = TensorBoardBackend(str(tmp_path)), np.zeros((4, 6, 3), np.uint8)
     for step in range(1, 7):
-        backend.add_scalars({'loss': float(step), 'iter': step}, step)
+        train_step(backend, hub, step, float(step))
+        if step % 2 == 0:
+            validate(backend, hub, val__loss=float(step))
+            backend.add_image(FIRST, image, step)
     backend.close()
-    viewer = read(tmp_path)
+    viewer = read(tmp_path / 'train')
     backend = TensorBoardBackend(str(tmp_path))
-    backend.resume(step=4, epoch=2)
+    backend.resume(4, again)
+    if again:
+        hub.update_info('iter', 3)
+        validate(backend, hub, val__loss=40.0)
+        backend.add_image(FIRST, image, 4)
     for step in (5, 6):
-        backend.add_scalars({'loss': 10.0 * step, 'iter': step}, step)
+        train_step(backend, hub, step, 10.0 * step)
+    validate(backend, hub, val__loss=60.0)
+    backend.add_image(FIRST, image, 6)
     backend.close()
     for _ in range(2):
         viewer.Reload()
-    assert [(e.step, e.value) for e in viewer.Scalars('loss/train')] == [
-        (1, 1),
-        (2, 2),
-        (3, 3),
-        (4, 4),
-        (5, 50),
-        (6, 60),
-    ]
+    losses = [(1, 1), (2, 2), (3, 3), (4, 4), (5, 50), (6, 60)]
+    assert [(e.step, e.value) for e in viewer.Scalars('1_loss/loss')] == losses
+    found = curves(tmp_path)
+    assert found['train/1_loss/loss'] == losses
+    assert found['val/1_loss/loss'] == [(2, 2), (4, 40 if again else 4), (6, 60)]
+    assert steps(tmp_path)[f'val/{FIRST}'] == [2, 4, 6]
 
 
-def test_resuming_while_the_file_is_open(tmp_path):
+def test_resuming_while_the_file_is_open(tmp_path, hub):
     backend = TensorBoardBackend(str(tmp_path))
-    backend.add_scalars({'loss': 1.0, 'iter': 1}, 1)
-    backend.add_scalars({'loss': 1.0, 'iter': 2}, 2)
-    backend.resume(step=1, epoch=0)
-    backend.add_scalars({'loss': 1.0, 'iter': 2}, 2)
+    for step in (1, 2):
+        train_step(backend, hub, step, 1.0)
+    backend.resume(1, False)
+    train_step(backend, hub, 2, 1.0)
     backend.close()
-    assert steps(tmp_path) == {'loss/train': [1, 2]}
+    assert steps(tmp_path) == {'train/1_loss/loss': [1, 2]}
 
 
 def test_image_keeps_its_colours(tmp_path):
     backend = TensorBoardBackend(str(tmp_path))
     image = np.full((8, 16, 3), (200, 100, 20), np.uint8)
-    backend.add_image('images/val/a', image, 3)
+    backend.add_image(FIRST, image, 3)
     backend.close()
-    (event,) = read(tmp_path).Images('images/val/a')
+    (event,) = read(tmp_path / 'val').Images(FIRST)
     decoded = cv2.imdecode(np.frombuffer(event.encoded_image_string, np.uint8), cv2.IMREAD_COLOR)
     assert (event.step, event.height, event.width) == (3, 8, 16)
     assert np.abs(decoded[..., ::-1].astype(int) - image).max() <= 6
@@ -604,10 +607,10 @@ def test_image_keeps_its_colours(tmp_path):
 
 def test_values_that_are_not_numbers_are_left_out(tmp_path):
     backend = TensorBoardBackend(str(tmp_path))
-    with pytest.warns(UserWarning, match='skip it'):
+    with pytest.warns(UserWarning, match='skipped'):
         backend.add_scalars({'loss': 1.0, 'note': 'text', 'iter': 1}, 1)
     backend.close()
-    assert steps(tmp_path) == {'loss/train': [1]}
+    assert steps(tmp_path) == {'train/1_loss/loss': [1]}
 
 
 def test_mlflow_ends_a_run_once(tmp_path, monkeypatch):

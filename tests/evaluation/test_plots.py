@@ -96,6 +96,15 @@ def test_curves_of_few_and_many_epochs(epochs):
         assert count(image, colour) > 50
 
 
+@pytest.mark.parametrize('number', [2, 3, 4])
+@pytest.mark.parametrize('points', [1, 3, 40])
+def test_equal_curves_are_all_seen(number, points):
+    figure, (axes,) = plots.new_figure(5, 4)
+    plots.lines(axes, [{x: x / points for x in range(1, points + 1)}] * number, 'loss', 'epoch')
+    png = plots.png(figure)
+    assert all(count(png, colour) > 15 for colour in plots.COLOURS[:number])
+
+
 def test_panels_without_values_are_left_out():
     assert pixels(plots.curves(history(2, **{'train/loss': 1.0, 'lr': 0.1}))).shape[1] == 1100
     no_loss = {'train/loss': 1.0, 'coco/bbox_mAP': math.nan, 'lr': 0.0}

@@ -1,16 +1,13 @@
 from __future__ import annotations
 
-import re
+import itertools
+import math
 from pathlib import Path
 
 import pytest
 from mmengine.config import Config
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch.utils.tensorboard import SummaryWriter
 
 from mmfinetune.evaluation import tensorboard as curves
-from mmfinetune.utils import event_files
-from tests.builders.errors import refused
 
 NUMBERS = [
     'mAP',
@@ -62,86 +59,98 @@ VALIDATION = {
 }
 
 
+def values_of(record: dict[str, float]) -> dict[str, float]:
+    return {tag: record[name] for name, tag in curves.tags_of(record).items()}
+
+
 def test_record_of_training_steps():
-    assert curves.tags_of(TRAINING) == {
-        'lr/base': 0.02,
-        'time/data': 0.01,
-        'lr/backbone': 0.002,
-        'lr/neck': 0.01,
-        'loss/train': 2.0,
-        'train/loss_rpn_cls': 0.5,
-        'train/acc': 90.0,
-        'train/grad_norm': 3.0,
-        'time/eta_hours': 1.5,
-        'time/iter': 0.3,
-        'time/epoch': 1,
-        'gpu/memory_MB': 900,
-        'aux/depth': 7.0,
+    assert values_of(TRAINING) == {
+        '1_loss/loss': 2.0,
+        '1_loss/loss_rpn_cls': 0.5,
+        '3_lr/base': 0.02,
+        '3_lr/backbone': 0.002,
+        '3_lr/neck': 0.01,
+        '4_other/acc': 90.0,
+        '4_other/grad_norm': 3.0,
+        '4_other/aux/depth': 7.0,
+        '7_time/data': 0.01,
+        '7_time/iter': 0.3,
+        '7_time/eta_hours': 1.5,
+        '7_time/epoch': 1,
+        '7_time/gpu_memory_MB': 900,
     }
 
 
 def test_record_of_a_validation():
-    assert curves.tags_of(VALIDATION) == {
-        'mAP/bbox': 0.3,
-        'mAP/segm': 0.2,
-        'mAP/segm_50': 0.4,
-        'AR/segm_100': 0.5,
-        'AR/segm_s_100': 0.1,
-        'AP_class/tv/monitor': 0.6,
-        'AP_class_bbox/cat': 0.7,
-        'loss/val': 1.0,
-        'val/loss_mask': 0.4,
-        'val/acc': 95.0,
-        'time/val_data': 0.02,
-        'time/val_iter': 0.6,
-        'mine': -1.0,
-        'panoptic/PQ': 50.0,
+    assert values_of(VALIDATION) == {
+        '1_loss/loss': 1.0,
+        '1_loss/loss_mask': 0.4,
+        '2_mAP/bbox': 0.3,
+        '2_mAP/segm': 0.2,
+        '2_mAP/segm_50': 0.4,
+        '4_other/acc': 95.0,
+        '4_other/mine': -1.0,
+        '4_other/panoptic/PQ': 50.0,
+        '5_AR/segm_100': 0.5,
+        '5_AR/segm_s_100': 0.1,
+        '7_time/data': 0.02,
+        '7_time/iter': 0.6,
+        '9_class_AP/tv/monitor': 0.6,
+        '9_class_AP_bbox/cat': 0.7,
     }
 
 
 def test_lr_of_a_single_group_is_kept():
-    assert curves.tags_of({'lr': 0.1, 'iter': 1}) == {'lr/all': 0.1}
+    assert values_of({'lr': 0.1, 'iter': 1}) == {'3_lr/all': 0.1}
 
 
 def test_single_scalar_is_found_by_its_name():
-    assert [curves.tag_of(name) for name in ('loss', 'time', 'coco/segm_mAP', 'my_own', 'a/b')] == [
-        'loss/train',
-        'time/iter',
-        'mAP/segm',
-        'my_own',
-        'a/b',
+    names = ('loss', 'val/loss', 'time', 'coco/segm_mAP', 'my_own', 'a/b')
+    assert [curves.tag_of(name) for name in names] == [
+        '1_loss/loss',
+        '1_loss/loss',
+        '7_time/iter',
+        '2_mAP/segm',
+        '4_other/my_own',
+        '4_other/a/b',
     ]
 
 
 def test_all_coco_numbers_have_a_tag_of_their_own():
     names = [f'coco/{kind}_{stat}' for kind in ('bbox', 'segm') for stat in NUMBERS]
-    tags = {curves.tag_of(name, 'val') for name in names}
+    tags = {curves.tag_of(name) for name in names}
     assert len(tags) == 24
-    assert {tag.partition('/')[0] for tag in tags} == {'mAP', 'AR'}
+    assert {tag.partition('/')[0] for tag in tags} == {'2_mAP', '5_AR'}
 
 
 def test_other_numbers_called_coco_keep_their_name():
     names = ['coco/proposal_AR@100', 'coco/segm_speed', 'coco/segm_AR']
-    assert [curves.tag_of(name, 'val') for name in names] == names
+    assert [curves.tag_of(name) for name in names] == [f'4_other/{name}' for name in names]
 
 
-def test_charts_show_what_they_are_meant_to():
-    tags = [*curves.tags_of(TRAINING), *curves.tags_of(VALIDATION), curves.EPOCH_LOSS]
-    shown = {
-        title: [tag for pattern in patterns for tag in tags if re.match(pattern, tag)]
-        for charts in curves.LAYOUT.values()
-        for title, patterns in charts.items()
-    }
-    assert shown == {
-        'training (mean of the epoch) and validation': ['loss/train_epoch', 'loss/val'],
-        'training (by step) and validation (by epoch)': ['loss/train', 'loss/val'],
-        'terms of the training loss': ['train/loss_rpn_cls'],
-        'terms of the validation loss': ['val/loss_mask'],
-        'boxes, masks, masks at IoU 0.5': ['mAP/bbox', 'mAP/segm', 'mAP/segm_50'],
-        'masks by size of the object': [],  # segm_mAP_l is -1 above
-        'masks by class': ['AP_class/tv/monitor'],
-        'parts of the model': ['lr/base', 'lr/backbone', 'lr/neck'],
-    }
+def test_groups_are_in_the_order_of_reading():
+    groups = {tag.partition('/')[0] for record in (TRAINING, VALIDATION) for tag in curves.tags_of(record).values()}
+    groups |= {curves.best_tag(name).partition('/')[0] for name in curves.HIGHER}
+    groups |= {tag.partition('/')[0] for tag in (curves.TRAIN_BATCH, curves.VAL_IMAGES)}
+    assert [group[2:] for group in sorted(groups)] == [
+        *('loss', 'mAP', 'lr', 'other', 'AR', 'best', 'time', 'images', 'class_AP', 'class_AP_bbox')
+    ]
+
+
+def test_best_so_far():
+    assert [curves.best_tag(name) for name in curves.HIGHER] == [
+        *('6_best/mAP_segm', '6_best/mAP_segm_50', '6_best/mAP_bbox', '6_best/loss')
+    ]
+
+
+@pytest.mark.parametrize('steps', [100, 180, 3000, 30_000, 300_000])
+def test_outlier_clipping_hides_only_the_first_steps(steps):
+    """TensorBoard scales a chart to what lies between the 5th and the 95th percentile of all points."""
+    points = [step for step in range(1, steps + 1) if step % curves.gap(step) == 0]
+    assert points[:64] == [*range(1, 65)] and len(points) < 600
+    assert points[math.ceil(len(points) / 20)] <= 25
+    # And a point stands for the steps since the one before.
+    assert all(b - a == curves.gap(b) for a, b in itertools.pairwise(points))
 
 
 def test_hyperparameters(voc_cfg):
@@ -185,202 +194,3 @@ def test_text_is_shown_as_it_is():
     html = markdown_to_safe_html(curves.fenced('a = 1\n# b\n*c* <d>', 'python'))
     assert html.count('<code') == 1
     assert 'a = 1\n# b\n*c* &lt;d&gt;' in html
-
-
-def points(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """All scalars in a folder as TensorBoard's own reader has them."""
-    events = EventAccumulator(str(folder), size_guidance={'scalars': 0, 'images': 0})
-    events.Reload()
-    return {tag: [(e.step, round(e.value, 4)) for e in events.Scalars(tag)] for tag in events.Tags()['scalars']}
-
-
-def steps(folder: Path) -> dict[str, list[int]]:
-    """The steps of all tags of all files, in the order in which they lie there."""
-    found: dict[str, list[int]] = {}
-    for path in sorted(folder.glob('events*')):
-        for _, event in event_files.read_records(path.read_bytes()):
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append(event.step)
-    return found
-
-
-def write_run(folder: Path, first: int = 1, last: int = 3, per_epoch: int = 4) -> Path:
-    """Epochs of a run, in the order in which a run writes them; the file."""
-    before = set(folder.glob('events*'))
-    writer = SummaryWriter(str(folder))
-    writer.add_text('config', f'from epoch {first}', (first - 1) * per_epoch)
-    for epoch in range(first, last + 1):
-        for step in range((epoch - 1) * per_epoch + 1, epoch * per_epoch + 1):
-            writer.add_scalar('loss/train', step / 10, step)
-            writer.add_scalar('foreign', step, step)
-        writer.add_scalar('loss/train_epoch', epoch, epoch)
-        writer.add_scalar('mAP/segm', epoch / 10, epoch)
-        writer.add_scalar('my metric', epoch / 100, epoch)
-        writer.add_text('notes', 'read me', epoch)
-    writer.close()
-    (file,) = set(folder.glob('events*')) - before
-    # The time is all that orders files, and here they are made within one second.
-    return file.rename(folder / f'events.out.tfevents.{1000000000 + len(before)}.host.1.0')
-
-
-WHOLE = {
-    'loss/train': list(range(1, 13)),
-    'foreign': list(range(1, 13)),
-    'loss/train_epoch': [1, 2, 3],
-    'mAP/segm': [1, 2, 3],
-    'my metric': [1, 2, 3],
-    'notes/text_summary': [1, 2, 3],
-    'config/text_summary': [0],
-}
-
-
-@pytest.mark.parametrize('epoch', [1, 2, 3])
-def test_rewound_to_the_end_of_an_epoch(tmp_path, epoch):
-    write_run(tmp_path)
-    left = curves.rewind(tmp_path, step=4 * epoch, epoch=epoch)
-    assert steps(tmp_path) == {
-        tag: [s for s in all_steps if s <= (4 * epoch if len(all_steps) > 3 else epoch)]
-        for tag, all_steps in WHOLE.items()
-    }
-    assert left['mAP/segm'] == (epoch, pytest.approx(epoch / 10))
-    assert left['loss/train'][0] == 4 * epoch
-
-
-def test_rewound_into_an_epoch(tmp_path):
-    write_run(tmp_path)
-    curves.rewind(tmp_path, step=6, epoch=1)
-    assert steps(tmp_path) == {
-        'loss/train': [1, 2, 3, 4, 5, 6],
-        'foreign': [1, 2, 3, 4, 5, 6],
-        'loss/train_epoch': [1],
-        'mAP/segm': [1],
-        'my metric': [1],
-        'notes/text_summary': [1],
-        'config/text_summary': [0],
-    }
-
-
-def test_resumed_many_times_there_is_one_curve(tmp_path):
-    # Killed in epoch 3, resumed from 2, killed in 4, resumed from 1 by hand, killed, then to 5.
-    write_run(tmp_path, 1, 3)
-    for first, last in ((3, 4), (2, 3), (3, 5)):
-        curves.rewind(tmp_path, step=4 * (first - 1), epoch=first - 1)
-        write_run(tmp_path, first, last)
-    assert steps(tmp_path) == {
-        'loss/train': list(range(1, 21)),
-        'foreign': list(range(1, 21)),
-        'loss/train_epoch': [1, 2, 3, 4, 5],
-        'mAP/segm': [1, 2, 3, 4, 5],
-        'my metric': [1, 2, 3, 4, 5],
-        'notes/text_summary': [1, 2, 3, 4, 5],
-        'config/text_summary': [0, 4, 8],
-    }
-    assert points(tmp_path)['mAP/segm'] == [(i, i / 10) for i in range(1, 6)]
-
-
-def test_config_of_the_same_start_is_not_kept_twice(tmp_path):
-    write_run(tmp_path, 1, 2)
-    for _ in range(2):
-        curves.rewind(tmp_path, step=8, epoch=2)
-        write_run(tmp_path, 3, 2)  # killed before its first step
-    assert steps(tmp_path)['config/text_summary'] == [0, 8]
-
-
-def test_damaged_ends_are_dropped(tmp_path):
-    first = write_run(tmp_path, 1, 1)
-    whole = first.read_bytes()
-    second = write_run(tmp_path, 2, 3)
-    first.write_bytes(whole + b'\x18\x00\x00')
-    second.write_bytes(second.read_bytes()[:-5])
-    curves.rewind(tmp_path, step=8, epoch=2)
-    assert first.read_bytes() == whole
-    assert steps(tmp_path)['mAP/segm'] == [1, 2]
-
-
-def test_file_that_is_garbage_goes(tmp_path):
-    good = write_run(tmp_path, 1, 2)
-    (tmp_path / 'events.out.tfevents.0000000001.host.1.0').write_bytes(b'\x00' * 400)
-    (tmp_path / 'events.out.tfevents.0000000002.host.1.0').touch()
-    curves.rewind(tmp_path, step=8, epoch=2)
-    assert list(tmp_path.iterdir()) == [good]
-
-
-def test_damage_in_the_middle_ends_the_file(tmp_path):
-    file = write_run(tmp_path, 1, 2)
-    data = bytearray(file.read_bytes())
-    records = list(event_files.read_records(bytes(data)))
-    cut = sum(len(record) for record, _ in records[:12])
-    data[cut : cut + 16] = bytes(16)  # a page that was never written
-    file.write_bytes(data)
-    curves.rewind(tmp_path, step=8, epoch=2)
-    assert file.read_bytes() == bytes(data[:cut])
-    assert steps(tmp_path)['loss/train'] == [1, 2, 3, 4]
-
-
-def test_events_of_several_values_are_parted(tmp_path):
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
-    writer = SummaryWriter(str(tmp_path))
-    for step in (1, 2, 3):
-        writer.file_writer.add_summary(
-            Summary(
-                value=[
-                    Summary.Value(tag='loss/train', simple_value=step / 10),
-                    Summary.Value(tag='mAP/segm', simple_value=step / 100),
-                ]
-            ),
-            step,
-        )
-    writer.close()
-    left = curves.rewind(tmp_path, step=3, epoch=1)
-    assert points(tmp_path) == {'loss/train': [(1, 0.1), (2, 0.2), (3, 0.3)], 'mAP/segm': [(1, 0.01)]}
-    assert left == {'loss/train': (3, pytest.approx(0.3)), 'mAP/segm': (1, pytest.approx(0.01))}
-
-
-def test_what_is_not_concerned_stays_byte_for_byte(tmp_path):
-    file = write_run(tmp_path)
-    other = tmp_path / 'projector_config.pbtxt'
-    other.write_text('x')
-    before = file.read_bytes(), file.stat().st_ino
-    curves.rewind(tmp_path, step=12, epoch=3)
-    assert (file.read_bytes(), file.stat().st_ino) == before
-    assert other.read_text() == 'x'
-
-
-def test_layout_and_hyperparameters_are_to_be_written_anew(tmp_path):
-    writer = SummaryWriter(str(tmp_path))
-    writer.add_custom_scalars({'a': {'b': ['Multiline', ['c']]}})
-    for summary in curves.hparam_summaries({'lr': 0.1}):
-        writer.file_writer.add_summary(summary)
-    writer.add_scalar('loss/train', 1.0, 1)
-    writer.close()
-    curves.rewind(tmp_path, step=1, epoch=0)
-    assert steps(tmp_path) == {'loss/train': [1]}
-
-
-def test_pictures_are_rewound(tmp_path):
-    import numpy as np
-
-    writer = SummaryWriter(str(tmp_path))
-    blank = np.zeros((2, 2, 3), np.uint8)
-    writer.add_image('images/train_batch', blank, 0, dataformats='HWC')
-    for epoch in (1, 2):
-        writer.add_image('images/val/a', blank, epoch, dataformats='HWC')
-    writer.add_image('images/train_batch', blank, 4, dataformats='HWC')
-    writer.close()
-    curves.rewind(tmp_path, step=4, epoch=1)
-    assert steps(tmp_path) == {'images/train_batch': [0], 'images/val/a': [1]}
-
-
-def test_nothing_to_rewind(tmp_path):
-    assert curves.rewind(tmp_path / 'no such folder', 4, 1) == {}
-    assert not (tmp_path / 'no such folder').exists()
-
-
-def test_file_that_cannot_be_read(tmp_path):
-    write_run(tmp_path)
-    (tmp_path / 'events.out.tfevents.9999999999.host.1.0').mkdir()
-    before = {p: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
-    with refused('event-file-unreadable', path=tmp_path / 'events.out.tfevents.9999999999.host.1.0'):
-        curves.rewind(tmp_path, step=4, epoch=1)
-    assert {p: p.read_bytes() for p in before} == before

@@ -8,8 +8,8 @@ from typing import Any
 from mmdet.registry import HOOKS
 from mmdet.structures import DetDataSample
 from mmengine.dist import is_main_process
-from mmengine.hooks import Hook, LoggerHook
-from mmengine.runner import IterBasedTrainLoop, Runner
+from mmengine.hooks import Hook
+from mmengine.runner import Runner
 from tensorboard.compat.proto.summary_pb2 import Summary
 from torch import nn
 from torch.utils.hooks import RemovableHandle
@@ -17,7 +17,6 @@ from torch.utils.hooks import RemovableHandle
 from mmfinetune.engine.hooks import PRIORITY
 from mmfinetune.engine.hooks.pictures import Picker, batch_picture, class_names, spread, truth_and_prediction
 from mmfinetune.engine.runner import INITIAL_WEIGHTS
-from mmfinetune.engine.state import begin_epoch
 from mmfinetune.engine.vis_backends import TensorBoardBackend
 from mmfinetune.evaluation import tensorboard as curves
 from mmfinetune.evaluation.stats import SCORE_THR
@@ -32,9 +31,9 @@ class TensorBoardHook(Hook):
     """Logs more of each step, resumes the curves with the run, and shows images.
 
     For all backends: the learning rate of each part, the norm of the gradient, and ``eta_hours``. For TensorBoard: the
-    mean training loss of each epoch, hyperparameters, the first batch as the model gets it (``images/train_batch``) and
-    after each validation the same images (``images/val/<name>``), ground truth next to prediction, spread over the
-    data set or over the share of the first of several processes.
+    training loss from the first step on, hyperparameters, the first batch as the model gets it
+    (``8_images/train_batch``) and after each validation the same images (``8_images/val/<name>``), ground truth next to
+    prediction, spread over the data set or over the share of the first of several processes.
 
     Args:
         lr: Whether to log ``lr/<group>`` of each named param group; MMEngine logs that of the first group only.
@@ -52,6 +51,7 @@ class TensorBoardHook(Hook):
         self.lr, self.grad_norm, self.pictures, self.score_thr = lr, grad_norm, pictures, score_thr
         self._training = False
         self._hparams_end: Summary | None = None
+        self._hparams_run = curves.VAL
         self._shows_batch = False
         self._handle: RemovableHandle | None = None
         self._picker = Picker(())
@@ -63,16 +63,14 @@ class TensorBoardHook(Hook):
         if tensorboard is None:
             return
         if runner.cfg.get('resume'):
-            tensorboard.resume(runner.iter, self._validation_step(runner))
+            tensorboard.resume(runner.iter, getattr(runner.train_loop, 'missed_validation', False))
         if report := getattr(runner, 'weights_report', ''):
-            tensorboard.add_text(curves.WEIGHTS, report)
+            tensorboard.add_text(curves.WEIGHTS, report, runner.iter + 1)
         weights = runner.message_hub.runtime_info.get(INITIAL_WEIGHTS)
         hparams = curves.hparams_of(runner.cfg, runner.world_size, runner.seed, weights)
         *start, self._hparams_end = curves.hparam_summaries(hparams)
-        tensorboard.add_summaries(*start)
-
-    def before_train_epoch(self, runner: Runner) -> None:
-        begin_epoch(runner)
+        self._hparams_run = curves.VAL if runner.val_loop else curves.TRAIN  # which has the metrics of the table
+        tensorboard.add_summaries(self._hparams_run, *start)
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch=None) -> None:
         if self.lr:
@@ -87,7 +85,9 @@ class TensorBoardHook(Hook):
         def show(_module: nn.Module, _args: tuple, batch: dict) -> None:
             cfg = runner.cfg.model.get('data_preprocessor') or {}
             with extra(curves.TRAIN_BATCH):  # in the model's forward pass
-                tensorboard.add_image(curves.TRAIN_BATCH, batch_picture(batch, class_names(runner), cfg), runner.iter)
+                tensorboard.add_image(
+                    curves.TRAIN_BATCH, batch_picture(batch, class_names(runner), cfg), runner.iter + 1
+                )
 
         # As it leaves the preprocessor, which might draw random numbers a second time.
         model: Any = bare_model(runner)
@@ -104,15 +104,8 @@ class TensorBoardHook(Hook):
             hub.update_scalar('train/grad_norm', norm)
         if 'eta' in hub.runtime_info:
             hub.update_scalar('train/eta_hours', hub.get_info('eta') / 3600)
-
-    def after_train_epoch(self, runner: Runner) -> None:
-        tensorboard = tensorboard_of(runner)
-        if tensorboard is None or isinstance(runner.train_loop, IterBasedTrainLoop):
-            return
-        # The history is saved in checkpoints, so that an epoch that was interrupted counts whole.
-        steps = runner.iter - begin_epoch(runner)['iter']
-        mean = runner.message_hub.get_scalar('train/loss').mean(steps)
-        tensorboard.add_scalars({curves.EPOCH_LOSS: mean}, runner.epoch + 1)
+        if outputs and (tensorboard := tensorboard_of(runner)):
+            tensorboard.add_losses(outputs, runner.iter + 1)
 
     def before_val_epoch(self, runner: Runner) -> None:
         self._picker = Picker(spread(len(runner.val_dataloader.sampler), self.pictures))
@@ -123,19 +116,14 @@ class TensorBoardHook(Hook):
         if tensorboard := tensorboard_of(runner):
             for name, sample in self._picker.pick(outputs):
                 picture = truth_and_prediction(sample, class_names(runner), self.score_thr, _PAIR)
-                tensorboard.add_image(f'{curves.VAL_IMAGES}/{name}', picture, self._validation_step(runner))
-
-    def _validation_step(self, runner: Runner) -> int:
-        """The step at which MMEngine's logger puts the results of a validation: by default the epoch."""
-        if not self._training:
-            return 0  # asking the runner for its epoch would build the training loop
-        logger = next((hook for hook in runner.hooks if isinstance(hook, LoggerHook)), None)
-        return runner.epoch if logger is None or logger.log_metric_by_epoch else runner.iter
+                # Asking the runner for its steps would build the training loop.
+                step = runner.iter if self._training else 0
+                tensorboard.add_image(f'{curves.VAL_IMAGES}/{name}', picture, step)
 
     def after_train(self, runner: Runner) -> None:
         self._training = False
         if (tensorboard := tensorboard_of(runner)) and self._hparams_end is not None:
-            tensorboard.add_summaries(self._hparams_end)
+            tensorboard.add_summaries(self._hparams_run, self._hparams_end)
 
 
 def tensorboard_of(runner: Runner) -> TensorBoardBackend | None:

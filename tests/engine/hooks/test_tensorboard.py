@@ -10,19 +10,16 @@ import pytest
 import torch
 from mmdet.models.data_preprocessors import DetDataPreprocessor
 from mmengine.config import Config
-from mmengine.hooks import IterTimerHook, LoggerHook
 from mmengine.logging import MessageHub
 from mmengine.optim import OptimWrapper, OptimWrapperDict
-from mmengine.runner import IterBasedTrainLoop
 from torch import nn
 
 from mmfinetune.engine.hooks import tensorboard
 from mmfinetune.engine.hooks.tensorboard import TensorBoardHook, tensorboard_of
 from mmfinetune.engine.optim import guarded
-from mmfinetune.engine.state import begin_epoch
 from mmfinetune.engine.vis_backends import TensorBoardBackend
 from mmfinetune.evaluation import tensorboard as curves
-from mmfinetune.utils import event_files
+from tests.builders.curves import order_files, read, steps, texts
 from tests.builders.pictures import NAMES, NORMALISED, batch, sample
 
 
@@ -36,16 +33,6 @@ def fill(model: nn.Module, value: float) -> nn.Module:
 def showing(**backends: object) -> SimpleNamespace:
     """A visualizer with these backends."""
     return SimpleNamespace(get_backend=backends.get, dataset_meta={'classes': NAMES})
-
-
-def written(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """What lies in a folder's event files."""
-    found: dict[str, list[tuple[int, float]]] = {}
-    for path in sorted(folder.glob('events*')):
-        for _, event in event_files.read_records(path.read_bytes()):
-            for value in event.summary.value:
-                found.setdefault(value.tag, []).append((event.step, value.simple_value))
-    return found
 
 
 def test_lr_of_each_group_is_a_scalar():
@@ -203,14 +190,10 @@ def test_each_value_can_be_left_out(hub, logged):
 # ---- TensorBoard ----------------------------------------------------------------------------
 
 
-class IterLoop(IterBasedTrainLoop):
-    def __init__(self) -> None:
-        pass
-
-
 @pytest.fixture
-def training(tmp_path: Path, hub: MessageHub) -> SimpleNamespace:
-    """What TensorBoardHook reads of a Runner, at the end of the second epoch of three steps."""
+def training(tmp_path: Path, hub: MessageHub, monkeypatch) -> SimpleNamespace:
+    """What TensorBoardHook reads of a Runner after six steps."""
+    order_files(monkeypatch)
     cfg = Config(
         {
             'optim_wrapper': {'optimizer': {'type': 'SGD', 'lr': 0.1}},
@@ -218,21 +201,17 @@ def training(tmp_path: Path, hub: MessageHub) -> SimpleNamespace:
             'train_dataloader': {'batch_size': 2},
         }
     )
-    for loss in (9.0, 9.0, 9.0, 1.0, 2.0, 6.0):
-        hub.update_scalar('train/loss', loss)
     cfg.model = {'data_preprocessor': {**NORMALISED, 'bgr_to_rgb': True}}
     wrapper = OptimWrapper(torch.optim.SGD(linear().parameters(), lr=0.1))
-    begin_epoch(SimpleNamespace(message_hub=hub, epoch=1, iter=3))
     return SimpleNamespace(
         cfg=cfg,
         world_size=1,
         seed=0,
         message_hub=hub,
         optim_wrapper=wrapper,
-        epoch=1,
         iter=6,
-        hooks=[],
         train_loop=None,
+        val_loop=object(),
         val_dataloader=SimpleNamespace(sampler=range(7)),
         model=SimpleNamespace(data_preprocessor=DetDataPreprocessor(**NORMALISED, bgr_to_rgb=True, pad_mask=True)),
         visualizer=showing(TensorBoardBackend=TensorBoardBackend(str(tmp_path / 'logs'))),
@@ -245,8 +224,8 @@ def test_report_on_the_weights_of_the_start(training, tmp_path):
     training.message_hub.update_info('initial_weights', facts)
     TensorBoardHook().before_train(training)
     tensorboard_of(training).close()
-    found = written(tmp_path / 'logs')
-    assert found['weights/text_summary'] == [(0, 0)]
+    ((step, text),) = texts(tmp_path / 'logs', 'weights')
+    assert step == 7 and 'body: 2 tensors' in text
     values = curves.hparams_of(training.cfg, 1, 0, facts)
     assert (values['weights'], values['weights_sha256']) == ('a.pth', 'abababab')
 
@@ -254,7 +233,7 @@ def test_report_on_the_weights_of_the_start(training, tmp_path):
 def test_no_report_without_weights(training, tmp_path):
     TensorBoardHook().before_train(training)
     tensorboard_of(training).close()
-    assert 'weights/text_summary' not in written(tmp_path / 'logs')
+    assert not (tmp_path / 'logs/train').exists()
 
 
 def test_hours_that_are_left(training):
@@ -266,41 +245,22 @@ def test_hours_that_are_left(training):
     assert training.message_hub.get_scalar('train/eta_hours').current() == 1.5
 
 
-def test_loss_of_an_epoch_is_the_mean_of_its_steps(training, tmp_path):
-    TensorBoardHook().after_train_epoch(training)
-    assert written(tmp_path / 'logs')['loss/train_epoch'] == [(2, 3.0)]
-
-
-def test_loss_of_an_epoch_leaves_out_skipped_steps_and_other_epochs(training, tmp_path):
-    training.message_hub.update_scalar('train/loss', 0.0, count=0)  # as NonFiniteHook leaves it
-    training.iter += 1
-    TensorBoardHook().after_train_epoch(training)
-    assert written(tmp_path / 'logs')['loss/train_epoch'] == [(2, 3.0)]
-
-
-def test_training_by_iterations_has_no_loss_of_an_epoch(training, tmp_path):
-    training.train_loop = IterLoop()
-    TensorBoardHook().after_train_epoch(training)
-    assert not (tmp_path / 'logs').exists()
-
-
-def test_hyperparameters_and_end_of_the_run(training, tmp_path):
-    hook = TensorBoardHook()
+@pytest.mark.parametrize('val_loop', [object(), None])
+def test_hyperparameters_and_end_of_the_run(training, tmp_path, val_loop):
+    hook, training.val_loop = TensorBoardHook(), val_loop
     hook.before_train(training)
-    tensorboard_of(training).experiment.flush()
-    assert '_hparams_/session_end_info' not in written(tmp_path / 'logs')
     hook.after_train(training)
     tensorboard_of(training).close()
-    assert {'_hparams_/experiment', '_hparams_/session_start_info', '_hparams_/session_end_info'} <= set(
-        written(tmp_path / 'logs')
-    )
+    run = 'train' if val_loop is None else 'val'
+    found = read(tmp_path / 'logs' / run).PluginTagToContent('hparams')
+    assert set(found) == {f'_hparams_/{name}' for name in ('experiment', 'session_start_info', 'session_end_info')}
 
 
 def test_without_a_board_there_is_nothing_to_do(training, tmp_path):
     for training.visualizer in (showing(), showing(LocalVisBackend=object())):
         hook = TensorBoardHook()
         hook.before_train(training)
-        hook.after_train_epoch(training)
+        hook.after_train_iter(training, 0, outputs={'loss': 1.0})
         hook.after_train(training)
     assert not (tmp_path / 'logs').exists()
 
@@ -311,9 +271,8 @@ def test_only_the_first_process_has_a_board(training, monkeypatch):
 
 
 def shown(tmp_path: Path) -> dict[str, list[int]]:
-    """Images of the event files; files that are made within one second have no order."""
-    found = written(tmp_path / 'logs')
-    return {tag: sorted(step for step, _ in found[tag]) for tag in found if tag.startswith('images/')}
+    """Steps of the images."""
+    return {tag: points for tag, points in steps(tmp_path / 'logs').items() if '/8_images/' in tag}
 
 
 def validate(training, hook: TensorBoardHook, samples: Sequence, size: int = 7) -> None:
@@ -323,19 +282,16 @@ def validate(training, hook: TensorBoardHook, samples: Sequence, size: int = 7) 
     tensorboard_of(training).close()
 
 
-@pytest.mark.parametrize(('by_epoch', 'step'), [(True, 1), (False, 6), (None, 1)])
-def test_images_are_at_the_loggers_step(training, tmp_path, by_epoch, step):
-    if by_epoch is not None:
-        training.hooks = [IterTimerHook(), LoggerHook(log_metric_by_epoch=by_epoch)]
+def test_images_are_at_the_step_of_training(training, tmp_path):
     hook = TensorBoardHook(pictures=1)
     hook.before_train(training)
     validate(training, hook, [sample(tmp_path / 'a.png')])
-    assert shown(tmp_path) == {'images/val/a': [step]}
+    assert shown(tmp_path) == {'val/8_images/val/a': [6]}
 
 
 def test_validation_without_training_is_at_zero(training, tmp_path):
     validate(training, TensorBoardHook(pictures=1), [sample(tmp_path / 'a.png')])
-    assert shown(tmp_path) == {'images/val/a': [0]}
+    assert shown(tmp_path) == {'val/8_images/val/a': [0]}
 
 
 @pytest.mark.parametrize('size', [1, 3, 7])
@@ -343,9 +299,9 @@ def test_the_same_validation_images_after_each_epoch(training, tmp_path, size):
     samples = [sample(tmp_path / f'{i}.png') for i in range(7)]
     hook = TensorBoardHook(pictures=3)
     hook.before_train(training)
-    for training.epoch in (1, 2):
+    for training.iter in (3, 6):
         validate(training, hook, samples, size)
-    assert shown(tmp_path) == {f'images/val/{i}': [1, 2] for i in (0, 3, 6)}
+    assert shown(tmp_path) == {f'val/8_images/val/{i}': [3, 6] for i in (0, 3, 6)}
 
 
 def test_images_of_one_name_have_a_tag_each(training, tmp_path):
@@ -354,7 +310,7 @@ def test_images_of_one_name_have_a_tag_each(training, tmp_path):
         (tmp_path / str(i)).mkdir()
         samples.append(sample(tmp_path / str(i) / 'a.png', img_id=i))
     validate(training, TensorBoardHook(pictures=3), samples, 1)
-    assert shown(tmp_path) == {f'images/val/{name}': [0] for name in ('a', 'a_3', 'a_6')}
+    assert shown(tmp_path) == {f'val/8_images/val/{name}': [0] for name in ('a', 'a_3', 'a_6')}
 
 
 def test_first_batch_is_shown_as_the_model_gets_it(training, tmp_path):
@@ -371,7 +327,7 @@ def test_first_batch_is_shown_as_the_model_gets_it(training, tmp_path):
         hook.after_train_iter(training, 0)
         assert torch.equal(done['inputs'], plain['inputs'])
     tensorboard_of(training).close()
-    assert shown(tmp_path) == {'images/train_batch': [12]}
+    assert shown(tmp_path) == {'train/8_images/train_batch': [13]}
 
 
 @pytest.mark.parametrize('pictures', [0, 4])
@@ -389,17 +345,11 @@ def test_without_tensorboard_or_pictures_nothing_is_drawn(training, tmp_path, mo
     hook.after_val_iter(training, 0, outputs=[sample(tmp_path / 'a.png')])
 
 
-@pytest.mark.parametrize(('by_epoch', 'left'), [(True, [1]), (False, [1, 3, 5])])
-def test_resuming_cuts_by_the_axis_of_the_validations(training, tmp_path, by_epoch, left):
-    backend = tensorboard_of(training)
-    training.iter = 5
-    for step in (1, 3, 5, 7):
-        backend.add_scalars({'loss': 0.0, 'iter': step}, step)
-        backend.add_scalars({'coco/segm_mAP': 0.5}, step)
-    training.hooks = [LoggerHook(log_metric_by_epoch=by_epoch)]
+@pytest.mark.parametrize('missed', [True, False])
+def test_resuming_asks_for_the_step_and_the_validation(training, monkeypatch, missed):
+    asked = []
+    monkeypatch.setattr(TensorBoardBackend, 'resume', lambda self, *args: asked.append(args))
     training.cfg.resume = True
+    training.train_loop = SimpleNamespace(missed_validation=missed)
     TensorBoardHook().before_train(training)
-    backend.close()
-    found = written(tmp_path / 'logs')
-    assert [step for step, _ in found['loss/train']] == [1, 3, 5]
-    assert [step for step, _ in found['mAP/segm']] == left
+    assert asked == [(6, missed)]
