@@ -37,8 +37,7 @@ class TensorBoardBackend(TensorboardVisBackend):
         self._folder = Path(save_dir)
         self._writers: dict[str, SummaryWriter] = {}
         self._config: str | None = None
-        # The first part of a run tells its start too: TensorBoard takes the first that it reads for no restart.
-        self._purge = {tensorboard.TRAIN: 1, tensorboard.VAL: 1}
+        self._purge: dict[str, int | None] = {}
         self._by_step: set[str] = set()
 
     @property
@@ -50,7 +49,9 @@ class TensorBoardBackend(TensorboardVisBackend):
         if run not in self._writers:
             from torch.utils.tensorboard import SummaryWriter
 
-            purge_step = self._purge.pop(run, None)
+            # The first part of a run tells its start too: TensorBoard takes the first that it reads for no restart.
+            purge_step = self._purge.get(run, _step())
+            self._purge[run] = None
             self._writers[run] = SummaryWriter(str(self._folder / run), purge_step=purge_step)
             if run == tensorboard.TRAIN and self._config is not None:
                 text, self._config = tensorboard.fenced(self._config, 'python'), None
@@ -94,7 +95,7 @@ class TensorBoardBackend(TensorboardVisBackend):
             history = history[np.isfinite(history)]
             if history.size:
                 values[tensorboard.best_tag(name)] = history.max() if tensorboard.HIGHER[name] else history.min()
-        self._plot(tensorboard.VAL, values, hub.get_info('iter', -1) + 1)
+        self._plot(tensorboard.VAL, values, _step())
 
     def add_losses(self, names: Iterable[str], step: int) -> None:
         """Plot what a training step returned, in place of what the logger's records have of it; see `tensorboard.gap`.
@@ -146,6 +147,11 @@ class TensorBoardBackend(TensorboardVisBackend):
         """Close the files; what comes after that opens others."""
         while self._writers:
             self._writers.popitem()[1].close()
+
+
+def _step() -> int:
+    """The number of the training step of now, as `RuntimeInfoHook` keeps it."""
+    return MessageHub.get_current_instance().get_info('iter', -1) + 1
 
 
 def _run_of(name: str) -> str:

@@ -474,17 +474,6 @@ def test_hooks_change_nothing_in_the_training(site, tmp_path):
 # ---- The backends alone ---------------------------------------------------------------------
 
 
-def test_file_is_opened_by_the_first_value(tmp_path):
-    backend = TensorBoardBackend(str(tmp_path / 'logs'))
-    backend.add_config(Config({'a': 1}))
-    backend.close()
-    assert not (tmp_path / 'logs').exists()
-    backend.add_scalar('loss', 1.0, 1)
-    backend.close()
-    assert steps(tmp_path / 'logs') == {'train/1_loss/loss': [1]}
-    assert texts(tmp_path / 'logs', 'config') == [(1, '~~~~python\na = 1\n\n~~~~')]
-
-
 @pytest.fixture
 def hub(monkeypatch) -> MessageHub:
     """The message hub of a run, and event files whose names tell their order although they are made at once."""
@@ -493,6 +482,17 @@ def hub(monkeypatch) -> MessageHub:
 
 
 _NUMBERS = itertools.count()
+
+
+def test_file_is_opened_by_the_first_value(tmp_path, hub):
+    backend = TensorBoardBackend(str(tmp_path / 'logs'))
+    backend.add_config(Config({'a': 1}))
+    backend.close()
+    assert not (tmp_path / 'logs').exists()
+    backend.add_scalar('loss', 1.0, 1)
+    backend.close()
+    assert steps(tmp_path / 'logs') == {'train/1_loss/loss': [1]}
+    assert texts(tmp_path / 'logs', 'config') == [(1, '~~~~python\na = 1\n\n~~~~')]
 
 
 def train_step(backend: TensorBoardBackend, hub: MessageHub, step: int, loss: float, count: int = 1) -> None:
@@ -552,9 +552,12 @@ def test_best_so_far_is_that_of_the_runs_history(tmp_path, hub):
     assert found['val/6_best/loss'] == [(1, 2.0), (2, 1.0), (3, 1.0), (4, 0.5)]
 
 
-@pytest.mark.parametrize('again', [True, False])
+@pytest.mark.parametrize('again', [True, False, None])
 def test_resumed_curves_have_each_point_once(tmp_path, hub, again):
-    """Also in a TensorBoard that runs already; the validation of the last step is made again, or not."""
+    """Also in a TensorBoard that runs already; the validation of the last step is made again, or not.
+
+    Without `TensorBoardHook` nothing asks for it.
+    """
     backend, image = TensorBoardBackend(str(tmp_path)), np.zeros((4, 6, 3), np.uint8)
     for step in range(1, 7):
         train_step(backend, hub, step, float(step))
@@ -564,7 +567,8 @@ def test_resumed_curves_have_each_point_once(tmp_path, hub, again):
     backend.close()
     viewer = read(tmp_path / 'train')
     backend = TensorBoardBackend(str(tmp_path))
-    backend.resume(4, again)
+    if again is not None:
+        backend.resume(4, again)
     if again:
         hub.update_info('iter', 3)
         validate(backend, hub, val__loss=40.0)
