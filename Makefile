@@ -29,8 +29,7 @@ $(STAMP): requirements.lock requirements.txt pyproject.toml
 	@touch $@
 
 demo: $(STAMP)
-	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py --check-weights
-	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py
+	$(PY) tools/train_pretrained.py configs/mask_rcnn_demo.py --check-weights --train --test
 	$(PY) tools/predict.py 'data/demo/VOCdevkit/VOC2012/JPEGImages/demo_val_000*.jpg' \
 	  --run work_dirs/demo --proposals 30 --overwrite
 

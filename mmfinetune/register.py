@@ -8,4 +8,14 @@ ops.install()
 data_only.install()
 
 from mmfinetune.engine import loss_loops, metrics, optim, runner, train_loop, transforms, vis_backends  # noqa: E402, F401
-from mmfinetune.engine.hooks import checkpoint, divergence, early_stop, nonfinite, pictures, results, stop, tensorboard  # noqa: E402, F401
+from mmfinetune.engine.hooks import (  # noqa: E402, F401
+    checkpoint,
+    console,
+    divergence,
+    early_stop,
+    nonfinite,
+    pictures,
+    results,
+    stop,
+    tensorboard,
+)

@@ -67,9 +67,10 @@ def pretrained_ap50(demo_folder: Path) -> float:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(demo_folder)
         # As `make demo` does.
-        out = _run(CONFIGS / 'mask_rcnn_demo.py', '--check-weights')
+        out = _run(CONFIGS / 'mask_rcnn_demo.py', '--check-weights', '--train', '--test')
         assert 'OK: these weights can be used for training.' in out
-        _run(CONFIGS / 'mask_rcnn_demo.py')
+        lines = out.splitlines()
+        assert len(lines) <= 55 and max(map(len, lines)) <= 100 and len([x for x in lines if x[:6] == 'Epoch ']) == 3
     work_dir = demo_folder / 'work_dirs/demo'
     assert len(list(work_dir.glob('figures/*.png'))) == 8
     return read_results(work_dir)['metrics']['coco/segm_mAP_50']
@@ -127,6 +128,7 @@ def test_r50_on_real_images(real_data, tmp_path, monkeypatch):
         *scales,
         'train_cfg.max_epochs=1',
         'default_hooks.logger.interval=1',
+        '--verbose',
     )
     losses = _losses(out)
     assert losses and all(math.isfinite(loss) for loss in losses), losses

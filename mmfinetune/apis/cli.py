@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 
 from mmfinetune.engine import launch
 from mmfinetune.evaluation.stats import SCORE_THR
+from mmfinetune.utils import console
 from mmfinetune.utils.errors import Stopped, UserError, stopped_by
 from mmfinetune.utils.processes import Readers, interruptible
 
@@ -72,6 +73,13 @@ class names(argparse.Action):
         setattr(namespace, self.dest, values)
 
 
+class _Verbose(argparse.Action):
+    """Concerns the process as a whole, and is not a setting of a tool."""
+
+    def __call__(self, *_: Any) -> None:
+        console.verbose = True
+
+
 # Everything that two or more tools have; `add` puts them into a parser.
 SHARED: dict[str, dict[str, Any]] = {
     '--config': dict(type=Path, metavar='CONFIG', help='config file'),
@@ -107,6 +115,9 @@ SHARED: dict[str, dict[str, Any]] = {
     '--json': dict(action='store_true', help='print the result as JSON'),
     '--no-pictures': dict(dest='pictures', action='store_false', help='write no pictures'),
     '--dry-run': dict(action='store_true', help='check and report only'),
+    '--verbose': dict(
+        action=_Verbose, nargs=0, dest=argparse.SUPPRESS, help='show all messages of the libraries too, no status line'
+    ),
 }
 
 
@@ -160,11 +171,13 @@ def make_parser(description: str, examples: str) -> Parser:
     """Make a parser whose help ends with examples, one command a line, and the exit codes."""
     lines = '\n'.join(f'  {line.strip()}' for line in examples.strip().splitlines())
     codes = '\n'.join(f'  {code:<9} {meaning}' for code, meaning in EXIT_CODES.items())
-    return Parser(
+    parser = Parser(
         description=description,
         epilog=f'examples:\n{lines}\n\nexit codes:\n{codes}',
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add(parser, '--verbose')
+    return parser
 
 
 def _insist_on_utf8() -> None:
@@ -190,6 +203,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """
     _insist_on_utf8()
     launch.follow_launcher()
+    with console.calm():
+        code = _exit_code(main)
+    sys.exit(code)
+
+
+def _exit_code(main: Callable[[], int | None]) -> int:
     try:
         with interruptible():
             code = _call(main)
@@ -213,7 +232,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if not launch.report(traceback.format_exc(), error):
             traceback.print_exc()
         code = EXIT_CRASH
-    sys.exit(code)
+    return code
 
 
 def _stopped(number: int, text: str, stop: BaseException) -> int:
@@ -228,6 +247,7 @@ def _call(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except BaseException:
+        console.keep_status()
         # Before they are waited for: one may hang.
         Readers.kill_all()
         raise

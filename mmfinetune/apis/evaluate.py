@@ -20,6 +20,7 @@ from mmfinetune.config.resolve import set_detection
 from mmfinetune.data import coco_json
 from mmfinetune.evaluation import detections, foreign_rows, render, report, run_results
 from mmfinetune.evaluation.stats import KINDS, SCORE_THR
+from mmfinetune.utils.console import bar
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes, require_writable
 from mmfinetune.weights import find
@@ -211,7 +212,6 @@ def detect(
     """
     import torch
     from mmengine.runner.amp import autocast
-    from tqdm import tqdm
 
     rows: dict[str, list[dict]] = {kind: [] for kind in kinds}
     seen: set[int] = set()
@@ -224,7 +224,7 @@ def detect(
         runner.load_or_resume()
         model, loop = runner.model.eval(), runner.test_loop
         with torch.no_grad(), autocast(enabled=loop.fp16):
-            for batch in tqdm(loop.dataloader, desc='model', unit='batch', disable=None):
+            for batch in bar(loop.dataloader, desc='model', unit='batch'):
                 for sample in model.test_step(batch):
                     _add_rows(rows, sample, category_ids)
                     seen.add(sample.img_id)

@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from mmfinetune.apis import media
 from mmfinetune.apis.inference import Prediction, Predictor, model_files
 from mmfinetune.apis.media import Input, Shot
 from mmfinetune.apis.predict_files import DATASET, PICTURES, ROWS, SHEET, Results
 from mmfinetune.evaluation.stats import SCORE_THR
+from mmfinetune.utils import console
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import require_writable
 from mmfinetune.weights import find
@@ -115,7 +114,7 @@ def _predictions(
     import torch
 
     shots = _shots(inputs, predictor, options.every, failed)
-    with tqdm(total=_length(inputs, options.every), unit='img', disable=None) as bar:
+    with console.bar(total=_length(inputs, options.every), unit='img') as bar:
         while batch := list(itertools.islice(shots, options.batch_size)):
             ready = []
             for shot in batch:

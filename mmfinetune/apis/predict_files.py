@@ -17,6 +17,7 @@ from mmfinetune.apis.inference import Prediction, Predictor
 from mmfinetune.apis.media import Input, Shot
 from mmfinetune.data import drawing
 from mmfinetune.evaluation.detections import result_rows
+from mmfinetune.utils.console import wrapped
 from mmfinetune.utils.files import atomic_write_all, atomic_write_bytes, json_bytes
 from mmfinetune.utils.text import plural
 
@@ -137,7 +138,7 @@ class Results:
         lines = []
         if self._rows:
             classes = ', '.join(f'{name} {n}' for name, n in found['classes'].items())
-            lines.append(f'Found on {len({r["image_id"] for r in self._rows}):,} of {every}: {classes}')
+            lines.append(wrapped(f'Found on {len({r["image_id"] for r in self._rows}):,} of {every}: {classes}'))
         elif self._images:
             lines.append(
                 f'Nothing found on {shown} with a score of {self.score_thr:g} or more: '

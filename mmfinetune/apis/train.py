@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,7 +25,7 @@ from mmfinetune.data.preflight import Split
 from mmfinetune.engine import batch_size, compat, launch
 from mmfinetune.evaluation import run_results
 from mmfinetune.evaluation.compare import ZERO_SHOT
-from mmfinetune.utils import run_lock
+from mmfinetune.utils import console, run_lock
 from mmfinetune.utils.dist import rank0_first, say
 from mmfinetune.utils.download import OFFLINE
 from mmfinetune.utils.errors import Message, UserError
@@ -56,6 +56,7 @@ def run(options: Options) -> int:
         UserError: Anything the user can fix, found before training where possible.
     """
     check_early(options)
+    console.status('Loading PyTorch…')
     launch.take_place()
     with RunLock() as lock, _leaving_nothing() if options.dry_run else contextlib.nullcontext() as folder:
         return _run(options, folder, lock)
@@ -108,6 +109,8 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
         say('Dry run: nothing was trained.')
         return 0
     if runner is not None:
+        if runner.start and not options.check_weights:
+            say(runner.start.summary())
         _train(plan.cfg, runner)
     if options.tests:
         _test(plan, runner, lock)
@@ -170,24 +173,36 @@ def _prepare(plan: RunPlan) -> dict[str, Split]:
 
 def summary(plan: RunPlan, splits: Mapping[str, Split], course: schedule.Course | None) -> str:
     """Data sizes, steps and learning rates of a run, as text."""
-    width = max(5, *map(len, splits))
-    lines = [
-        f'Data:  {name:{width}} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({s.path})'
-        for name, s in splits.items()
-    ]
-    cfg = plan.cfg
+    data, cfg = _data_lines(splits), plan.cfg
     if course is None:
-        return '\n'.join(lines)
+        return '\n'.join(data)
     parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
     kinds = {sum(s.images for s in parts): 'images', sum(s.usable for s in parts): 'images with objects'}
     kind = kinds.get(course.samples, 'samples')  # with `indices`, or wrappers that repeat
-    lines += plan.resumed
+    lines = list(plan.resumed)
     line = f'{course.samples:,} {kind} / ({plan.world} GPU x {cfg.train_dataloader.batch_size}) = {course.steps:,} an epoch'
     line += f' x {course.epochs} epochs = {course.total:,}' if course.epochs else f', {course.total:,} in all'
     lines += [f'Steps: {line}', *plan.rates.lines(), course.line(plan.rates.lr)]
     lines += [f'Schedule for this batch: {line}' for line in plan.adapted]
     lines += [f'warning: {message}' for message in course.warnings(cfg.get('param_scheduler'), plan.rates.lr)]
-    return '\n'.join(lines)
+    return '\n'.join([*data, console.wrapped('\n'.join(lines), ' ' * 7)])
+
+
+def _data_lines(splits: Mapping[str, Split]) -> list[str]:
+    """The sizes of the splits, and their files; the folder by itself where that makes the lines fit."""
+    width = max(5, *map(len, splits))
+
+    def lines(files: Iterable[object]) -> list[str]:
+        return [
+            f'Data:  {name:{width}} {s.images:,} images, {s.annotations:,} objects, {len(s.classes)} classes ({file})'
+            for (name, s), file in zip(splits.items(), files, strict=True)
+        ]
+
+    whole = lines(s.path for s in splits.values())
+    folders = {s.path.parent for s in splits.values()}
+    if len(folders) > 1 or max(map(len, whole)) <= console.WIDTH:
+        return whole
+    return [*lines(s.path.name for s in splits.values()), f'       in {folders.pop()}']
 
 
 def _rehearse(plan: RunPlan) -> schedule.Course:
@@ -213,7 +228,8 @@ def _move_earlier_run(work_dir: Path, log_dir: Path) -> None:
         target.mkdir(parents=True)
         for path in old:
             shutil.move(path, target / path.name)
-        say(f'{work_dir} held an earlier run: it is now in {target}. To continue a run instead, pass --resume.')
+        text = f'{work_dir} held an earlier run: it is now in {target}. To continue a run instead, pass --resume.'
+        say(console.wrapped(text))
 
 
 def _build(plan: RunPlan, start: WeightCheck | None, lock: RunLock) -> FineTuningRunner:
@@ -256,7 +272,6 @@ def _train(cfg: Config, runner: FineTuningRunner) -> None:
     barrier()
     with _explaining(cfg), stoppable(runner):
         runner.train()
-    say(f'Trained; checkpoints in {cfg.work_dir}')
 
 
 @contextlib.contextmanager
@@ -351,7 +366,7 @@ def _measure(runner: Runner, file: Path, name: str = TEST_RESULTS) -> None:
         finite = {k: v for k, v in metrics.items() if math.isfinite(v)}
         with extra(folder / name):
             atomic_write_json(folder / name, {'checkpoint': str(file), 'metrics': finite})
-            where = f'   (all numbers: {folder / name})'
+            where = f'   (all numbers: {console.near(folder / name)})'
         say(f'segm AP50 = {metrics.get("coco/segm_mAP_50", math.nan):.3f}{where}')
         if name == TEST_RESULTS:
             with extra(run_results.SUMMARY):

@@ -13,10 +13,10 @@ import cv2
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
-from tqdm import tqdm
 
 from mmfinetune.data.classes import VOC_CLASSES
 from mmfinetune.data.layout import Prepared
+from mmfinetune.utils import console
 from mmfinetune.utils.files import atomic_write_json, atomic_write_text
 from mmfinetune.utils.masks import mask_to_rle
 
@@ -140,7 +140,7 @@ def _scenes(
     counts: tuple[int, int], seed: tuple[int, int], pool: Sequence[int], title: str, progress: bool
 ) -> Iterator[tuple[str, int, np.ndarray, np.ndarray, list[int]]]:
     """Split, number, image, object indices and classes of all scenes, `counts` of train and val."""
-    with tqdm(total=sum(counts), desc=title, unit='img', disable=not progress) as bar:
+    with console.bar(total=sum(counts), desc=title, unit='img', wanted=progress) as bar:
         for part, (split, count) in enumerate(zip(('train', 'val'), counts, strict=True)):
             for i in range(count):
                 yield split, i, *_scene((*seed, part, i), pool)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from tqdm import tqdm
+
+from mmfinetune.utils import console
 
 # Tries for one split, as far as they cost no more than a few seconds.
 _TRIES = 10
@@ -37,7 +38,7 @@ def stratify(counts: np.ndarray, ratios: np.ndarray, seed: int = 0, progress: bo
     missing = np.outer(ratios, counts.sum(0))
     bare = np.ones(missing.shape, bool)
     result = np.full(len(counts), -1)
-    with tqdm(total=len(counts), desc='split', unit='group', disable=None if progress else True) as bar:
+    with console.bar(total=len(counts), desc='split', unit='group', wanted=progress) as bar:
         while left.any():
             label = int(np.argmin(np.where(left > 0, left, left.max() + 1)))
             for group in order[present[order, label]]:

@@ -85,7 +85,7 @@ class Converter:
             UserError: A worker process was killed.
         """
         chunk = max(1, min(64, len(items) // (8 * workers)))
-        return in_order(self, items, workers, chunk, desc=title, disable=None if progress else True)
+        return in_order(self, items, workers, chunk, desc=title, wanted=progress)
 
     def __call__(self, item: Item) -> Result:
         result = Result(item)

@@ -11,9 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from mmfinetune.data.layout import Prepared, file_name
+from mmfinetune.utils.console import bar
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import json_bytes, reason_of, require_writable, writing
 
@@ -214,8 +213,7 @@ def place_images(
         try:
             for parent in sorted({(target / name).parent for name in names}):
                 parent.mkdir(parents=True, exist_ok=True)
-            bar = dict(total=len(names), desc='images', unit='img', disable=None if progress else True)
-            counts.update(tqdm(pool.map(place, names), **bar))
+            counts.update(bar(pool.map(place, names), progress, total=len(names), desc='images', unit='img'))
         except OSError as error:
             pool.shutdown(wait=True, cancel_futures=True)
             path = error.filename or target

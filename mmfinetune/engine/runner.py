@@ -15,6 +15,7 @@ import torch
 from mmdet.registry import RUNNERS
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list
+from mmengine.logging import MMLogger
 from mmengine.runner import Runner
 from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
@@ -24,6 +25,7 @@ from mmfinetune.config.resolve import set_rehearsal
 from mmfinetune.engine import compat
 from mmfinetune.engine.hooks import EXTRAS
 from mmfinetune.engine.loader import watched
+from mmfinetune.utils import console
 from mmfinetune.utils.building import building
 from mmfinetune.utils.dist import bare_model
 from mmfinetune.utils.errors import Message, UserError
@@ -123,6 +125,17 @@ class FineTuningRunner(Runner):
         if isinstance(visualizer, dict):
             visualizer = {**visualizer, 'name': f'{self.experiment_name}_{next(_VISUALIZERS)}'}
         return super().build_visualizer(visualizer)
+
+    def build_logger(self, *args: Any, **kwargs: Any) -> MMLogger:
+        """As MMEngine builds it; on the console of a tool it shows little."""
+        logger = super().build_logger(*args, **kwargs)
+        console.adopt(logger)
+        return logger
+
+    def register_default_hooks(self, hooks: dict[str, Any] | None = None) -> None:
+        """MMEngine's and, whatever the config, what shows the run on the console."""
+        hooks = {'console': {'type': 'ConsoleHook'}, **(hooks or {})}
+        super().register_default_hooks({name: hook for name, hook in hooks.items() if hook or name != 'console'})
 
     def dump_config(self) -> None:
         """Not while building, nor for a test alone: see `train`."""

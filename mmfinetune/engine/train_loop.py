@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from mmdet.registry import DATASETS
 from mmengine.dist import get_rank, get_world_size
-from mmengine.logging import print_log
 from mmengine.registry import LOOPS
 from mmengine.runner import BaseLoop, Runner
 from mmengine.runner.utils import calc_dynamic_intervals
@@ -24,6 +23,7 @@ from mmfinetune.engine.loader import WatchedLoader, watched
 from mmfinetune.engine.state import begin_epoch, run_state
 from mmfinetune.engine.training_dataset import TrainingDataset, read_faults, seed_step
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.extras import note
 from mmfinetune.utils.files import require_folder
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.ESTALE}
@@ -122,7 +122,7 @@ class ExactTrainLoop(BaseLoop):
         return ended and state.validated_epoch != self._epoch and self._is_validation_due()
 
     def _catch_up_validation(self) -> None:
-        print_log(f'Epoch {self._epoch} was trained but not validated: validating it now', logger='current')
+        note(f'Epoch {self._epoch} was trained but not validated: validating it now')
         # As RuntimeInfoHook leaves them after the epoch; metrics may look at them.
         self.runner.message_hub.update_info_dict({'epoch': self._epoch - 1, 'iter': self._iter - 1})
         self.runner.val_loop.run()
@@ -149,5 +149,5 @@ class ExactTrainLoop(BaseLoop):
         """The batches of the epoch after the first ``skip``, which are not even read."""
         if not skip:
             return iter(self.dataloader)
-        print_log(f'Continuing epoch {self._epoch + 1} after step {skip} of {len(self.dataloader)}', logger='current')
+        note(f'Continuing epoch {self._epoch + 1} after step {skip} of {len(self.dataloader)}')
         return iter(self.dataloader.after(skip))

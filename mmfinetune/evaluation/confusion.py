@@ -17,9 +17,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from tqdm import tqdm
 
 from mmfinetune.evaluation.detections import Truth
+from mmfinetune.utils.console import bar
 
 IOU_THR = 0.5
 MAX_DETS = 100  # per image, as in COCO's AP
@@ -199,7 +199,7 @@ def match(truth: Truth, rows: Sequence[dict], kind: str, iou_thr: float = IOU_TH
     kept: list[dict] = []
     objects: list[dict] = []
     found, over, ignored = [], [], []
-    for image_id in tqdm(truth.images, desc='matching', unit='image', leave=False, disable=None):
+    for image_id in bar(truth.images, desc='matching', unit='image'):
         best = sorted(by_image[image_id], key=lambda r: -r['score'])[:MAX_DETS]
         # Crowd regions last, so that the column of an object is its place.
         things = sorted(in_image[image_id], key=lambda a: a['iscrowd'])

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from mmfinetune.data import drawing
 from mmfinetune.evaluation import coco_eval, confusion, error_plots
 from mmfinetune.evaluation.confusion import ImageErrors
 from mmfinetune.evaluation.report import CLASS_APS, VOC_IOUS, Report
 from mmfinetune.evaluation.stats import KINDS, number, stat_rows
+from mmfinetune.utils.console import bar
 from mmfinetune.utils.extras import extra
 from mmfinetune.utils.images import open_image
 from mmfinetune.utils.text import block, cell, csv_text, plural
@@ -146,7 +146,7 @@ def draw_worst(report: Report, root: Path) -> dict[str, bytes]:
         root: Folder that the file names of the images are relative to.
     """
     drawn = {}
-    for place, errors in enumerate(tqdm(report.worst, desc='pictures', leave=False, disable=None), 1):
+    for place, errors in enumerate(bar(report.worst, desc='pictures'), 1):
         stem = Path(report.truth.images[errors.image_id]['file_name']).stem
         name = f'{WORST}/{place:02}_{stem}.jpg'
         with extra(name):

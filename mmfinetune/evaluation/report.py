@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from tqdm import tqdm
-
 from mmfinetune.evaluation import coco_eval, confusion
 from mmfinetune.evaluation.confusion import ImageErrors
 from mmfinetune.evaluation.detections import Truth
 from mmfinetune.evaluation.stats import KINDS, PREFIX, SCORE_THR
+from mmfinetune.utils import console
 from mmfinetune.utils.errors import Message
 
 # Hariharan et al., Simultaneous Detection and Segmentation (ECCV 2014), report AP^r at these IoUs.
@@ -151,7 +150,7 @@ def analyse(
     """
     rows = {kind: rows[kind] for kind in KINDS if kind in rows}
     scores, tides = {}, {}
-    with tqdm(total=2 * len(rows), leave=False, disable=None) as bar:
+    with console.bar(total=2 * len(rows)) as bar:
         for kind, found in rows.items():
             bar.set_description(f'COCO, {KINDS[kind]}')
             scores[kind] = coco_eval.evaluate(truth.data, found, kind, engine)

@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import tarfile
 import tempfile
 import time
@@ -18,8 +19,7 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
+from mmfinetune.utils import console
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import CHUNK, digest, looks_like, writing
 
@@ -115,7 +115,7 @@ def unpack_tar(archive: str | Path, inner: str, target: str | Path, progress: bo
             temporary = Path(tempfile.mkdtemp(prefix='.unpack_', dir=target.parent))
             # Python 3.10 and 3.11 have the filter only from their later releases on.
             safe: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
-            for member in tqdm(members, desc=f'unpack {archive.name}', unit='file', disable=not progress):
+            for member in console.bar(members, progress, desc=f'unpack {archive.name}', unit='file'):
                 tar.extract(member, temporary, set_attrs=False, **safe)
         temporary.joinpath(*inside).rename(target)
     except (tarfile.TarError, EOFError, OSError) as error:
@@ -173,6 +173,8 @@ class _Fetch:
     def run(self, retries: int, wait: float) -> None:
         """Fill the part file; raises UserError when `retries` tries in a row bring no more."""
         most, failures = _size(self.part), 0
+        if self.progress:
+            print(f'Downloading {self.url}', file=sys.stderr, flush=True)
         while True:
             try:
                 self._once()
@@ -232,10 +234,10 @@ class _Fetch:
         _check_room(self.dst.parent, (total or self.size or 0) - have)
         tag = response.headers.get('ETag') or response.headers.get('Last-Modified') or ''
         self.tag_file.write_text(json.dumps({'url': self.url, 'tag': tag}), encoding='utf-8')
-        title: dict[str, Any] = dict(desc=self.dst.name, unit='B', unit_scale=True, disable=not self.progress)
+        title: dict[str, Any] = dict(desc=self.dst.name, unit='B', unit_scale=True)
         with (
             self.part.open('ab' if have else 'wb') as file,
-            tqdm(total=total or self.size, initial=have, **title) as bar,
+            console.bar(wanted=self.progress, total=total or self.size, initial=have, **title) as bar,
         ):
             while True:
                 try:

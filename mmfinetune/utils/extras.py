@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 
+from mmfinetune.utils.console import SHOWN
 from mmfinetune.utils.errors import Message, UserError
 
 # Set by the tests: what cannot be made is an error.
@@ -22,6 +23,13 @@ def warn(message: Message) -> None:
         print(f'warning: {message}', file=sys.stderr, flush=True)
     else:
         engine.print_log(str(message), logger='current', level=logging.WARNING)
+
+
+def note(text: str) -> None:
+    """Log what a run does that is not usual, and show it."""
+    from mmengine.logging import MMLogger
+
+    MMLogger.get_current_instance().info(text, extra=SHOWN)
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from mmfinetune.utils import processes
+from mmfinetune.utils import console, processes
 from mmfinetune.utils.errors import Message, UserError
 
 Item = TypeVar('Item')
@@ -68,7 +68,7 @@ def in_order(
         items: What it is called with.
         workers: Number of processes; 1 works in this one.
         chunk: Items that a process takes at a time.
-        **bar: For tqdm, e.g. ``desc`` and ``disable``.
+        **bar: For `console.bar`, e.g. ``desc`` and ``wanted``.
 
     Raises:
         UserError: A worker process was killed, or hangs.
@@ -85,7 +85,7 @@ def in_order(
             initial = (work, os.getpid(), readers, context.Value('i', 0))
             pool = ProcessPoolExecutor(workers, context, initializer=_start, initargs=initial)
     if pool is None:
-        with tqdm(**bar) as shown:
+        with console.bar(**bar) as shown:
             for item in items:
                 yield work(item)
                 shown.update()
@@ -99,7 +99,7 @@ def in_order(
             # So many that no worker waits, so few that the results of a large set fit in memory.
             waiting = [pool.submit(_do, part) for part in islice(chunks, 4 * workers)]
             # Made after the workers, since it starts that thread again.
-            with tqdm(**bar) as shown:
+            with console.bar(**bar) as shown:
                 while waiting:
                     done = _awaited(waiting.pop(0), readers)
                     waiting += [pool.submit(_do, part) for part in islice(chunks, 1)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.utils.building import building
+from mmfinetune.utils.console import wrapped
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.text import table
 from mmfinetune.weights import transfer
@@ -63,14 +64,17 @@ class WeightCheck:
         return list(rows.values())
 
     def summary(self) -> str:
-        """One line: how many tensors have which fate."""
+        """A sentence: how many tensors have which fate."""
         plan, counts = self.plan, self.facts()
         modules = dict.fromkeys(key.rpartition('.')[0] for key in plan.keys(transfer.REINIT))
-        return (
-            f'{self.source.path}: {counts["loaded"]} tensors loaded, {counts["remapped"]} remapped, '
-            f'{counts["reinit"]} re-initialized ({", ".join(modules) or "none"}), {counts["untouched"]} untouched, '
-            f'{len(plan.dropped) + len(plan.ignored)} of the file unused'
-        )
+        others = {
+            'remapped': counts['remapped'],
+            'untouched': counts['untouched'],
+            'unused': len(plan.dropped) + len(plan.ignored),
+            f're-initialized ({", ".join(modules)})': counts['reinit'],
+        }
+        more = ''.join(f', {count} {what}' for what, count in others.items() if count)
+        return wrapped(f'Weights: {self.source.path}: {counts["loaded"]} tensors loaded{more}', ' ' * 9)
 
     def facts(self) -> dict[str, Any]:
         """What the records of a run keep: file, SHA-256, and the number of tensors by fate."""
@@ -82,16 +86,22 @@ class WeightCheck:
         source, plan = self.source, self.plan
         lines = source.lines()
         rows = [{**row, 'max_abs': f'{row["max_abs"]:.4g}'} for row in self.rows()]
-        lines.append(table([list(rows[0]), *(list(row.values()) for row in rows)]))
+        # A line of all columns is too long for a terminal.
+        zero = [name for name in rows[0] if not any(row[name] for row in rows)]
+        columns = [name for name in rows[0] if name not in zero]
+        lines.append(table([columns, *([row[name] for name in columns] for row in rows)]))
+        lines += [f'all 0: {", ".join(zero)}'] * bool(zero)
         if plan.class_map is not None:
             lines += ['classes:', *(f'  {line}' for line in plan.class_map.lines())]
+        labels: dict[tuple[str, ...], list[str]] = {}
         for label, keys in (
             ('re-initialized', plan.keys(transfer.REINIT)),
             ('unused tensors in the file', plan.dropped + plan.ignored),
             ('in the file, without a place in the model', plan.unexpected),
         ):
             if keys:
-                lines.append(f'{label}: {", ".join(keys)}')
+                labels.setdefault(tuple(_grouped(keys)), []).append(label)
+        lines += [wrapped(f'{", ".join(label)}: {", ".join(names)}') for names, label in labels.items()]
         return '\n'.join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -134,6 +144,15 @@ class WeightCheck:
         with torch.no_grad():
             for key, tensor in transfer.initial_state(self.plan, target, self.source, seed).items():
                 target[key].copy_(tensor)
+
+
+def _grouped(keys: Sequence[str]) -> list[str]:
+    """Names of tensors, those of one module as ``module.{weight,bias}``."""
+    modules: dict[str, list[str]] = {}
+    for key in keys:
+        module, _, name = key.rpartition('.')
+        modules.setdefault(module, []).append(name)
+    return [f'{m}.{{{",".join(names)}}}' if len(names) > 1 else f'{m}.{names[0]}' for m, names in modules.items()]
 
 
 def compare(model_cfg: Mapping, source: Source, weights_cfg: Mapping, classes: Sequence[str] = ()) -> WeightCheck:

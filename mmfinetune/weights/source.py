@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mmfinetune.utils.console import wrapped
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import hash_in_name
 from mmfinetune.weights.read import USE_OURS
@@ -92,20 +93,18 @@ class Source:
 
     def lines(self) -> list[str]:
         """For people: what the weights are and what was done to them."""
-        names = 'not recorded in the file'
+        names = 'classes not recorded in the file'
         if self.classes:
             more = ', …' if len(self.classes) > 3 else ''
-            names = f'{len(self.classes)}: {", ".join(self.classes[:3])}{more}'
+            names = f'{len(self.classes)} classes ({", ".join(self.classes[:3])}{more})'
         count = sum(t.numel() for t in self.tensors.values())
-        return [
-            f'file:          {self.path}: {self.hash_verdict}',
-            f'origin:        {self.origin}',
-            f'tensors:       {len(self.tensors)} ({count:,} numbers)',
-            f'classes:       {names}',
-            f'style:         {self.style or "unknown"}',
-            f'normalisation: {self.normalisation}',
-            *(f'note:          {note}' for note in self.notes),
+        lines = [
+            f'file:    {self.path}: {self.hash_verdict}',
+            f'origin:  {self.origin}, {len(self.tensors)} tensors ({count:,} numbers), {names}',
+            f'inputs:  style {self.style or "unknown"}, normalisation {self.normalisation}',
+            *(f'note:    {note}' for note in self.notes),
         ]
+        return [wrapped(line, ' ' * 9) for line in lines]
 
 
 def numbers(values: Sequence[float]) -> str:

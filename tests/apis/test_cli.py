@@ -80,7 +80,8 @@ def test_docs_hold_both_tables(parsers):
     """A difference shows the text that belongs there."""
     rows = [('option', 'meaning', 'tools')]
     for name, settings in cli.SHARED.items():
-        where = ', '.join(f'`{tool}`' for tool in ALL if name in options(parsers[tool]))
+        having = [tool for tool in ALL if name in options(parsers[tool])]
+        where = 'all' if having == ALL else ', '.join(f'`{tool}`' for tool in having)
         rows.append((f'`{name}`', settings['help'].replace('%(default)s', str(settings.get('default'))), where))
     codes = [('exit code', 'meaning'), *cli.EXIT_CODES.items()]
     text = (TOOLS.parent / 'docs/tools.md').read_text()

@@ -94,7 +94,8 @@ class Run:
         self.work_dir = work_dir
         self.log = folder / (str(work_dir).replace('/', '_') + '.log')
         self._start = self.log.stat().st_size if self.log.exists() else 0
-        args = ('tiny.py', '--gpus', '1', '--work-dir', str(work_dir), *args)
+        # What MMEngine says of each step tells when to interrupt it.
+        args = ('tiny.py', '--verbose', '--gpus', '1', '--work-dir', str(work_dir), *args)
         with pytest.MonkeyPatch.context() as patch:
             # Sums depend on the number of threads.
             patch.setenv('OMP_NUM_THREADS', '1')

@@ -27,7 +27,7 @@ def work(item):
     time.sleep(600)
 
 if __name__ == '__main__':
-    list(in_order(work, range(40), workers=3, chunk=2, disable=True))
+    list(in_order(work, range(40), workers=3, chunk=2, wanted=False))
 """
 FOLLOWER = """
 import os, signal, sys, time
@@ -89,7 +89,7 @@ def test_work_that_hangs_is_told_with_its_file(tmp_path, monkeypatch, capsys, ki
         paths[3] = tmp_path / 'stop'
     before, start = {*multiprocessing.active_children()}, time.monotonic()
     with refused('workers-hang') as caught:
-        list(workers.in_order(_read, paths, workers=2, chunk=1, disable=True))
+        list(workers.in_order(_read, paths, workers=2, chunk=1, wanted=False))
     assert time.monotonic() - start < 20
     if kind == 'a dead disk':
         assert caught.value.facts['files'] == str(paths[3])
@@ -102,7 +102,7 @@ def test_no_shared_memory_no_processes(monkeypatch):
         raise OSError(30, 'Read-only file system')
 
     monkeypatch.setattr(processes, 'RawArray', refuse)
-    assert list(workers.in_order(str, range(9), workers=3, chunk=2, disable=True)) == [*map(str, range(9))]
+    assert list(workers.in_order(str, range(9), workers=3, chunk=2, wanted=False)) == [*map(str, range(9))]
 
 
 STUCK = """

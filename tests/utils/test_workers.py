@@ -27,7 +27,7 @@ class Square:
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='only forked processes share memory')
 def test_results_come_in_order_from_several_processes():
-    results = list(in_order(Square(), range(40), workers=3, chunk=2, disable=True))
+    results = list(in_order(Square(), range(40), workers=3, chunk=2, wanted=False))
     assert [square for square, _ in results] == [number**2 for number in range(40)]
     assert os.getpid() not in {pid for _, pid in results}
     assert gc.get_freeze_count() == 0
@@ -35,7 +35,7 @@ def test_results_come_in_order_from_several_processes():
 
 @pytest.mark.parametrize('items, workers', [(range(5), 1), (range(2), 8), (range(0), 4)])
 def test_little_work_needs_no_process(items, workers):
-    results = list(in_order(Square(), items, workers, chunk=2, disable=True))
+    results = list(in_order(Square(), items, workers, chunk=2, wanted=False))
     assert results == [(number**2, os.getpid()) for number in items]
 
 
@@ -44,4 +44,4 @@ def test_a_killed_worker_is_an_error():
         os.kill(os.getpid(), signal.SIGKILL)
 
     with refused('worker-killed'):
-        list(in_order(die, range(8), workers=2, chunk=1, disable=True))
+        list(in_order(die, range(8), workers=2, chunk=1, wanted=False))

@@ -129,8 +129,7 @@ def read_images(paths: Sequence[Path], workers: int | None = None, progress: boo
     """
     paths = list(dict.fromkeys(paths))
     workers = workers or os.cpu_count() or 1
-    disable = None if progress else True
-    facts = in_order(look_at, paths, workers, _CHUNK, desc='images', disable=disable, leave=False)
+    facts = in_order(look_at, paths, workers, _CHUNK, desc='images', wanted=progress)
     return dict(zip(paths, facts, strict=True))
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 from pycocotools import mask as mask_api
-from tqdm import tqdm
 
 from mmfinetune.data.check import kinds
 from mmfinetune.data.check.findings import Marks
 from mmfinetune.data.check.table import Table
+from mmfinetune.utils import console
 from mmfinetune.utils.errors import Problem
 from mmfinetune.utils.masks import compress, run_lengths, to_rle
 
@@ -57,9 +57,7 @@ def check_masks(table: Table, progress: bool = True) -> Masks:
     shapes = [entry.get('segmentation') for entry in table.annotations]
     masks = Masks(shapes, np.full((count, 4), np.nan), np.full(count, np.nan), np.zeros(count), np.zeros(count, bool))
     polygons, rles = _split_by_type(table, shapes)
-    # None leaves the bar out where the output is not a terminal.
-    shown = dict(desc=f'masks of {table.name}', unit='mask', disable=None if progress else True, leave=False)
-    with tqdm(total=count, **shown) as bar:
+    with console.bar(total=count, desc=f'masks of {table.name}', unit='mask', wanted=progress) as bar:
         for measure, rows in ((_measure_polygons, polygons), (_measure_rles, rles)):
             for start in range(0, len(rows), _BLOCK):
                 block = rows[start : start + _BLOCK]

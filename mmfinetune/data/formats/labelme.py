@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from pycocotools import mask as mask_api
-from tqdm import tqdm
 
 from mmfinetune.data.formats.folders import IMAGE_FOLDERS, NO_CLASS, apart, find_class_list, split_of
 from mmfinetune.data.records import Instance, Item, Reader, Record
+from mmfinetune.utils.console import bar
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import find_files, is_within, read_json, read_regular, shown
 from mmfinetune.utils.images import IMAGE_SUFFIXES, find_images
@@ -94,7 +94,7 @@ class LabelmeReader(Reader):
         root = Path(os.path.normpath(root))  # as the paths of images are
         paths = find_files(root, {'.json'})
         heads, notes = {}, []
-        for path in tqdm(paths, desc='labels', unit='file', disable=None if options.get('progress') else True):
+        for path in bar(paths, bool(options.get('progress')), desc='labels', unit='file'):
             if head := _head(path):
                 heads[path] = head
             else:

@@ -22,10 +22,11 @@ PRIORITY = {
     'ParamSchedulerHook': 70,
     'EarlyStopHook': 80,  # notes its state
     'SafeCheckpointHook': 90,  # saves it
+    'ConsoleHook': 92,  # shows which is the best
     'ResultsHook': 95,  # links the best checkpoint
 }
 # They only show what a run does; where one fails, the run continues.
-EXTRAS = {'LoggerHook', 'TensorBoardHook', 'ResultsHook', 'TestPicturesHook', 'DetVisualizationHook'}
+EXTRAS = {'LoggerHook', 'TensorBoardHook', 'ConsoleHook', 'ResultsHook', 'TestPicturesHook', 'DetVisualizationHook'}
 
 
 def loss_of(outputs: Mapping[str, Any] | None) -> float | None:

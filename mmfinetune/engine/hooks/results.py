@@ -60,7 +60,7 @@ class ResultsHook(Hook):
         self._val_start = math.nan
 
     def before_train(self, runner: Runner) -> None:
-        unit, total = ('epoch', runner.max_epochs) if _by_epoch(runner) else ('iter', runner.max_iters)
+        unit, total = ('epoch', runner.max_epochs) if by_epoch(runner) else ('iter', runner.max_iters)
         folder = Path(runner.work_dir)
         facts = RunFacts(folder.resolve().name, '', total, unit)
         self.files = RunFiles(folder, facts)
@@ -84,7 +84,7 @@ class ResultsHook(Hook):
             self._add(runner, runner.iter, runner.epoch, metrics or {})
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch=None, outputs=None) -> None:
-        if runner.val_loop is None and not _by_epoch(runner) and (runner.iter + 1) % _batches(runner) == 0:
+        if runner.val_loop is None and not by_epoch(runner) and (runner.iter + 1) % batches(runner) == 0:
             self._add(runner, runner.iter + 1, 0, {})
 
     def after_train_epoch(self, runner: Runner) -> None:
@@ -101,8 +101,8 @@ class ResultsHook(Hook):
     def _add(self, runner: Runner, iteration: int, epoch: int, metrics: Mapping[str, float]) -> None:
         """Make the row that has come to its end and write all files."""
         files = self.files
-        row: dict[str, float] = {'iter': iteration, **({'epoch': epoch} if _by_epoch(runner) else {})}
-        row |= _trained(runner, row, files.last_iter)
+        row: dict[str, float] = {'iter': iteration, **({'epoch': epoch} if by_epoch(runner) else {})}
+        row |= trained(runner, row, files.last_iter)
         row |= {k: float(v) for k, v in metrics.items() if isinstance(v, numbers.Real) and '_AP/' not in k}
         if metrics:
             row['val_seconds'] = time.perf_counter() - self._val_start
@@ -174,7 +174,7 @@ def _try_all(jobs: Mapping[str, Callable[[], object]]) -> None:
             work()
 
 
-def _trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[str, float]:
+def trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[str, float]:
     """Losses, learning rates and time of the iterations that the row stands for.
 
     The message hub is saved with each checkpoint, so that nothing is lost by resuming.
@@ -182,7 +182,7 @@ def _trained(runner: Runner, row: Mapping[str, float], last_iter: int) -> dict[s
     steps = int(row['iter']) - last_iter
     if 'epoch' in row:
         start = run_state(runner).epoch_start
-        steps = int(row['iter']) - start['iter'] if start.get('epoch') == row['epoch'] - 1 else _batches(runner)
+        steps = int(row['iter']) - start['iter'] if start.get('epoch') == row['epoch'] - 1 else batches(runner)
     recent = {}
     for key, buffer in runner.message_hub.log_scalars.items():
         values, counts = buffer.data
@@ -205,11 +205,11 @@ def _mean(values: np.ndarray) -> float:
     return float(finite.mean()) if finite.size else math.nan
 
 
-def _by_epoch(runner: Runner) -> bool:
+def by_epoch(runner: Runner) -> bool:
     return not isinstance(runner.train_loop, IterBasedTrainLoop)
 
 
-def _batches(runner: Runner) -> int:
+def batches(runner: Runner) -> int:
     try:
         return len(runner.train_dataloader)
     except TypeError:  # a stream of unknown length: one row at the end
@@ -217,7 +217,7 @@ def _batches(runner: Runner) -> int:
 
 
 def _done(runner: Runner) -> int:
-    return runner.epoch if _by_epoch(runner) else runner.iter
+    return runner.epoch if by_epoch(runner) else runner.iter
 
 
 def _best_metrics(runner: Runner) -> dict[str, bool]:

@@ -345,12 +345,12 @@ def test_epoch_resumed_in_its_middle_is_counted_from_its_start(tmp_path):
     hook.before_train_epoch(runner)
     resumed.update_scalar('train/loss', 2.0)
     resumed.update_scalar('train/time', 7.0)
-    assert results._trained(runner, {'iter': 4, 'epoch': 2}, 2) == {'train/loss': 3.0, 'train_seconds': 10.0}
+    assert results.trained(runner, {'iter': 4, 'epoch': 2}, 2) == {'train/loss': 3.0, 'train_seconds': 10.0}
     # The next epoch starts again; a step that was skipped does not count, and makes the window no longer.
     hook.before_train_epoch(SimpleNamespace(message_hub=resumed, epoch=2, iter=4))
     for loss, count in ((1.0, 1), (0.0, 0), (2.0, 1)):
         resumed.update_scalar('train/loss', loss, count)
-    assert results._trained(runner, {'iter': 7, 'epoch': 3}, 4)['train/loss'] == 1.5
+    assert results.trained(runner, {'iter': 7, 'epoch': 3}, 4)['train/loss'] == 1.5
 
 
 @pytest.mark.slow
