@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -56,7 +55,7 @@ class ConsoleHook(Hook):
         self._training, self._started = True, False
         self._start_line(runner)
         if runner.logger.log_file and is_main_process():
-            _show(runner, f'Log:   {os.path.relpath(runner.logger.log_file)}')
+            _show(runner, f'Log:   {console.near(runner.logger.log_file)}')
         console.status('Starting the processes that load data…')
 
     def after_train(self, runner: Runner) -> None:

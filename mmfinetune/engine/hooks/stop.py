@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from mmengine.dist import all_reduce, barrier, get_world_size
+from mmengine.dist import all_reduce, barrier, get_rank, get_world_size
 from mmengine.hooks import Hook
 from mmengine.runner import Runner
 
@@ -85,6 +85,8 @@ class _Stop(Hook):
             self._since = time.monotonic()
             self._signal = number
         leave_closed_terminal()
+        if get_rank():  # a terminal signals all processes, and one says so
+            return
         with contextlib.suppress(OSError):
             os.write(2, b'\nStopping: the run is saved after this step (Ctrl-C again: at once)\n')
 
