@@ -7,6 +7,7 @@ import difflib
 import inspect
 import math
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,14 +66,26 @@ DICTS = tuple(
 # Numbers that a run would crash on, or be ruined by: whether whole, and the lowest.
 _NUMBERS = {
     'optim_wrapper.optimizer.lr': (False, 0),
+    'optim_wrapper.optimizer.momentum': (False, 0),
+    'optim_wrapper.optimizer.weight_decay': (False, 0),
+    'optim_wrapper.clip_grad.max_norm': (False, 0),
+    'optim_wrapper.paramwise_cfg.custom_keys.*.lr_mult': (False, 0),
+    'optim_wrapper.paramwise_cfg.custom_keys.*.decay_mult': (False, 0),
     'optim_wrapper.accumulative_counts': (True, 1),
     'train_dataloader.batch_size': (True, 1),
     'train_cfg.max_epochs': (True, 1),
     'train_cfg.max_iters': (True, 1),
     'train_cfg.val_interval': (True, 1),
     'default_hooks.checkpoint.every_n_iters': (True, 1),
+    'model.test_cfg.*.score_thr': (False, 0),
+    'model.test_cfg.*.max_per_img': (True, -1),  # for no limit
     'weights.reinit.*.std': (False, 0),
 }
+# Those that may be None.
+_OPTIONAL = {'default_hooks.checkpoint.every_n_iters'}
+_LOG_LEVELS = ('CRITICAL', 'ERROR', 'WARNING', 'INFO', 'DEBUG', 'NOTSET')
+# The words of annotations that take no text.
+_NO_TEXT = set('bool int float None NoneType Optional Union List Tuple Sequence list tuple typing'.split())
 FREE_FORM = ('custom_keys', 'reinit', 'aliases')
 
 
@@ -88,7 +101,22 @@ def check_keys(cfg: Config) -> list[Message]:
             accepted, closed = accepted_keys(node, place)
             found = (unknown_key_problem(f'{place}.{key}', place, accepted, closed) for key in node)
             problems += [problem for problem in found if problem]
+            problems += _text_for_numbers(node, place)
     return problems
+
+
+def _text_for_numbers(node: Mapping, place: str) -> Iterator[Message]:
+    """Arguments that are text, which many classes only see when they compute, where numbers are due."""
+    cls = None if place in _PLAIN_DICTS else _find_class(node.get('type'))
+    if place.endswith('_dataloader'):
+        from torch.utils.data import DataLoader as cls
+    kinds: dict[str, Any] = {}
+    for base in reversed(inspect.getmro(cls)) if inspect.isclass(cls) else ():
+        kinds.update(getattr(base.__dict__.get('__init__'), '__annotations__', {}))
+    for key in [key for key in node if key in kinds]:
+        kind = kinds[key] if isinstance(kinds[key], str) else inspect.formatannotation(kinds[key])
+        if isinstance(node[key], str) and set(re.findall(r'\w+', kind)) <= _NO_TEXT:
+            yield Message('config-text', key=f'{place}.{key}', value=node[key], kind=kind.replace('typing.', ''))
 
 
 def check_values(cfg: Config) -> list[Message]:
@@ -101,17 +129,42 @@ def check_values(cfg: Config) -> list[Message]:
         *parents, last = key.split('.')
         kinds = (int,) if whole else (int, float)
         for place, node in _at(cfg, parents):
-            value = node.get(last)
+            if last not in node or (node[last] is None and key in _OPTIONAL):
+                continue
+            value = node[last]
             # True is an int of Python.
-            number = isinstance(value, kinds) and not isinstance(value, bool)
-            if value is None or (number and lowest <= value < math.inf):
+            if isinstance(value, kinds) and not isinstance(value, bool) and lowest <= value < math.inf:
                 continue
             facts = dict(key=f'{place}{last}', value=value, lowest=lowest)
             if whole:
                 problems.append(Message('config-not-whole', **facts))
             else:
                 problems.append(Message('config-not-a-number', **facts))
+    told = {problem.facts['key'] for problem in problems}
+    settings = {key: value for key, value in cfg.to_dict().items() if key in TOP_LEVEL}
+    problems += [Message('config-nan', key=key) for key in _nan(settings) if key not in told]
+    for place, node in _at(cfg, ['weights', 'reinit']):
+        layers = [(f'{place}{layer}', init) for layer, init in node.items()]
+        problems += [Message('config-not-a-dict', key=k, value=v) for k, v in layers if not isinstance(v, Mapping)]
+    if not (isinstance(cfg.get('work_dir', '.'), str) and cfg.get('work_dir', '.')):
+        problems.append(Message('config-not-text', key='work_dir', value=cfg.work_dir))
+    if cfg.get('log_level', 'INFO') not in _LOG_LEVELS:
+        problems.append(Message('config-choice', key='log_level', value=cfg.log_level, choices=', '.join(_LOG_LEVELS)))
     return problems
+
+
+def _nan(node: Any, place: str = '') -> Iterator[str]:
+    """The dotted places of what is not a number: no setting means that."""
+    if isinstance(node, Mapping):
+        items: Any = node.items()
+    elif isinstance(node, (list, tuple)):
+        items = enumerate(node)
+    else:
+        if isinstance(node, float) and math.isnan(node):
+            yield place
+        return
+    for key, value in items:
+        yield from _nan(value, f'{place}.{key}' if place else str(key))
 
 
 def check_data(cfg: Config) -> list[Message]:
@@ -136,6 +189,12 @@ def _check_dataset(dataset: Mapping, place: str) -> Iterator[Message]:
             yield Message('config-list-of-files', key=f'{place}.{key}')
         elif not isinstance(dataset.get(key) or '', (str, os.PathLike)):
             yield Message('config-not-text', key=f'{place}.{key}', value=dataset[key])
+    for key in ('data_prefix', 'filter_cfg'):
+        for name, value in (dataset[key] if isinstance(dataset.get(key), Mapping) else {}).items():
+            if key == 'data_prefix' and not isinstance(value, (str, os.PathLike)):
+                yield Message('config-not-text', key=f'{place}.{key}.{name}', value=value)
+            if name == 'min_size' and not isinstance(value, (int, float)):
+                yield Message('config-not-a-number', key=f'{place}.{key}.{name}', value=value, lowest=0)
     metainfo = dataset.get('metainfo')
     classes = metainfo.get('classes') if isinstance(metainfo, Mapping) else None
     if isinstance(classes, str):

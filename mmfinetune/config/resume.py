@@ -188,7 +188,8 @@ def _read_run(path: Path) -> _Run:
         setup = BatchSetup(**setup) if setup else None
         place = meta.get('epoch', 0), meta.get('iter', 0)
         return _Run(path, meta.get('seed'), setup, state.get('settings') or None, *place)
-    except (TypeError, AttributeError):
+    # A tensor, in place of a number, has no truth.
+    except (TypeError, AttributeError, ValueError, RuntimeError):
         raise UserError('resume-no-run', problems=[Message('resume-missing-key', key=KEY)], path=path) from None
 
 

@@ -134,6 +134,9 @@ def course_of(runner: FineTuningRunner, world: int = 1) -> Course:
     factors = played(worst=False)
     if any(waits_for_metric(scheduler) for scheduler in schedulers):
         played(worst=True)
+    if (lowest := min(factors)) < 0:
+        facts = {'lowest': lowest * runner.group_settings[-1]['lr'], 'step': factors.index(lowest) + 1}
+        raise UserError('schedule-negative', **facts)
     return Course(samples, steps, epochs, total, factors)
 
 

@@ -90,7 +90,7 @@ def _objects(coco: coco_json.Coco) -> list[dict]:
 
 
 def _numbers(coco: coco_json.Coco, values: list, columns: int, what: str) -> np.ndarray:
-    with contextlib.suppress(TypeError, ValueError):
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
         array = np.array(values, float).reshape(len(values), columns)
         if np.isfinite(array).all():
             return array

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 from mmdet.evaluation.metrics import CocoMetric
 from mmdet.registry import METRICS
 from mmengine.logging import MMLogger
@@ -13,6 +15,7 @@ from mmfinetune.engine.hooks import warn
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.detections import result_rows
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.numbers import is_number
 from mmfinetune.utils.text import table
 
 
@@ -47,12 +50,23 @@ class InstanceCocoMetric(CocoMetric):
             raise UserError('metric-engine', metric=name, engine=engine, known=', '.join(coco_eval.ENGINES))
         if wrong := set(self.metrics) - {'bbox', 'segm'}:
             raise UserError('metric-kind', metric=name, wrong=', '.join(sorted(wrong)))
+        thrs: Any = self.iou_thrs  # type: ignore[has-type]
+        thrs = list(thrs) if isinstance(thrs, (list, tuple, np.ndarray)) else [thrs]
+        if not thrs or not all(is_number(thr) and 0 < thr <= 1 for thr in thrs):
+            raise UserError('metric-iou-thrs', metric=name, value=kwargs.get('iou_thrs'))
+        self.iou_thrs = thrs
         truth = truth_of(self)
         if truth is None:
             # mmdet would convert what the data loader gives, and count and round it in its own way.
             raise UserError('metric-without-truth', metric=name)
         self.truth, self.engine = truth, engine
         self.per_class: dict[str, dict[str, float]] = {}
+
+    def process(self, data_batch: dict, data_samples: Sequence[dict]) -> None:
+        """Gather predictions; raises UserError where masks are to be judged and the model has none."""
+        super().process(data_batch, data_samples)
+        if 'segm' in self.metrics and any('masks' not in sample['pred_instances'] for sample in data_samples):
+            raise UserError('metric-no-masks', metric=type(self).__name__)
 
     def _detections(self, preds: Sequence[dict], iou_type: str) -> list[dict]:
         """COCO result rows; masks without a box, so that areas are those of the masks."""

@@ -13,10 +13,13 @@ from typing import Any
 
 import torch
 from mmdet.registry import RUNNERS
+from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
 from mmengine.dist import broadcast_object_list
+from mmengine.evaluator import Evaluator
 from mmengine.logging import MMLogger
 from mmengine.runner import Runner
+from mmengine.structures import BaseDataElement
 from mmengine.visualization import Visualizer
 from torch.utils.data import DataLoader
 
@@ -25,6 +28,7 @@ from mmfinetune.config.resolve import set_rehearsal
 from mmfinetune.engine import compat
 from mmfinetune.engine.hooks import EXTRAS
 from mmfinetune.engine.loader import watched
+from mmfinetune.engine.training_dataset import random_state_kept
 from mmfinetune.utils import console
 from mmfinetune.utils.building import building
 from mmfinetune.utils.dist import bare_model
@@ -81,6 +85,7 @@ class FineTuningRunner(Runner):
     start: WeightCheck | None = None
     weights_report = ''
     new_schedule = False
+    _has_stepped = False
     optim_wrapper: Any
     param_schedulers: Any
     group_settings: Sequence[dict[str, Any]] = ()
@@ -101,6 +106,47 @@ class FineTuningRunner(Runner):
                 problems += [problem for problem in error.problems if problem not in problems]
         if problems:
             raise UserError('config-cannot-build', problems=problems)
+
+    def try_out(self) -> None:
+        """Let a sample of each loader through its pipeline, and a small batch through training and prediction.
+
+        The model is not the same afterwards.
+
+        Raises:
+            UserError: Something fails by what the config sets; all of it is named.
+        """
+        problems: list[Message] = []
+        for name, loop in (('train', self.train_loop), ('val', self.val_loop), ('test', self.test_loop)):
+            if loop is None:
+                continue
+            try:
+                with building(f'{name}_dataloader.dataset.pipeline'), random_state_kept():
+                    dataset = getattr(loop, 'data', loop.dataloader).dataset
+                    self.model.data_preprocessor(loop.dataloader.collate_fn([dataset[0]]), name == 'train')
+                small = demo_mm_inputs(2, [(3, 256, 320)] * 2, num_items=[1, 1], num_classes=2, with_mask=True)
+                for sample in small['data_samples']:
+                    sample.gt_instances.labels.zero_()  # every model has this class
+                with building(f'a step of {name}_dataloader'), random_state_kept():
+                    if name == 'train':
+                        self.model.train()
+                        self.model.train_step(small, self.optim_wrapper)
+                    else:
+                        with torch.no_grad():
+                            found = self.model.eval().val_step(small)
+                        self._try_evaluator(f'{name}_evaluator', loop.evaluator, found)
+            except UserError as error:
+                # A file that cannot be read is for the check of the data.
+                problems += [p for p in error.problems if isinstance(p, Message)]
+        if problems:
+            raise UserError('config-cannot-build', problems=problems)
+
+    @staticmethod
+    def _try_evaluator(place: str, evaluator: Evaluator, found: Sequence[BaseDataElement]) -> None:
+        """Let the metrics take predictions, e.g. masks which a model may not have."""
+        with building(place):
+            evaluator.process(found)
+        for metric in evaluator.metrics:
+            metric.results.clear()
 
     def _build_train_loop(self) -> None:
         try:
@@ -141,9 +187,19 @@ class FineTuningRunner(Runner):
         """Not while building, nor for a test alone: see `train`."""
 
     def train(self) -> torch.nn.Module:
-        """Train; the work dir gets the config of what trains in it."""
+        """Train; the work dir gets the config of what trains in it.
+
+        Raises:
+            UserError: The first step fails, by what the config sets.
+        """
         super().dump_config()
-        return super().train()
+        try:
+            return super().train()
+        except Exception as error:
+            if self._has_stepped or compat.is_out_of_cpu_memory(error):
+                raise
+            with building('the first training step'):
+                raise
 
     def resume(self, filename: str, *args: Any, **kwargs: Any) -> None:
         """Resume a checkpoint; with `new_schedule` the schedule is replayed up to its step."""
@@ -172,6 +228,7 @@ class FineTuningRunner(Runner):
                 if names & EXTRAS:
                     stack.enter_context(extra(f'{type(hook).__name__}.{fn_name}'))
                 getattr(hook, fn_name)(self, **kwargs)
+        self._has_stepped |= fn_name == 'after_train_iter'
 
     @staticmethod
     def build_dataloader(dataloader: Any, seed: int | None = None, diff_rank_seed: bool = False) -> DataLoader:
@@ -218,4 +275,6 @@ def rehearse(cfg: Config, world: int) -> schedule.Course:
         runner.build_visualizer(visualizer)
         runner.build()
         runner.call_hook('before_run')
-        return schedule.course_of(runner, world)
+        course = schedule.course_of(runner, world)
+        runner.try_out()
+        return course

@@ -20,6 +20,7 @@ from mmfinetune.evaluation.stats import PREFIX
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, reason_of
+from mmfinetune.utils.numbers import is_number
 from mmfinetune.utils.text import block, csv_text, duration, near
 
 METRIC = 'coco/segm_mAP'
@@ -262,7 +263,7 @@ def _numbers(record: dict) -> dict[str, float]:
     return {
         key: math.nan if value == -1 and key.startswith(PREFIX) else float(value)
         for key, value in record.items()
-        if key not in _NOT_METRICS and isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key not in _NOT_METRICS and (isinstance(value, float) or is_number(value))
     }
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import MOST_JSON, read_json
 from mmfinetune.utils.masks import mask_to_rle, to_rle
+from mmfinetune.utils.numbers import is_number
 
 _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
 
@@ -262,11 +262,7 @@ def is_box(value: Any) -> bool:
 
 
 def _numbers(values: Any, count: int) -> bool:
-    return (
-        isinstance(values, list)
-        and len(values) == count
-        and all(isinstance(v, (int, float)) and not isinstance(v, bool) and math.isfinite(v) for v in values)
-    )
+    return isinstance(values, list) and len(values) == count and all(map(is_number, values))
 
 
 def _check_run_lengths(rows: list[dict], problems: Problems) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import difflib
 import io
+import math
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
@@ -75,7 +76,9 @@ def near(word: str, words: Iterable[str], before: str = '', cutoff: float = 0.6,
 
 
 def duration(seconds: float) -> str:
-    """``h:mm:ss``; short ones as ``2.5 s``."""
+    """``h:mm:ss``; short ones as ``2.5 s``, and a number that no time is as it is."""
+    if not math.isfinite(seconds):
+        return f'{seconds} s'
     whole = round(seconds)
     if whole < 60:
         return f'{seconds:.1f} s'

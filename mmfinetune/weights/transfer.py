@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.numbers import is_number
 from mmfinetune.weights.class_map import AUTO, HEAD_INITS, KEEP, REMAP, ClassMap, match_classes
 
 if TYPE_CHECKING:
@@ -222,7 +222,7 @@ def _innermost(key: str, modules: Iterable[str]) -> str | None:
 
 def _stds(reinit: Mapping) -> dict[str, float]:
     def is_std(value: object) -> bool:
-        return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+        return is_number(value) and value >= 0
 
     wrong = [
         Message('weights-reinit-value', module=module, value=value)

@@ -21,7 +21,7 @@ from mmfinetune.evaluation import run_results
 from mmfinetune.utils import extras
 from mmfinetune.utils.errors import UserError
 from tests.builders.curves import curves
-from tests.builders.errors import refused
+from tests.builders.errors import codes, refused
 from tests.builders.runs import (
     CONFIGS,
     DEVKIT,
@@ -463,6 +463,25 @@ def test_dry_run_counts_images_and_steps(in_site):
     assert f'train {TRAIN_IMAGES} images' in out and f'val   {VAL_IMAGES} images' in out
     assert '8 images with objects / (1 GPU x 3) = 3 an epoch x 5 epochs = 15' in out
     assert 'nothing was trained' in out.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ('changes', 'code', 'inner'),
+    [
+        # Building each part alone shows none of these.
+        (['train_dataloader.dataset.pipeline.2.scale=[0,0]'], 'config-cannot-build', 'config-part'),
+        (['model.roi_head.bbox_head.loss_bbox.beta=abc'], 'config-wrong-settings', 'config-text'),
+        (['model.roi_head.mask_head=None'], 'config-cannot-build', 'metric-no-masks'),
+        (['val_evaluator.iou_thrs=[0.5,7]'], 'metric-iou-thrs', ''),
+        (['param_scheduler.1.gamma=-0.1'], 'schedule-negative', ''),
+        (['model.test_cfg.rcnn.nms.type=foo'], 'config-cannot-build', 'config-part'),
+    ],
+)
+def test_dry_run_tries_what_training_will_do(in_site, changes, code, inner):
+    outcome = train_tool('tiny.py', '--dry-run', '--work-dir', 'work_dirs/dry', '--cfg-options', *changes)
+    assert (outcome.code, outcome.error.code) == (2, code), outcome.err
+    assert not inner or inner in codes(outcome.error.problems)
+    assert not Path('work_dirs/dry').exists()
 
 
 # Weights

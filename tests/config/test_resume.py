@@ -109,6 +109,13 @@ def test_a_file_that_is_not_of_a_run_is_refused(cfg, tmp_path):
     assert codes(caught.value.problems) == ['resume-missing-key'] * 2
 
 
+def test_a_version_that_is_no_number_is_refused(cfg, tmp_path):
+    info = {'runtime_info': {'mmfinetune': {'version': torch.zeros(3)}}}
+    path = save_run(tmp_path / 'epoch_1.pth', message_hub=info)
+    with refused('resume-no-run', path=path):
+        set_resume(cfg, str(path), 1)
+
+
 def test_a_checkpoint_with_code_is_refused(cfg, tmp_path):
     path = save_run(tmp_path / 'epoch_1.pth', meta={'config': 'import os'})
     with refused('resume-holds-code', path=path):

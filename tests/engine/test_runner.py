@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mmdet.registry import RUNNERS
+from mmdet.registry import MODELS, RUNNERS
 from mmengine.hooks import EMAHook
 from mmengine.registry import VISBACKENDS
 from mmengine.visualization import LocalVisBackend
@@ -19,6 +19,7 @@ from mmfinetune.utils import extras
 from mmfinetune.utils.errors import Message
 from mmfinetune.weights.check import WeightCheck
 from mmfinetune.weights.transfer import plan_transfer
+from tests.builders.errors import refused
 from tests.builders.runs import forget_runs
 from tests.builders.toy import DoAt, ToyModel, make_cfg
 from tests.builders.weights import source_of
@@ -186,3 +187,25 @@ def test_what_only_shows_a_run_never_ends_it(tmp_path, monkeypatch):
     runner.register_hook(DoAt(lambda _: 1 / 0, point='before_test'))
     with pytest.raises(ZeroDivisionError):
         runner.test()
+
+
+@MODELS.register_module(force=True)
+class OddLoss(ToyModel):
+    def forward(self, *args, **kwargs):
+        raise ValueError('this never works')
+
+
+def test_what_the_first_step_refuses_is_a_setting(tmp_path):
+    with refused('config-cannot-build') as found:
+        build(tmp_path, None, model={'type': 'OddLoss'}).train()
+    assert 'this never works' in str(found.value)
+
+
+def test_what_a_later_step_raises_is_no_setting(tmp_path):
+    def fail(runner):
+        raise ValueError('a fault of the code')
+
+    runner = build(tmp_path, None)
+    runner.register_hook(DoAt(fail, 1, 'before_train_iter'))
+    with pytest.raises(ValueError, match='a fault of the code'):
+        runner.train()

@@ -202,7 +202,8 @@ def test_rows_that_cannot_be_evaluated(truth, rows, code, places):
 
 
 @pytest.mark.parametrize(
-    'box', [[1, 2, 3], [1, 2, -3, 4], [1, 2, 3, None], 'box', [1, 2, 3, float('inf')], [True, 2, 3, 4]]
+    'box',
+    [[1, 2, 3], [1, 2, -3, 4], [1, 2, 3, None], 'box', [1, 2, 3, float('inf')], [True, 2, 3, 4], [1, 2, 3, 10**400]],
 )
 def test_boxes_that_cannot_be_evaluated(truth, box):
     rows = [*rows_of([(1, CAT, A, 0.9)], 'bbox'), {**ROWS[0], 'bbox': box}]

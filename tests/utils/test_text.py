@@ -75,3 +75,4 @@ def test_duration():
         '1:02:05',
         '100:00:00',
     ]
+    assert duration(float('inf')) == 'inf s'

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import is_within, is_writable, natural_key, shown
 from mmfinetune.utils.images import MOST_SIDE, image_size, require_readable
+from mmfinetune.utils.numbers import is_number
 from mmfinetune.utils.text import brief, is_text
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
@@ -383,8 +383,7 @@ def _slashes(name: str) -> str:
 
 def _rectangle(box: Any) -> list[float]:
     """A box x, y, width, height as a polygon; raises Problem."""
-    numbers = isinstance(box, list) and all(type(value) in (int, float) and math.isfinite(value) for value in box)
-    if not numbers or len(box) != 4:
+    if not isinstance(box, list) or len(box) != 4 or not all(map(is_number, box)):
         raise Problem('coco-box', box=brief(box))
     x, y, width, height = box
     if width <= 0 or height <= 0:
