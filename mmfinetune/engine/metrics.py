@@ -15,8 +15,7 @@ from mmfinetune.engine.hooks import warn
 from mmfinetune.evaluation import coco_eval
 from mmfinetune.evaluation.detections import result_rows
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.numbers import is_number
-from mmfinetune.utils.text import table
+from mmfinetune.utils.text import is_number, table
 
 
 @METRICS.register_module()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from mmdet.models import BaseDetector
 from mmdet.registry import RUNNERS
 from mmdet.testing import demo_mm_inputs
 from mmengine.config import Config
@@ -123,6 +124,8 @@ class FineTuningRunner(Runner):
                 with building(f'{name}_dataloader.dataset.pipeline'), random_state_kept():
                     dataset = getattr(loop, 'data', loop.dataloader).dataset
                     self.model.data_preprocessor(loop.dataloader.collate_fn([dataset[0]]), name == 'train')
+                if not isinstance(bare_model(self), BaseDetector):
+                    continue  # of other models it is not known what they take
                 small = demo_mm_inputs(2, [(3, 256, 320)] * 2, num_items=[1, 1], num_classes=2, with_mask=True)
                 for sample in small['data_samples']:
                     sample.gt_instances.labels.zero_()  # every model has this class

@@ -20,8 +20,7 @@ from mmfinetune.evaluation.stats import PREFIX
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_all, reason_of
-from mmfinetune.utils.numbers import is_number
-from mmfinetune.utils.text import block, csv_text, duration, near
+from mmfinetune.utils.text import block, csv_text, duration, is_number, near
 
 METRIC = 'coco/segm_mAP'
 STEM = Path('work_dirs/comparison')

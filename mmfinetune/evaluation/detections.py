@@ -17,7 +17,7 @@ from mmfinetune.data.layout import guess_image_root
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import MOST_JSON, read_json
 from mmfinetune.utils.masks import mask_to_rle, to_rle
-from mmfinetune.utils.numbers import is_number
+from mmfinetune.utils.text import is_number
 
 _KEYS = {'segm': 'segmentation', 'bbox': 'bbox'}
 

@@ -9,7 +9,7 @@ import math
 import re
 import reprlib
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 
 def table(rows: Iterable[Sequence[Any]], left: int = 1, markdown: bool = False) -> str:
@@ -73,6 +73,14 @@ def near(word: str, words: Iterable[str], before: str = '', cutoff: float = 0.6,
     """
     found = difflib.get_close_matches(word, list(words), most, cutoff)
     return f'{before}did you mean {" or ".join(found)}?' if found else ''
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a finite number that a float can hold; JSON's integers have no limit, and True is none."""
+    try:
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mmfinetune.utils.errors import Message, UserError
-from mmfinetune.utils.numbers import is_number
+from mmfinetune.utils.text import is_number
 from mmfinetune.weights.class_map import AUTO, HEAD_INITS, KEEP, REMAP, ClassMap, match_classes
 
 if TYPE_CHECKING:

@@ -208,6 +208,9 @@ def forget_runs() -> None:
 
     assert issubclass(MMLogger, ManagerMixin) and issubclass(MessageHub, ManagerMixin)
     assert issubclass(Visualizer, ManagerMixin)
+    for logger in MMLogger._instance_dict.values():
+        for handler in logger.handlers:
+            handler.close()
     visit(ManagerMixin)
 
 
@@ -222,6 +225,11 @@ def inside(folder: Path) -> Iterator[None]:
 def drive(tool: str, *args: str | Path) -> Outcome:
     """Run a tool as the command line does, but in this process: importing mmdet takes seconds."""
     forget_runs()
+    return drive_next(tool, *args)
+
+
+def drive_next(tool: str, *args: str | Path) -> Outcome:
+    """As `drive`, but of earlier runs in this process nothing is forgotten: as in a notebook."""
     out, err = io.StringIO(), io.StringIO()
     path = TOOLS / f'{tool}.py'
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):

@@ -7,6 +7,7 @@ import json
 
 import pytest
 
+import mmfinetune.register  # noqa: F401
 from mmfinetune.config.schedule import Course
 from mmfinetune.engine.runner import rehearse
 from tests.builders.coco import CocoData

@@ -81,7 +81,7 @@ def test_training_begins_from_the_weights(tmp_path, start):
     assert is_transferred(state)
     assert not state[f'{HEAD}.bias'].any() and 0 < state[f'{HEAD}.weight'].abs().max() < 0.1
     assert runner.start is None  # and with it the tensors of the file
-    assert f'{HEAD}.weight' in runner.weights_report
+    assert f'{HEAD}.{{weight,bias}}' in runner.weights_report
     assert runner.message_hub.get_info(INITIAL_WEIGHTS) == start.facts()
 
 

@@ -215,7 +215,7 @@ def test_texts(site):
     exec(re.sub(r'^~~~~.*$', '', config, flags=re.M), namespace)
     assert namespace['train_cfg']['max_epochs'] == 2
     ((step, weights),) = texts(site / LOGS, 'weights')
-    assert 're-init' in weights and 'roi_head.bbox_head.fc_cls.weight' in weights
+    assert 're-init' in weights and 'roi_head.bbox_head.fc_cls.{weight,bias}' in weights
     with inside(site):
         report = train_tool('tiny.py', '--check-weights').out
     assert weights.strip('~\n') in report

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 
 import pytest
 
-from mmfinetune.utils.text import cell, csv_text, duration, near, plural, table
+from mmfinetune.utils.text import cell, csv_text, duration, is_number, near, plural, table
 
 ROWS = [['class', 'objects', 'AP'], ['cat', 1234, '0.5'], ['dining table', 7, '-']]
 
@@ -76,3 +77,13 @@ def test_duration():
         '100:00:00',
     ]
     assert duration(float('inf')) == 'inf s'
+
+
+@pytest.mark.parametrize('value', [0, -1, 2.5, 10**300])
+def test_numbers(value):
+    assert is_number(value)
+
+
+@pytest.mark.parametrize('value', [True, None, '1', [1], math.nan, math.inf, 10**400])
+def test_no_numbers(value):
+    assert not is_number(value)

@@ -25,8 +25,7 @@ from mmfinetune.data.records import Instance, Item, Reader, Record
 from mmfinetune.utils.errors import Message, Problem, UserError
 from mmfinetune.utils.files import is_within, is_writable, natural_key, shown
 from mmfinetune.utils.images import MOST_SIDE, image_size, require_readable
-from mmfinetune.utils.numbers import is_number
-from mmfinetune.utils.text import brief, is_text
+from mmfinetune.utils.text import brief, is_number, is_text
 
 _CORE = frozenset({'id', 'image_id', 'category_id', 'segmentation', 'area', 'bbox', 'iscrowd'})
 _IMAGE_CORE = frozenset({'id', 'file_name', 'width', 'height'})
