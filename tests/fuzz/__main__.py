@@ -115,6 +115,8 @@ class Worker:
         )
         tempfile.tempdir = None
         os.chdir(site / 'cwd')
+        import matplotlib.font_manager  # noqa: F401  starts a process to find the fonts, once
+
         from tests.fuzz.targets import TARGETS
 
         self.targets, self.outs = {}, {}
