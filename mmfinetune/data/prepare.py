@@ -15,7 +15,7 @@ from mmfinetune.data.check.scale import are_larger
 from mmfinetune.data.formats import FORMATS, detect, reader_for
 from mmfinetune.data.records import Item, Reader
 from mmfinetune.data.to_coco import Converter, Result, absolute, relative_name
-from mmfinetune.data.writer import IMAGES, REPORT, InPlace, Placing, SplitWriter, Target, place_images
+from mmfinetune.data.writer import IMAGES, REPORT, InPlace, Placing, Target, place_images
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import natural_key, reason_of, writing
 from mmfinetune.utils.text import near, plural, printable, table
@@ -137,26 +137,24 @@ def prepare(
     items = _without_duplicates(reader, found, summary)
     converter = _converter(reader, summary.classes, items, in_place, options.get('min_area') or 0)
     with contextlib.nullcontext() if dry_run else target:
-        writers: dict[str, SplitWriter] = {}
         names = []
         for result in converter.convert(items, workers, summary.format, progress):
             summary.count(result)
             if dry_run:
                 continue
-            name = result.item.split or NO_SPLIT
-            writer = writers.get(name) or writers.setdefault(name, target.writer(name))
+            writer = target.writer(result.item.split or NO_SPLIT)
             if not result.problems:
                 writer.add(result.image_id, result.image, result.annotations)
                 names.append(relative_name(result.item.image, converter.base))
         _require_good(summary, reader, src, len(found), skip_bad)
         if not dry_run:
-            for name, writer in writers.items():
+            for name, writer in target.writers.items():
                 writer.finish(_header(reader, name, src, converter.ids, summary, in_place))
             images = target.staging / IMAGES
             summary.placed = place_images(names, Path(converter.base), images, placing, workers, progress)
             with writing(target.out):
                 target.commit(_report(summary, src, converter, placing, options))
-            summary.files = {name: target.annotation_file(name) for name in writers}
+            summary.files = {name: target.annotation_file(name) for name in target.writers}
     return summary
 
 

@@ -38,6 +38,7 @@ class Target:
     def __init__(self, out: Path, source: Path, overwrite: bool) -> None:
         self.out, self.staging = out, out / _PARTIAL
         self.made: Path | None = None
+        self.writers: dict[str, SplitWriter] = {}
         self._check(Path(os.path.realpath(out)), Path(os.path.realpath(source)), overwrite)
         require_writable(out)
 
@@ -61,8 +62,10 @@ class Target:
         return Prepared(self.out).annotation(split)
 
     def writer(self, split: str) -> SplitWriter:
-        """A new writer for the annotation file of a split."""
-        return SplitWriter(self.staging / ANNOTATIONS / self.annotation_file(split).name)
+        """The writer for the annotation file of a split."""
+        if split not in self.writers:
+            self.writers[split] = SplitWriter(self.staging / ANNOTATIONS / self.annotation_file(split).name)
+        return self.writers[split]
 
     def __enter__(self) -> Target:
         with writing(self.out):
@@ -74,6 +77,8 @@ class Target:
         return self
 
     def __exit__(self, kind: type | None, *_: object) -> None:
+        for writer in self.writers.values():
+            writer.close()
         shutil.rmtree(self.staging, ignore_errors=True)
         if kind and self.made:
             # Only the folders that this call made, and only while they are empty.
@@ -160,9 +165,15 @@ class SplitWriter:
                 file.write(b'}\n')
                 file.flush()
                 os.fsync(file.fileno())
+            self.close()
             for part in self._parts:
-                part.close()
                 Path(part.name).unlink()
+
+    def close(self) -> None:
+        """Close the files; what is still to be written is lost where the disk is full."""
+        for part in self._parts:
+            with contextlib.suppress(OSError):
+                part.close()
 
 
 def place_images(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import gc
 import json
 import math
 import os
@@ -25,7 +27,7 @@ from mmfinetune.data import writer as data_writer
 from mmfinetune.data.formats import FORMATS, detect
 from mmfinetune.data.prepare import format_summary, prepare
 from mmfinetune.data.records import Instance, Item, Reader, Record
-from mmfinetune.data.writer import SplitWriter
+from mmfinetune.data.writer import SplitWriter, Target
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.files import sha256_of
 from mmfinetune.utils.images import find_images
@@ -511,6 +513,19 @@ def test_split_writer_numbers_from_one(tmp_path):
         'annotations': [{'id': 1, 'image_id': 1, 'area': 1}, {'id': 2, 'image_id': 1, 'area': 2}],
     }
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
+
+
+@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
+def test_no_file_is_left_open_where_preparing_fails(tmp_path):
+    target = Target(tmp_path / 'out', tmp_path / 'in', False)
+    with contextlib.suppress(RuntimeError), target:
+        writer = target.writer('train')
+        assert target.writer('train') is writer
+        writer.add(None, '"file_name":"a"', [])
+        raise RuntimeError
+    del target, writer
+    gc.collect()
+    assert not (tmp_path / 'out').exists()
 
 
 @pytest.mark.slow

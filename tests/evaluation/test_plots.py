@@ -31,6 +31,7 @@ def _strict():
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter('error')
+        warnings.simplefilter('ignore', ResourceWarning)  # of whatever an earlier test left to the collector
         yield
     forget()
 
