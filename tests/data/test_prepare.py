@@ -515,7 +515,7 @@ def test_split_writer_numbers_from_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ['a.json']
 
 
-@pytest.mark.filterwarnings('error::pytest.PytestUnraisableExceptionWarning')
+@pytest.mark.filterwarnings('error::ResourceWarning', 'error::pytest.PytestUnraisableExceptionWarning')
 def test_no_file_is_left_open_where_preparing_fails(tmp_path):
     target = Target(tmp_path / 'out', tmp_path / 'in', False)
     with contextlib.suppress(RuntimeError), target:
