@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mmdet.datasets.api_wrappers import COCO
     from mmdet.evaluation.metrics import CocoMetric
+    from mmengine.optim import AmpOptimWrapper
 
 # Where a process that torchrun started leaves its error.
 ERROR_FILE = 'TORCHELASTIC_ERROR_FILE'
@@ -32,6 +33,15 @@ _PORT_TAKEN = ('EADDRINUSE', 'address already in use')
 def truth_of(metric: CocoMetric) -> COCO | None:
     """The ground truth that a metric has read; None without ``ann_file``."""
     return metric._coco_api
+
+
+def lower_loss_scale(wrapper: AmpOptimWrapper) -> None:
+    """What the gradient scaler does at an overflow, without a call of the optimizer.
+
+    PyTorch's fused SGD keeps memory that nothing has written, or infinity, as its momentum if its first step overflows.
+    """
+    wrapper.loss_scaler.unscale_(wrapper.optimizer)
+    wrapper.loss_scaler.update(getattr(wrapper, '_scale_update_param', None))
 
 
 def when_not_sent(act: Callable[[Any, Exception, Any], None]) -> None:

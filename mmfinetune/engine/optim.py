@@ -10,6 +10,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS, OPTIMIZERS
 from torch import nn
 
+from mmfinetune.engine.compat import lower_loss_scale
 from mmfinetune.utils.errors import UserError
 
 REST = 'rest'
@@ -75,7 +76,7 @@ class GuardedUpdate(OptimWrapper):
     """Makes no update with a loss or a gradient that is not finite; see `guarded`.
 
     All processes do so alike: a loss that is not finite on one of them makes the gradient NaN that all share. Under
-    fp16 the gradient scaler leaves such an update out, and lowers its scale.
+    fp16 the gradient scaler lowers its scale.
 
     Attributes:
         grad_norm: 2-norm of the gradient at the last step, before any clipping; None if it made no update.
@@ -110,8 +111,10 @@ class GuardedUpdate(OptimWrapper):
             bad = [name for name, group in pairs if not all(torch.isfinite(gradient).all() for gradient in group)]
             # The norm of scaled gradients may overflow although none of them does.
             self.refused = None if self.scaled and not bad else bad
-        if self.refused is None or self.scaled:
+        if self.refused is None:
             self.step(**(step_kwargs or {}))
+        elif self.scaled:
+            lower_loss_scale(self)
         self.zero_grad(**(zero_kwargs or {}))
 
 
