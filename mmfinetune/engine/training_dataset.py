@@ -9,10 +9,12 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
+from mmdet.datasets import OpenImagesChallengeDataset
+from mmdet.registry import DATASETS
 from mmengine.dist import get_rank
 from torch.utils.data import Dataset, get_worker_info
 
@@ -20,6 +22,14 @@ from mmfinetune.utils.errors import UserError
 
 FAULTS = 'faulty_images_rank{rank}.jsonl'
 _SAMPLE, _STEP = 1, 2
+
+
+@DATASETS.register_module(name='OpenImagesChallengeDataset', force=True)
+class DataOnlyOpenImages(OpenImagesChallengeDataset):
+    """MMDetection's, but for its relations of classes, a pickled array; see `mmfinetune.weights.data_only`."""
+
+    def _get_relation_matrix(self, hierarchy_file: str) -> NoReturn:
+        raise UserError('pickle-refused')
 
 
 def seed_everything(*key: int) -> None:

@@ -100,6 +100,9 @@ def evaluate(
     """
     names = {c['id']: c['name'] for c in dataset['categories']}
     cat_ids = list(names if cat_ids is None else cat_ids)
+    if img_ids is not None and not img_ids:
+        # Both engines would take no choice for all images.
+        dataset, rows = {**dataset, 'images': [], 'annotations': []}, []
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter('ignore')  # hotcoco warns of other thresholds than COCO's
         evaluator = _evaluator(engine, dataset, rows, iou_type)

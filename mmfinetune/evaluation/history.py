@@ -8,7 +8,7 @@ import itertools
 import math
 from collections.abc import Iterable, Mapping
 
-from mmfinetune.utils.text import csv_text
+from mmfinetune.utils.text import csv_text, is_number
 
 _COLUMN_ORDER = ('epoch', 'iter', 'train/', 'val/', '', 'lr', 'train_seconds', 'val_seconds')
 
@@ -88,6 +88,8 @@ class History:
                 row = {name: int(text) if name in ('epoch', 'iter') else float(text) for name, text in fields.items()}
             except ValueError as error:
                 raise ValueError(f'line {number}: {error}') from error
+            if not all(is_number(row[name]) for name in ('epoch', 'iter') if name in row):
+                raise ValueError(f'line {number}: epoch or iter is too large')
             if row.get('iter', 0) <= (history.rows[-1]['iter'] if history.rows else 0):
                 raise ValueError(f'line {number}: iter does not ascend')
             history.rows.append(row)

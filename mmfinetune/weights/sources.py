@@ -144,7 +144,7 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
     """Take over what ``publish.save`` wrote."""
     source.origin = meta['origin']
     source.style, source.rgb = meta.get('style'), meta.get('rgb')
-    if source.style not in (None, 'pytorch', 'caffe') or source.rgb not in (None, True, False):
+    if source.style not in (None, 'pytorch', 'caffe') or not isinstance(source.rgb, (bool, type(None))):
         raise ValueError('style or rgb')
     source.mean, source.std = (_statistics(meta[k]) if meta.get(k) is not None else None for k in ('mean', 'std'))
     source.classes = read.recorded_classes(loaded) or None

@@ -149,6 +149,7 @@ def test_chosen_images_and_thresholds(engine):
     assert first.precision.shape[0] == 2
     assert first.ap('cat', 0.9) == pytest.approx(1)
     assert first.ap('cat', 0.7) is None
+    assert set(coco_eval.evaluate(data_set(THINGS), rows, 'segm', engine, img_ids=[]).stats) == {-1}
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -76,6 +76,7 @@ def test_csv_saved_by_a_spreadsheet_is_read():
         (b'epoch,iter,a\n1,2,x\n', "line 2: could not convert string to float: 'x'"),
         (b'epoch,iter,a\n1,2.5,1\n', 'line 2'),
         (b'epoch,iter,a\n1,,1\n', 'line 2: iter does not ascend'),
+        (b'epoch,iter\n1' + b'0' * 400 + b',20\n', 'line 2: epoch or iter is too large'),
         (b'epoch,iter\n2,20\n1,10\n', 'line 3: iter does not ascend'),
         (b'epoch,iter\n1,10\n1,10\n', 'line 3: iter does not ascend'),
     ],

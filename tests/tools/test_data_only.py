@@ -11,9 +11,13 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from mmdet.registry import DATASETS
 
+import mmfinetune.register  # noqa: F401
+from tests.builders.errors import refused
 from tests.builders.runs import CONFIGS, DEVKIT, TOOLS, FinishedRun, copy_site, drive, train_tool
 from tests.builders.weights import Evil
 
@@ -151,6 +155,18 @@ def every_way_in(bad: Path, run: Path) -> list[tuple]:
         (('convert_weights', bad, bad.parent / 'mine.pth'), code),
         (('convert_weights', pkl, bad.parent / 'mine.pth'), code),
     ]
+
+
+def test_relations_of_open_images_are_not_unpickled(tmp_path):
+    (tmp_path / 'labels.csv').write_text('/m/1,one,1\n')
+    (tmp_path / 'boxes.txt').write_text('')
+    relations = tmp_path / 'relations.npy'
+    np.save(relations, np.array([[Evil(os.mkdir, str(tmp_path / TRACE))]]), allow_pickle=True)
+    names = {'ann_file': 'boxes.txt', 'label_file': 'labels.csv', 'meta_file': 'meta.pkl', 'hierarchy_file': relations}
+    paths = {key: str(tmp_path / name) for key, name in names.items()}
+    with refused('pickle-refused'):
+        DATASETS.build({'type': 'OpenImagesChallengeDataset', **paths})
+    assert not (tmp_path / TRACE).exists()
 
 
 def test_a_file_with_code_leaves_no_trace_whatever_reads_it(bad, in_finished_run):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 
 import numpy as np
 import pytest
 import torch
 
+from mmfinetune.utils.errors import UserError
 from mmfinetune.weights.publish import save
 from mmfinetune.weights.sources import open_source
 from tests.builders.errors import codes, refused
@@ -173,6 +175,18 @@ def test_bad_files_have_their_own_message(name, data, code, tmp_path):
     path.write_bytes(data)
     with refused(code, path=path):
         open_source(path)
+
+
+@pytest.mark.parametrize('key', ['origin', 'style', 'rgb', 'mean', 'std', 'notes'])
+@pytest.mark.parametrize('value', [torch.ones(3, 2), 10**400, [[]], {'a': 1}], ids=['tensor', 'huge', 'list', 'dict'])
+def test_a_changed_record_of_a_published_file_is_read_or_refused(tmp_path, key, value):
+    torch.save(mmdet_state(3), tmp_path / 'a.pth')
+    save(open_source(tmp_path / 'a.pth'), tmp_path / 'b.pth')
+    content = torch.load(tmp_path / 'b.pth', weights_only=True)
+    content['meta'][key] = value
+    torch.save(content, tmp_path / 'changed.pth')
+    with contextlib.suppress(UserError):
+        open_source(tmp_path / 'changed.pth')
 
 
 def test_file_of_an_earlier_release_keeps_its_notes(tmp_path):

@@ -288,7 +288,7 @@ def _images_of_splits(data: dict[str, Any], path: Path, images: Path | None) -> 
             continue
         found: dict[Path, None] = {}
         for entry in entries if isinstance(entries, list) else [entries]:
-            place = _resolve(bases, entry, bases) if isinstance(entry, str) else None
+            place = _resolve(bases, entry, bases) if isinstance(entry, str) and entry.strip() else None
             if place is None:
                 problems.append(Message('yolo-entry-missing', key=key, entry=_shown(entry)))
             elif not is_within(place, *bases):
@@ -313,7 +313,9 @@ def _bases(given: Any, path: Path) -> list[Path]:
     `path` in it is often that of another machine, or relative to a folder of Ultralytics' own.
     """
     bases = [path.parent / given, path.parent.parent / given] if isinstance(given, str) and given else []
-    return [base for base in dict.fromkeys([*bases, path.parent]) if os.path.isdir(base)]  # noqa: PTH112 (no name is too long for it)
+    real = {base: os.path.realpath(base) for base in dict.fromkeys([*bases, path.parent])}
+    # A whole disk is no data set. (No name is too long for isdir.)
+    return [base for base, place in real.items() if os.path.isdir(place) and os.path.dirname(place) != place]  # noqa: PTH112, PTH120
 
 
 def _shown(entry: Any) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from pycocotools import mask as mask_api
 
-from mmfinetune.data import demo
+from mmfinetune.data import coco_json, demo
 from mmfinetune.data.check import cache, repair, run
 from mmfinetune.data.check.findings import Report
 from mmfinetune.data.check.images import look_at, similar
@@ -303,7 +304,7 @@ def test_every_code_is_planted_somewhere():
     from tests.data.formats.test_malformed import ENTRIES, FILES, IMAGES
 
     planted = {row[0] for row in PLANTED + IN_IMAGES} | {r[2] for r in FILES + ENTRIES + IMAGES}
-    elsewhere = {'labels-larger', 'labels-relative', 'image-pipeline'}  # below, and with a config
+    elsewhere = {'labels-larger', 'labels-relative', 'image-pipeline', 'section-repeated'}  # below, and with a config
     assert set(KINDS) - planted - elsewhere <= {'no-file', 'file-unreadable'}
 
 
@@ -345,6 +346,20 @@ def test_a_run_of_more_than_32_bits_is_a_finding(site, size):
             del train(site)['images'][first(site)['image_id'] - 1][key]
     report = site.check(images=False)
     assert 'rle-counts' in report.codes()
+
+
+def test_a_section_that_stands_twice_is_a_finding(site):
+    splits = site.save()
+    path = splits['train'][0]
+    path.write_text('{"annotations": [], ' + path.read_text().lstrip()[1:])
+    report = check(splits, None, PLAIN)
+    assert 'section-repeated' in report.codes() and not report.good
+
+
+def test_each_fault_of_a_whole_file_is_a_kind():
+    text = Path(coco_json.__file__).read_text()
+    found = re.findall(r"(?:Problem|Message)\('coco-([a-z-]+)'", text)
+    assert len(found) > 8 and set(found) <= KINDS.keys()
 
 
 def test_order_of_the_config_is_expected_of_all_splits(site):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 from pathlib import Path
@@ -9,9 +10,12 @@ import pytest
 from PIL import Image
 from pycocotools import mask as mask_api
 
+from mmfinetune.data.formats import yolo
 from mmfinetune.data.formats.yolo import YoloReader
 from mmfinetune.data.prepare import prepare
 from mmfinetune.data.records import Record
+from mmfinetune.utils.errors import UserError
+from mmfinetune.utils.images import find_images
 from tests.builders.disk import STRANGE, strange
 from tests.builders.errors import codes, message, refused
 
@@ -237,6 +241,17 @@ def test_images_are_found_by_the_yaml(tmp_path, yaml, keys):
     assert all(len(source.read(item).instances) == 1 for item in source.items())
     assert source.problems == []
     assert codes(source.notes) == (['yolo-test-is-val'] if 'test: i' in yaml else [])
+
+
+@pytest.mark.parametrize('entry', ['" "', '[" "]', '["", "."]', '.'])
+def test_a_whole_disk_is_no_data_set(tmp_path, entry, monkeypatch):
+    site(tmp_path, SQUARE)
+    write(tmp_path / 'data.yaml', f'names: [cat]\npath: /\ntrain: images\nval: {entry}')
+    asked = []
+    monkeypatch.setattr(yolo, 'find_images', lambda folder: asked.append(folder) or find_images(folder))
+    with contextlib.suppress(UserError):
+        YoloReader.open(tmp_path, {})
+    assert all(folder.is_relative_to(tmp_path) for folder in asked)
 
 
 def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
