@@ -184,7 +184,7 @@ def summary(plan: RunPlan, splits: Mapping[str, Split], course: schedule.Course 
     line += f' x {course.epochs} epochs = {course.total:,}' if course.epochs else f', {course.total:,} in all'
     lines += [f'Steps: {line}', *plan.rates.lines(), course.line(plan.rates.lr)]
     lines += [f'Schedule for this batch: {line}' for line in plan.adapted]
-    lines += [f'warning: {message}' for message in course.warnings(cfg.get('param_scheduler'), plan.rates.lr)]
+    lines += [f'warning: {message}' for message in course.warnings(cfg, plan.rates.lr)]
     return '\n'.join([*data, console.wrapped('\n'.join(lines), ' ' * 7)])
 
 

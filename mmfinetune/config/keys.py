@@ -63,12 +63,13 @@ DICTS = tuple(
     default_hooks env_cfg log_processor randomness visualizer weights
     """.split()
 )
-# Numbers that a run would crash on, or be ruined by: whether whole, and the lowest.
+# Numbers that a run would crash on, or be ruined by: whether whole, and the lowest; POSITIVE is above 0.
+POSITIVE = math.ulp(0.0)
 _NUMBERS = {
     'optim_wrapper.optimizer.lr': (False, 0),
     'optim_wrapper.optimizer.momentum': (False, 0),
     'optim_wrapper.optimizer.weight_decay': (False, 0),
-    'optim_wrapper.clip_grad.max_norm': (False, 0),
+    'optim_wrapper.clip_grad.max_norm': (False, POSITIVE),
     'optim_wrapper.paramwise_cfg.custom_keys.*.lr_mult': (False, 0),
     'optim_wrapper.paramwise_cfg.custom_keys.*.decay_mult': (False, 0),
     'optim_wrapper.accumulative_counts': (True, 1),
@@ -76,6 +77,7 @@ _NUMBERS = {
     'train_cfg.max_epochs': (True, 1),
     'train_cfg.max_iters': (True, 1),
     'train_cfg.val_interval': (True, 1),
+    'train_cfg.val_begin': (True, 0),
     'default_hooks.checkpoint.every_n_iters': (True, 1),
     'model.test_cfg.*.score_thr': (False, 0),
     'model.test_cfg.*.max_per_img': (True, -1),  # for no limit
@@ -138,6 +140,8 @@ def check_values(cfg: Config) -> list[Message]:
             facts = dict(key=f'{place}{last}', value=value, lowest=lowest)
             if whole:
                 problems.append(Message('config-not-whole', **facts))
+            elif lowest == POSITIVE:
+                problems.append(Message('config-not-positive', key=facts['key'], value=value))
             else:
                 problems.append(Message('config-not-a-number', **facts))
     told = {problem.facts['key'] for problem in problems}

@@ -52,14 +52,18 @@ class Course:
         texts = [f'{self.factors[i] * lr:g} at step {i + 1:,}{" (the highest)" * (i == peak)}' for i in places]
         return f'         lr {", ".join(texts)}'
 
-    def warnings(self, schedulers: Any, lr: float) -> Iterator[Message]:
+    def warnings(self, cfg: Mapping, lr: float) -> Iterator[Message]:
         """What of a schedule does not come to pass in a run of this length.
 
         Args:
-            schedulers: ``param_scheduler`` of the config.
+            cfg: The run's config.
             lr: The planned learning rate.
         """
-        for place, scheduler in listed(schedulers):
+        begin = cfg['train_cfg'].get('val_begin', 1)
+        if cfg.get('val_cfg') is not None and begin > (length := self.epochs or self.total):
+            unit = 'epochs' if self.epochs else 'steps'
+            yield Message('schedule-no-validation', begin=begin, length=length, unit=unit)
+        for place, scheduler in listed(cfg.get('param_scheduler')):
             unit, length = 'steps', self.total
             if scheduler.get('by_epoch', True):
                 unit, length = 'epochs', self.epochs or 0

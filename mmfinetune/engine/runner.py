@@ -138,8 +138,10 @@ class FineTuningRunner(Runner):
                             found = self.model.eval().val_step(small)
                         self._try_evaluator(f'{name}_evaluator', loop.evaluator, found)
             except UserError as error:
-                # A file that cannot be read is for the check of the data.
-                problems += [p for p in error.problems if isinstance(p, Message)]
+                if error.code == 'config-cannot-build':
+                    problems += [p for p in error.problems if isinstance(p, Message)]
+                elif error.code != 'image-unreadable-in-training':  # that is for the check of the data
+                    raise
         if problems:
             raise UserError('config-cannot-build', problems=problems)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import re
 import signal
+import string
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -18,6 +19,20 @@ def wordings() -> dict[str, dict[str, str]]:
 
     content = Path(__file__).with_name('messages.yaml').read_text(encoding='utf-8')
     return yaml.load(content, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
+
+
+class _Wording(string.Formatter):
+    """Cuts what a foreign file can make as long as it likes; a path of the longest length fits."""
+
+    most_of_value, most_of_text = 300, 5_000  # characters of a fact as Python writes it, and of another
+
+    def convert_field(self, value: Any, conversion: str | None) -> Any:
+        text = super().convert_field(value, conversion)
+        most = self.most_of_value if conversion == 'r' else self.most_of_text
+        return f'{text[: most - 1]}…' if isinstance(text, str) and len(text) > most else text
+
+
+_WORDING = _Wording()
 
 
 class Message:
@@ -40,7 +55,7 @@ class Message:
         return wordings()[self.code]['text'] if self.own_text is None else self.own_text
 
     def __str__(self) -> str:
-        return self.text.format(**self.facts) if self.facts else self.text
+        return _WORDING.vformat(self.text, (), self.facts) if self.facts else self.text
 
     def __repr__(self) -> str:
         return f'{self.code}({", ".join(f"{k}={v!r}" for k, v in self.facts.items())})'
@@ -99,7 +114,7 @@ class UserError(Exception):
             hint = wordings()[code].get('hint', '') if text is None else ''
         self.message = Message(code, text, **facts)
         self.code, self.facts, self.problems = code, facts, list(problems)
-        self.hint = hint.format(**facts) if facts else hint
+        self.hint = _WORDING.vformat(hint, (), facts) if facts else hint
         lines = [str(self.message)]
         lines += [f'  - {p}' for p in self.problems[: self.max_shown]]
         if len(self.problems) > self.max_shown:

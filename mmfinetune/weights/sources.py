@@ -142,6 +142,8 @@ def _name_rows(source: Source, loaded: Mapping) -> None:
 
 def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
     """Take over what ``publish.save`` wrote."""
+    import torch
+
     source.origin = meta['origin']
     source.style, source.rgb = meta.get('style'), meta.get('rgb')
     if source.style not in (None, 'pytorch', 'caffe') or not isinstance(source.rgb, (bool, type(None))):
@@ -157,6 +159,8 @@ def _restore(source: Source, loaded: Mapping, meta: Mapping) -> None:
             source.notes.append(Message(code, text))
     extra = loaded.get('extra')
     source.extra = dict(extra) if isinstance(extra, Mapping) else {}
+    if not all(isinstance(tensor, torch.Tensor) for tensor in source.extra.values()):
+        raise ValueError('extra')
 
 
 def _statistics(values: Sequence[float]) -> tuple[float, ...]:

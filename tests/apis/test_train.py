@@ -479,6 +479,7 @@ def test_dry_run_counts_images_and_steps(in_site):
         (['val_evaluator.iou_thrs=[0.5,7]'], 'metric-iou-thrs', '[0.5, 7]'),
         (["param_scheduler=[dict(type='MultiStepLR', milestones=[1], gamma=-0.1)]"], 'schedule-negative', 'at step'),
         (['model.test_cfg.rcnn.nms.type=foo'], 'config-cannot-build', 'a step of val_dataloader'),
+        (['weights=None', 'model.roi_head.mask_head=None'], 'metric-no-masks', "'segm'"),
     ],
 )
 def test_dry_run_tries_what_training_will_do(in_site, changes, code, said):

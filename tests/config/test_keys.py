@@ -74,9 +74,11 @@ def test_evaluation(loader, found):
         ({'optim_wrapper': {'optimizer': {'lr': None}}}, 'config-not-a-number', 'optim_wrapper.optimizer.lr'),
         (
             {'optim_wrapper': {'clip_grad': {'max_norm': 'a'}}},
-            'config-not-a-number',
+            'config-not-positive',
             'optim_wrapper.clip_grad.max_norm',
         ),
+        ({'optim_wrapper': {'clip_grad': {'max_norm': 0}}}, 'config-not-positive', 'optim_wrapper.clip_grad.max_norm'),
+        ({'train_cfg': {'val_begin': -1}}, 'config-not-whole', 'train_cfg.val_begin'),
         (
             {'optim_wrapper': {'paramwise_cfg': {'custom_keys': {'backbone': {'lr_mult': float('nan')}}}}},
             'config-not-a-number',

@@ -389,3 +389,36 @@ def test_nothing_else_writes_into_a_config():
     # A fact of the disk: which of several places the weights were found in.
     assert {path: places for path, places in found.items() if places} == {'apis/train.py': ['cfg.weights.checkpoint']}
     assert len(writes(ROOT / 'mmfinetune/config/resolve.py')) > 10
+
+
+@pytest.mark.parametrize(
+    ('backends', 'problems'),
+    [
+        ([{'type': 'LocalVisBackend'}, {'type': 'TensorBoardBackend'}], []),
+        ({'type': 'AimVisBackend'}, [{'type': 'AimVisBackend', 'packages': 'aim'}]),
+        (
+            [{'type': 'DVCLiveVisBackend'}, {'type': 'LocalVisBackend'}, {'type': 'WandbVisBackend'}],
+            [
+                {'type': 'DVCLiveVisBackend', 'packages': 'dvclive pygit2'},
+                {'type': 'WandbVisBackend', 'packages': 'wandb'},
+            ],
+        ),
+    ],
+)
+def test_loggers_that_are_not_installed(backends, problems, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    cfg = Config({'visualizer': {'vis_backends': backends}})
+    if not problems:
+        resolve.require_loggers(cfg)
+        return
+    with refused('loggers-missing') as caught:
+        resolve.require_loggers(cfg)
+    assert [problem.facts for problem in caught.value.problems] == problems
+
+
+def test_each_logger_of_mmengine_is_known():
+    """A backend that MMEngine adds needs a row, or a start without its package fails late."""
+    from mmengine.visualization import vis_backend
+
+    own = {'BaseVisBackend', 'LocalVisBackend', 'TensorboardVisBackend'}
+    assert {name for name in dir(vis_backend) if name.endswith('VisBackend')} - own == set(resolve.LOGGERS)

@@ -115,7 +115,14 @@ def test_more_steps_than_a_scheduler_can_do(tmp_path):
 )
 def test_what_lies_beyond_the_run_is_a_warning(tmp_path, schedulers, expected):
     runner = build(tmp_path, schedulers)
-    assert codes(schedule.course_of(runner).warnings(runner.cfg.param_scheduler, LR)) == expected
+    assert codes(schedule.course_of(runner).warnings(runner.cfg, LR)) == expected
+
+
+@pytest.mark.parametrize(('begin', 'expected'), [(4, []), (5, ['schedule-no-validation'])])
+def test_a_run_that_ends_before_its_first_validation(tmp_path, begin, expected):
+    runner = build(tmp_path, [])
+    runner.cfg.train_cfg.val_begin = begin
+    assert codes(schedule.course_of(runner).warnings(runner.cfg, LR)) == expected
 
 
 def test_without_the_hook_nothing_is_stepped(tmp_path):

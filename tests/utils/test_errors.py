@@ -48,6 +48,14 @@ def test_an_error_lists_problems_and_ends_with_the_hint():
     assert str(error(_LongList)).splitlines()[1:] == ['  - a', '  - b', '  … and 1 more', 'Hint: look at x{1}.json']
 
 
+def test_a_value_of_any_length_makes_a_short_message():
+    value = 'x' * 100_000
+    error = UserError('a', '{path}: {value!r} is odd', hint='not {value!r}', path=f'/{"d" * 4000}', value=value)
+    assert str(error.message) == f"/{'d' * 4000}: '{'x' * 298}… is odd" and len(str(error)) < 5000
+    assert len(str(Message('a', '{value}', value=value))) == 5000
+    assert error.facts['value'] == value
+
+
 def test_an_error_comes_whole_out_of_a_worker_process():
     for kind in UserError, _LongList:
         there = error(kind)

@@ -25,8 +25,7 @@ from mmfinetune.utils.text import brief
 CHANGES = 'changes.json'
 _PASSES = 3
 # What only a person can fix.
-_UNREADABLE = ('no-file', 'file-unreadable', 'not-json', 'nesting', 'top-level', 'section-missing', 'section-type')
-_BY_HAND = (*_UNREADABLE, 'no-images', 'no-categories', 'category-name', 'labels-relative', 'labels-larger')
+_BY_HAND = ('category-name', 'labels-relative', 'labels-larger')
 _BAD_IMAGES = ('image-missing', 'image-unreadable', 'image-truncated', 'image-size', 'file-name')
 _BAD_OBJECTS = ('image-id-unknown', 'category-id-unknown', 'mask-missing', 'rle-size', 'rle-counts', 'mask-empty')
 _BAD_SHAPES = ('mask-type', 'polygon-points', 'polygon-odd', 'polygon-number')
@@ -75,7 +74,9 @@ def fix(splits: Splits, out: Path, classes: Sequence[str] | None = None, options
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError('fix-exists', out=out)
     report, tables = examine(splits, classes, options, keep=True)
-    if by_hand := [f.message() for f in report.findings if f.code in _BY_HAND]:
+    # Of the faults of a whole file these alone are repaired.
+    whole = {code for table in tables for code, _ in table.fatal} - {'encoding', 'entry-type'}
+    if by_hand := [f.message() for f in report.findings if f.code in whole | {*_BY_HAND}]:
         raise UserError('fix-by-hand', problems=by_hand)
     part = out.with_name(f'.{out.name}.{os.getpid()}.tmp')
     changes: list[dict] = []

@@ -313,9 +313,10 @@ def _bases(given: Any, path: Path) -> list[Path]:
     `path` in it is often that of another machine, or relative to a folder of Ultralytics' own.
     """
     bases = [path.parent / given, path.parent.parent / given] if isinstance(given, str) and given else []
-    real = {base: os.path.realpath(base) for base in dict.fromkeys([*bases, path.parent])}
-    # A whole disk is no data set. (No name is too long for isdir.)
-    return [base for base, place in real.items() if os.path.isdir(place) and os.path.dirname(place) != place]  # noqa: PTH112, PTH120
+    # Not is_dir() or resolve(), for which a name may be too long or hold a NUL.
+    bases = [base for base in dict.fromkeys([*bases, path.parent]) if os.path.isdir(base)]  # noqa: PTH112
+    # A whole disk is no data set.
+    return [base for base in bases if base.resolve() != Path(base.resolve().anchor)]
 
 
 def _shown(entry: Any) -> str:

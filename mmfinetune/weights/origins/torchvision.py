@@ -187,6 +187,8 @@ def to_torchvision(
         by_slot = ours.new_zeros((total, rows, *ours.shape[1:]))
         by_slot[order] = ours.unflatten(0, (-1, rows))
         if name in extra:
+            if extra[name].numel() != by_slot[other].numel():
+                raise UserError('torchvision-extra', name=name, shape=tuple(extra[name].shape))
             by_slot[other] = extra[name].reshape(len(other), *by_slot.shape[1:])
         elif key == FC_CLS + 'bias':
             by_slot[other] = -1e4
@@ -204,7 +206,11 @@ def _target_slots(count: int, slots: torch.Tensor | None, coco_slots: bool | Non
     if slots is None:
         slots = torch.tensor(_COCO_SLOTS if coco else range(1, count + 1))
     else:
-        coco = int(slots.max()) > count
+        possible = range(1, max(count + 1, _COCO_COUNT))
+        known = set(slots.flatten().tolist()).intersection(possible) if slots.dtype == torch.int64 else ()
+        if slots.shape != (len(known),) or not known:
+            raise UserError('torchvision-extra', name='slots', shape=tuple(slots.shape))
+        coco = max(known) > count
     if len(slots) != count:
         raise UserError('torchvision-slots', classes=count, slots=len(slots))
     return slots, _COCO_COUNT if coco else count + 1

@@ -602,7 +602,12 @@ def test_repair_of_two_image_folders(site, tmp_path):
 
 @pytest.mark.parametrize(
     ('spoil', 'code'),
-    [('not JSON', 'fix-by-hand'), ('nothing left', 'fix-nothing-left'), ('already exists', 'fix-exists')],
+    [
+        ('not JSON', 'fix-by-hand'),
+        ('section twice', 'fix-by-hand'),
+        ('nothing left', 'fix-nothing-left'),
+        ('already exists', 'fix-exists'),
+    ],
 )
 def test_what_cannot_be_repaired_writes_nothing(site, tmp_path, spoil, code):
     if spoil == 'nothing left':
@@ -611,6 +616,8 @@ def test_what_cannot_be_repaired_writes_nothing(site, tmp_path, spoil, code):
     splits = site.save()
     if spoil == 'not JSON':
         site.path('val').write_text('{"images": [')
+    elif spoil == 'section twice':
+        site.path('val').write_text('{"images": [], ' + site.path('val').read_text().lstrip()[1:])
     elif spoil == 'already exists':
         (tmp_path / 'out').mkdir()
         (tmp_path / 'out' / 'mine.txt').write_text('')

@@ -254,6 +254,20 @@ def test_a_whole_disk_is_no_data_set(tmp_path, entry, monkeypatch):
     assert all(folder.is_relative_to(tmp_path) for folder in asked)
 
 
+@pytest.mark.parametrize('name', ['"a\\0b"', 'x' * 5000])
+@pytest.mark.parametrize('key', ['path', 'train', 'val'])
+def test_names_that_no_file_can_have(tmp_path, key, name):
+    site(tmp_path, SQUARE)
+    keys = {'path': '.', 'train': 'images', key: name}
+    write(tmp_path / 'data.yaml', 'names: [cat]\n' + ''.join(f'{k}: {v}\n' for k, v in keys.items()))
+    if key == 'path':  # as that of another machine
+        assert len(YoloReader.open(tmp_path, {}).items()) == 1
+        return
+    with refused('yolo-images') as caught:
+        YoloReader.open(tmp_path, {})
+    assert codes(caught.value.problems) == ['yolo-entry-missing']
+
+
 def test_a_data_set_may_lie_elsewhere_than_its_yaml(tmp_path):
     site(tmp_path / 'data', SQUARE).joinpath('data.yaml').unlink()
     path = write(tmp_path / 'yaml/mine.yaml', f'names: [cat]\npath: {tmp_path}/data\ntrain: images')

@@ -337,6 +337,33 @@ def test_old_names_give_the_same(theirs, source, tmp_path):
     same(old.tensors, {k: v for k, v in source.tensors.items() if not k.endswith('num_batches_tracked')})
 
 
+@pytest.mark.parametrize(
+    ('name', 'value'),
+    [
+        ('slots', torch.arange(80)),
+        ('slots', torch.ones(80, dtype=torch.int64)),
+        ('slots', torch.arange(1.0, 81)),
+        ('slots', torch.zeros(0, dtype=torch.int64)),
+        ('slots', torch.tensor(5)),
+        ('slots', torch.arange(1 << 40, (1 << 40) + 80)),
+        ('roi_heads.box_predictor.cls_score.weight', torch.zeros(4)),
+    ],
+)
+def test_what_was_kept_of_other_heads_is_refused(source, name, value):
+    assert name in source.extra
+    with refused('torchvision-extra', name=name, shape=tuple(value.shape)):
+        to_torchvision(source.tensors, {**source.extra, name: value})
+
+
+def test_what_was_kept_is_tensors(source, tmp_path):
+    path = save(source, tmp_path / 'ours.pth')
+    file = torch.load(path, weights_only=True)
+    file['extra']['slots'] = 5
+    torch.save(file, path)
+    with refused('weights-record'):
+        open_source(path)
+
+
 @pytest.mark.parametrize('slots', [2, 21, 81])
 def test_fine_tuned_models_have_no_holes(slots, tmp_path, source):
     tensors = dict(torchvision_state(slots))
