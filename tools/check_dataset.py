@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from mmfinetune.apis.cli import add, make_parser, old_option, run
+from mmfinetune.apis.cli import add, integer, make_parser, old_option, run
 
 EXAMPLES = """
 python tools/check_dataset.py data/my_set
@@ -44,7 +44,11 @@ def main() -> int:
         help='with --fix, for images that EXIF turns: what masks were drawn on, if none leaves one of the two pictures',
     )
     parser.add_argument(
-        '--max-examples', type=int, default=5, metavar='N', help='places shown of each finding (default: %(default)s)'
+        '--max-examples',
+        type=integer(0),
+        default=5,
+        metavar='N',
+        help='places shown of each finding (default: %(default)s)',
     )
     add(parser, '--workers')
     parser.add_argument(
@@ -57,8 +61,6 @@ def main() -> int:
         parser.error('--config names the image folders: leave --image-root out')
     if args.fix and not args.images:
         parser.error('--fix needs to see the images: leave --no-images out')
-    if args.max_examples < 0:
-        parser.error('--max-examples takes 0 or more')
 
     from mmfinetune.apis import check_data
 

@@ -7,7 +7,7 @@ kinds of error, the confusion matrix of masks, and the worst images as pictures.
 import sys
 from pathlib import Path
 
-from mmfinetune.apis.cli import add, make_parser, run
+from mmfinetune.apis.cli import add, integer, make_parser, run
 
 EXAMPLES = """
 python tools/evaluate.py work_dirs/mask_rcnn_pretrained              # best checkpoint, test split
@@ -52,12 +52,14 @@ def main() -> int:
     )
     add(parser, '--score-thr', more='in confusion matrix and pictures')
     parser.add_argument(
-        '--worst', type=int, default=16, metavar='N', help='how many of the worst images to show (default: %(default)s)'
+        '--worst',
+        type=integer(0),
+        default=16,
+        metavar='N',
+        help='how many of the worst images to show (default: %(default)s)',
     )
     add(parser, '--no-pictures', '--json')
     args = parser.parse_args()
-    if args.worst < 0:
-        parser.error('--worst is negative')
     if args.work_dir and args.run:
         parser.error('the run is given twice: WORK_DIR and --run')
     if (args.predictions or args.boxes) and args.data_root and not args.image_root:

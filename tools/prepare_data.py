@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mmfinetune.apis.cli import add, make_parser, old_option, positive_int, run
+from mmfinetune.apis.cli import add, integer, make_parser, old_option, positive_int, run
 from mmfinetune.data.formats import FORMATS
 from mmfinetune.data.prepare import format_summary, prepare
 
@@ -77,20 +77,19 @@ def main() -> int:
     some.add_argument(
         '--sbd-split',
         choices=['train_noval', 'trainval_noval', 'official'],
-        default='train_noval',
         help='sbd: the list train_noval.txt; train and val without VOC 2012 val '
-        '(needs --voc); or train and val as they are (default: %(default)s)',
+        '(needs --voc); or train and val as they are (default: train_noval)',
     )
     some.add_argument('--voc', type=Path, metavar='DIR', help='sbd: a VOC 2012 devkit')
     some.add_argument(
         '--threshold',
-        type=positive_int,
+        type=integer(1, 255),
         metavar='GREY',
         help='binary-masks: pixels of this value or more are object (default: 128)',
     )
     some.add_argument(
         '--void',
-        type=int,
+        type=integer(-1),
         metavar='VALUE',
         help='mask-png: value of pixels that belong to nothing, -1 for none (default: 255 in palette PNGs)',
     )

@@ -21,6 +21,7 @@ from mmfinetune.evaluation.stats import SCORE_THR
 from mmfinetune.utils import console
 from mmfinetune.utils.errors import Stopped, UserError, stopped_by
 from mmfinetune.utils.processes import Readers, interruptible
+from mmfinetune.utils.text import brief
 
 # Pictures go to files, whatever a desktop or a notebook's kernel asks of its children.
 os.environ['MPLBACKEND'] = 'Agg'
@@ -38,11 +39,22 @@ EXIT_CODES = {
 }
 
 
-def positive_int(text: str) -> int:
-    """An option's value as an integer of at least 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a positive integer')
-    return int(text)
+def integer(lowest: int, highest: int = (1 << 31) - 1) -> Callable[[str], int]:
+    """What reads an option's value as an integer within bounds; the highest is that of a C int by default."""
+
+    def read(text: str) -> int:
+        # Python does not read thousands of digits.
+        with contextlib.suppress(ValueError):
+            if lowest <= int(text) <= highest:
+                return int(text)
+        if lowest == 1 and highest == (1 << 31) - 1:
+            raise argparse.ArgumentTypeError(f'{brief(text)} is not a positive integer')
+        raise argparse.ArgumentTypeError(f'{brief(text)} is not an integer from {lowest:,} to {highest:,}')
+
+    return read
+
+
+positive_int = integer(1)
 
 
 def positive_int_or_auto(text: str) -> int | str:

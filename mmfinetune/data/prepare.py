@@ -12,7 +12,7 @@ from typing import Any
 
 from mmfinetune.data.check.kinds import BEYOND
 from mmfinetune.data.check.scale import are_larger
-from mmfinetune.data.formats import FORMATS, detect, reader_for
+from mmfinetune.data.formats import FORMATS, detect, reader_for, require_options
 from mmfinetune.data.records import Item, Reader
 from mmfinetune.data.to_coco import Converter, Result, absolute, relative_name
 from mmfinetune.data.writer import IMAGES, REPORT, InPlace, Placing, Target, place_images
@@ -170,6 +170,7 @@ def _open(src: Path, name: str, options: dict[str, Any]) -> tuple[Reader, Summar
     try:
         if name == 'auto':
             name, reason = detect(src)
+        require_options(name, options)
         reader = reader_for(name).open(src, options)
         items = reader.items()
     except OSError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mmfinetune.data import coco_json
 from mmfinetune.data.layout import SPLITS, WHOLE, file_name, find_source
-from mmfinetune.data.stratify import best_of
+from mmfinetune.data.stratify import MAX_SEED, best_of
 from mmfinetune.utils import text
 from mmfinetune.utils.errors import UserError
 from mmfinetune.utils.files import atomic_write_all, json_bytes
@@ -176,7 +176,7 @@ def split_file(
     Args:
         source: COCO JSON, or a folder with one in ``annotations/``.
         ratios: See `shares`.
-        seed: From 0 on.
+        seed: From 0 to `MAX_SEED`.
         group_by: See `series_of`.
         out: Folder of the new files; that of the source by default.
         overwrite: Whether to replace the files of an earlier split, all of them.
@@ -185,8 +185,8 @@ def split_file(
         UserError: Bad input or arguments; nothing is written then.
     """
     wanted = shares(ratios)
-    if seed < 0:
-        raise UserError('split-seed', seed=seed)
+    if not 0 <= seed <= MAX_SEED:
+        raise UserError('split-seed', seed=seed, highest=MAX_SEED)
     path = find_source(source)
     targets = {split: (out or path.parent) / file_name(split) for split in SPLITS}
     earlier = _earlier(path, targets.values(), overwrite)

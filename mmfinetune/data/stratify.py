@@ -8,6 +8,7 @@ from mmfinetune.utils import console
 
 # Tries for one split, as far as they cost no more than a few seconds.
 _TRIES = 10
+MAX_SEED = (1 << 32) // _TRIES - 1  # each try has a seed of its own, of 32 bits
 _TRIED_GROUPS = 50_000
 
 

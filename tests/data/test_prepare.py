@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from mmfinetune.data import formats, to_coco
 from mmfinetune.data import prepare as data_prepare
-from mmfinetune.data import to_coco
 from mmfinetune.data import writer as data_writer
 from mmfinetune.data.formats import FORMATS, detect
 from mmfinetune.data.prepare import format_summary, prepare
@@ -567,3 +567,28 @@ def test_coco_train_size_takes_little_memory(tmp_path):
     # Outlines that touch the image with a corner only have no pixel in it.
     assert 0.99 * annotations < summary.splits['train'].objects <= annotations
     assert peak < 4
+
+
+def test_options_of_another_format_are_refused(tmp_path):
+    site = tmp_path / 'in'
+    (site / 'images').mkdir(parents=True)
+    (site / 'data.yaml').write_text('names: [cat]\ntrain: images')
+    options = dict(boxes_as_masks=True, trust_masks=True, threshold=9, relative=False, void=None, ratio=1)
+    with refused('format-options', format='yolo') as caught:
+        prepare(site, tmp_path / 'out', **options)
+    assert [(p.facts['option'], p.facts['others']) for p in caught.value.problems] == [
+        ('trust-masks', 'voc'),
+        ('threshold', 'binary-masks'),
+        ('ratio', 'no format'),
+    ]
+    assert not (tmp_path / 'out').exists()
+
+
+@pytest.mark.parametrize('name', FORMATS)
+def test_each_option_of_a_format_is_one_of_the_tool_and_of_its_reader(name):
+    module = FORMATS[name].reader.split('.')[0]
+    source = Path(formats.__file__).with_name(f'{module}.py').read_text()
+    tool = (Path(__file__).parents[2] / 'tools/prepare_data.py').read_text()
+    for option in FORMATS[name].options:
+        assert f"'{option}'" in source
+        assert f"'--{option.replace('_', '-')}'" in tool or option == 'splits'

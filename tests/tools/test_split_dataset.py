@@ -50,6 +50,7 @@ def test_no_hash_seed_changes_the_split(tmp_path):
         (['.', '--ratios', '70'], 'split-ratios'),
         (['.', '--group-by', '('], 'split-pattern'),
         (['.', '--seed', '-1'], 'split-seed'),
+        (['.', '--seed', '4294967295'], 'split-seed'),
     ],
 )
 def test_mistakes_are_one_message_and_leave_nothing(tmp_path, monkeypatch, args, code):
