@@ -65,7 +65,7 @@ def run(options: Options) -> int:
 def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
     """See `run`; a dry run has a folder for what would be made."""
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
-    if gpus > 1 and (options.trains or options.tests):
+    if gpus > 1 and (options.trains or options.tests) and not options.dry_run:
         load.load(options.config, options.cfg_options)  # what is wrong with it is shown before processes start
         print(f'Starting {gpus} processes (--gpus 1 for one)', flush=True)
         return launch.launch(gpus, sys.argv)
@@ -88,7 +88,7 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
     to_make: dict[str, Path] = {}
     plan = planned(options)
     start = _check_weights(plan.cfg, options.json) if options.check_weights else None
-    if start and not (options.trains or options.tests):
+    if start and not (options.trains or options.tests or (options.dry_run and not options.json)):
         return 0
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
@@ -99,11 +99,11 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
     runner, course = None, None
-    if options.trains:
+    if trial:
+        course = _rehearse(plan, trial)
+    elif options.trains:
         runner = _build(plan, start, lock)
         course = schedule.course_of(runner)
-    elif options.dry_run:
-        course = _rehearse(plan)
     say(summary(plan, splits, course))
     if options.dry_run:
         say('Dry run: nothing was trained.')
@@ -177,7 +177,7 @@ def summary(plan: RunPlan, splits: Mapping[str, Split], course: schedule.Course 
     if course is None:
         return '\n'.join(data)
     parts = [split for name, split in splits.items() if views.split_of(name) == 'train']
-    kinds = {sum(s.images for s in parts): 'images', sum(s.usable for s in parts): 'images with objects'}
+    kinds = {sum(s.usable for s in parts): 'images with objects', sum(s.images for s in parts): 'images'}
     kind = kinds.get(course.samples, 'samples')  # with `indices`, or wrappers that repeat
     lines = list(plan.resumed)
     line = f'{course.samples:,} {kind} / ({plan.world} GPU x {cfg.train_dataloader.batch_size}) = {course.steps:,} an epoch'
@@ -205,9 +205,11 @@ def _data_lines(splits: Mapping[str, Split]) -> list[str]:
     return [*lines(s.path.name for s in splits.values()), f'       in {folders.pop()}']
 
 
-def _rehearse(plan: RunPlan) -> schedule.Course:
+def _rehearse(plan: RunPlan, trial: Path) -> schedule.Course:
     from mmfinetune.engine.runner import rehearse
 
+    # YAPF, with which MMEngine writes configs, keeps its grammar there. Weights have been looked for in the user's.
+    os.environ['XDG_CACHE_HOME'] = str(trial)
     return rehearse(plan.cfg, plan.world)
 
 
@@ -248,7 +250,8 @@ def _build(plan: RunPlan, start: WeightCheck | None, lock: RunLock) -> FineTunin
     rank0_first(lambda: lock.take(Path(cfg.work_dir)))
     barrier()
     work_dir = Path(cfg.work_dir)
-    before = set(work_dir.glob('*'))
+    logs = f'{"[0-9]" * 8}_{"[0-9]" * 6}'  # MMEngine's folder; others may write into the work dir at this time
+    before = set(work_dir.glob(logs))
     try:
         with _explaining(cfg):
             runner = FineTuningRunner.from_cfg(cfg)
@@ -256,7 +259,7 @@ def _build(plan: RunPlan, start: WeightCheck | None, lock: RunLock) -> FineTunin
             runner.build()
     except BaseException:
         if is_main_process():
-            for path in set(work_dir.glob('*')) - before:
+            for path in set(work_dir.glob(logs)) - before:
                 shutil.rmtree(path, ignore_errors=True)
         raise
     return runner

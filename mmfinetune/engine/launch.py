@@ -110,9 +110,9 @@ def processes(gpus: str | None) -> int:
         gpus: GPUs of this machine: ``'all'`` visible ones (or None), or a number; without a GPU, processes on the CPU.
     """
     machines = Node.of_environment().count
-    if gpus not in (None, 'all') and not (gpus.isdigit() and int(gpus) > 0):
+    if gpus not in (None, 'all') and not re.fullmatch(r'0*[1-9][0-9]{0,3}', gpus):
         raise UserError('run-gpus', gpus=gpus)
-    if gpus == '1':
+    if gpus not in (None, 'all') and int(gpus) == 1:
         return machines
     import torch
 

@@ -453,8 +453,35 @@ def test_dry_run_writes_nothing_anywhere(tmp_path):
     }
     assert len(ended) == 4 * len(configs)
     # What it says is where training will have it.
-    assert '(data/demo/VOCdevkit/VOC2012/annotations/instances_train.json)' in done.stdout
+    assert '(instances_train.json)' in done.stdout and ' in data/demo/VOCdevkit/VOC2012/annotations\n' in done.stdout
     assert str(places['tmp']) not in done.stdout
+
+
+@pytest.mark.parametrize('parts', [['--train'], ['--train', '--test'], ['--gpus', '2', '--train'], ['--check-weights']])
+def test_dry_run_of_parts_is_a_dry_run(in_site, parts):
+    outcome = train_tool('tiny.py', '--dry-run', '--work-dir', 'work_dirs/dry', *parts)
+    assert outcome.code == 0, outcome.err
+    assert 'Steps: ' in outcome.out and outcome.out.rstrip().endswith('Dry run: nothing was trained.')
+    assert ('origin: ' in outcome.out) == (parts == ['--check-weights'])
+    assert 'Starting 2 processes' not in outcome.out
+    assert not Path('work_dirs/dry').exists()
+
+
+def test_a_start_that_fails_takes_its_log_folder_away_and_nothing_else(in_site, monkeypatch):
+    from mmfinetune.engine.runner import FineTuningRunner
+
+    work_dir = Path('work_dirs/mine')
+    made = []
+
+    def build(runner):
+        made.append(Path(runner.log_dir))
+        (work_dir / 'notes').mkdir()
+        (work_dir / 'notes/mine.txt').write_text('x')
+        raise UserError('config-cannot-build')
+
+    monkeypatch.setattr(FineTuningRunner, 'build', build)
+    assert_refused(train_tool('tiny.py', '--train', '--work-dir', str(work_dir)), 'config-cannot-build')
+    assert made and not made[0].exists() and (work_dir / 'notes/mine.txt').exists()
 
 
 def test_dry_run_counts_images_and_steps(in_site):
@@ -462,7 +489,7 @@ def test_dry_run_counts_images_and_steps(in_site):
         'tiny.py', '--dry-run', '--cfg-options', 'train_dataloader.batch_size=3', 'train_cfg.max_epochs=5'
     ).out
     assert f'train {TRAIN_IMAGES} images' in out and f'val   {VAL_IMAGES} images' in out
-    assert '8 images with objects / (1 GPU x 3) = 3 an epoch x 5 epochs = 15' in out
+    assert '8 images / (1 GPU x 3) = 3 an epoch x 5 epochs = 15' in out
     assert 'nothing was trained' in out.splitlines()[-1]
 
 
@@ -725,7 +752,7 @@ def test_torchrun_of_two(in_site, tmp_path):
     )
     assert outcome.code == 0, outcome.err[-3000:]
     assert 'lr:    0.04 = 0.02 x (2 GPU x 4 images x 1 accumulation) / 4' in outcome.out
-    assert '8 images with objects / (2 GPU x 4) = 1 an epoch' in outcome.out
+    assert '8 images / (2 GPU x 4) = 1 an epoch' in outcome.out
     for once in ('segm AP50 =', 'Results: ', 'Weights: ', 'Step 1: ', 'Epoch 1/1', 'val loss'):
         assert outcome.out.count(once) == 1, once
     files = files_in(tmp_path / 'run')

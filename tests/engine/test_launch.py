@@ -91,6 +91,8 @@ def test_processes(monkeypatch, gpus, visible, expected):
         ('-1', 4, 'run-gpus'),
         ('two', 4, 'run-gpus'),
         ('', 4, 'run-gpus'),
+        ('²', 4, 'run-gpus'),
+        ('10000', 0, 'run-gpus'),
         ('5', 4, 'run-too-few-gpus'),
         ('2', 1, 'run-too-few-gpus'),
     ],
