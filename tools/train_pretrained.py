@@ -6,6 +6,7 @@ EXAMPLES = """
 python tools/train_pretrained.py                                  # the VOC run: train, then test
 python tools/train_pretrained.py --check-weights                  # what would be loaded
 python tools/train_pretrained.py --dry-run                        # data sizes, steps, lr; no more
+python tools/train_pretrained.py --dry-run --probe                # and time, memory, disk of the training
 python tools/train_pretrained.py configs/mask_rcnn_demo.py        # minutes on a CPU
 python tools/train_pretrained.py --data-root /data/VOCdevkit --work-dir work_dirs/try1
 python tools/train_pretrained.py --resume                         # continue from the last checkpoint
@@ -35,7 +36,12 @@ def main() -> int:
     parts.add_argument('--train', action='store_true', help='train only')
     parts.add_argument('--test', action='store_true', help='test only: the best checkpoint of the work dir')
     add(parts, '--dry-run', more='data sizes, steps and the lr of each group')
-    add(parser, '--json', more='(with --check-weights)')
+    parts.add_argument(
+        '--probe',
+        action='store_true',
+        help='with --dry-run: a few steps and validation images, and from them time, memory, disk and what limits',
+    )
+    add(parser, '--json', more='(with --check-weights or --probe)')
     parser.add_argument(
         '--weights',
         metavar='FILE',
@@ -85,8 +91,8 @@ def main() -> int:
         help="use the config's lr whatever the number of GPUs and the batch size",
     )
     args = parser.parse_args()
-    if args.json and not args.check_weights:
-        parser.error('--json prints the result of --check-weights: add that, or leave --json out')
+    if args.json and args.check_weights == args.probe:
+        parser.error('--json prints the result of either --check-weights or --probe: pass one of them with it')
     if args.weights and args.test and not (args.train or args.head_init):
         note('the file to test is now named with --checkpoint; --weights will only mean what training starts from')
         args.checkpoint, args.weights = args.weights, None

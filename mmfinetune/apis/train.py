@@ -55,14 +55,15 @@ def run(options: Options) -> int:
     Raises:
         UserError: Anything the user can fix, found before training where possible.
     """
+    begun = time.perf_counter()
     check_early(options)
     console.status('Loading PyTorch…')
     launch.take_place()
     with RunLock() as lock, _leaving_nothing() if options.dry_run else contextlib.nullcontext() as folder:
-        return _run(options, folder, lock)
+        return _run(options, folder, lock, begun)
 
 
-def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
+def _run(options: Options, trial: Path | None, lock: RunLock, begun: float) -> int:
     """See `run`; a dry run has a folder for what would be made."""
     gpus = 1 if launch.is_worker() else launch.processes(options.gpus)
     if gpus > 1 and (options.trains or options.tests) and not options.dry_run:
@@ -86,6 +87,7 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
         return plan
 
     to_make: dict[str, Path] = {}
+    quiet = options.probe and options.json  # then JSON is all that is printed
     plan = planned(options)
     start = _check_weights(plan.cfg, options.json) if options.check_weights else None
     if start and not (options.trains or options.tests or (options.dry_run and not options.json)):
@@ -93,20 +95,22 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
     if to_make:
-        say('Data:  not made yet; training will make it:')
+        if not quiet:
+            say('Data:  not made yet; training will make it:')
         splits = {name: dataclasses.replace(s, path=to_make.get(name, s.path)) for name, s in splits.items()}
     if options.batch_size == AUTO:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
-    runner, course = None, None
+    runner, course, startup = None, None, time.perf_counter() - begun
     if trial:
         course = _rehearse(plan, trial)
     elif options.trains:
         runner = _build(plan, start, lock)
         course = schedule.course_of(runner)
-    say(summary(plan, splits, course))
+    if not quiet:
+        say(summary(plan, splits, course))
     if options.dry_run:
-        say('Dry run: nothing was trained.')
+        _end_dry_run(plan, course, startup)
         return 0
     if runner is not None:
         if runner.start and not options.check_weights:
@@ -116,11 +120,14 @@ def _run(options: Options, trial: Path | None, lock: RunLock) -> int:
         _test(plan, runner, lock)
     if runner is not None:
         diagnose(runner, options)
-    folder = Path(plan.cfg.work_dir)
+    _say_where(Path(plan.cfg.work_dir), options)
+    return 0
+
+
+def _say_where(folder: Path, options: Options) -> None:
     say(f'Results: {folder}{" (pictures in figures/)" if options.tests and (folder / "figures").is_dir() else ""}')
     if (folder / LOG_DIR).is_dir():
         say(f'Curves:  tensorboard --logdir {folder / LOG_DIR}')
-    return 0
 
 
 @contextlib.contextmanager
@@ -148,6 +155,8 @@ def check_early(options: Options) -> None:
         raise UserError('resume-missing', path=options.resume)
     if options.gpus and launch.is_worker() and not launch.was_launched():
         raise UserError('gpus-already-started')
+    if options.probe and not options.dry_run:
+        raise UserError('probe-without-dry-run')
     if options.new_schedule and not resumes:
         raise UserError('new-schedule-without-resume')
     if resumes and options.lr is not None and not options.new_schedule:
@@ -211,6 +220,20 @@ def _rehearse(plan: RunPlan, trial: Path) -> schedule.Course:
     # YAPF, with which MMEngine writes configs, keeps its grammar there. Weights have been looked for in the user's.
     os.environ['XDG_CACHE_HOME'] = str(trial)
     return rehearse(plan.cfg, plan.world)
+
+
+def _end_dry_run(plan: RunPlan, course: schedule.Course | None, startup: float) -> None:
+    from mmfinetune.apis.probe import probe
+
+    options = plan.options
+    if options.probe and course:
+        with _explaining(plan.cfg):
+            found = probe(plan, course, startup)
+        if options.json:
+            say(json.dumps(found.as_dict(), indent=1))
+            return
+        say('\n'.join(found.lines()))
+    say('Dry run: nothing was trained.')
 
 
 def _move_earlier_run(work_dir: Path, log_dir: Path) -> None:

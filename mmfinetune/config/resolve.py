@@ -49,6 +49,7 @@ class Options:
     train: bool = False
     test: bool = False
     dry_run: bool = False
+    probe: bool = False
     check: bool = True
     weights: str | None = None
     checkpoint: str | None = None
