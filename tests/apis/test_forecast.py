@@ -18,6 +18,7 @@ from mmfinetune.engine.transforms import LoadImage
 from tests.builders.runs import files_in, train_tool
 
 GIB = 2**30
+ONE_STEP = ('train_dataloader.batch_size=8', 'train_cfg.max_epochs=1')
 MEASURED = Measured(
     startup=5,
     first=2,
@@ -119,11 +120,11 @@ def test_a_slow_loader_limits(in_site, monkeypatch):
         return load(self, results)
 
     monkeypatch.setattr(LoadImage, 'transform', slow)
-    # Without validation, which this would slow down as well.
-    args = ('--cfg-options', 'val_dataloader=None', 'val_cfg=None', 'val_evaluator=None')
+    # One step, and no validation, which this would slow down as well.
+    args = ('--cfg-options', 'val_dataloader=None', 'val_cfg=None', 'val_evaluator=None', *ONE_STEP)
     outcome = train_tool('tiny.py', '--dry-run', '--probe', '--json', '--work-dir', 'work_dirs/probed', *args)
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
     assert (found['limits'], found['validations']) == ('loader', 0)
-    assert found['step'] > 4 * 0.15  # images of a batch, one after another
+    assert found['step'] > 8 * 0.15  # images of a batch, one after another
     assert found['disk'] > 0 and not Path('work_dirs/probed').exists()
