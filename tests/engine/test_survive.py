@@ -500,7 +500,7 @@ def parent_of(pid: int) -> int:
 @pytest.mark.parametrize('killed', ('first', 'rank', 'loader'))
 def test_no_process_is_left_when_one_is_killed(site, tmp_path, start, killed):
     mark, log = f'{MARK}={tmp_path}', tmp_path / 'log'
-    tool = [str(TOOLS / 'train_pretrained.py'), 'tiny.py', '--train', '--work-dir', str(tmp_path / 'run')]
+    tool = [str(TOOLS / 'train_pretrained.py'), 'tiny.py', '--train', '--verbose', '--work-dir', str(tmp_path / 'run')]
     command = {
         'alone': [sys.executable, *tool, '--gpus', '1'],
         'launcher': [sys.executable, *tool, '--gpus', '2'],
