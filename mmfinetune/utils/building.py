@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from mmfinetune.utils.errors import Message, UserError
+from mmfinetune.utils.errors import Message, Stopped, UserError
 
 
 @contextlib.contextmanager
@@ -17,7 +17,7 @@ def building(part: str) -> Iterator[None]:
         yield
     except Exception as error:
         # Memory is not the setting's fault alone; PyTorch's error is told by name, as nothing here imports it.
-        if isinstance(error, UserError) or type(error).__name__ == 'OutOfMemoryError':
+        if isinstance(error, (UserError, Stopped)) or type(error).__name__ == 'OutOfMemoryError':
             raise
         last = traceback.extract_tb(error.__traceback__)[-1]
         place = f'{"/".join(Path(last.filename).parts[-3:])}:{last.lineno}'
