@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ ROOT = Path(__file__).parents[1]
 hypothesis.settings.register_profile('steady', derandomize=True, deadline=None)
 hypothesis.settings.register_profile('search', deadline=None, max_examples=2000)
 hypothesis.settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'steady'))
+# nohup has it ignored, here and in the processes that tests start, which then wait for it for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope='session', autouse=True)
