@@ -42,28 +42,17 @@ def probe(plan: RunPlan, course: Course, startup: float) -> Forecast:
         course: Its length.
         startup: Seconds that the program has taken up to where training builds its runner.
     """
+    from mmfinetune.config.resolve import set_probe
+
     cfg = copy.deepcopy(plan.cfg)
     try:
         start = run_weights.start_of(cfg) if cfg.get('weights') else None
     except UserError:  # still to be downloaded: random weights take as long
         start = None
     with tempfile.TemporaryDirectory(prefix='mmfinetune_probe_') as folder, contextlib.redirect_stdout(io.StringIO()):
-        _set_probe(cfg, folder, course)
+        set_probe(cfg, folder, _LOCAL, by_epoch=bool(course.epochs))
         measured, length = _measure(cfg, course, plan, start, startup)
     return forecast(measured, length, room(Path(plan.cfg.work_dir)))
-
-
-def _set_probe(cfg: Config, folder: str, course: Course) -> None:
-    """Let a run be short, elsewhere, silent and in one process."""
-    cfg.work_dir, cfg.experiment_name, cfg.log_level = folder, 'probe', 'ERROR'
-    cfg.launcher, cfg.model_wrapper_cfg = 'none', None
-    cfg.resume, cfg.load_from = False, None
-    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'console': None}
-    if visualizer := cfg.get('visualizer'):
-        backends = [b for b in visualizer.get('vis_backends') or () if b['type'] in _LOCAL]
-        visualizer.vis_backends = [{**b, 'save_dir': str(Path(folder, 'curves'))} for b in backends]
-    if course.epochs:
-        cfg.train_cfg.max_epochs = 1  # the room for more is looked at by the forecast
 
 
 def _measure(cfg: Config, course: Course, plan: RunPlan, start: Any, startup: float) -> tuple[Measured, Length]:

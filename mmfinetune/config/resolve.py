@@ -330,3 +330,16 @@ def set_rehearsal(cfg: Config, work_dir: str, world: int) -> None:
     cfg.train_dataloader.batch_size *= world
     cfg.launcher, cfg.model_wrapper_cfg = 'none', None
     cfg.work_dir, cfg.log_level, cfg.experiment_name = work_dir, 'ERROR', 'rehearsal'
+
+
+def set_probe(cfg: Config, work_dir: str, backends: Sequence[str], by_epoch: bool) -> None:
+    """Let a run be short, elsewhere, silent and in one process; of the visualizer's backends these alone."""
+    cfg.work_dir, cfg.experiment_name, cfg.log_level = work_dir, 'probe', 'ERROR'
+    cfg.launcher, cfg.model_wrapper_cfg = 'none', None
+    cfg.resume, cfg.load_from = False, None
+    cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'console': None}
+    if visualizer := cfg.get('visualizer'):
+        kept = [backend for backend in views.vis_backends(cfg) if backend['type'] in backends]
+        visualizer.vis_backends = [{**backend, 'save_dir': str(Path(work_dir, 'curves'))} for backend in kept]
+    if by_epoch:
+        cfg.train_cfg.max_epochs = 1  # the room for more is looked at by the forecast

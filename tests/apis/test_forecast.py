@@ -116,7 +116,7 @@ def test_a_slow_loader_limits(in_site, monkeypatch):
     load = LoadImage.transform
 
     def slow(self, results):
-        time.sleep(0.15)
+        time.sleep(0.4)
         return load(self, results)
 
     monkeypatch.setattr(LoadImage, 'transform', slow)
@@ -126,5 +126,5 @@ def test_a_slow_loader_limits(in_site, monkeypatch):
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
     assert (found['limits'], found['validations']) == ('loader', 0)
-    assert found['step'] > 8 * 0.15  # images of a batch, one after another
+    assert found['step'] > 8 * 0.4  # images of a batch, one after another
     assert found['disk'] > 0 and not Path('work_dirs/probed').exists()
