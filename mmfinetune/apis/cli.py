@@ -39,22 +39,21 @@ EXIT_CODES = {
 }
 
 
-def integer(lowest: int, highest: int = (1 << 31) - 1) -> Callable[[str], int]:
+def integer(lowest: int, highest: int = (1 << 31) - 1, name: str | None = None) -> Callable[[str], int]:
     """What reads an option's value as an integer within bounds; the highest is that of a C int by default."""
+    name = name or f'an integer from {lowest:,} to {highest:,}'
 
     def read(text: str) -> int:
-        # Python does not read thousands of digits.
+        # Python does not read thousands of digits, and takes 1_0 and blanks.
         with contextlib.suppress(ValueError):
-            if lowest <= int(text) <= highest:
+            if text.removeprefix('-').isdecimal() and lowest <= int(text) <= highest:
                 return int(text)
-        if lowest == 1 and highest == (1 << 31) - 1:
-            raise argparse.ArgumentTypeError(f'{brief(text)} is not a positive integer')
-        raise argparse.ArgumentTypeError(f'{brief(text)} is not an integer from {lowest:,} to {highest:,}')
+        raise argparse.ArgumentTypeError(f'{brief(text)} is not {name}')
 
     return read
 
 
-positive_int = integer(1)
+positive_int = integer(1, name='a positive integer')
 
 
 def positive_int_or_auto(text: str) -> int | str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mmfinetune.utils.errors import Message
+from mmfinetune.utils.files import nearest
 from mmfinetune.utils.text import duration, plural
 
 _GIB = 2**30
@@ -124,24 +124,20 @@ class Forecast:
 def forecast(measured: Measured, length: Length, free: int) -> Forecast:
     """Put times and lengths together.
 
-    Batches are loaded beside the steps by processes; without any, steps wait for them.
-
     Args:
         measured: What a probe has found.
         length: Of the run.
         free: Bytes free on the disk.
     """
     m, n = measured, length
-    step = max(m.step, m.loader) if n.workers else m.step + m.loader
-    waits = step - m.step
-    epoch = n.steps * step
+    step = with_loader(m.step, m.loader, n.workers)
     evaluation = m.evaluate + n.val_images * m.evaluate_image
     validation = n.val_images * m.image + evaluation + m.validation_end
-    steps, starts = n.epochs * n.steps, max(0, n.epochs - 1) * m.epoch_start
+    steps = n.epochs * n.steps
     parts = {
         'start': m.startup + m.first,
         'steps': steps * m.step,
-        'loader': steps * waits + starts,
+        'loader': steps * (step - m.step) + (n.epochs - 1) * m.epoch_start,
         'validation': n.validations * validation,
         'saving': n.epochs * m.epoch_end,
     }
@@ -150,9 +146,14 @@ def forecast(measured: Measured, length: Length, free: int) -> Forecast:
     if parts['validation'] > steps * step:
         limits = 'validation'
     disk = n.checkpoints * m.checkpoint + n.best * m.best + m.other * max(1, n.validations)
-    whole = epoch + m.epoch_end + (starts / (n.epochs - 1) if n.epochs > 1 else 0)
+    epoch = n.steps * step + m.epoch_end + (m.epoch_start if n.epochs > 1 else 0)
     facts = (m.memory, m.on_gpu, disk, free, limits, n.workers, parts)
-    return Forecast(step, whole, validation, n.validations, sum(parts.values()), test, *facts)
+    return Forecast(step, epoch, validation, n.validations, sum(parts.values()), test, *facts)
+
+
+def with_loader(step: float, loader: float, workers: int) -> float:
+    """Seconds of a step and its batch: processes load beside the steps; without any, steps wait for the loading."""
+    return max(step, loader) if workers else step + loader
 
 
 def validations_of(length: int, begin: int, interval: int, dynamic: Sequence[tuple[int, int]] = ()) -> int:
@@ -163,18 +164,17 @@ def validations_of(length: int, begin: int, interval: int, dynamic: Sequence[tup
         begin, interval: ``val_begin`` and ``val_interval``.
         dynamic: ``dynamic_intervals``: pairs of a place and the interval from it on.
     """
-    places, intervals = [0, *(p for p, _ in dynamic)], [interval, *(i for _, i in dynamic)]
+    from mmengine.runner.utils import calc_dynamic_intervals
 
-    def due(at: int) -> bool:
-        return at >= begin and (at % intervals[bisect.bisect(places, at + 1) - 1] == 0 or at == length)
+    from mmfinetune.engine.train_loop import interval_after, is_validation_due
 
-    return sum(map(due, range(1, length + 1)))
+    places = calc_dynamic_intervals(interval, list(dynamic) or None)
+    return sum(is_validation_due(at, length, begin, interval_after(at, *places)) for at in range(1, length + 1))
 
 
 def room(work_dir: Path) -> int:
     """Bytes free where a work dir is or will be."""
-    folder = work_dir.absolute()
-    return shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.is_dir())).free
+    return shutil.disk_usage(nearest(work_dir)).free
 
 
 def _clock(seconds: float) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmfinetune.apis import run_weights
-from mmfinetune.apis.forecast import Forecast, Length, Measured, forecast, room, validations_of
+from mmfinetune.apis.forecast import Forecast, Length, Measured, forecast, room, validations_of, with_loader
 from mmfinetune.utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,33 +24,32 @@ if TYPE_CHECKING:
     from mmfinetune.config.resolve import RunPlan
     from mmfinetune.config.schedule import Course
     from mmfinetune.engine.runner import FineTuningRunner
+    from mmfinetune.weights.check import WeightCheck
 
 WARM_UP, STEPS = 2, 5
 _VAL_IMAGES = 16
 _LOAD_S = 20.0  # at most so long the loader is timed
 # Validations of a trained model find about so many objects for each that is there.
 _FOUND = 2
-# What a run writes curves with; others would send the probe to a server.
-_LOCAL = ('LocalVisBackend', 'TensorBoardBackend', 'TensorboardVisBackend')
 
 
-def probe(plan: RunPlan, course: Course, startup: float) -> Forecast:
+def probe(plan: RunPlan, course: Course, startup: float, start: WeightCheck | None) -> Forecast:
     """Forecast a training from some of its steps; nothing of them is kept.
 
     Args:
         plan: Of the run.
         course: Its length.
         startup: Seconds that the program has taken up to where training builds its runner.
+        start: The weights that it starts from, where they have been looked at.
     """
     from mmfinetune.config.resolve import set_probe
 
     cfg = copy.deepcopy(plan.cfg)
-    try:
-        start = run_weights.start_of(cfg) if cfg.get('weights') else None
-    except UserError:  # still to be downloaded: random weights take as long
-        start = None
+    if start is None and cfg.get('weights'):
+        with contextlib.suppress(UserError):  # still to be downloaded: random weights take as long
+            start = run_weights.start_of(cfg)
     with tempfile.TemporaryDirectory(prefix='mmfinetune_probe_') as folder, contextlib.redirect_stdout(io.StringIO()):
-        set_probe(cfg, folder, _LOCAL, by_epoch=bool(course.epochs))
+        set_probe(cfg, folder, by_epoch=bool(course.epochs))
         measured, length = _measure(cfg, course, plan, start, startup)
     return forecast(measured, length, room(Path(plan.cfg.work_dir)))
 
@@ -64,7 +63,7 @@ def _measure(cfg: Config, course: Course, plan: RunPlan, start: Any, startup: fl
     runner.start = start
     runner.build()
     hook = ProbeHook(min(WARM_UP + STEPS, course.steps))
-    runner.register_hook(hook, 'LOWEST')
+    runner.register_hook(hook)
     with contextlib.suppress(Enough):
         runner.train()
     startup += hook.started - begun
@@ -77,7 +76,7 @@ def _measure(cfg: Config, course: Course, plan: RunPlan, start: Any, startup: fl
     if runner.val_loop is not None:
         val = _time_validation(runner)
     workers = runner.train_dataloader.num_workers
-    usual = (max(step, loader) if workers else step + loader) * max(warm, 1)
+    usual = with_loader(step, loader, workers) * max(warm, 1)
     first = max(0.0, hook.ends[max(warm, 1) - 1] - hook.started - usual)
     sizes = _sizes(runner, Path(cfg.work_dir))
     measured = Measured(
@@ -158,7 +157,7 @@ def _time_validation(runner: FineTuningRunner) -> dict[str, Any]:
 
 def _validate(runner: FineTuningRunner, batches: int) -> tuple[int, float, float, float]:
     """Validate some batches; images, and seconds of the evaluation, of the images and of what follows."""
-    import torch
+    from mmfinetune.engine.hooks.probe import now
 
     loop: Any = runner.val_loop
     runner.call_hook('before_val')
@@ -168,9 +167,7 @@ def _validate(runner: FineTuningRunner, batches: int) -> tuple[int, float, float
     for idx, batch in enumerate(itertools.islice(loop.dataloader, batches)):
         loop.run_iter(idx, batch)
         images += len(batch['inputs'])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - begun
+    seconds = now() - begun
     begun = time.perf_counter()
     metrics = loop.evaluator.evaluate(images)
     evaluated = time.perf_counter() - begun
@@ -196,16 +193,13 @@ def _length(runner: FineTuningRunner, course: Course, plan: RunPlan) -> Length:
 
     cfg, world = plan.cfg, plan.world
     train, length = cfg.train_cfg, course.epochs or course.total
-    dynamic = train.get('dynamic_intervals') or train.get('dynamic_intervals_list') or ()
-    interval = train.get('val_interval', 1)
+    dynamic, interval = train.get('dynamic_intervals') or (), train.get('val_interval', 1)
     validations = validations_of(length, train.get('val_begin', 1), interval, dynamic) if runner.val_loop else 0
     files, best = 1, 0
     for hook in runner.hooks:
         if isinstance(hook, SafeCheckpointHook):
             saves = -(-length // hook.interval) if hook.interval > 0 else 1
-            kept = min(hook.max_keep_ckpts, saves) if hook.max_keep_ckpts > 0 else saves
-            # One more than is kept, as each is written before another goes.
-            files, best = 1 + kept + bool(hook.every_n_iters), len(hook.best_rules)
+            files, best = hook.files.most(saves) + bool(hook.every_n_iters), len(hook.best_rules)
     val_images, test_images = (
         -(-len(loop.dataloader.dataset) // world) if loop is not None else 0
         for loop in (runner.val_loop, runner.test_loop)

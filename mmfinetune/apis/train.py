@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import shutil
 import sys
 import tempfile
@@ -31,6 +30,7 @@ from mmfinetune.utils.download import OFFLINE
 from mmfinetune.utils.errors import Message, UserError
 from mmfinetune.utils.extras import extra
 from mmfinetune.utils.files import atomic_write_json, require_writable
+from mmfinetune.utils.processes import environment
 from mmfinetune.utils.run_lock import RunLock
 from mmfinetune.weights import find
 from mmfinetune.weights import work_dir as weights_work_dir
@@ -87,31 +87,20 @@ def _run(options: Options, trial: Path | None, lock: RunLock, begun: float) -> i
         return plan
 
     to_make: dict[str, Path] = {}
-    quiet = options.probe and options.json  # then JSON is all that is printed
     plan = planned(options)
     start = _check_weights(plan.cfg, options.json) if options.check_weights else None
     if start and not (options.trains or options.tests or (options.dry_run and not options.json)):
         return 0
     # Only rank 0 writes; the others wait until the data are there.
     splits = rank0_first(lambda: _prepare(plan))
-    if to_make:
-        if not quiet:
-            say('Data:  not made yet; training will make it:')
-        splits = {name: dataclasses.replace(s, path=to_make.get(name, s.path)) for name, s in splits.items()}
     if options.batch_size == AUTO:
         size = rank0_first(lambda: batch_size.find(plan.cfg))
         plan = planned(dataclasses.replace(options, batch_size=size))
-    runner, course, startup = None, None, time.perf_counter() - begun
     if trial:
-        course = _rehearse(plan, trial)
-    elif options.trains:
-        runner = _build(plan, start, lock)
-        course = schedule.course_of(runner)
-    if not quiet:
-        say(summary(plan, splits, course))
-    if options.dry_run:
-        _end_dry_run(plan, course, startup)
+        _dry_run(plan, splits, to_make, start, trial, time.perf_counter() - begun)
         return 0
+    runner = _build(plan, start, lock) if options.trains else None
+    say(summary(plan, splits, schedule.course_of(runner) if runner else None))
     if runner is not None:
         if runner.start and not options.check_weights:
             say(runner.start.summary())
@@ -133,15 +122,10 @@ def _say_where(folder: Path, options: Options) -> None:
 @contextlib.contextmanager
 def _leaving_nothing() -> Iterator[Path]:
     """A folder for all that is written, libraries' caches too; it is gone in the end."""
-    before = dict(os.environ)
     with tempfile.TemporaryDirectory(prefix='mmfinetune_') as folder:
-        os.environ[OFFLINE] = '1'
-        os.environ.update(dict.fromkeys(('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'), folder))
-        try:
+        caches = dict.fromkeys(('MPLCONFIGDIR', 'TORCHINDUCTOR_CACHE_DIR', 'TRITON_CACHE_DIR'), folder)
+        with environment({OFFLINE: '1', **caches}):
             yield Path(folder)
-        finally:
-            os.environ.clear()
-            os.environ.update(before)
 
 
 def check_early(options: Options) -> None:
@@ -214,21 +198,29 @@ def _data_lines(splits: Mapping[str, Split]) -> list[str]:
     return [*lines(s.path.name for s in splits.values()), f'       in {folders.pop()}']
 
 
-def _rehearse(plan: RunPlan, trial: Path) -> schedule.Course:
+def _dry_run(
+    plan: RunPlan,
+    splits: Mapping[str, Split],
+    to_make: Mapping[str, Path],
+    start: WeightCheck | None,
+    trial: Path,
+    startup: float,
+) -> None:
+    from mmfinetune.apis.probe import probe
     from mmfinetune.engine.runner import rehearse
 
-    # YAPF, with which MMEngine writes configs, keeps its grammar there. Weights have been looked for in the user's.
-    os.environ['XDG_CACHE_HOME'] = str(trial)
-    return rehearse(plan.cfg, plan.world)
-
-
-def _end_dry_run(plan: RunPlan, course: schedule.Course | None, startup: float) -> None:
-    from mmfinetune.apis.probe import probe
-
     options = plan.options
-    if options.probe and course:
+    # YAPF, with which MMEngine writes configs, keeps its grammar there.
+    with environment({'XDG_CACHE_HOME': str(trial)}):
+        course = rehearse(plan.cfg, plan.world)
+    if not (options.probe and options.json):  # then JSON is all that is printed
+        if to_make:
+            say('Data:  not made yet; training will make it:')
+        splits = {name: dataclasses.replace(s, path=to_make.get(name, s.path)) for name, s in splits.items()}
+        say(summary(plan, splits, course))
+    if options.probe:
         with _explaining(plan.cfg):
-            found = probe(plan, course, startup)
+            found = probe(plan, course, startup, start)
         if options.json:
             say(json.dumps(found.as_dict(), indent=1))
             return

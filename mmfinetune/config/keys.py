@@ -141,7 +141,7 @@ def check_values(cfg: Config) -> list[Message]:
             if whole:
                 problems.append(Message('config-not-whole', **facts))
             elif lowest == POSITIVE:
-                problems.append(Message('config-not-positive', key=facts['key'], value=value))
+                problems.append(Message('config-not-positive', **facts))
             else:
                 problems.append(Message('config-not-a-number', **facts))
     told = {problem.facts['key'] for problem in problems}

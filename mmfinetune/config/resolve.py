@@ -36,6 +36,7 @@ LOGGERS = {
     'DVCLiveVisBackend': ('dvclive', 'pygit2'),
     'AimVisBackend': ('aim',),
 }
+_LOCAL_LOGGERS = ('LocalVisBackend', 'TensorBoardBackend', 'TensorboardVisBackend')
 AMP_DTYPES = {'fp16': 'float16', 'bf16': 'bfloat16'}
 
 
@@ -328,18 +329,21 @@ def set_rehearsal(cfg: Config, work_dir: str, world: int) -> None:
     cfg.visualizer = dict(type='Visualizer', vis_backends=[])
     # One process with the images of all has as many steps.
     cfg.train_dataloader.batch_size *= world
-    cfg.launcher, cfg.model_wrapper_cfg = 'none', None
-    cfg.work_dir, cfg.log_level, cfg.experiment_name = work_dir, 'ERROR', 'rehearsal'
+    _set_aside(cfg, work_dir, 'rehearsal')
 
 
-def set_probe(cfg: Config, work_dir: str, backends: Sequence[str], by_epoch: bool) -> None:
-    """Let a run be short, elsewhere, silent and in one process; of the visualizer's backends these alone."""
-    cfg.work_dir, cfg.experiment_name, cfg.log_level = work_dir, 'probe', 'ERROR'
-    cfg.launcher, cfg.model_wrapper_cfg = 'none', None
+def set_probe(cfg: Config, work_dir: str, by_epoch: bool) -> None:
+    """Let a run be short, elsewhere, silent and in one process, with no logger that could send it to a server."""
+    _set_aside(cfg, work_dir, 'probe')
     cfg.resume, cfg.load_from = False, None
     cfg.default_hooks = {**(cfg.get('default_hooks') or {}), 'console': None}
     if visualizer := cfg.get('visualizer'):
-        kept = [backend for backend in views.vis_backends(cfg) if backend['type'] in backends]
+        kept = [backend for backend in views.vis_backends(cfg) if backend['type'] in _LOCAL_LOGGERS]
         visualizer.vis_backends = [{**backend, 'save_dir': str(Path(work_dir, 'curves'))} for backend in kept]
     if by_epoch:
         cfg.train_cfg.max_epochs = 1  # the room for more is looked at by the forecast
+
+
+def _set_aside(cfg: Config, work_dir: str, name: str) -> None:
+    cfg.launcher, cfg.model_wrapper_cfg = 'none', None
+    cfg.work_dir, cfg.log_level, cfg.experiment_name = work_dir, 'ERROR', name

@@ -82,6 +82,11 @@ class Checkpoints:
         if self.writes:
             atomic_write_text(work_dir / POINTER, str(self.folder / name))
 
+    def most(self, saves: int) -> int:
+        """Files at the same time, where so many are saved in all."""
+        # One more than is kept, as each is written before another goes.
+        return 1 + (min(self.keep, saves) if self.keep > 0 else saves)
+
     def require_room(self, saves: int, full: int, extra: int = 0) -> None:
         """Check that all files of a run fit the disk.
 
@@ -93,8 +98,7 @@ class Checkpoints:
         Raises:
             UserError: It does not, counting what lies there as room, since it will be replaced.
         """
-        # One more than is kept, as each is written before another goes.
-        files = 1 + (min(self.keep, saves) if self.keep > 0 else saves)
+        files = self.most(saves)
         need = files * full + extra
         room = shutil.disk_usage(self.folder).free + sum(path.stat().st_size for path in self.folder.glob('*.pth'))
         if self.writes and room < need:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from mmfinetune.engine import compat
 from mmfinetune.utils.errors import UserError, stopped_by
-from mmfinetune.utils.processes import end_with_parent
+from mmfinetune.utils.processes import end_with_parent, environment
 from mmfinetune.utils.text import plural
 
 if TYPE_CHECKING:
@@ -110,19 +110,22 @@ def processes(gpus: str | None) -> int:
         gpus: GPUs of this machine: ``'all'`` visible ones (or None), or a number; without a GPU, processes on the CPU.
     """
     machines = Node.of_environment().count
-    if gpus not in (None, 'all') and not re.fullmatch(r'0*[1-9][0-9]{0,3}', gpus):
-        raise UserError('run-gpus', gpus=gpus)
-    if gpus not in (None, 'all') and int(gpus) == 1:
-        return machines
+    count = None
+    if gpus not in (None, 'all'):
+        if not re.fullmatch(r'0*[1-9][0-9]{0,3}', gpus):
+            raise UserError('run-gpus', gpus=gpus)
+        count = int(gpus)
+        if count == 1:
+            return machines
     import torch
 
     # Counted without a CUDA context in the process that only starts others.
     visible = torch.cuda.device_count()
-    if gpus in (None, 'all'):
+    if count is None:
         return machines * max(1, visible)
-    if visible and int(gpus) > visible:
-        raise UserError('run-too-few-gpus', gpus=int(gpus), visible=plural(visible, 'GPU'))
-    return machines * int(gpus)
+    if visible and count > visible:
+        raise UserError('run-too-few-gpus', gpus=count, visible=plural(visible, 'GPU'))
+    return machines * count
 
 
 def take_place() -> int:
@@ -223,19 +226,16 @@ def _launch_config(node: Node, processes_here: int, folder: str) -> Any:
 @contextlib.contextmanager
 def _quiet_launcher(count: int) -> Iterator[None]:
     """Set the environment of so many processes, and hide elastic's own account of a failure."""
-    before = dict(os.environ)
-    os.environ[LAUNCHED] = str(os.getpid())
     # Each process would else start as many threads as there are cores.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
-        os.environ.setdefault(name, str(max(1, (cores or 1) // count)))
-    logging.disable(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-        os.environ.clear()
-        os.environ.update(before)
+    threads = str(max(1, (cores or 1) // count))
+    given = {name: os.environ.get(name, threads) for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS')}
+    with environment({LAUNCHED: str(os.getpid()), **given}):
+        logging.disable(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)
 
 
 def _no_meeting(error: Exception, host: str, port: int | str) -> UserError:

@@ -50,6 +50,16 @@ def translate_system_errors(work_dir: str = '.') -> Iterator[None]:
         raise UserError('run-worker-killed', reason=str(error).strip()) from error
 
 
+def interval_after(done: int, milestones: Sequence[int], intervals: Sequence[int]) -> int:
+    """The ``val_interval`` after so many epochs; MMEngine looks one ahead."""
+    return intervals[bisect.bisect(milestones, done + 1) - 1]
+
+
+def is_validation_due(done: int, length: int, begin: int, interval: int) -> bool:
+    """Whether so many epochs of a run of `length` are followed by a validation; its end always is."""
+    return done >= begin and (done % interval == 0 or done == length)
+
+
 @LOOPS.register_module()
 class ExactTrainLoop(BaseLoop):
     """Trains by epochs; every step is determined by seed and step number.
@@ -107,12 +117,9 @@ class ExactTrainLoop(BaseLoop):
         return self.runner.model
 
     def _is_validation_due(self) -> bool:
-        self.val_interval = self._intervals[bisect.bisect(self._milestones, self._epoch + 1) - 1]
-        return (
-            self.runner.val_loop is not None
-            and self._epoch >= self.val_begin
-            and (self._epoch % self.val_interval == 0 or self._epoch == self.max_epochs)
-        )
+        self.val_interval = interval_after(self._epoch, self._milestones, self._intervals)
+        due = is_validation_due(self._epoch, self.max_epochs, self.val_begin, self.val_interval)
+        return self.runner.val_loop is not None and due
 
     @property
     def missed_validation(self) -> bool:

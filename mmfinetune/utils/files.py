@@ -113,9 +113,14 @@ def require_writable(folder: str | Path) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    folder = Path(folder).absolute()
-    with writing(folder), tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
+    with writing(Path(folder).absolute()), tempfile.TemporaryFile(dir=nearest(folder)):
         pass
+
+
+def nearest(folder: str | Path) -> Path:
+    """The folder, or that above it that exists."""
+    folder = Path(folder).absolute()
+    return next(p for p in (folder, *folder.parents) if p.exists())
 
 
 def require_folder(folder: str | Path, before: os.stat_result) -> None:

@@ -573,12 +573,13 @@ def test_options_of_another_format_are_refused(tmp_path):
     site = tmp_path / 'in'
     (site / 'images').mkdir(parents=True)
     (site / 'data.yaml').write_text('names: [cat]\ntrain: images')
-    options = dict(boxes_as_masks=True, trust_masks=True, threshold=9, relative=False, void=None, ratio=1)
+    options = dict(boxes_as_masks=True, trust_masks=True, threshold=9, relative=False, sbd_split=None, void=0, ratio=1)
     with refused('format-options', format='yolo') as caught:
         prepare(site, tmp_path / 'out', **options)
     assert [(p.facts['option'], p.facts['others']) for p in caught.value.problems] == [
         ('trust-masks', 'voc'),
         ('threshold', 'binary-masks'),
+        ('void', 'mask-png'),
         ('ratio', 'no format'),
     ]
     assert not (tmp_path / 'out').exists()

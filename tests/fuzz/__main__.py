@@ -94,8 +94,11 @@ class Watch:
     def _is_in(self, place: Any, folders: tuple[str, ...], base: int | None = None) -> bool:
         path = Path(os.fsdecode(place))
         if base is not None:
-            # What the kernel says is real already, and to follow a deep folder link by link takes its square.
-            return f'{Path(f"/proc/self/fd/{base}").readlink()}{os.sep}{path.name}{os.sep}'.startswith(folders)
+            folder = Path(f'/proc/self/fd/{base}').readlink()
+            if path.name == str(path) != '..':
+                # What the kernel says is real already, and to follow a deep folder link by link takes its square.
+                return f'{folder}{os.sep}{path}{os.sep}'.startswith(folders)
+            path = folder / path
         return str(path) == os.devnull or f'{os.path.realpath(path.parent)}{os.sep}{path.name}{os.sep}'.startswith(
             folders
         )

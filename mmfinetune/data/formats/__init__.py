@@ -79,7 +79,8 @@ def require_options(name: str, options: Mapping[str, Any]) -> None:
         UserError: All of them.
     """
     problems = []
-    for option in (key for key, value in options.items() if value not in (None, False)):
+    # 0 is a value, though it equals False.
+    for option in (key for key, value in options.items() if value is not None and value is not False):
         if option not in (*COMMON, *FORMATS[name].options):
             others = ', '.join(other for other, row in FORMATS.items() if option in row.options)
             problems.append(Message('format-option', option=option.replace('_', '-'), others=others or 'no format'))

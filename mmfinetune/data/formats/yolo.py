@@ -316,7 +316,7 @@ def _bases(given: Any, path: Path) -> list[Path]:
     # Not is_dir() or resolve(), for which a name may be too long or hold a NUL.
     bases = [base for base in dict.fromkeys([*bases, path.parent]) if os.path.isdir(base)]  # noqa: PTH112
     # A whole disk is no data set.
-    return [base for base in bases if base.resolve() != Path(base.resolve().anchor)]
+    return [base for base in bases if len(base.resolve().parts) > 1]
 
 
 def _shown(entry: Any) -> str:

@@ -37,15 +37,15 @@ class ProbeHook(Hook):
         self.started = time.perf_counter()
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
-        self.begins.append(_now())
+        self.begins.append(now())
 
     def after_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: Any = None) -> None:
-        self.ends.append(_now())
+        self.ends.append(now())
         if len(self.ends) >= self.steps:
             raise Enough
 
 
-def _now() -> float:
+def now() -> float:
     """The time at which the GPU, too, has done what it was given."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
