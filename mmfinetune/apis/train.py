@@ -206,7 +206,6 @@ def _dry_run(
     trial: Path,
     startup: float,
 ) -> None:
-    from mmfinetune.apis.probe import probe
     from mmfinetune.engine.runner import rehearse
 
     options = plan.options
@@ -219,6 +218,8 @@ def _dry_run(
         splits = {name: dataclasses.replace(s, path=to_make.get(name, s.path)) for name, s in splits.items()}
         say(summary(plan, splits, course))
     if options.probe:
+        from mmfinetune.apis.probe import probe
+
         with _explaining(plan.cfg):
             found = probe(plan, course, startup, start)
         if options.json:

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 from mmengine.runner.utils import calc_dynamic_intervals
 
-from mmfinetune.apis import forecast as module
+from mmfinetune.apis import probe
 from mmfinetune.apis.forecast import Length, Measured, forecast, validations_of
 from mmfinetune.engine.train_loop import ExactTrainLoop
 from mmfinetune.engine.transforms import LoadImage
@@ -102,7 +102,7 @@ def test_probe_needs_dry_run():
 
 def test_the_probe_trains_elsewhere_and_leaves_nothing(in_site, monkeypatch):
     before = files_in(in_site)
-    monkeypatch.setattr(module, 'room', lambda path: 10**6)
+    monkeypatch.setattr(probe, 'room', lambda path: 10**6)
     outcome = train_tool('tiny.py', '--dry-run', '--probe', '--work-dir', 'work_dirs/probed')
     assert outcome.code == 0, outcome.err
     assert files_in(in_site) == before
